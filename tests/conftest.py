@@ -226,8 +226,8 @@ def trust(folder):
     """Give a tiny bank a calibration by which people get coefficients of their own; few people cannot find one."""
     from arrays import normal
 
-    from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
-    from mta.bank.format import CALIBRATION, file_hashes, named, read_info, write_info
+    from mta.bank.calibration.result import Calibration, CalibrationInfo, curvature_of
+    from mta.bank.format import CALIBRATION, file_hashes, read_info, with_hash, write_info
     from mta.system.atomic import write_tensors
 
     info, gain = read_info(folder), {"shots": 8, "people": 8, "mean": 0.1, "low": 0.0, "high": 0.2, "worse": 0.0}
@@ -235,7 +235,7 @@ def trust(folder):
     made = Calibration(0.2 * normal(3), curvature_of(normal(30, 3, seed=6)), found)
     write_tensors(folder / CALIBRATION, made.tensors(), {})
     changed = {"calibration": found, "files": info.files | file_hashes(folder, [CALIBRATION])}
-    write_info(folder, named(info.model_copy(update=changed)))
+    write_info(folder, with_hash(info.model_copy(update=changed)))
 
 
 @pytest.fixture(scope="session")

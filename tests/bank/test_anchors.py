@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import HashEncoder, people_of
 
-from mta.bank.selection import select_anchors
+from mta.bank.anchors import select_anchors
 from mta.data.history import Item, Person
 from mta.errors import InputError
 from mta.model.encoders import encode_people

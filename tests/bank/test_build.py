@@ -16,9 +16,9 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.calibration import Gain
+from mta.bank.calibration.result import Gain
 from mta.bank.card import body
-from mta.bank.format import ANCHORS, CALIBRATING, named, read_info, seal
+from mta.bank.format import ANCHORS, CALIBRATING, read_info, seal, with_hash
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
@@ -69,7 +69,7 @@ def test_how_long_it_took_is_no_part_of_a_banks_identity(built):
     info = read_info(built)
 
     def hash_with(**changes):
-        return named(info.model_copy(update=changes)).hash
+        return with_hash(info.model_copy(update=changes)).hash
 
     assert hash_with(seconds={"anchors": 999.0}) == info.hash
     assert hash_with(work="0" * 64) != info.hash
@@ -363,7 +363,7 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
     assert Bank.open(tmp_path / "bank", base).task == limited
     assert "answer_tokens" not in before.task
-    assert named(after).hash == before.hash
+    assert with_hash(after).hash == before.hash
 
 
 @pytest.mark.parametrize(("group", "stage"), [("task_lora", "task LoRA"), ("bank", "anchors")])

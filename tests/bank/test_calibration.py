@@ -9,7 +9,7 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration import (
+from mta.bank.calibration.result import (
     BOUNDLESS,
     Calibration,
     CalibrationInfo,

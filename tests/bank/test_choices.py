@@ -8,7 +8,14 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.choices import best_of, best_on_average, chosen_by_others, gain_of, standard_error, surely_best
+from mta.bank.calibration.choices import (
+    best_of,
+    best_on_average,
+    chosen_by_others,
+    gain_of,
+    standard_error,
+    surely_best,
+)
 
 
 def test_a_gain_that_is_not_clear_is_not_chosen():

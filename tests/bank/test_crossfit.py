@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibration import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
+from mta.bank.calibration.choices import RATES
+from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
+from mta.bank.calibration.people import Subject, subjects_of
+from mta.bank.calibration.probes import Measure, Probe, key_of, run_probe
+from mta.bank.calibration.result import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
 from mta.bank.card import in_words
-from mta.bank.choices import RATES
-from mta.bank.crossfit import ENOUGH, RIDGE, Calibrator
-from mta.bank.newcomers import Subject, known_people
-from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.stages import adapt
@@ -52,7 +52,9 @@ SETTINGS = CalibrationSettings(steps=1)
 
 def calibrated(scene, people, measure=None) -> Calibration:
     models = Measure(*scene)
-    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [(p, measured(models, p)) for p in pieces])).run()
+    return Calibrator(
+        people, N, SETTINGS, measure or (lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    ).run()
 
 
 def same(one: Calibration, other: Calibration) -> None:
@@ -85,7 +87,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
 
         def note(pieces):
             scored[name] += pieces
-            return [(piece, measured(models, piece)) for piece in pieces]
+            return [(piece, run_probe(models, piece)) for piece in pieces]
 
         calibrated(scene, people, note)
 
@@ -134,7 +136,7 @@ def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
             for name, index in (("one", range(5)), ("some", order))
             for shots, queries in [zip(*((people[u].shots, people[u].queries) for u in index))]
         )
-        whole, found = measured(Measure(*scene), piece), measured(Measure(*scene, tokens_per_batch=60), some)
+        whole, found = run_probe(Measure(*scene), piece), run_probe(Measure(*scene, tokens_per_batch=60), some)
         if kind == "gradients":
             rows = whole.split([len(one.shots) for one in people])
             near(found, torch.cat([rows[u] for u in order]))
@@ -146,7 +148,7 @@ def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
     base, bank, pooled, lora = scene
     people, w = known(4), 0.2 * normal(4, N, seed=4)
     shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
-    found = measured(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
+    found = run_probe(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
     merge = Gated(bank, w)
     jobs = [Job(key_of(examples), examples) for examples in shots]
     for column, rate in enumerate((0.01, 0.03)):
@@ -172,7 +174,7 @@ def test_people_without_a_finite_likelihood_are_left_out(scene, people):
 
     def measure(pieces):
         for piece in pieces:
-            found = measured(models, piece)
+            found = run_probe(models, piece)
             rows = [one == broken for one in piece.examples for _ in (one if piece.kind == "gradients" else [one])]
             yield (
                 piece,
@@ -221,9 +223,9 @@ def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
 
     def at(mu, fold):
         made = [Probe("", "gradients", (one.all,), mu[None]) for u, one in enumerate(people) if u % 2 == fold]
-        return curvature_of(torch.cat([measured(models, probe)[:, :-1] for probe in made]))
+        return curvature_of(torch.cat([run_probe(models, probe)[:, :-1] for probe in made]))
 
-    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, measured(models, p)) for p in pieces])
+    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
     mu, curvature, _ = steps.best_merge(steps.first_pass()[0])
     assert bool(mu.any(1).all())
     near(curvature, torch.stack([at(one, fold) for fold, one in enumerate(mu)]))
@@ -253,10 +255,10 @@ def test_where_a_step_of_ones_own_does_not_help_everybody_gets_the_same_merge(sc
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_gain_that_is_not_finite_rules_out_merges_of_ones_own(scene, monkeypatch, gain, at):
     def own(self, fits, found, shots):
-        return torch.full((len(self.known), N), 9.0 + shots).double()
+        return torch.full((len(self.subjects), N), 9.0 + shots).double()
 
     def gains(self, w):
-        last = [len(self.known) - 1] if float(w[0, 0]) == 9.0 + at else []
+        last = [len(self.subjects) - 1] if float(w[0, 0]) == 9.0 + at else []
         return w.abs().sum(1).index_fill(0, torch.tensor(last, dtype=torch.long), gain)
 
     monkeypatch.setattr(Calibrator, "coefficients", own)
@@ -334,19 +336,19 @@ def test_a_stack_must_help_beyond_its_interval():
 def test_where_people_are_few_each_is_asked_more(task, people, queries):
     """Twelve queries of four people are wanted; at most half of a person's items are queries."""
     settings = CalibrationSettings(people=4, queries=3, shots=8)
-    found = known_people(base_of(), task, people_of(people, items=20), settings)
+    found = subjects_of(base_of(), task, people_of(people, items=20), settings)
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
 
 
 def test_more_questions_of_few_people_do_not_cost_the_shots_that_were_asked_for(task):
     settings = CalibrationSettings(people=16, queries=4, shots=16)
-    found = known_people(base_of(), task, people_of(4, items=20), settings)
+    found = subjects_of(base_of(), task, people_of(4, items=20), settings)
     assert [(len(one.shots), len(one.queries)) for one in found] == [(16, 4)] * 4
 
 
 def test_people_are_measured_as_newcomers(task):
     """Their first items are the shots, and the next ones the queries, although they have more."""
     (person,), base = people_of(1, items=20), base_of()
-    (found,) = known_people(base, task, [person], CalibrationSettings(people=1, queries=3, shots=8))
+    (found,) = subjects_of(base, task, [person], CalibrationSettings(people=1, queries=3, shots=8))
     assert found.all == tuple(base.prompts.example(task, item) for item in person.items[:11])
     assert found.queries == found.all[8:]

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
 
+from mta.bank import add_calibration
 from mta.bank import build as build_module
-from mta.bank import recalibrate
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
-from mta.bank.selection import pooled_candidates, pooled_items
+from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -142,7 +142,7 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
     anchors = [one for one in candidates if "anchor" in bank.info.members.artefacts_of(one.id)]
     assert len(trained) == sum(len(one.items) for one in [*TASK_PEOPLE, *anchors]) + 9 * 5  # nine others leave four
 
-    watch(recalibrate, "calibrate")
+    watch(add_calibration, "calibrate")
     bank = bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], run=run)
     assert {person.id: person.items for person in used["calibrate"][4]} == measured
 

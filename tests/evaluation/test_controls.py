@@ -8,7 +8,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration import Calibration, CalibrationInfo
+from mta.bank.calibration.result import Calibration, CalibrationInfo
 from mta.config import MergeSettings
 from mta.data.history import Person
 from mta.errors import ConfigError, InputError

@@ -13,8 +13,7 @@ import torch
 from conftest import people_of
 from tiny import save_base
 
-from mta.bank.build import LOSSES
-from mta.bank.selection import pooled_candidates, pooled_items
+from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
@@ -102,7 +101,7 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
         f"run.task_lora.unseen={unseen or 'null'}",
     ]
     workspace = workspace_of(world, tmp_path / "run", *words, "people.task=14", "run.task_lora.items=20")
-    monkeypatch.setattr("mta.bank.selection._held_out", lambda people, seed: {people[0].id})
+    monkeypatch.setattr("mta.bank.task_lora._held_out", lambda people, seed: {people[0].id})
     _, everything, as_many, _ = workspace.recipe.exhibits["main"]
     main, seen = workspace.bank(MAIN, 0), {}
     build = workspace_module.build_bank

@@ -22,10 +22,10 @@ from mta.evaluation.methods import (
     OneLora,
     Outcome,
     OwnConstant,
+    Pag,
     PerPcs,
     Prime,
-    Profile,
-    Retrieved,
+    Rag,
     TaskLora,
     parse_method,
     register,
@@ -67,7 +67,7 @@ def same(one, other, tolerance=0.0):
 def test_parse_method_reads_a_name_or_settings():
     assert parse_method("base") == Base()
     found = parse_method({"method": "rag", "k": 3, "over": {"method": "mta", "merge": {"policy": "uniform", "k": 2}}})
-    assert found == Retrieved(k=3, over=MergeThenAdapt(merge=MergeSettings(policy="uniform", k=2)))
+    assert found == Rag(k=3, over=MergeThenAdapt(merge=MergeSettings(policy="uniform", k=2)))
     assert parse_method(found.model_dump(mode="json")) == found
 
 
@@ -178,19 +178,19 @@ def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(panel):
 
 
 def test_rag_with_zero_items_equals_the_method_below(panel):
-    assert same(Retrieved(k=0, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
-    assert not same(Retrieved(k=2, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
+    assert same(Rag(k=0, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
+    assert not same(Rag(k=2, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
 
 
 def test_mta_with_rag_keeps_the_merge_of_the_plain_prompts(panel):
     plain = MergeThenAdapt(merge=POSTERIOR)
-    with_rag = Retrieved(k=1, over=plain).run(panel, 0)
+    with_rag = Rag(k=1, over=plain).run(panel, 0)
     assert torch.equal(with_rag.merge.w, plain.run(panel, 0).merge.w)
     assert with_rag.bytes_per_person > plain.run(panel, 0).bytes_per_person  # the shots must be stored
 
 
 def test_pag_changes_the_answers_and_stores_bytes(panel):
-    found = Profile(k=0, tokens=4).run(panel, 0)
+    found = Pag(k=0, tokens=4).run(panel, 0)
     assert not same(found, Base().run(panel, 0))
     assert found.bytes_per_person > 0
 
@@ -258,7 +258,7 @@ def test_a_smaller_bank_needs_a_policy_that_can_merge_it(panel):
 
 def test_a_method_fits_where_all_methods_within_it_fit():
     ridge, text = Merged(merge=MergeSettings(policy="ridge", k=0)), load_task("lamp4")
-    for method in (ridge, Retrieved(over=ridge), Chosen(candidates=(TaskLora(), ridge))):
+    for method in (ridge, Rag(over=ridge), Chosen(candidates=(TaskLora(), ridge))):
         assert not method.fits(text, 4)
         assert method.fits(load_task("lamp3"), 4)
 

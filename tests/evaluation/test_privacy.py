@@ -14,7 +14,7 @@ from tiny import base_of, unpacked
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.selection import pooled_items
+from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError

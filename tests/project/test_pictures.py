@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mta.bank.calibration import Calibration, CalibrationInfo
+from mta.bank.calibration.result import Calibration, CalibrationInfo
 
 ROOT = Path(__file__).parents[2]
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
-from mta.bank.calibration import Calibration, settled
+from mta.bank.calibration.result import Calibration, settled
 from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
-from mta.bank.recalibrate import calibrate_bank
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.splits import draw
@@ -45,13 +45,17 @@ class Bank:
 
     folder: Path
     info: BankInfo
-    hash: str  # identity of the bank, stored in people's states
     task: Task
     anchors: LoraBatch  # as stored, float32
     working: LoraBatch  # on the base's device and in its dtype
     vectors: Tensor  # (N, E), unit length
     task_lora: LoraBatch | None
     calibration: Calibration | None = None
+
+    @property
+    def hash(self) -> str:
+        """Identity of the bank, which is stored in people's states."""
+        return self.info.hash
 
     @classmethod
     def build(
@@ -141,7 +145,7 @@ class Bank:
         if base.has_weights:  # adapters are exported from an outline of the base, too
             pooled = pooled and pooled.to(base.device)
         calibration = read_calibration(folder, info)
-        return cls(folder, info, info.hash, task, anchors, working, vectors, pooled, calibration)
+        return cls(folder, info, task, anchors, working, vectors, pooled, calibration)
 
     @classmethod
     def of_adapters(

@@ -5,20 +5,19 @@ A killed build resumes. The same people, base, and settings give the same tensor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from mta.bank.calibrate import calibrate, plan_of
-from mta.bank.calibration import CalibrationInfo
+from mta.bank.anchors import train_anchors
+from mta.bank.calibration.calibrate import calibrate, plan_of
+from mta.bank.calibration.people import subjects_of
+from mta.bank.calibration.result import CalibrationInfo
 from mta.bank.card import card
+from mta.bank.context import BuildContext
 from mta.bank.format import (
     ANCHORS,
     CALIBRATING,
@@ -32,41 +31,33 @@ from mta.bank.format import (
     TASK_LORA,
     BankInfo,
     file_hashes,
-    named,
     read_info,
+    with_hash,
     write_info,
     write_task,
 )
 from mta.bank.keys import uncalibrated, with_old_defaults, work_key
 from mta.bank.members import Members
-from mta.bank.newcomers import known_people
 from mta.bank.roles import Roles, choose_roles
-from mta.bank.selection import pooled_items
-from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece
-from mta.config import Lora, Run, parse_size
-from mta.data.history import Item, Person
+from mta.bank.task_lora import pooled_items, train_task_lora
+from mta.config import Run
+from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError, DataError
-from mta.lora.batch import LoraBatch, concatenate
-from mta.lora.layers import Shared
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
+from mta.errors import BankError
+from mta.lora.batch import LoraBatch
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.model.footprint import ParameterCounts
-from mta.system.atomic import copy_file, unfinished_in, write_tensors, write_text
-from mta.system.progress import OnStep, Step
+from mta.system.atomic import unfinished_in, write_tensors, write_text
+from mta.system.progress import OnStep
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
-from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, parameters_of, plan_cohorts
-from mta.training.scoring import mean_nll
+from mta.training.plan import Plan
 from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
-
-LOSSES = "held-out losses of the task LoRA"  # one for each round, in run.json
 
 
 def build_bank(
@@ -127,212 +118,97 @@ def build_bank(
         track=track,
         on_step=on_step,
     )
-    build = _Build(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
+    context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
-    jobs, plan = build.planned(roles)
+    jobs, plan = _anchor_jobs(context, roles)
     with record:
-        pooled = build.task_lora(roles, task_lora) if run.task_lora.enabled else None
-        bank = build.meta_loras(jobs, plan, pooled)
-        write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+        trained = None
+        if run.task_lora.enabled:
+            items, tested = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
+            trained = train_task_lora(context, items, tested, task_lora)
+        anchors = train_anchors(context, jobs, plan, trained)
+        write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
-        calibration = build.calibration(bank, pooled, roles.calibrating)
+        calibration = _calibrate(context, anchors, trained, roles.calibrating)
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        build.finish(encoder, plan, roles, roles.members(secret), calibration)
+        _finish(context, encoder, plan, roles, roles.members(secret), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
-@dataclass(slots=True)
-class _Build:
-    """A bank under construction; ``out/work`` holds markers, checkpoints, and finished anchors until it is complete."""
+def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
+    """Return the jobs of the anchors and their plan; plan the calibration, too. Raises MemoryBudgetError."""
+    base, run = context.base, context.run
+    anchors = [person.latest(run.bank.max_items) for person in roles.anchors]
+    # Jobs are numbered, so that no written file identifies an anchor.
+    jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
+    plan = context.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
+    plan_of(base, subjects_of(base, context.task, roles.calibrating, run.calibration), len(anchors), run)
+    context.record.about["plan"] = plan.digest
+    return jobs, plan
 
-    base: BaseModel
-    task: Task
-    run: Run
-    out: Path
-    work: str
-    training_key: str  # the work key of stages 0 and 1, which do not depend on the calibration
-    executor: Executor
-    record: RunFolder
 
-    def job(self, key: str, items: Iterable[Item]) -> Job:
-        """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
-        try:
-            return Job(key, [self.base.prompts.example(self.task, item) for item in items])
-        except DataError as error:
-            raise DataError(f"items of {key}: {error.message}", hint=error.hint) from None
+def _calibrate(
+    context: BuildContext, anchors: LoraBatch, task_lora: LoraBatch | None, people: Sequence[Person]
+) -> CalibrationInfo | None:
+    """Calibrate the bank on candidates who are not anchors, and write what it found; None if this is off."""
+    (context.out / CALIBRATION).unlink(missing_ok=True)
+    if not context.run.calibration.enabled:
+        return None
+    context.record.stage_begins()
+    found = calibrate(
+        context.base,
+        context.task,
+        anchors,
+        task_lora,
+        people,
+        context.run,
+        executor=context.executor,
+        checkpoint=partial(context.checkpoint, "calibration", kind="safetensors"),
+        on_step=partial(context.record.step, "calibration"),
+    )
+    write_tensors(context.out / CALIBRATION, found.tensors(), {})
+    return found.info
 
-    def planned(self, roles: Roles) -> tuple[list[Job], Plan]:
-        """Return the jobs of the anchors and their plan; plan the calibration, too. Raises MemoryBudgetError."""
-        run, anchors = self.run, [person.latest(self.run.bank.max_items) for person in roles.anchors]
-        # Jobs are numbered, so that no written file identifies an anchor.
-        jobs = [self.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
-        plan = self.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-        plan_of(self.base, known_people(self.base, self.task, roles.calibrating, run.calibration), len(anchors), run)
-        self.record.about["plan"] = plan.digest
-        return jobs, plan
 
-    def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
-        """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-        below = ParameterCounts(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
-        numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
-        return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
-
-    def task_lora(self, roles: Roles, given: Path | None) -> LoraBatch:
-        """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
-        folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
-        if not done.is_file() or done.read_text() != self.training_key:
-            if given:
-                for temporary in unfinished_in(folder, "*"):  # of a killed copy
-                    temporary.unlink()
-                for name in (CONFIG, WEIGHTS):
-                    copy_file(given / name, folder / name)
-            else:
-                settings, seed = self.run.task_lora, self.run.seed
-                trained = self.rounds(*pooled_items(roles.task, settings, seed, roles.held_out, roles.also))
-                write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
-            write_text(done, self.training_key)
-        return read_peft(folder).to(self.base.device)
-
-    def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
-        """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
-        job, held = self.job("task", items), self.job("held out", held_out)
-        # Both are planned before the first round, which may take hours: too little memory fails at once.
-        tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
-        if not held.examples:
-            return self.round(0, 1, job, tokens)
-        tested = self.plan([held], self.run.task_lora.lora).tokens_per_batch
-        most, losses, best = self.run.task_lora.rounds, list[float](), None
-        for number in range(most):
-            found = self.round(number, most, job, tokens, best)
-            losses.append(self.loss(found, held, tested))
-            if best and not losses[-1] < min(losses[:-1]):
-                break
-            best = found
-        self.record.about[LOSSES] = losses
-        assert best is not None  # there is at least one round
-        return best
-
-    def round(self, number: int, most: int, job: Job, tokens: int, start: LoraBatch | None = None) -> LoraBatch:
-        """Train the task LoRA once over all items, from ``start``; a finished round is saved until the bank is."""
-        name = f"task-{number}" if number else "task"
-        result = self._checkpoint("", name, "safetensors")
-        if saved := result.load():
-            return LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale).in_order(self.base.targets)
-
-        def on_step(stage: str, step: Step) -> None:  # progress counts all rounds that there may be
-            each = step.examples_total
-            self.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
-
-        piece = LoraPiece(name, "task LoRA", (replace(job, key=name),), tokens, start)
-        ((_, found),) = self._trained([piece], "", on_step=on_step)
-        result.save(found.tensors(), {})
-        self._checkpoint("", name).remove()
-        if not self.executor.in_process:
-            self.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
-        return found
-
-    def loss(self, task_lora: LoraBatch, job: Job, tokens: int) -> float:
-        """Return the loss of a job's examples per target token."""
-        over = [Shared(task_lora.to(self.base.device, self.base.dtype))]
-        return mean_nll(self.base, [job], over, tokens_per_batch=tokens)[0]
-
-    def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
-        """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""
-        pieces = [
-            LoraPiece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
-            for number, cohort in enumerate(plan.cohorts)
-        ]
-        results = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
-        found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
-        done = sum(len(piece) for piece in pieces if piece.name in found)
-        missing = [piece for piece in pieces if piece.name not in found]
-        for piece, trained in self._trained(missing, plan.digest, pooled):
-            found[piece.name] = trained.tensors()
-            results[piece.name].save(found[piece.name], {})
-            self._checkpoint(plan.digest, piece.name).remove()
-            done += len(piece)
-            if not self.executor.in_process:
-                self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
-        scale = self.run.bank.lora.scale
-        loras = [LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces]
-        return concatenate(loras).in_order(self.base.targets)
-
-    def calibration(
-        self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]
-    ) -> CalibrationInfo | None:
-        """Calibrate the bank on candidates who are not anchors, and write what it found; None if this is off."""
-        (self.out / CALIBRATION).unlink(missing_ok=True)
-        if not self.run.calibration.enabled:
-            return None
-        self.record.stage_begins()
-        found = calibrate(
-            self.base,
-            self.task,
-            bank,
-            pooled,
-            people,
-            self.run,
-            executor=self.executor,
-            checkpoint=partial(self._checkpoint, "calibration", kind="safetensors"),
-            on_step=partial(self.record.step, "calibration"),
-        )
-        write_tensors(self.out / CALIBRATION, found.tensors(), {})
-        return found.info
-
-    def _trained(
-        self, pieces: Sequence[LoraPiece], plan: str, pooled: LoraBatch | None = None, on_step: OnStep | None = None
-    ) -> Iterator[tuple[LoraPiece, LoraBatch]]:
-        """Train pieces on the executor over ``pooled``; yield each with its LoRAs. Raises BankError."""
-        self.record.stage_begins()
-        local = BankWorker(self.base, self.run, pooled, partial(self._checkpoint, plan), on_step or self.record.step)
-        on_cpu = pooled and pooled.to(torch.device("cpu"))
-        remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
-        for found in self.executor.run(train_piece, pieces, local, remote):
-            if found.result is None:
-                hint = "Fix this, and build again: it resumes."
-                raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)
-            yield found.piece, found.result
-
-    def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
-        """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
-        key = self.work if plan == "calibration" else self.training_key
-        work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
-        return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
-
-    def finish(
-        self, encoder: Encoder, plan: Plan, roles: Roles, members: Members, calibration: CalibrationInfo | None
-    ) -> None:
-        """Write the description last: a folder with ``bank.json`` is complete."""
-        items = [len(person.items) for person in roles.anchors]
-        left_out = sum(max(n - self.run.bank.max_items, 0) for n in items)
-        cut = {"items left out": left_out, "texts shortened": plan.shortened}
-        self.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
-        names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
-        if self.run.task_lora.enabled:
-            names += [f"{TASK_LORA}/{name}" for name in (CONFIG, WEIGHTS)]
-        info = BankInfo(
-            version=SCHEMA,
-            base=self.base.name,
-            base_fingerprint=self.base.fingerprint,
-            base_note=self.base.note,
-            task=self.task.model_dump(mode="json"),
-            encoder=self.run.encoder,
-            encoder_fingerprint=encoder.fingerprint,
-            run=self.run,
-            work=self.work,
-            plan=plan.digest,
-            items=tuple(items),
-            cut=cut,
-            seconds=run_folder.seconds_of(self.out, self.work),
-            members=members,
-            files=file_hashes(self.out, names),
-            hash="",  # set below: a hash of the other fields
-            calibration=calibration,
-        )
-        info = named(info)
-        write_text(self.out / CARD, card(info))
-        write_info(self.out, info)
+def _finish(
+    context: BuildContext,
+    encoder: Encoder,
+    plan: Plan,
+    roles: Roles,
+    members: Members,
+    calibration: CalibrationInfo | None,
+) -> None:
+    """Write the description last: a folder with ``bank.json`` is complete."""
+    items = [len(person.items) for person in roles.anchors]
+    left_out = sum(max(n - context.run.bank.max_items, 0) for n in items)
+    cut = {"items left out": left_out, "texts shortened": plan.shortened}
+    context.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
+    names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
+    if context.run.task_lora.enabled:
+        names += [f"{TASK_LORA}/{name}" for name in (CONFIG, WEIGHTS)]
+    info = BankInfo(
+        version=SCHEMA,
+        base=context.base.name,
+        base_fingerprint=context.base.fingerprint,
+        base_note=context.base.note,
+        task=context.task.model_dump(mode="json"),
+        encoder=context.run.encoder,
+        encoder_fingerprint=encoder.fingerprint,
+        run=context.run,
+        work=context.work,
+        plan=plan.digest,
+        items=tuple(items),
+        cut=cut,
+        seconds=run_folder.seconds_of(context.out, context.work),
+        members=members,
+        files=file_hashes(context.out, names),
+        hash="",  # set below: a hash of the other fields
+        calibration=calibration,
+    )
+    info = with_hash(info)
+    write_text(context.out / CARD, card(info))
+    write_info(context.out, info)
 
 
 def remove_work(out: Path) -> None:

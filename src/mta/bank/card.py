@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mta.bank.calibration import BOUNDLESS, CalibrationInfo, Gain
+from mta.bank.calibration.result import BOUNDLESS, CalibrationInfo, Gain
 from mta.bank.format import BankInfo
 from mta.config.constants import NOTICEABLE
 from mta.config.loader import dump_yaml

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mta.bank.calibration import Calibration, CalibrationInfo
+from mta.bank.calibration.result import Calibration, CalibrationInfo
 from mta.bank.members import Hashed, Members
 from mta.config import Run, TaskLoraSettings
 from mta.data.history import Person
@@ -43,7 +43,7 @@ ADAPTER = f"{TASK_LORA}/{CONFIG}"
 SEALED = (ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
 _FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
-BEFORE = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
+UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -80,7 +80,7 @@ class BankInfo(BaseModel):
         if not values.get("calibration") and "calibration" not in run:
             run = run | {"calibration": {"enabled": False}}
         if isinstance(task_lora := run.get("task_lora"), dict):
-            run = run | {"task_lora": BEFORE | task_lora}
+            run = run | {"task_lora": UNKNOWN_TO_0_1_0 | task_lora}
         return values | {"run": run}
 
     @field_validator("run")
@@ -126,7 +126,7 @@ def _settle_members(folder: Path) -> None:
 
 def as_before(settings: TaskLoraSettings) -> set[str]:
     """Return the names of settings unknown to version 0.1.0 whose values make no difference to it."""
-    return {name for name, value in BEFORE.items() if getattr(settings, name) == value}
+    return {name for name, value in UNKNOWN_TO_0_1_0.items() if getattr(settings, name) == value}
 
 
 def _unset(info: BankInfo) -> dict[str, Any]:
@@ -194,19 +194,20 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
 
 def _read_members(folder: Path, sha256: str) -> Hashed | None:
     """Return the members; None if there is no file. Raises BankCorrupt if no file has this ``sha256``."""
-    path, found = folder / MEMBERS, ""
+    wrong = None
     for path in (folder / NEW_MEMBERS, folder / MEMBERS):
         try:
             data = path.read_bytes()
             if (found := hashlib.sha256(data).hexdigest()) == sha256:
                 return Hashed.model_validate_json(data)
+            wrong = path, found
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
-    if not found:
+    if wrong is None:
         return None
-    raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
+    raise BankCorrupt(_changed(*wrong, sha256), hint=REBUILD)
 
 
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -336,7 +337,7 @@ def _changed(path: Path, found: str, expected: str) -> str:
     return f"{path} was changed or cut short: its sha256 is {found[:12]}…, {INFO} says {expected[:12]}…"
 
 
-def named(info: BankInfo) -> BankInfo:
+def with_hash(info: BankInfo) -> BankInfo:
     """Return the description with the hash that identifies the bank; it is stored, as later versions may add settings.
 
     It covers the hashes of all files, but not the seconds and ``UNTRAINED`` of the task, which may change later.

@@ -24,10 +24,10 @@ from mta.bank.format import (
     BankInfo,
     check_base,
     file_hashes,
-    named,
     read_adapters,
     read_info,
     stale_report,
+    with_hash,
     write_info,
 )
 from mta.bank.members import Members
@@ -222,7 +222,7 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
             "files": file_hashes(temporary, names),
             "hash": "",
         }
-        whole = named(info.model_copy(update=changed))
+        whole = with_hash(info.model_copy(update=changed))
         write_text(temporary / CARD, card(whole))
         write_info(temporary, whole)
         temporary.rename(out)  # in place of an empty folder, if there is one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mta.bank.format import BEFORE, as_before, file_hashes
+from mta.bank.format import UNKNOWN_TO_0_1_0, as_before, file_hashes
 from mta.config import Run, TaskLoraSettings
 from mta.data.tasks.task import Task
 from mta.lora.peft import CONFIG, WEIGHTS
@@ -39,6 +39,6 @@ def uncalibrated(run: Run) -> Run:
 
 def with_old_defaults(run: Run) -> Run:
     """Return the run with the defaults of 0.1.0, which had none of these settings."""
-    defaults, before = TaskLoraSettings(), BEFORE | {"per_person": 32}
+    defaults, before = TaskLoraSettings(), UNKNOWN_TO_0_1_0 | {"per_person": 32}
     found = {name: old for name, old in before.items() if getattr(run.task_lora, name) == getattr(defaults, name)}
     return uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update=found)}))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mta.bank.anchors import choose_anchors
+from mta.bank.calibration.people import calibration_people
 from mta.bank.members import Members
-from mta.bank.newcomers import drawn
-from mta.bank.selection import choose_anchors, pooled_candidates
+from mta.bank.task_lora import pooled_candidates
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -86,4 +87,4 @@ def _calibrating(
         )
     unseen = {} if left is None else {person.id: left for person in candidates}
     members = anchors | {person.id for person in task_people}
-    return drawn([*candidates, *task_people], members, settings, run.seed, task, unseen)
+    return calibration_people([*candidates, *task_people], members, settings, run.seed, task, unseen)

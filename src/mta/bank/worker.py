@@ -46,12 +46,12 @@ class BankWorker:
 
     base: BaseModel
     run: Run
-    pooled: LoraBatch | None = None
+    task_lora: LoraBatch | None = None
     checkpoint: Callable[[str], Checkpoint] | None = None
     on_step: OnStep | None = None
 
 
-def open_worker(run: Run, fingerprint: str, pooled: LoraBatch | None) -> BankWorker:
+def open_worker(run: Run, fingerprint: str, task_lora: LoraBatch | None) -> BankWorker:
     """Load the base that ``run`` names and return a worker. Raises BankMismatch for another base, and load errors."""
 
     def check(found: str) -> None:
@@ -62,7 +62,7 @@ def open_worker(run: Run, fingerprint: str, pooled: LoraBatch | None) -> BankWor
             )
 
     base = BaseModel.of(run, check)
-    return BankWorker(base, run, pooled and pooled.to(base.device))
+    return BankWorker(base, run, task_lora and task_lora.to(base.device))
 
 
 def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
@@ -74,7 +74,8 @@ def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
     settings = run.bank if stage == "anchors" else run.task_lora
     same = stage == "anchors" and run.bank.start == "same"  # all anchors start from one A
     keys = ["bank" if same else job.key for job in piece.jobs]
-    begun = fresh(base.targets, settings.lora.rank, settings.lora.scale, run.seed, keys, base.master_dtype)
+    lora = settings.lora
+    start = piece.start or fresh(base.targets, lora.rank, lora.scale, run.seed, keys, base.master_dtype)
     checkpoint = worker.checkpoint(piece.name) if worker.checkpoint else None
 
     def check(finite: bool, found: str) -> None:
@@ -91,9 +92,9 @@ def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
         trained = train_loras(
             base,
             piece.jobs,
-            piece.start or begun,
+            start,
             settings.training,
-            frozen=[Shared(worker.pooled.to(base.dtype))] if worker.pooled else [],
+            frozen=[Shared(worker.task_lora.to(base.dtype))] if worker.task_lora else [],
             seed=run.seed,
             tokens_per_batch=piece.tokens_per_batch,
             checkpoint=checkpoint,

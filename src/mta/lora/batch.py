@@ -82,7 +82,7 @@ class LoraBatch:
         return replace(self, factors={layer: self.factors[layer] for layer in layers})
 
     def delta(self, name: str) -> Tensor:
-        """Return the dense updates of one layer, (U, O, D), for tests and for folding into weights."""
+        """Return the dense updates of one layer, (U, O, D): only for checks of small models."""
         return self.scale * self.factors[name].b @ self.factors[name].a
 
     def tensors(self) -> dict[str, Tensor]:

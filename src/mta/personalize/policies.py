@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import Calibration
+from mta.bank.calibration.result import Calibration
 from mta.config import MergeSettings
 from mta.errors import ConfigError
 from mta.personalize.likelihoods import Evidence, Labels, ShotGradients
@@ -73,6 +73,7 @@ class Policy:
         return self.cosines or (nearest and settings.retrieve == "cosine")
 
 
+_NEWTON_STEPS = 50  # of a ridge fit, at most
 POLICIES: dict[str, Policy] = {}
 
 
@@ -203,9 +204,7 @@ def learned(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     return torch.zeros_like(retrieved.similarity) if settings.start == "zero" else posterior(settings, retrieved)
 
 
-def fit_labels(
-    labels: Labels, ids: Tensor, strength: float, iterations: int = 50, before: Tensor | None = None
-) -> Tensor:
+def fit_labels(labels: Labels, ids: Tensor, strength: float, before: Tensor | None = None) -> Tensor:
     """Fit coefficients to the labels' scores by ridge regression; needs no training and no forward pass.
 
     Label scores of a merge are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
@@ -226,7 +225,7 @@ def fit_labels(
         return strength / 2 * (w - center).square().sum(1) - torch.einsum("umc,umc,um->u", scores, gold, real)
 
     w = center
-    for _ in range(iterations):
+    for _ in range(_NEWTON_STEPS):
         p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
         gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, real) + strength * (w - center)
         centered = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]

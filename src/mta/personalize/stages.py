@@ -159,9 +159,9 @@ class Stages:
     def states(self, cohort: Cohort) -> list[State | Diverged]:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
         jobs = self.jobs(cohort)
-        merge, pooled = self.merge(cohort, jobs)
-        stacks, over = self.stacks(cohort, jobs, merge)
-        return self.as_states(cohort, jobs, merge, stacks, pooled, over)
+        merge, pooled_losses = self.merge(cohort, jobs)
+        stacks, merged_losses = self.stacks(cohort, jobs, merge)
+        return self.as_states(cohort, jobs, merge, stacks, pooled_losses, merged_losses)
 
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
@@ -235,11 +235,11 @@ class Stages:
         jobs: Sequence[Job],
         merge: Merge,
         stacks: LoraBatch | None,
-        pooled: Sequence[float] | None = None,
-        over: Sequence[float] | None = None,
+        pooled_losses: Sequence[float] | None = None,
+        merged_losses: Sequence[float] | None = None,
     ) -> list[State | Diverged]:
-        """Assemble the states of a cohort. ``pooled`` and ``over``: losses of the jobs, as far as they are known."""
-        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled, over)
+        """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
+        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled_losses, merged_losses)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
         here = stacks.to(torch.device("cpu")) if stacks else None
 
@@ -273,13 +273,10 @@ class Stages:
         merge: Merge,
         stacks: LoraBatch | None,
         tokens_per_batch: int,
-        pooled: Sequence[float] | None = None,
-        over: Sequence[float] | None = None,
+        pooled_losses: Sequence[float] | None = None,
+        merged_losses: Sequence[float] | None = None,
     ) -> list[MeasuredLosses]:
-        """Return the losses of each job: one pass for each field, except those that are known.
-
-        Known may be the losses under the ``pooled`` model, and with the merge ``over`` it.
-        """
+        """Return the losses of each job: one pass for each field, except those that are known."""
 
         def under(*added: Adapters) -> list[float]:
             return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
@@ -287,9 +284,9 @@ class Stages:
         merges = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)
         targets = [job.targets for job in jobs]
-        pooled = pooled or under()
-        over = over or (under(merges) if merge.w.any() else pooled)
-        return list(map(MeasuredLosses, pooled, over, stacked, targets))
+        pooled_losses = pooled_losses or under()
+        merged_losses = merged_losses or (under(merges) if merge.w.any() else pooled_losses)
+        return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""

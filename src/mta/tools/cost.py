@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mta.bank.calibration import CalibrationInfo, Gain, settled
+from mta.bank.calibration.result import CalibrationInfo, Gain, settled
 from mta.config import Evaluation, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of

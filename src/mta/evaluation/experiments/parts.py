@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mta.bank.bank import Bank
-from mta.bank.build import LOSSES
+from mta.bank.task_lora import LOSSES
 from mta.config import Run, override
 from mta.config.constants import SHOTS
 from mta.data.history import Person

@@ -29,7 +29,7 @@ from mta.tracking.run_folder import sittings
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 Key = TypeVar("Key")
-BEFORE = "meta.json"  # file of the runs in versions without run.json
+META = "meta.json"  # facts of the runs behind published scores, and of versions without run.json
 
 
 class Record(BaseModel):
@@ -251,7 +251,7 @@ def _read(path: Path) -> Iterator[Record]:
 
 def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
-    before = read_beside(folder / BEFORE)
+    before = read_beside(folder / META)
     runs = [run for run in sittings(folder) if run["kind"] == KIND]
     if not runs:
         return before

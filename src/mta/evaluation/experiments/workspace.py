@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
-from mta.bank.selection import CHOICE, pooled_candidates, pooled_items
+from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles

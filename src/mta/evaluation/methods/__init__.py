@@ -4,7 +4,7 @@ A method is one small class: its fields are its settings, ``paper`` links its so
 ``docs/how-to/add-a-method.md`` shows how to write one.
 """
 
-from mta.evaluation.methods.combined import Chosen, Profile, Retrieved
+from mta.evaluation.methods.combined import Chosen, Pag, Rag
 from mta.evaluation.methods.controls import OtherPerson, PopulationMerge
 from mta.evaluation.methods.merged import Merged, MergedByLayer, MergeThenAdapt, OneLora
 from mta.evaluation.methods.method import METHODS, AnyMethod, Method, Outcome, parse_method, register
@@ -25,11 +25,11 @@ __all__ = [
     "OtherPerson",
     "Outcome",
     "OwnConstant",
+    "Pag",
     "PerPcs",
     "PopulationMerge",
     "Prime",
-    "Profile",
-    "Retrieved",
+    "Rag",
     "TaskLora",
     "parse_method",
     "register",

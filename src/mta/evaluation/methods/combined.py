@@ -56,7 +56,7 @@ class _Prompted(OverMethod):
 
 
 @register
-class Retrieved(_Prompted):
+class Rag(_Prompted):
     """RAG: every prompt, of shots and of queries, starts with the ``k`` earlier items nearest by BM25.
 
     A shot sees only the shots before it.
@@ -70,7 +70,7 @@ class Retrieved(_Prompted):
 
 
 @register
-class Profile(_Prompted):
+class Pag(_Prompted):
     """PAG: every prompt starts with the base model's description of the person, and ``k`` retrieved items."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.20081"

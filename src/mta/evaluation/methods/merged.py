@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import model_validator
 
-from mta.bank.selection import select_anchors
+from mta.bank.anchors import select_anchors
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task

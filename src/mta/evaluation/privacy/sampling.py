@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.selection import pooled_candidates, pooled_items
+from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Privacy
 from mta.data.history import Item, Person
 from mta.data.splits import draw

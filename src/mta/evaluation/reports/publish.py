@@ -11,10 +11,10 @@ from typing import Any
 
 from mta.errors import DataError
 from mta.evaluation.experiments.results import (
-    BEFORE,
     CASE,
     FACTS,
     KIND,
+    META,
     RECIPE,
     SCORES,
     SIZES,
@@ -126,7 +126,7 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
             write_json(folder / name, value)
     recipe = found.folder / RECIPE
     copy_file(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
-    for name in (RUN, BEFORE):
+    for name in (RUN, META):
         if (found.folder / name).exists():
             copy_file(found.folder / name, folder / name)
     if texts:

@@ -9,10 +9,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mta.bank.build import remove_work
-from mta.bank.calibrate import calibrate
-from mta.bank.calibration import Calibration
+from mta.bank.calibration.calibrate import calibrate
+from mta.bank.calibration.crossfit import ENOUGH
+from mta.bank.calibration.people import calibration_people
+from mta.bank.calibration.result import Calibration
 from mta.bank.card import card
-from mta.bank.crossfit import ENOUGH
 from mta.bank.format import (
     CALIBRATING,
     CALIBRATION,
@@ -21,12 +22,11 @@ from mta.bank.format import (
     check_base,
     clear_stale,
     file_hashes,
-    named,
     read_adapters,
     read_info,
+    with_hash,
     write_info,
 )
-from mta.bank.newcomers import drawn
 from mta.config import CalibrationSettings, Run, StackSettings
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -81,7 +81,7 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     behind = {one.id for one in people if {"anchor", "task LoRA"} & {*info.members.artefacts_of(one.id)}}
     members = behind - unseen.keys()
-    outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
+    outside = calibration_people(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
     if len(outside) < min(ENOUGH, settings.people):
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
@@ -138,7 +138,7 @@ def _commit(
 ) -> None:
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-    without = named(info.model_copy(update={"calibration": None, "files": files}))
+    without = with_hash(info.model_copy(update={"calibration": None, "files": files}))
     _check_not_stopped(folder)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
@@ -150,7 +150,7 @@ def _commit(
         "files": info.files | file_hashes(folder, [CALIBRATION]),
         "calibration": found.info,
     }
-    whole = named(info.model_copy(update=changed))
+    whole = with_hash(info.model_copy(update=changed))
     write_text(folder / CARD, card(whole))
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import one_step
+from mta.bank.calibration.result import one_step
 from mta.bank.worker import open_worker
 from mta.config import Lora, Run
 from mta.data.tasks.prompt import Example
@@ -73,10 +73,10 @@ class Measure:
     tokens_per_batch: int = 2048
 
     @classmethod
-    def open(cls, run: Run, fingerprint: str, bank: LoraBatch, pooled: LoraBatch | None, tokens: int) -> Measure:
+    def open(cls, run: Run, fingerprint: str, bank: LoraBatch, task_lora: LoraBatch | None, tokens: int) -> Measure:
         """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
-        worker = open_worker(run, fingerprint, pooled)
-        shared = [Shared(worker.pooled)] if worker.pooled else []
+        worker = open_worker(run, fingerprint, task_lora)
+        shared = [Shared(worker.task_lora)] if worker.task_lora else []
         working = bank.to(worker.base.device, worker.base.dtype)
         return cls(worker.base, working, shared, run.stack.lora, tokens)
 
@@ -114,7 +114,7 @@ def key_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([example.tokens for example in examples]).encode()).hexdigest()
 
 
-def measured(measure: Measure, piece: Probe) -> Tensor:
+def run_probe(measure: Measure, piece: Probe) -> Tensor:
     """Return the result of a piece of work."""
     kinds = {"gradients": measure.gradients, "scores": measure.scores, "stacks": measure.stacks}
     return kinds[piece.kind](piece)

@@ -23,7 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import (
+from mta.bank.calibration.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
+from mta.bank.calibration.people import Subject
+from mta.bank.calibration.probes import COSTS, Kind, Probe
+from mta.bank.calibration.result import (
     BOUNDLESS,
     DEFAULTS,
     Calibration,
@@ -33,9 +36,6 @@ from mta.bank.calibration import (
     prior_of,
     solved,
 )
-from mta.bank.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
-from mta.bank.newcomers import Subject
-from mta.bank.probes import COSTS, Kind, Probe
 from mta.config import CalibrationSettings
 from mta.config.constants import SHOTS
 from mta.data.tasks.prompt import Example
@@ -55,11 +55,11 @@ class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
     ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``group`` (U,) numbers people
-    who share items alike, and ``fold`` (U,) is 0 or 1. ``pooled`` (U,) is the log-likelihood of people's later items
-    under the pooled model, and ``tokens`` (U,) their target tokens.
+    who share items alike, and ``fold`` (U,) is 0 or 1. ``pooled_loglik`` (U,) is the log-likelihood of people's later
+    items under the pooled model, and ``tokens`` (U,) their target tokens.
     """
 
-    known: Sequence[Subject]
+    subjects: Sequence[Subject]
     anchors: int
     settings: CalibrationSettings
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
@@ -71,38 +71,38 @@ class Calibrator:
     group: Tensor = field(init=False)
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
-    pooled: Tensor = field(init=False)
+    pooled_loglik: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.assign_folds()
 
     def assign_folds(self) -> None:
-        """Set what depends on ``known``: folds (people who share items are in one), target tokens, empty ``pooled``."""
-        names = [one.group or f"person {u}" for u, one in enumerate(self.known)]
+        """Set what depends on ``subjects``: folds (people who share items are in one), target tokens, and zeros."""
+        names = [one.group or f"person {u}" for u, one in enumerate(self.subjects)]
         numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
         self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
         self.fold = self.group % 2
         self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
-        self.pooled = torch.zeros_like(self.tokens)
+        self.pooled_loglik = torch.zeros_like(self.tokens)
 
     @property
     def queries(self) -> list[tuple[Example, ...]]:
         """Everybody's later items."""
-        return [one.queries for one in self.known]
+        return [one.queries for one in self.subjects]
 
     @property
     def shots(self) -> Tensor:
         """Everybody's number of earlier items, (U,)."""
-        return torch.tensor([len(one.shots) for one in self.known])
+        return torch.tensor([len(one.shots) for one in self.subjects])
 
     @property
     def planned(self) -> int:
         """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
-        queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
+        queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.subjects)
         counts = [n for n in SHOTS if n <= self.settings.shots]
         steps = self.settings.steps
         newton = (steps + 1) * COSTS["gradients"] * (shots + queries) + steps * len(LENGTHS) * queries
-        some = sum(min(len(one.shots), n) for one in self.known for n in counts)
+        some = sum(min(len(one.shots), n) for one in self.subjects for n in counts)
         stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
         return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
 
@@ -112,7 +112,7 @@ class Calibrator:
         if self.groups_with(1) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population = self.best_merge(first)
-        found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
+        found = self.gradients([one.shots for one in self.subjects], mu[1 - self.fold])
         prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if self.groups_with(n) >= ENOUGH]
@@ -131,7 +131,7 @@ class Calibrator:
             ridge=RIDGE,
             prior=prior,
             rate=rate,
-            people=len(self.known),
+            people=len(self.subjects),
             gains=tuple(self.gain_of(n, gain) for n, gain in gains.items()),
             stacked=tuple(self.gain_of(n, gain) for n, gain in stacked.items() if bool(gain.isfinite().all())),
             notes=notes,
@@ -144,23 +144,25 @@ class Calibrator:
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
-        found = self.gradients([one.all for one in self.known], torch.zeros(len(self.known), self.anchors).double())
+        found = self.gradients(
+            [one.all for one in self.subjects], torch.zeros(len(self.subjects), self.anchors).double()
+        )
         whole = [all(bool(part.isfinite().all()) for part in one) for one in found]
         if lost := whole.count(False):
-            self.known = [one for one, kept in zip(self.known, whole) if kept]
+            self.subjects = [one for one, kept in zip(self.subjects, whole) if kept]
             found = [one for one, kept in zip(found, whole) if kept]
             self.assign_folds()
-        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
-        self.pooled = torch.tensor(later).double()
+        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.subjects)]
+        self.pooled_loglik = torch.tensor(later).double()
         return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
 
     def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
         """Return the documented defaults: no population merge, and F from the few people there are."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
-        few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
+        few = f"{len(self.subjects)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
-        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note, *notes)})
+        info = DEFAULTS.model_copy(update={"people": len(self.subjects), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
     def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +171,9 @@ class Calibrator:
         The lengths of the Newton steps are chosen on the later items of the other fold.
         """
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
-        best, curvature = torch.zeros(len(self.known)).double(), mu.new_zeros(2, self.anchors, self.anchors)
+        best, curvature = torch.zeros(len(self.subjects)).double(), mu.new_zeros(2, self.anchors, self.anchors)
         for number in range(self.settings.steps + 1):
-            found = self.gradients([one.all for one in self.known], mu[self.fold]) if number else first
+            found = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
             rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             if number == self.settings.steps:
@@ -246,12 +248,12 @@ class Calibrator:
 
     def gains(self, w: Tensor) -> Tensor:
         """Return each person's gain over the pooled model with coefficients ``w``, per token of their queries, (U,)."""
-        return (torch.cat(self._measured("scores", self.queries, w)) - self.pooled) / self.tokens
+        return (torch.cat(self._measured("scores", self.queries, w)) - self.pooled_loglik) / self.tokens
 
     def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
         """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
-        found = self._measured("stacks", [one.shots[-shots:] for one in self.known], w, rates)
-        return (torch.cat(found) - self.pooled[:, None]) / self.tokens[:, None]
+        found = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
+        return (torch.cat(found) - self.pooled_loglik[:, None]) / self.tokens[:, None]
 
     def _measured(
         self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()

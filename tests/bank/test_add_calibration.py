@@ -12,11 +12,11 @@ from conftest import people_of
 from filelock import FileLock
 
 import mta
-from mta.bank import format, recalibrate
-from mta.bank.crossfit import Calibrator
+from mta.bank import add_calibration, format
+from mta.bank.calibration.crossfit import Calibrator
+from mta.bank.calibration.people import Subject, calibration_people
+from mta.bank.calibration.probes import Measure
 from mta.bank.format import mark_stale, read_info, stale, verify
-from mta.bank.newcomers import Subject, drawn
-from mta.bank.probes import Measure
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -108,7 +108,7 @@ def interrupt(*_: object) -> None:
 def test_results_for_other_coefficients_are_not_taken_over(folder, base, tmp_path, monkeypatch):
     whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
     with monkeypatch.context() as patched:  # an older version, which tried other lengths
-        patched.setattr("mta.bank.crossfit.LENGTHS", (0.1, 0.2))
+        patched.setattr("mta.bank.calibration.crossfit.LENGTHS", (0.1, 0.2))
         patched.setattr(Measure, "stacks", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrated(folder, base)
@@ -144,7 +144,7 @@ def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_ag
     calls = []
 
     def counted(name):
-        original = getattr(recalibrate, name)
+        original = getattr(add_calibration, name)
 
         def one(path, *rest):
             if str(path).endswith(("calibrating", "build-in-progress")):
@@ -158,7 +158,7 @@ def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_ag
 
     with monkeypatch.context() as patched:
         for name in ("write_tensors", "write_text", "write_info", "clear_stale", "remove_work"):
-            patched.setattr(recalibrate, name, counted(name))
+            patched.setattr(add_calibration, name, counted(name))
         with contextlib.suppress(KeyboardInterrupt):
             calibrated(folder, base)
     bank = mta.Bank.open(folder / "bank", base, full=True)
@@ -235,21 +235,21 @@ def test_a_calibration_killed_after_a_person_was_forgotten_leaves_nothing_of_the
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", forget_before_the_second)
-    monkeypatch.setattr(recalibrate, "_check_not_stopped", killed)
+    monkeypatch.setattr(add_calibration, "_check_not_stopped", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrated(folder, base)
     assert not list((folder / "bank").glob("work/*"))
 
 
 def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch):
-    write_info = recalibrate.write_info
+    write_info = add_calibration.write_info
 
     def forget_first(path, info):
         if info.calibration:
             forget_person(OTHERS[0].id, None, folder / "bank")
         write_info(path, info)
 
-    monkeypatch.setattr(recalibrate, "write_info", forget_first)
+    monkeypatch.setattr(add_calibration, "write_info", forget_first)
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
         calibrated(folder, base)
     bank = mta.Bank.open(folder / "bank", base, full=True)
@@ -261,13 +261,13 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
 
 def test_a_mark_set_while_a_calibration_ends_is_kept(folder, base, monkeypatch):
     calibrated(folder, base)
-    clear = recalibrate.clear_stale
+    clear = add_calibration.clear_stale
 
     def forget_first(*args):
         forget_person(OTHERS[0].id, None, folder / "bank")
         clear(*args)
 
-    monkeypatch.setattr(recalibrate, "clear_stale", forget_first)
+    monkeypatch.setattr(add_calibration, "clear_stale", forget_first)
     with pytest.raises(BankError, match="a person was forgotten"):
         calibrated(folder, base)
     assert read_info(folder / "bank").calibration is None
@@ -327,7 +327,10 @@ def article(number):
 def test_members_of_the_bank_and_shared_items_are_left_out_but_not_the_people_who_hold_them():
     people = [Person(f"p{n}", tuple(article(10 * n + k) for k in range(4))) for n in range(6)]
     chain = [replace(one, items=(*one.items, article(10 * n + 10)), group="p0") for n, one in enumerate(people)]
-    found = {one.id: one.items for one in drawn(chain, {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})}
+    found = {
+        one.id: one.items
+        for one in calibration_people(chain, {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})
+    }
     assert found.keys() == {"p1", "p2", "p3", "p4", "p5"}
     for person in people[1:5]:
         assert found[person.id] == person.items[1:]  # the first belongs to the one before, the last to the next
@@ -337,14 +340,14 @@ def test_members_of_the_bank_and_shared_items_are_left_out_but_not_the_people_wh
 def test_people_with_nearly_the_items_of_a_member_are_left_out():
     people = [Person(f"p{n}", tuple(article(20 * n + k) for k in range(12))) for n in range(3)]
     twin = Person("twin", (*people[0].items, article(99), article(98)))
-    found = drawn([*people, twin], {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})
+    found = calibration_people([*people, twin], {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})
     assert {one.id for one in found} == {"p1", "p2"}
 
 
 def test_only_items_that_the_task_lora_did_not_see_are_measured():
     people = [Person(f"p{n}", tuple(article(10 * n + k) for k in range(6))) for n in range(3)]
     shared = replace(people[1], items=(people[2].items[4], *people[1].items[1:]))
-    seen = drawn([people[0], shared, people[2]], set(), RUN.calibration, 0, HEADLINES, {"p1": 4, "p2": 3})
+    seen = calibration_people([people[0], shared, people[2]], set(), RUN.calibration, 0, HEADLINES, {"p1": 4, "p2": 3})
     found = {one.id: one.items for one in seen}
     assert found == {"p0": people[0].items, "p1": people[1].items[1:4], "p2": people[2].items[:3]}
 
@@ -353,7 +356,7 @@ def test_twins_of_people_who_train_the_task_lora_are_not_measured():
     people = [Person(f"p{n}", tuple(article(20 * n + k) for k in range(12))) for n in range(3)]
     twin = Person("twin", (*people[0].items[2:], article(99), article(98)))
     unseen = {"p0": 4, "p1": 4, "twin": 4}
-    found = drawn([*people, twin], set(), RUN.calibration, 0, HEADLINES, unseen)
+    found = calibration_people([*people, twin], set(), RUN.calibration, 0, HEADLINES, unseen)
     assert {one.id for one in found} == {"p1", "p2"}
 
 

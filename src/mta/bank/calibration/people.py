@@ -28,7 +28,7 @@ class Subject:
         return self.shots + self.queries
 
 
-def drawn(
+def calibration_people(
     people: Sequence[Person],
     members: Set[str],
     settings: CalibrationSettings,
@@ -54,7 +54,7 @@ def drawn(
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
-def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
+def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
     """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
 
     Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import Calibration
-from mta.bank.crossfit import PIECE, Calibrator
-from mta.bank.newcomers import Subject, known_people
-from mta.bank.probes import Measure, Probe, measured
+from mta.bank.calibration.crossfit import PIECE, Calibrator
+from mta.bank.calibration.people import Subject, subjects_of
+from mta.bank.calibration.probes import Measure, Probe, run_probe
+from mta.bank.calibration.result import Calibration
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -48,19 +48,20 @@ def calibrate(
     checkpoint: Callable[[str], Checkpoint] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Calibration:
-    """Calibrate a bank of ``anchors`` over ``task_lora`` on ``people`` (``drawn``), whose items are behind neither.
+    """Calibrate a bank of ``anchors`` over ``task_lora`` on ``people``, whose items are behind neither.
 
-    ``checkpoint`` returns where the result of a piece of work is kept, by its name: an interrupted calibration resumes.
+    ``people`` are those of ``calibration_people``. ``checkpoint`` returns where the result of a piece of work is kept,
+    by its name: an interrupted calibration resumes.
     Raises BankError if the work fails, and MemoryBudgetError.
     """
-    known = known_people(base, task, people, run.calibration)
-    working, pooled = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
-    plan = plan_of(base, known, len(anchors), run)
+    subjects = subjects_of(base, task, people, run.calibration)
+    working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
+    plan = plan_of(base, subjects, len(anchors), run)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
-    here = Measure(base, working, [Shared(pooled)] if pooled else [], run.stack.lora, tokens)
+    here = Measure(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
     elsewhere = partial(
-        Measure.open, base.as_loaded(run), base.fingerprint, anchors.to(cpu), pooled and pooled.to(cpu), tokens
+        Measure.open, base.as_loaded(run), base.fingerprint, anchors.to(cpu), task_lora and task_lora.to(cpu), tokens
     )
     chosen = executor or LocalExecutor()
 
@@ -73,26 +74,34 @@ def calibrate(
                 yield piece, saved[0]["found"]
             else:
                 missing.append(piece)
-        for outcome in chosen.run(measured, missing, here, elsewhere):
+        for outcome in chosen.run(run_probe, missing, here, elsewhere):
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
-    made = Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together)
-    if base.device.type == "cpu" and known:
+    made = Calibrator(
+        subjects,
+        anchors=len(anchors),
+        settings=run.calibration,
+        measure=measure,
+        on_step=on_step,
+        stacks=run.stack.enabled,
+        together=together,
+    )
+    if base.device.type == "cpu" and subjects:
         seconds = _expected_seconds(base, made, len(anchors) * anchors.rank, tokens)
-        log.info("calibration: %d people, about %s in one process here", len(known), human_seconds(seconds))
+        log.info("calibration: %d people, about %s in one process here", len(subjects), human_seconds(seconds))
     return made.run()
 
 
-def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -> Plan:
+def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run) -> Plan:
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
     width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
     sizes = ParameterCounts(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
-    jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
+    jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     if not jobs:
         return Plan((), 0, 1, 0)
     return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=PIECE)
@@ -100,7 +109,7 @@ def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -
 
 def _expected_seconds(base: BaseModel, planned: Calibrator, ranks: int, tokens_per_batch: int) -> float:
     """Return the time of a calibration on this CPU with ``ranks`` shared ranks, by the rate of its matrix products."""
-    examples = sum(len(one.all) for one in planned.known)
-    tokens = sum(len(row.tokens) for one in planned.known for row in pack_for(base, one.all, tokens_per_batch))
+    examples = sum(len(one.all) for one in planned.subjects)
+    tokens = sum(len(row.tokens) for one in planned.subjects for row in pack_for(base, one.all, tokens_per_batch))
     linear = sum(d * o for d, o in base.targets.values()) + ranks * base.footprint.sums.width
     return planned.planned * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))

@@ -1,0 +1,100 @@
+"""Stage 1: choose the people who become anchors, and train a meta-LoRA on each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mta.bank.context import BuildContext
+from mta.bank.worker import LoraPiece
+from mta.config import BankSettings
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.errors import InputError
+from mta.lora.batch import LoraBatch, concatenate
+from mta.model.encoders import Encoder, encode_people
+from mta.system.progress import Step
+from mta.training.plan import Plan
+from mta.training.trainer import Job
+
+CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank that determine the anchors
+
+
+def choose_anchors(
+    task: Task, encoder: Encoder, candidates: Sequence[Person], settings: BankSettings, seed: int
+) -> tuple[list[Person], Tensor, list[int]]:
+    """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
+    able = [person for person in candidates if len(person.items) >= settings.min_items]
+    vectors = encode_people(encoder, task, able, settings.encode) if able else torch.empty(0, 0)
+    return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
+
+
+def select_anchors(
+    candidates: Sequence[Person],
+    vectors: Tensor,
+    anchors: int,
+    seed: int,
+    *,
+    share: int = 4,
+    choose: Literal["active", "central", "random"] = "active",
+) -> list[int]:
+    """Return the indices of the anchors among the candidates, ascending.
+
+    Clusters ``vectors`` (U, E) by k-means, and takes from each cluster the person with the most items (``active``),
+    nearest to the center (``central``), or drawn by the seed (``random``); on ties, the smaller id.
+    There is at most one anchor per ``share`` candidates; raises InputError if that leaves no anchor.
+    Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice.
+    """
+    from sklearn.cluster import KMeans
+
+    clusters = min(anchors, len(candidates) // share)
+    if clusters < 1:
+        raise InputError(
+            f"{len(candidates)} candidates for anchors; at least {share} are needed, "
+            f"and {share * anchors} for {anchors} anchors",
+            hint="Give more people, or lower bank.anchors and bank.min_items.",
+        )
+    means = KMeans(clusters, n_init=4, random_state=seed)
+    labels = torch.from_numpy(means.fit_predict(vectors.double().numpy()))
+    distances = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1)
+
+    def rank(i: int) -> float:
+        if choose == "active":
+            return -len(candidates[i].items)
+        draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()
+        return float(distances[i]) if choose == "central" else int.from_bytes(draw[:6], "big")
+
+    return sorted(
+        min((int(i) for i in (labels == c).nonzero()), key=lambda i: (rank(i), candidates[i].id))
+        for c in range(clusters)
+        if bool((labels == c).any())
+    )
+
+
+def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None) -> LoraBatch:
+    """Return the meta-LoRAs, one for each job. Trained cohorts are saved, so that a resumed build does not repeat them.
+
+    Source: arXiv:2511.20072, stage 1. Raises BankError.
+    """
+    pieces = [
+        LoraPiece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
+        for number, cohort in enumerate(plan.cohorts)
+    ]
+    results = {piece.name: context.checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
+    found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
+    done = sum(len(piece) for piece in pieces if piece.name in found)
+    missing = [piece for piece in pieces if piece.name not in found]
+    for piece, trained in context.train(missing, plan.digest, task_lora):
+        found[piece.name] = trained.tensors()
+        results[piece.name].save(found[piece.name], {})
+        context.checkpoint(plan.digest, piece.name).remove()
+        done += len(piece)
+        if not context.executor.in_process:
+            context.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
+    scale = context.run.bank.lora.scale
+    loras = [LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces]
+    return concatenate(loras).in_order(context.base.targets)

@@ -1,0 +1,73 @@
+"""What the stages of a build share: settings, the folder, and how LoRAs are planned, trained, and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece
+from mta.config import Lora, Run, parse_size
+from mta.data.history import Item
+from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor
+from mta.errors import BankError, DataError
+from mta.lora.batch import LoraBatch
+from mta.model.base import BaseModel
+from mta.model.footprint import ParameterCounts
+from mta.system.progress import OnStep
+from mta.tracking.run_folder import RunFolder
+from mta.training.checkpoint import Checkpoint
+from mta.training.plan import Plan, parameters_of, plan_cohorts
+from mta.training.trainer import Job
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """A bank under construction; ``out/work`` holds markers, checkpoints, and finished anchors until it is complete."""
+
+    base: BaseModel
+    task: Task
+    run: Run
+    out: Path
+    work: str
+    training_key: str  # the work key of stages 0 and 1, which do not depend on the calibration
+    executor: Executor
+    record: RunFolder
+
+    def job(self, key: str, items: Iterable[Item]) -> Job:
+        """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
+        try:
+            return Job(key, [self.base.prompts.example(self.task, item) for item in items])
+        except DataError as error:
+            raise DataError(f"items of {key}: {error.message}", hint=error.hint) from None
+
+    def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
+        """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
+        below = ParameterCounts(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
+        numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
+        return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
+
+    def train(
+        self, pieces: Sequence[LoraPiece], plan: str, task_lora: LoraBatch | None = None, on_step: OnStep | None = None
+    ) -> Iterator[tuple[LoraPiece, LoraBatch]]:
+        """Train pieces on the executor over ``task_lora``; yield each with its LoRAs. Raises BankError."""
+        self.record.stage_begins()
+        local = BankWorker(self.base, self.run, task_lora, partial(self.checkpoint, plan), on_step or self.record.step)
+        on_cpu = task_lora and task_lora.to(torch.device("cpu"))
+        remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
+        for found in self.executor.run(train_piece, pieces, local, remote):
+            if found.result is None:
+                hint = "Fix this, and build again: it resumes."
+                raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)
+            yield found.piece, found.result
+
+    def checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
+        """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
+        key = self.work if plan == "calibration" else self.training_key
+        work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
+        return Checkpoint(self.out / "work" / f"{name}.{kind}", work)

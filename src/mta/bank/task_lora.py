@@ -1,0 +1,163 @@
+"""Stage 0: choose the items that train the task LoRA, and train it while held-out people gain."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+
+from mta.bank.context import BuildContext
+from mta.bank.format import TASK_LORA
+from mta.bank.worker import LoraPiece
+from mta.config import TaskLoraSettings
+from mta.data.history import Item, Person
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Shared
+from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
+from mta.system.atomic import copy_file, unfinished_in, write_text
+from mta.system.progress import Step
+from mta.training.scoring import mean_nll
+from mta.training.trainer import Job
+
+LOSSES = "held-out losses of the task LoRA"  # one for each round, in run.json
+_TESTED = 256  # held-out items of the task LoRA, at most
+
+
+def pooled_candidates(candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings) -> list[Person]:
+    """Return the candidates who train the task LoRA, too, with the items that may.
+
+    These are all items of the ``anchors`` (ids), and of others those that they do not keep back.
+    Source: our choice; measured in docs/decisions/023-everyone-trains.md.
+    """
+    count = settings.kept_back
+    if count is None:
+        return []
+    shared = (person if person.id in anchors else not_kept_back(person, count) for person in candidates)
+    return [person for person in shared if person.items]
+
+
+def not_kept_back(person: Person, count: int) -> Person:
+    """Return the person without the first ``count`` items, and without later copies of these."""
+    first = {_fields(item) for item in person.items[:count]}
+    return replace(person, items=tuple(item for item in person.items[count:] if _fields(item) not in first))
+
+
+def _fields(item: Item) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(item.fields.items()))
+
+
+def pooled_items(
+    people: Sequence[Person],
+    settings: TaskLoraSettings,
+    seed: int,
+    held_out: Sequence[Person] = (),
+    candidates: Sequence[Person] = (),
+) -> tuple[list[Item], list[Item]]:
+    """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
+
+    At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
+    people or more, a tenth of them is held out, or ``held_out``. People who share items with each other count as one.
+    The ``candidates`` train, too, and are not held out: later stages learn from them.
+    The choice does not depend on the order of people. Source: our choice.
+    """
+    held = _held_out(people, seed) if settings.rounds > 1 and not held_out else set()
+    rest = [person for person in (*people, *candidates) if _group(person) not in held]
+    held_out = held_out or [person for person in people if _group(person) in held]
+    trained, tested = _pooled(rest, settings, seed), _pooled(held_out, settings, seed)
+    return trained[: settings.items], tested[:_TESTED]
+
+
+def _held_out(people: Sequence[Person], seed: int) -> set[str]:
+    groups = {_group(person) for person in people}
+    count = len(groups) // 10 if len(groups) >= 20 else 0
+    return set(sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/held out/{group}".encode()).digest())[:count])
+
+
+def _group(person: Person) -> str:
+    return person.group or person.id
+
+
+def _pooled(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
+    def draw(person: Person, place: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{person.id}/{place}".encode()).digest()
+
+    ranked: list[tuple[int, bytes, Item]] = []
+    for person in people:
+        draws = sorted((draw(person, place), place) for place in range(len(person.items)))
+        ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[: settings.per_person])]
+    # Each person's first item comes before any second item, so that people have similar numbers of items.
+    ranked.sort(key=lambda entry: entry[:2])
+    return [item for _, _, item in ranked]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train_task_lora(
+    context: BuildContext, items: Sequence[Item], held_out: Sequence[Item], given: Path | None = None
+) -> LoraBatch:
+    """Return the task LoRA: trained on ``items``, or copied from the folder ``given``. A finished one is read again.
+
+    Source: our choice; several rounds: docs/decisions/022-rounds.md. Raises BankError.
+    """
+    folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
+    if not done.is_file() or done.read_text() != context.training_key:
+        if given:
+            for temporary in unfinished_in(folder, "*"):  # of a killed copy
+                temporary.unlink()
+            for name in (CONFIG, WEIGHTS):
+                copy_file(given / name, folder / name)
+        else:
+            trained = _train_rounds(context, items, held_out)
+            write_peft(folder, trained, context.base.name, fan_in_fan_out=context.base.fan_in_fan_out)
+        write_text(done, context.training_key)
+    return read_peft(folder).to(context.base.device)
+
+
+def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
+    """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
+    job, held = context.job("task", items), context.job("held out", held_out)
+    # Both are planned before the first round, which may take hours: too little memory fails at once.
+    tokens = context.plan([job], context.run.task_lora.lora).tokens_per_batch
+    if not held.examples:
+        return _train_round(context, 0, 1, job, tokens)
+    tested = context.plan([held], context.run.task_lora.lora).tokens_per_batch
+    most, losses, best = context.run.task_lora.rounds, list[float](), None
+    for number in range(most):
+        found = _train_round(context, number, most, job, tokens, best)
+        losses.append(_loss(context, found, held, tested))
+        if best and not losses[-1] < min(losses[:-1]):
+            break
+        best = found
+    context.record.about[LOSSES] = losses
+    assert best is not None  # there is at least one round
+    return best
+
+
+def _train_round(
+    context: BuildContext, number: int, most: int, job: Job, tokens: int, start: LoraBatch | None = None
+) -> LoraBatch:
+    """Train the task LoRA once over all items, from ``start``; a finished round is saved until the bank is."""
+    name = f"task-{number}" if number else "task"
+    result = context.checkpoint("", name, "safetensors")
+    if saved := result.load():
+        return LoraBatch.of_tensors(saved[0], context.run.task_lora.lora.scale).in_order(context.base.targets)
+
+    def on_step(stage: str, step: Step) -> None:  # progress counts all rounds that there may be
+        each = step.examples_total
+        context.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
+
+    piece = LoraPiece(name, "task LoRA", (replace(job, key=name),), tokens, start)
+    ((_, found),) = context.train([piece], "", on_step=on_step)
+    result.save(found.tensors(), {})
+    context.checkpoint("", name).remove()
+    if not context.executor.in_process:
+        context.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
+    return found
+
+
+def _loss(context: BuildContext, task_lora: LoraBatch, job: Job, tokens: int) -> float:
+    """Return the loss of a job's examples per target token."""
+    over = [Shared(task_lora.to(context.base.device, context.base.dtype))]
+    return mean_nll(context.base, [job], over, tokens_per_batch=tokens)[0]
