@@ -71,8 +71,9 @@ def stepped(scheduler):
 
 
 def waited(ask, seconds=600):
-    """What ``ask`` returns as soon as its status is neither waiting nor running."""
+    """What ``ask`` returns as soon as its status is neither waiting nor running; fails after ``seconds``."""
     until = time.monotonic() + seconds
-    while (found := ask())["status"] in ("waiting", "running") and time.monotonic() < until:
+    while (found := ask())["status"] in ("waiting", "running"):
+        assert time.monotonic() < until, found
         time.sleep(0.05)
     return found

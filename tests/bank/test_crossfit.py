@@ -101,6 +101,29 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
     assert not torch.allclose(steps[0].w[1::2], steps[1].w[1::2])
 
 
+def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch):
+    """Their shots' gradients, and where mu is best for all, the merge below their stacks, too."""
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(w > 5, -1.0, w.abs()).sum(1))
+    own = Calibrator.coefficients
+    monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + own(*words))  # never better than mu
+    people, models, probes = known(12), Measure(*scene), list[Probe]()
+
+    def note(pieces):
+        probes.extend(pieces)
+        return [(piece, run_probe(models, piece)) for piece in pieces]
+
+    calibrated(scene, people, note)
+    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    mu, *_ = steps.best_merge(steps.first_pass()[0])
+    assert not torch.allclose(mu[0], mu[1])
+    others = mu[1 - steps.fold]
+    shots = [p for p in probes if p.kind == "gradients" and p.examples[0] == people[0].shots]
+    near(torch.cat([p.w for p in shots]), others)
+    stacks = [p for p in probes if p.kind == "stacks"]
+    near(torch.cat([p.w for p in stacks]), others.repeat(len(stacks), 1))
+    assert stacks
+
+
 @pytest.mark.parametrize("people", [0, 1, ENOUGH - 1])
 def test_too_few_people_give_the_documented_defaults(scene, people):
     found = calibrated(scene, known(people))

@@ -77,6 +77,7 @@ def test_the_installed_command_is_the_same_function():
     from mta.cli import main
 
     installed = [entry.load() for entry in entry_points(group="console_scripts", name="mta")]
+    assert installed
     assert all(function is main for function in installed)
 
 

@@ -273,10 +273,11 @@ def test_a_running_answer_keeps_its_version_after_an_update(engines, world):
     old = world.renew("ann", 20)
 
     async def updated(engine):
-        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(4)), old, 60)))
-        await begun(engine, lambda: None, [running])
-        assert not running.done()
-        new = world.renew("ann", 21)
+        with paced(engine) as step:
+            running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(4)), old, 60)))
+            await begun(engine, step, [running])
+            assert not running.done()
+            new = world.renew("ann", 21)
         return new, await collect(engine, Ask(tuple(prompt_of(4)), new, COUNT)), await running
 
     new, after, before = run(engines, updated)
@@ -388,9 +389,10 @@ def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
 
 def test_a_closing_engine_finishes_running_answers_and_accepts_no_new_ones(engines, world):
     async def closed(engine):
-        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(8)), TASK, 100)))
-        await begun(engine, lambda: None, [running])
-        assert not running.done()
+        with paced(engine) as step:
+            running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(8)), TASK, 100)))
+            await begun(engine, step, [running])
+            assert not running.done()
         await engine.close()
         with pytest.raises(EngineGone):
             await collect(engine, Ask(tuple(prompt_of(8)), TASK, 3))

@@ -6,10 +6,11 @@
 import asyncio
 import os
 import time
+from collections import Counter
 
 import pytest
 import torch
-from test_isolation import World, storm
+from test_isolation import World, storm, wrong_in
 
 from mta.bank.bank import Bank
 from mta.config import Lora, Run, Training
@@ -60,10 +61,7 @@ class Secrets(World):
         return self.asked
 
     def renew(self, person, seed):
-        state, word = self.taught[person, seed % 2]
-        version = self.store.save(person, state)
-        self.words[person, version] = word
-        return version
+        return self.keep(person, *self.taught[person, seed % 2])
 
 
 @pytest.fixture
@@ -87,14 +85,13 @@ def test_no_model_says_another_persons_word(secrets):
 
     async def go():
         engine = EmbeddedEngine(base, world.bank, world.store, slots=8, length=64, activated=4)
-        count, wrong, turn = 0, [], 0
+        found, turn = Counter(), 0
         while time.monotonic() < end:
-            more, found = await storm(engine, world, rounds=7, at_once=24, people=PEOPLE, seed=turn)
-            count, wrong, turn = count + more, wrong + found, turn + 1
+            found, turn = found + await storm(engine, world, rounds=7, at_once=24, people=PEOPLE, seed=turn), turn + 1
         await engine.close()
-        return count, wrong
+        return found
 
-    count, wrong = asyncio.run(go())
-    print(f"{count} answers of SmolLM2, {len(wrong)} of them wrong")  # noqa: T201
-    assert wrong == []
-    assert count > 100
+    found = asyncio.run(go())
+    print(f"answers of SmolLM2: {dict(found)}")  # noqa: T201
+    assert wrong_in(found) == []
+    assert found["right"] > 50

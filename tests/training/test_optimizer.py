@@ -1,5 +1,7 @@
 """The batched AdamW against torch's, one optimizer per person."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +12,8 @@ from mta.config import Training
 from mta.training.optimizer import BatchedAdamW, learning_rate
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
-    training = Training(lr=0.03, schedule=schedule, warmup=0.3, weight_decay=0.1, clip=0.5, eps=1e-8)
+def test_equals_torch_adamw_with_a_schedule_and_clipping():
+    training = Training(lr=0.03, schedule="linear", warmup=0.3, weight_decay=0.1, clip=0.5, eps=1e-8)
     g = torch.Generator().manual_seed(0)
     values = torch.randn(4, 37, generator=g, dtype=torch.float64)
     steps = [9, 5, 9, 7]
@@ -43,6 +44,7 @@ def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
     [
         ("linear", lambda s: (s + 1) / 3 if s < 3 else 1 - (s - 3) / 7),
         ("constant", lambda s: (s + 1) / 3 if s < 3 else 1.0),
+        ("cosine", lambda s: (s + 1) / 3 if s < 3 else (1 + math.cos(math.pi * (s - 3) / 7)) / 2),
     ],
 )
 def test_schedules(schedule, reference):

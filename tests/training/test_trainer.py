@@ -1,5 +1,9 @@
 """Lock-step training against one person at a time: the same weights, whoever else is in the cohort."""
 
+import math
+import os
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,12 +77,14 @@ def test_people_can_share_a_frozen_adapter():
     assert difference(found, expected) < 1e-10
 
 
-def test_equals_torch_with_peft_a_plain_loop():
-    """The whole trainer against peft.PeftModel, cross entropy per example and torch.optim.AdamW."""
+@pytest.mark.parametrize("size", [8, 3])
+def test_equals_torch_with_peft_a_plain_loop(size):
+    """The whole trainer against peft.PeftModel, cross entropy per example, torch.optim.AdamW, and a written schedule."""
     import peft
 
     base, jobs = base_of(), jobs_of(4)
-    training = Training(lr=1e-2, steps=5, batch_size=8, clip=0.05)
+    training = Training(lr=1e-2, steps=5, batch_size=size, clip=0.05, schedule="cosine", warmup=0.4, weight_decay=0.1)
+    rates = [0.5e-2, 1e-2, *(1e-2 * (1 + math.cos(math.pi * n / 3)) / 2 for n in range(3))]
     start = start_of(base, jobs)
     ours = train_loras(base, jobs, start, training)
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=list(base.targets))
@@ -87,10 +93,10 @@ def test_equals_torch_with_peft_a_plain_loop():
     for name, layer in layers.items():
         layer.lora_A["default"].weight.data = start.factors[name].a[0].clone()
     learnt = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=training.lr, weight_decay=0.0)
-    for _ in range(5):
+    optimizer = torch.optim.AdamW(learnt, lr=training.lr, weight_decay=0.1)
+    for step, rate in enumerate(rates):
         total, count = 0.0, 0
-        for example in jobs[0].examples:
+        for example in batch_of(jobs[0], step, size, seed=0):
             table = model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
             places = torch.arange(example.target_start, len(example.tokens))
             total = total - table[places - 1, torch.tensor(example.target)].sum()
@@ -98,6 +104,7 @@ def test_equals_torch_with_peft_a_plain_loop():
         optimizer.zero_grad()
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(learnt, training.clip)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     for name, layer in layers.items():
         torch.testing.assert_close(ours.factors[name].a[0], layer.lora_A["default"].weight.data, rtol=0, atol=1e-9)
@@ -161,6 +168,19 @@ def test_a_checkpoint_of_other_work_or_cut_short_is_not_used(tmp_path):
     assert Checkpoint(path, "one").load() is not None
     path.write_bytes(path.read_bytes()[:-5])
     assert Checkpoint(path, "one").load() is None
+    path.write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    assert Checkpoint(path, "one").load() is None
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
 
 
 def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():

@@ -67,7 +67,7 @@ class _Lengths:
 
 def parameters_of(base: BaseModel, lora: Lora) -> int:
     """Return the number of parameters of one LoRA."""
-    return lora.rank * sum(map(sum, base.targets.values()))
+    return lora.rank * base.footprint.sums.width
 
 
 def plan_cohorts(
