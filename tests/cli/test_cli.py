@@ -57,8 +57,10 @@ def test_data_describe_reports_that_no_items_are_shared(world):
     assert "shared items: none" in mta("data", "describe", world.new, *TASK).out
 
 
-def test_data_show_prints_the_prompt_and_marks_the_target(world):
-    said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
+def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
+    with monkeypatch.context() as patched:  # a prompt needs no weights
+        patched.setattr("mta.model.base.BaseModel.of", None)
+        said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
     assert said.startswith("<|start|>user\nHow many stars")
     assert '"Zorblax 31" (Drama)' in said
     assert "<|start|>assistant\n⟦2<|end|>⟧\n" in said

@@ -14,10 +14,10 @@ from conftest import people_of, personalizer
 from stores import state
 
 from mta.bank.bank import Bank
-from mta.bank.format import INFO, STALE, mark_stale, note_published, published, read_info, stale
+from mta.bank.format import CALIBRATING, INFO, STALE, mark_stale, note_published, published, read_info, stale
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft
-from mta.personalize import forget_person
+from mta.personalize import Personalizer, forget_person
 from mta.store import Store, exports, tombstones
 from mta.store.maintenance import check, collect
 from mta.system.storage import Storage
@@ -89,6 +89,42 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
     again = personal.forget(MEMBER.id)
     assert (again.states_removed, again.unmarked, again.complete) == (False, {}, True)
     assert stale(bank) == ["task LoRA"]
+
+
+def test_the_bank_before_is_marked_too(own_bank, tmp_path):
+    base, bank = own_bank
+    older = Bank.open(shutil.copytree(bank.folder, tmp_path / "older"), base)
+    personal = Personalizer(base, bank, tmp_path / "people", older=older.folder)
+    assert personal.forget(MEMBER.id).needs_rebuild == ["task LoRA"]
+    assert stale(bank.folder) == stale(older.folder) == ["task LoRA"]
+
+
+@pytest.mark.parametrize("closed", ["folder", "work"])
+def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_bank, tmp_path, monkeypatch, closed):
+    base, bank = own_bank
+    personal = personalizer(base, bank, store=tmp_path / "people")
+    personal.personalize([MEMBER])
+    running = bank.folder / CALIBRATING
+    running.parent.mkdir()
+    running.touch()
+    if closed == "work":  # as on a read-only disk
+        monkeypatch.setattr("mta.bank.format.shutil.rmtree", lambda *_, **how: None)
+    else:  # as where another account's folder is closed
+
+        def exists(path):
+            if path == running:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return os.path.lexists(path)
+
+        monkeypatch.setattr(Path, "exists", exists)
+    found = personal.forget(MEMBER.id)
+    monkeypatch.undo()
+    assert found.states_removed
+    assert list(found.unmarked) == [str(bank.folder)]
+    assert not found.complete
+    assert personal.forget(MEMBER.id).complete
+    assert not running.exists()
+    assert stale(bank.folder) == ["task LoRA"]
 
 
 def test_a_read_only_bank_that_is_marked_already_is_no_failure(own_bank):

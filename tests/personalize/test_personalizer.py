@@ -13,7 +13,7 @@ from tiny import base_of
 from mta import BASE, TASK
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
-from mta.errors import BankMismatch, DataError, Diverged, MemoryBudgetError, PersonNotFound, StoreError
+from mta.errors import BankMismatch, DataError, Diverged, InputError, MemoryBudgetError, PersonNotFound, StoreError
 from mta.personalize import Personalizer, stages
 from mta.personalize.likelihoods import shots_of
 from mta.personalize.pipeline import Personalized
@@ -307,6 +307,14 @@ def test_a_person_given_twice_is_an_error(tiny):
 def test_a_question_without_its_fields_is_an_error(known):
     with pytest.raises(DataError):
         known.generate([("x0", {"title": "no genres"})])
+    with pytest.raises(DataError, match="the fields of a question are texts; title is 5"):
+        known.generate([("x0", {"title": 5, "genres": "Crime"})])
+
+
+def test_an_answer_that_leaves_no_room_for_its_question_is_an_error(known):
+    most = known.base.prompts.max_tokens
+    with pytest.raises(InputError, match=f"answers of {most} tokens leave no room"):
+        known.generate([("x0", QUESTION)], max_new_tokens=most)
 
 
 def test_the_banks_settings_are_used_unless_others_are_given(tiny):

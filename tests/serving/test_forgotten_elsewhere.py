@@ -19,6 +19,8 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
 from mta.personalize.stages import Stages
+from mta.serving.api.histories import Histories
+from mta.serving.api.service import NeedsRebuild, Service
 from mta.store import Store
 from mta.store.maintenance import collect
 
@@ -199,19 +201,32 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
         assert here.service.is_stale
 
 
+def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(monkeypatch, tiny_bank_folder):
+    service = SimpleNamespace(strict=[tiny_bank_folder], is_stale=False)
+
+    async def fresh(*_):  # the bank could not be marked, and the other request ends while this one looks
+        service.is_stale = True
+        return []
+
+    monkeypatch.setattr("mta.serving.api.service.run_in_threadpool", fresh)
+    with pytest.raises(NeedsRebuild):
+        asyncio.run(Service.check_fresh(service))
+    assert service.is_stale
+
+
 def test_items_appended_while_the_person_is_forgotten_are_not_stored(gateway, monkeypatch):
-    http, save = gateway.http, Store.save_history
+    http, joined = gateway.http, Histories._joined
     assert http.post(f"{EVE}/history", json={"items": ITEMS[:2], "keep": True}).status_code == 200
 
     forgetting = threading.Thread(target=lambda: forget_person("eve", Store(gateway.store.files.url)))
 
-    def late(store, person, since=None):
+    def late(histories, *given):
         forgetting.start()  # it waits for the lock that is held here, after it has written its tombstone
-        while not store.tombstones.of("eve"):
+        while not gateway.store.tombstones.of("eve"):
             time.sleep(0.01)
-        save(store, person, since)
+        return joined(histories, *given)
 
-    monkeypatch.setattr(Store, "save_history", late)
+    monkeypatch.setattr(Histories, "_joined", late)
     answer = http.post(f"{EVE}/history", json={"items": ITEMS[2:], "keep": True})
     forgetting.join()
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "person_forgotten")

@@ -17,6 +17,7 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
+from mta.serving.api.auth import LOCAL
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 from mta.store.state import State
@@ -83,6 +84,24 @@ def test_n_stop_seed_and_logprobs(world):
     whole = said(client, "person:bob")
     stop = whole[4:6]
     assert said(client, "person:bob", stop=[stop]) == whole[: whole.index(stop)]
+
+
+def test_the_store_is_not_read_for_people_that_a_key_may_not_ask(world, monkeypatch):
+    read = []
+    latest = type(world.service.store).latest
+    monkeypatch.setattr(type(world.service.store), "latest", lambda store, id: (read.append(id), latest(store, id))[1])
+    with pytest.raises(openai.NotFoundError):
+        said(world.client("ann"), "person:bob")
+    assert "bob" not in read
+    said(world.client("ann"), "person:ann")
+    assert "ann" in read
+
+
+def test_metrics_count_every_answer_of_a_request(world):
+    service, key = world.service, LOCAL
+    with service.counted("chat", key, 3, falls_back=False):
+        assert b"mta_open_answers 3.0" in service.metrics.text({})
+    assert b"mta_open_answers 0.0" in service.metrics.text({})
 
 
 def test_models_lists_a_persons_own_model_and_no_other_persons(world):

@@ -1,5 +1,6 @@
 """The file of API keys."""
 
+import hmac
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +18,17 @@ def test_concurrently_added_keys_are_all_in_the_file(tmp_path, monkeypatch):
     keys = Keys.load(path)
     assert {keys.of(secret).name for secret in shown} == {f"key{n}" for n in range(24)}
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+
+
+def test_a_secret_is_compared_with_every_key_in_constant_time(tmp_path, monkeypatch):
+    secrets = [add_key(tmp_path / "keys.yaml", f"key{n}", "serve") for n in range(3)]
+    keys, compared = Keys.load(tmp_path / "keys.yaml"), []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda one, other: (compared.append(one), compare(one, other))[1])
+    for secret, name in [*((secret, f"key{n}") for n, secret in enumerate(secrets)), ("wrong", None)]:
+        compared.clear()
+        found = keys.of(secret)
+        assert (found and found.name, len(compared)) == (name, 3)
 
 
 def test_a_key_file_locked_for_too_long_is_an_error(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from contract import World
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mta.bank.format import read_info, with_hash, write_info
 from mta.cli.app import app
 from mta.cli.options import open_bank
-from mta.errors import ModelError, UnsupportedModel
+from mta.data.tasks import load_task
+from mta.errors import ConfigError, ModelError, UnsupportedModel
 from mta.model.base import BaseModel
 from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
@@ -49,6 +52,18 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
     assert outline.prompts.chat([{"role": "user", "content": "a"}]) == loaded.prompts.chat(
         [{"role": "user", "content": "a"}]
     )
+
+
+def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(world, tmp_path):
+    base, bank, run = open_bank(world.folder / "bank")
+    older = shutil.copytree(bank.folder, tmp_path / "older")
+    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), before=older, strict=True)
+    assert list(service.strict) == [bank.folder, older]
+    asyncio.run(service.engine.close())
+    info = read_info(older)
+    write_info(older, with_hash(info.model_copy(update={"task": load_task("lamp4").model_dump(mode="json")})))
+    with pytest.raises(ConfigError, match="is for task 'lamp4', expected 'movielens-rating'"):
+        service_of(base, bank, run, str(tmp_path / "people"), Keys(), before=older)
 
 
 def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):

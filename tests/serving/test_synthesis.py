@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,16 @@ def test_unknown_or_corrupt_people_get_no_adapter(adapters, caplog):
     assert "StateCorrupt" in caplog.text
     assert "ann" not in caplog.text.replace("anchors", "")
     assert not (made.folder / folder_of(name)).exists()
+
+
+def test_the_log_of_vllm_says_why_a_stack_does_not_fit(adapters, caplog):
+    made, store = adapters
+    store.save("../bob", replace(store.load("../ann"), stack=random_loras(BASE_MODEL, 1, rank=made.rank)))
+    with caplog.at_level(logging.WARNING):
+        assert made.path(name_of(store, "../bob")) is None
+    assert f"a stack of rank {made.rank} leaves no room" in caplog.text
+    assert "--max-lora-rank 32" in caplog.text
+    assert "bob" not in caplog.text
 
 
 def test_a_person_forgotten_during_the_build_gets_no_adapter(adapters, monkeypatch):

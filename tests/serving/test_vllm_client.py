@@ -61,6 +61,26 @@ def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_
     assert unloaded == names[:1]
 
 
+def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
+    """Nobody who asks is told to forget a person again, and the log says what failed."""
+    asked = Version("ann", 1, seal="a" * 16)
+
+    async def go():
+        fails = httpx2.MockTransport(lambda request: httpx2.Response(500))
+        async with httpx2.AsyncClient(transport=fails, base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=0)  # an idle adapter is unloaded at once
+            async with registry.held(asked) as name:
+                pass
+            async with registry.held(asked) as again:
+                assert again == name
+            await registry.settled()
+            await asyncio.sleep(0)
+            return len(registry)
+
+    assert asyncio.run(go()) == 1
+    assert "an idle adapter was not unloaded: EngineGone" in caplog.text
+
+
 def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
     shown = page.partition("mkdir -m 700")[2].partition("```")[0].replace("=", " ").split()

@@ -103,6 +103,41 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
     assert len(set(keys)) == 1
 
 
+def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
+    """A gateway appends while a command saves, in processes or threads: each reads what the others wrote."""
+    barrier, items = threading.Barrier(8), person().items[0]
+
+    def change() -> None:
+        store = Store(tmp_path)
+        barrier.wait()
+        store.change_history(ANN, lambda before: Person(ANN, (*(before.items if before else ()), items)))
+
+    threads = [threading.Thread(target=change) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = Store(tmp_path).history(ANN)
+    assert kept is not None
+    assert len(kept.items) == 8
+
+
+def test_a_saved_history_waits_for_a_change_under_way(tmp_path: Path) -> None:
+    store, steps = Store(tmp_path), list[str]()
+    saving = threading.Thread(target=lambda: (Store(tmp_path).save_history(person()), steps.append("saved")))
+
+    def slow(before: Person | None) -> Person:
+        saving.start()
+        saving.join(0.3)
+        steps.append("changed")
+        return Person(ANN, person().items[:1])
+
+    store.change_history(ANN, slow)
+    saving.join()
+    assert steps == ["changed", "saved"]
+    assert store.history(ANN) == person()
+
+
 KILLED = """
 import os, signal, sys, stores
 from mta.store import Store

@@ -79,7 +79,7 @@ def test_people_can_share_a_frozen_adapter():
 
 @pytest.mark.parametrize("size", [8, 3])
 def test_equals_torch_with_peft_a_plain_loop(size):
-    """The whole trainer against peft.PeftModel, cross entropy per example, torch.optim.AdamW, and a written schedule."""
+    """Against peft.PeftModel, cross entropy of each example, torch.optim.AdamW, and a schedule written out."""
     import peft
 
     base, jobs = base_of(), jobs_of(4)

@@ -44,6 +44,7 @@ SEALED = (ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the
 _FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
 UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
+PERMISSIONS = "Make the folder writable, or use a host where it is, and repeat the command."
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -269,9 +270,18 @@ def mark_stale(folder: Path, person: str) -> list[str]:
 
 
 def stop_calibration(folder: Path) -> None:
-    """Remove what a calibration has measured so far, also of forgotten people; one under way ends with an error."""
-    if (folder / CALIBRATING).exists():
-        shutil.rmtree(folder / "work", ignore_errors=True)
+    """Remove what a calibration has measured so far, also of forgotten people; one under way ends with an error.
+
+    Raises BankError if it cannot be removed, or the folder cannot be read.
+    """
+    work = folder / "work"
+    try:
+        if (folder / CALIBRATING).exists():
+            shutil.rmtree(work, ignore_errors=True)
+            if (folder / CALIBRATING).exists():
+                raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
+    except OSError as error:
+        raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
 
 
 def stale(folder: Path) -> list[str]:
@@ -324,7 +334,7 @@ def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") ->
     except OSError as error:  # also if the lock is not free in time
         raise BankError(
             f"{folder / name} cannot be written: {error.strerror or error}",
-            hint="Make the folder writable, or use a host where it is, and repeat the command.",
+            hint=PERMISSIONS,
         ) from None
 
 

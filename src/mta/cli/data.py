@@ -83,7 +83,7 @@ def show(
             f"no person {person!r} in {source}; expected the id of one of its {len(people)} people",
             hint="Leave out --person to see the first person.",
         )
-    base = mta.BaseModel.of(run)
+    base = mta.BaseModel.outline(run)  # the tokenizer is enough
     examples = [base.prompts.example(load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
     if json:
         mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in examples]

@@ -134,6 +134,7 @@ def serve(
     known = serving.keys_for(keys, host, insecure_local, port)
     remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     weights = not (remote or vllm)
+    bank_before = bank_before and options.bank_at(bank_before)
     serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, not weights)
     opened = in_passing(lambda: options.open_bank(bank, words, seed, device, config, options.MERGE_AND_STACK, weights))
 

@@ -121,12 +121,17 @@ class Personalizer:
         """Answer questions of different people, and without a person (``mta.TASK``, ``mta.BASE``), in one batch.
 
         ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
-        out. Raises PersonNotFound, StateCorrupt, OtherBank, DataError.
+        out. Raises PersonNotFound, StateCorrupt, OtherBank, DataError, and InputError for too many new tokens.
         """
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
         longest = max_new_tokens or self.base.prompts.answer_tokens(task)
+        if longest >= (most := self.base.prompts.max_tokens):
+            raise InputError(
+                f"answers of {longest} tokens leave no room for a question in max_tokens={most}",
+                hint="Lower max_new_tokens, or raise max_tokens.",
+            )
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from mta.errors import InputError, MtaError
 from mta.personalize.adapters import SharedModel
 
+log = logging.getLogger("mta")
 T = TypeVar("T")
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log that something failed, with the error's type and place only: its message may hold a person's data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    log.error("%s failed: %s%s", what, type(error).__name__, place)
 
 
 class Refused(InputError):

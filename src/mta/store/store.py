@@ -7,7 +7,8 @@
         history.json                      only if ``save_history`` was called
         exports.json                      where adapters were exported to, readable only with the id
     forgotten/                            records that a person was forgotten, for a week (``tombstones``)
-    .lock                                 only in local stores: one writer at a time (``lock``)
+    work/                                 checkpoints of interrupted runs (``workspace``)
+    .lock                                 only in local stores: one process at a time changes a history or exports
 
 No file contains raw ids. Readers of store.json can test a guessed id, so protect this file like the data.
 """
@@ -20,7 +21,7 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.store.exports import Exports, remove_if_empty
+from mta.store.lock import locked
 from mta.store.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
@@ -163,11 +165,24 @@ class Store:
 
         ``since`` is as in ``save``. Raises PersonForgotten.
         """
-        self.tombstones.check(person.id, since)
-        try:
-            self.files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
-        finally:
-            self._keep_out(person.id, since, "history.json")
+        self.change_history(person.id, lambda _: person, since)
+
+    def change_history(
+        self, id: str, change: Callable[[Person | None], Person], since: Collection[str] | None = None
+    ) -> Person:
+        """Save and return what ``change`` makes of the history saved before (None without one).
+
+        In a local store, no other process changes it meanwhile. Raises PersonForgotten, and what ``change`` raises.
+        """
+        path = self._path(id, write=True)  # creates a new store, in which the lock is a file
+        with locked(self.files):
+            self.tombstones.check(id, since)
+            person = change(self.history(id))
+            try:
+                self.files.replace(f"{path}/history.json", history_to_bytes(person))
+            finally:
+                self._keep_out(id, since, "history.json")
+        return person
 
     def history(self, id: str) -> Person | None:
         """Return what ``save_history`` saved, or None. Raises StateCorrupt."""

@@ -287,6 +287,10 @@ class Task(Settings):
             fields, got = form.parsed(question) or one, f"one text, {short(question)}"
         else:
             fields, got = dict(question), f"the fields {sorted(question)}"
+        if wrong := [name for name, value in fields.items() if not isinstance(value, str)]:
+            raise DataError(
+                f"the fields of a question are texts; {wrong[0]} is {fields[wrong[0]]!r}", hint="Give it as a text."
+            )
         if missing := [name for name in form.inputs if not fields.get(name, "").strip()]:
             every = json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False)
             raise DataError(

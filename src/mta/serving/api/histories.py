@@ -11,7 +11,6 @@ from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
-from mta.store.lock import locked
 
 _OVERHEAD = 64 - sys.getsizeof("")  # of a text in an item, besides its object
 
@@ -39,14 +38,10 @@ class Histories:
 
         The limit counts both.
         """
-        if keep:
-            self._store.identity(write=True)  # the lock is a file in the store
-            with locked(self._store.files):
-                since = self._store.tombstones.of(id)
-                person = self._joined(self._store.history(id), id, new, beside=self._of(id, since))
-                self._store.save_history(person, since)
-                return len(person.items)
         since = self._store.tombstones.of(id)
+        if keep:
+            beside = self._of(id, since)
+            return len(self._store.change_history(id, lambda kept: self._joined(kept, id, new, beside), since).items)
         person = self._joined(self._of(id, since), id, new, beside=self._store.history(id))
         if key.share and _size(person) > self._room // 4:
             raise Refused(

@@ -182,8 +182,13 @@ class Jobs:
             message = error.message if isinstance(error, InputError) else type(error).__name__
             return {person.id: Status("failed", message=message) for person in people}  # without paths of states
         done_ids = [person.id for person in people if person.id not in done.forgotten]
-        failed = {id: Status("failed", message=error.partition("\n")[0]) for id, error in done.failed.items()}
+        failed = {id: Status("failed", message=self._without_paths(error)) for id, error in done.failed.items()}
         return {id: Status("done", self._latest(id)) for id in done_ids} | failed
+
+    def _without_paths(self, error: str) -> str:
+        """Return the first line of an error for callers, who must not see where states are stored."""
+        line, store = error.partition("\n")[0], self.personal.store
+        return "the stored state is damaged" if store and str(store.files.root) in line else line
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

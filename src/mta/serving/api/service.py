@@ -121,7 +121,8 @@ class Service:
             return
         # Permanent: the weights in memory stay stale even if the folder is rebuilt.
         for bank in self.strict:
-            self.is_stale |= not (bank / INFO).exists() or bool(await run_in_threadpool(stale, bank))
+            if not (bank / INFO).exists() or bool(await run_in_threadpool(stale, bank)):
+                self.is_stale = True  # not |=, which would undo what another request found meanwhile
         if self.is_stale:
             raise NeedsRebuild("the bank must be rebuilt without a forgotten person", hint="Ask the base meanwhile.")
 
@@ -153,9 +154,10 @@ class Service:
                 raise QueueFull(most, hint="Wait for one to end.")
             self._held[key.name] += count
             try:
-                with self.metrics.open.track_inprogress():
-                    yield
+                self.metrics.open.inc(count)
+                yield
             finally:
+                self.metrics.open.dec(count)
                 self._held[key.name] -= count
             status = "ok"
             self.metrics.answer.observe(time.monotonic() - start)

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
-from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, ServedModel
+from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, ServedModel, log_failure
 from mta.serving.label_walk import LabelWalk
 from mta.serving.sampling import Sampler
 
@@ -115,8 +113,7 @@ class Scheduler:
         lost = [row for row in rows if not row.cancelled]
         self.failed, self.lost = self.failed + 1, self.lost + len(lost)
         self._failures_in_a_row += 1
-        frame = traceback.extract_tb(error.__traceback__)[-1]  # type and place only: the message may hold user data
-        log.error("a decoding step failed: %s at %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
+        log_failure("a decoding step", error)
         for row in lost:
             row.send(AnswerLost(LOST, hint=LATER))
             row.cancelled = True

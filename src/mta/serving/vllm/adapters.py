@@ -89,7 +89,12 @@ class Adapters:
             if isinstance(who, SharedModel):
                 adapter, error = self._exporter.adapter(who)
             elif self._is_stored(who):
-                adapter, error = self._exporter.adapter(self.store.load(who.person, who.number), who.stacked)
+                state = self.store.load(who.person, who.number)
+                try:
+                    adapter, error = self._exporter.adapter(state, who.stacked)
+                except InputError as unfit:  # does not know whose state it is
+                    log.warning("an adapter could not be built: %s", unfit)
+                    return None
             else:
                 return None
             write_peft(folder, adapter, "")

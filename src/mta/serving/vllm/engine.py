@@ -31,6 +31,7 @@ from mta.serving.engine import (
     QueuedEngine,
     Token,
     Version,
+    log_failure,
     together,
 )
 from mta.serving.sampling import COLDEST
@@ -133,7 +134,8 @@ class VllmEngine(QueuedEngine):
             queue.put_nowait(error)
         except httpx.HTTPError:
             queue.put_nowait(self.server.gone())
-        except Exception:  # any failure must reach the caller and end only this answer
+        except Exception as error:  # any failure must reach the caller and end only this answer
+            log_failure("an answer of vLLM", error)
             queue.put_nowait(AnswerLost(LOST, hint=LATER))
 
     async def _stream(self, ask: Ask, name: str, queue: Pieces) -> None:
@@ -200,6 +202,7 @@ class VllmEngine(QueuedEngine):
                 return error
             if state.bank != self.bank:
                 return OtherBank("the person's state was made with another bank", hint="Personalize again.")
+            return AnswerLost("vLLM has no adapter of this person", hint="The log of vLLM says why. Ask again later.")
         return (AnswerLost if status < 500 else EngineGone)(f"vLLM answered {status}, expected 200", hint=LATER)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,7 @@ from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import from_wire, wire_name
 from mta.serving.vllm.adapters import CUT, folder_of
 
+log = logging.getLogger("mta")
 _RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
 
 
@@ -60,7 +62,8 @@ class AdapterRegistry:
         name, task = wire_name(who), asyncio.current_task()
         assert task is not None
         while (found := self._loaded.get(name)) and found.unloading:
-            await asyncio.shield(found.unloading)
+            with suppress(EngineGone):  # then it is still loaded, and can be used
+                await asyncio.shield(found.unloading)
         entry = self._loaded.setdefault(name, Loaded(who))
         self._loaded.move_to_end(name)
         entry.answers.add(task)
@@ -104,7 +107,9 @@ class AdapterRegistry:
 
     def _start_unloading(self, name: str) -> asyncio.Task[None]:
         entry = self._loaded[name]
-        entry.unloading = entry.unloading or asyncio.create_task(self._remove(name))
+        if entry.unloading is None:
+            entry.unloading = asyncio.create_task(self._remove(name))
+            entry.unloading.add_done_callback(_note_failure)
         return entry.unloading
 
     async def _remove(self, name: str) -> None:
@@ -136,6 +141,12 @@ class AdapterRegistry:
         if answer.status_code not in expected:
             raise EngineGone(f"vLLM answered {answer.status_code} to {path}, expected {expected}", hint=_RETRY)
         return answer
+
+
+def _note_failure(unloading: asyncio.Task[None]) -> None:
+    """Log why an adapter was not unloaded: after an answer, nothing else waits for this."""
+    if not unloading.cancelled() and (error := unloading.exception()):
+        log.warning("an idle adapter was not unloaded: %s", type(error).__name__)
 
 
 def _is_server_gone(error: BaseException | None) -> bool:
