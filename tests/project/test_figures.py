@@ -111,6 +111,34 @@ def test_the_figure_of_gains_has_the_numbers_of_the_main_table():
     assert all(title in drawn for title in found)
 
 
+SPEED = {  # first cell of the README's rows -> rows of `make bench`, in the order of the ratios
+    "train one LoRA per person": ["adaptation, short, rank 8 (OPPU), fp32", "adaptation, short, rank 8 (OPPU), bf16"],
+    "stage 3 (the stack)": ["adaptation, short, stage 3, fp32", "adaptation, short, stage 3, bf16"],
+    "long reviews": [
+        f"adaptation, reviews, {kind}, {dtype}" for kind in ("rank 8 (OPPU)", "stage 3") for dtype in ("fp32", "bf16")
+    ],
+    "coefficients of 16 / 32": [
+        f"coefficients, {n} anchors, {text}" for text in ("short prompts", "reviews") for n in (16, 32)
+    ],
+    "stages 2 and 3 of MTA": ["stages 2 and 3 against OPPU, short prompts", "stages 2 and 3 against OPPU, reviews"],
+    "exact merge of 256": ["merging, exact against PEFT cat", "merging, svd against PEFT svd"],
+    "decode for 16 people": ["decoding, bf16, against PEFT adapter_names", "decoding, bf16, against the base alone"],
+}
+
+
+def test_the_readmes_speeds_are_those_of_the_benchmark():
+    rows = {row["name"]: row for row in json.loads((RESULTS / "bench-amd-epyc.json").read_text())["rows"]}
+    table = (ROOT / "README.md").read_text().partition("| times as fast |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(SPEED)
+    for line in table:
+        (names,) = [names for start, names in SPEED.items() if line.startswith(f"| {start}")]
+        quoted = re.findall(r"([\d.]+)x", line)
+        ratios = [rows[name]["ratio"] for name in names]
+        assert quoted == [
+            f"{ratio:.{len(shown.partition('.')[2])}f}" for ratio, shown in zip(ratios, quoted, strict=True)
+        ], line
+
+
 @pytest.fixture
 def text_only(monkeypatch):
     """Reports without pictures, which take most of their time."""
