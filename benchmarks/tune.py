@@ -28,12 +28,12 @@ from mta.evaluation.statistics import Comparison
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
-from mta.tools.demo import Recipe, load_recipe
+from mta.tools.demo import DemoRecipe, load_demo
 
 METRICS = ("NLL", "MAE", "MAE (median)")
 
 
-def candidates(recipe: Recipe) -> Iterator[Method]:
+def candidates(recipe: DemoRecipe) -> Iterator[Method]:
     """Everything that is tried: merges first, then what is trained."""
     run = recipe.run
     for k in (2, 0):
@@ -70,7 +70,7 @@ def learned(lr: float, steps: int, start: Literal["zero", "posterior"]) -> Merge
     return MergeSettings(policy="learned", k=0, start=start, learned=training)
 
 
-def panel_of(recipe: Recipe, out: Path, screen: Screen) -> Panel:
+def panel_of(recipe: DemoRecipe, out: Path, screen: Screen) -> Panel:
     """The demo's bank and the development people, built once."""
     run = recipe.run
     people = read_people(assets.resolve(recipe.data), run.task)
@@ -123,7 +123,7 @@ def main() -> None:
     results = given.out / "results.jsonl"
     if given.table:
         return table(results)
-    recipe = override(load_recipe("movielens"), given.settings)
+    recipe = override(load_demo("movielens"), given.settings)
     done = {json.loads(text)["name"] for text in results.read_text().splitlines()} if results.exists() else set()
     with Screen() as screen:
         panel = panel_of(recipe, given.out, screen)

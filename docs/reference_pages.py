@@ -19,7 +19,7 @@ from mta.cli.options import MACHINE_SETTINGS
 from mta.config import Evaluation, Privacy, Run, Settings
 from mta.data.tasks import load_task, task_names
 from mta.evaluation.experiments.recipe import Experiment
-from mta.tools.demo import Recipe
+from mta.tools.demo import DemoRecipe
 
 
 def write_all(folder: Path) -> None:
@@ -59,7 +59,7 @@ def settings() -> str:
         "A comparison: `mta evaluate`": Evaluation,
         "An attack: `--privacy`": Privacy,
         "A recipe: `mta evaluate RECIPE`": Experiment,
-        "A demo: `mta demo`": Recipe,
+        "A demo: `mta demo`": DemoRecipe,
     }.items():
         text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"
         text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"

@@ -6,7 +6,7 @@ import yaml
 from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
 from mta.config.loader import checked, dump_yaml
 from mta.errors import ConfigError
-from mta.tools.demo import load_recipe
+from mta.tools.demo import load_demo
 
 
 def written(tmp_path, text):
@@ -198,37 +198,37 @@ def test_an_invalid_size_is_refused(text):
 
 
 def test_the_movielens_recipe_of_the_package_loads():
-    recipe = load_recipe("movielens")
+    recipe = load_demo("movielens")
     assert (recipe.data, recipe.run.task) == ("movielens-100k", "movielens-rating")
     assert recipe.evaluation.brief is False
 
 
 def test_the_short_and_slow_versions_of_a_recipe_are_valid():
-    recipe = load_recipe("movielens")
+    recipe = load_demo("movielens")
     short, slow = override(recipe, recipe.short), override(recipe, [*recipe.short, *recipe.slow])
     assert short.run.task_lora.items < recipe.run.task_lora.items
     assert slow.people.test < short.people.test
 
 
 def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):
-    recipe = load_recipe("movielens")
+    recipe = load_demo("movielens")
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
-    assert load_recipe(path) == recipe
+    assert load_demo(path) == recipe
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
 def test_an_unknown_recipe_is_reported_with_the_known_ones(name):
     with pytest.raises(ConfigError, match=f"no recipe '{name}'") as caught:
-        load_recipe(name)
+        load_demo(name)
     assert "movielens" in caught.value.hint
 
 
 def test_a_recipe_with_a_wrong_key_names_it(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(dump_yaml(load_recipe("movielens")) + "typo: 1\n", encoding="utf-8")
+    path.write_text(dump_yaml(load_demo("movielens")) + "typo: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="typo: Extra inputs are not permitted"):
-        load_recipe(path)
+        load_demo(path)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "", "a: [1"])
@@ -236,4 +236,4 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="recipe"):
-        load_recipe(path)
+        load_demo(path)

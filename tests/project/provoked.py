@@ -75,7 +75,7 @@ class World:
     def who(self, model, strict=()):
         """Whom the gateway takes a model for."""
         jobs = Jobs(self.personal())
-        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict=strict)
+        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_banks=strict)
         try:
             asyncio.run(service.who(model, LOCAL))
         finally:

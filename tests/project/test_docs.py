@@ -21,7 +21,7 @@ from mta.cli.app import app
 from mta.config import Evaluation, Privacy, Run
 from mta.errors import HubError
 from mta.evaluation.experiments.recipe import Experiment
-from mta.tools.demo import Recipe
+from mta.tools.demo import DemoRecipe
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
 TUTORIAL = ROOT / "docs" / "tutorial" / "your-people.md"
@@ -82,7 +82,7 @@ def suppress_missing():
 
 
 def is_setting(key: str) -> bool:
-    return any(_has(kind, key.split(".")) for kind in (Run, Evaluation, Privacy, Experiment, Recipe))
+    return any(_has(kind, key.split(".")) for kind in (Run, Evaluation, Privacy, Experiment, DemoRecipe))
 
 
 def _has(kind: type[BaseModel], path: list[str]) -> bool:

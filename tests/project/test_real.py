@@ -16,7 +16,7 @@ from mta.data.splits import draw
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK
-from mta.tools.cost import Load, Shape, memory
+from mta.tools.cost import DataSizes, Shape, memory
 
 pytestmark = [pytest.mark.integration, pytest.mark.real, pytest.mark.network]
 
@@ -126,5 +126,5 @@ def test_the_memory_of_an_answer_is_what_mta_size_predicts(world):
     words = [RUN.base, str(personal.bank.folder), str(count), str(length)]
     done = subprocess.run([sys.executable, "-c", GROWN, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    predicted = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
+    predicted = 2 * memory(Shape.of(RUN.base), RUN, DataSizes(context=length)).row  # it counts bfloat16
     assert float(done.stdout) == pytest.approx(predicted, rel=0.15)

@@ -103,7 +103,7 @@ def test_the_wheel_works_in_its_own_environment(borrowing, tmp_path):
     """Only the dependencies are borrowed from this environment; mta itself must come from the wheel."""
     assert "demo" in run(borrowing, "-m", "mta", "--help", cwd=tmp_path)
     printed = run(
-        borrowing, "-c", "from mta.tools.demo import load_recipe; print(load_recipe('movielens').data)", cwd=tmp_path
+        borrowing, "-c", "from mta.tools.demo import load_demo; print(load_demo('movielens').data)", cwd=tmp_path
     )
     assert printed.strip() == "movielens-100k"
     assert "lamp3" in run(borrowing, "-c", "from mta.data.tasks import task_names; print(task_names())", cwd=tmp_path)

@@ -20,7 +20,7 @@ from mta.bank.build import build_bank
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.serving.model_names import wire_name
-from mta.serving.vllm.adapters import Adapters
+from mta.serving.vllm.adapters import AdapterFolders
 from mta.store import Store
 from mta.store.state import State
 
@@ -103,7 +103,7 @@ def test_a_bank_replaced_on_disk_changes_no_answer(tiny_bank_folder, tmp_path, t
         build_bank(base_of(), task, HashEncoder(), *people, TINY_RUN, tmp_path / "bank")
         assert asked(here, temperature=0).json()["choices"] == before
         (tmp_path / "adapters").mkdir()
-        made = Adapters(tmp_path / "bank", str(tmp_path / "people"), tmp_path / "adapters", 16)
+        made = AdapterFolders(tmp_path / "bank", str(tmp_path / "people"), tmp_path / "adapters", 16)
         assert made.path(wire_name(Version("ann", 1, seal=store.seal("ann", 1)))) is None
         assert list(made.folder.iterdir()) == []
     other = Bank.open(tmp_path / "bank", base)

@@ -202,7 +202,7 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
 
 
 def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(monkeypatch, tiny_bank_folder):
-    service = SimpleNamespace(strict=[tiny_bank_folder], is_stale=False)
+    service = SimpleNamespace(strict_banks=[tiny_bank_folder], is_stale=False)
 
     async def fresh(*_):  # the bank could not be marked, and the other request ends while this one looks
         service.is_stale = True

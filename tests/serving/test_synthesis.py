@@ -21,7 +21,7 @@ from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
-from mta.serving.vllm.adapters import CUT, Adapters, LoraExporter, folder_of
+from mta.serving.vllm.adapters import CUT, AdapterFolders, LoraExporter, folder_of
 from mta.store import Store
 from mta.store.state import State
 
@@ -131,13 +131,13 @@ def test_wire_names_without_version_and_seal_are_unknown():
 
 @pytest.fixture
 def adapters(tiny, tmp_path):
-    """Adapters as in a vLLM server, over the tiny bank and a store with one person."""
+    """AdapterFolders as in a vLLM server, over the tiny bank and a store with one person."""
     base, bank = tiny
     store = Store(tmp_path / "people")
     stack = random_loras(base, 1, rank=1, seed=3)
     store.save("../ann", State(bank.hash, (0, 2), (0.5, 0.25), "fixed", "", "work", 0, stack))
     (tmp_path / "adapters").mkdir()
-    return Adapters(bank.folder, str(tmp_path / "people"), tmp_path / "adapters", 16), store
+    return AdapterFolders(bank.folder, str(tmp_path / "people"), tmp_path / "adapters", 16), store
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_only_files_of_an_earlier_server_are_deleted(adapters):
     name = name_of(store, "../ann")
     (made.folder / folder_of("old")).mkdir()
     (made.folder / "socket").write_text("")
-    made = Adapters(made.bank, made.store.files.url, made.folder, made.rank)
+    made = AdapterFolders(made.bank, made.store.files.url, made.folder, made.rank)
     made.path(name)
     assert {path.name for path in made.folder.iterdir()} == {folder_of(name), "socket"}
 

@@ -17,7 +17,7 @@ from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, ParameterCounts, Sums, TextLengths
 from mta.store.state import Losses, State
 from mta.system.device import processor
-from mta.tools.cost import Load, Shape, costs, hardware, memory
+from mta.tools.cost import DataSizes, Shape, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
@@ -59,7 +59,7 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
         return LoraBatch({n: Factors(torch.ones(1, rank, d), torch.ones(1, o, rank)) for n, (d, o) in names.items()})
 
     run = override(Run(), ["bank.anchors=32"])
-    predicted = costs(shape, run, Load())
+    predicted = costs(shape, run, DataSizes())
     for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
         merge = tuple(range(32)), (0.123456789012345678,) * 32
         losses = Losses(*[0.123456789012345678] * 3, tokens=16)
@@ -77,7 +77,7 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     base, bank = tiny
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
-    predicted = costs(shape, bank.info.run, Load())
+    predicted = costs(shape, bank.info.run, DataSizes())
     files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     assert predicted["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
@@ -89,7 +89,7 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
         slots.logits(slice(0, 3), [[5, 6]] * 3)
     own_adapter = sum(part[0].numel() for own in adapters._own.values() for part in own)
     row = slots.cache.nbytes / 3 / base.dtype.itemsize + own_adapter + adapters._ranks
-    predicted = memory(shape, bank.info.run, Load(context=48))
+    predicted = memory(shape, bank.info.run, DataSizes(context=48))
     assert predicted.row == 2 * row
     shared = sum(part[: adapters._ranks].numel() for a, b in adapters._shared.values() for part in (a, b.mT))
     working = sum(
@@ -104,7 +104,7 @@ def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     shape = Shape.of(str(tmp_path))
     planned = Footprint.of(base.model, itemsize=2)
     predicted, numbers = (
-        memory(shape, run, Load(tokens=90, shared=40)),
+        memory(shape, run, DataSizes(tokens=90, shared=40)),
         ParameterCounts(4 * shape.width, pooled=3 * shape.width),
     )
     assert predicted.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
@@ -118,13 +118,13 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
 
     def of(*words, load=None):
         run = override(Run(), [f"bank.anchors={anchors}", f"bank.lora.rank={rank}", *words])
-        return costs(shape, run, load or Load(tokens=tokens + 16))
+        return costs(shape, run, load or DataSizes(tokens=tokens + 16))
 
     first, more = of(), of(f"bank.anchors={anchors + 1}")
     assert more["MTA"].fixed_bytes > first["MTA"].fixed_bytes
     assert more["MTA"].person_operations > first["MTA"].person_operations
     assert more["OPPU"] == first["OPPU"]
-    longer = of(load=Load(tokens=2 * (tokens + 16), targets=32))
+    longer = of(load=DataSizes(tokens=2 * (tokens + 16), targets=32))
     assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
     assert of("stack.enabled=false")["MTA"] == first["merge alone"]
 
@@ -155,6 +155,6 @@ def test_the_command_prints_tables_and_json(tmp_path):
         Shape.of(str(tmp_path))
     for tokens, targets, shared in ((16, 16, 100), (4, 16, 0), (16, 0, 0)):
         with pytest.raises(ConfigError, match="targets"):
-            Load(tokens, targets, shared=shared)
+            DataSizes(tokens, targets, shared=shared)
     with pytest.raises(ConfigError, match="4 anchors"):
-        costs(Shape("x", 1, 1, 1, 1, 1, 1, FOOTPRINT), override(Run(), ["bank.anchors=4", "merge.k=9"]), Load())
+        costs(Shape("x", 1, 1, 1, 1, 1, 1, FOOTPRINT), override(Run(), ["bank.anchors=4", "merge.k=9"]), DataSizes())

@@ -10,7 +10,7 @@ from mta.config import override
 from mta.errors import ConfigError
 from mta.system.progress import Step
 from mta.tools import demo
-from mta.tools.demo import Clock, load_recipe
+from mta.tools.demo import Clock, load_demo
 
 MINUTES = {"assets": 1.0, "task LoRA": 2.0, "anchors": 2.0, "methods": 5.0}
 
@@ -77,7 +77,7 @@ def rate(monkeypatch):
 
 
 def test_a_slow_machine_gets_fewer_steps_and_full_gets_all(tmp_path, rate):
-    recipe, said = load_recipe("movielens"), []
+    recipe, said = load_demo("movielens"), []
     rate(1e12)
     assert demo._settled(tmp_path / "fast", recipe, [], False, said.append) == override(recipe, recipe.short)
     assert demo._settled(tmp_path / "full", recipe, [], True, said.append) == recipe
@@ -92,7 +92,7 @@ def test_a_slow_machine_gets_fewer_steps_and_full_gets_all(tmp_path, rate):
 
 
 def test_a_resumed_demo_keeps_its_version_and_another_one_is_refused(tmp_path, rate):
-    recipe = load_recipe("movielens")
+    recipe = load_demo("movielens")
     rate(1e11)
     first = demo._settled(tmp_path, recipe, [], False, lambda _: None)
     rate(1e12)

@@ -10,7 +10,7 @@ from conftest import people_of, personalizer
 from mta.config import MergeSettings
 from mta.errors import BankCorrupt, PersonNotFound
 from mta.store.state import Losses
-from mta.tools.inspect import Version, gains, summarize, versions_of
+from mta.tools.inspect import SavedVersion, gains, summarize, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -87,9 +87,9 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
     Path(store.files.at(f"{store._path('x0')}/2.safetensors")).write_bytes(b"half")
     size = first.nbytes
     assert versions_of("x0", store) == [
-        Version(1, size, first.work, "posterior", False),
-        Version(2, 4, None, None, False),
-        Version(3, store.sizes("x0")[3], "b" * 64, "fixed", True),
+        SavedVersion(1, size, first.work, "posterior", False),
+        SavedVersion(2, 4, None, None, False),
+        SavedVersion(3, store.sizes("x0")[3], "b" * 64, "fixed", True),
     ]
 
 

@@ -70,7 +70,7 @@ def demo(
 
     require("eval")  # before a bank is built
     given = [*(words or []), *options.as_words(**{"run.seed": seed})]
-    chosen, tracker = tool.load_recipe(recipe), options.tracker_for(track, out)
+    chosen, tracker = tool.load_demo(recipe), options.tracker_for(track, out)
     command = options.command_line()
     with Screen() as screen:
         left = partial(screen.whole, "whole demo")

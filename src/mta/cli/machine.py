@@ -149,7 +149,7 @@ def size(
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = options.settings(config, [*options.as_words(**given), *(words or [])])
-    load = sizing.Load(tokens, targets, shots, context, shared)
+    load = sizing.DataSizes(tokens, targets, shots, context, shared)
     shape, machine = sizing.Shape.of(base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if picture:

@@ -90,33 +90,42 @@ def service_of(
     rate: int = 0,
     slots: int = 32,
     vllm: VllmServer | Remote | None = None,
-    before: Path | None = None,
+    older: Path | None = None,
     strict: bool = False,
 ) -> Service:
     """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
 
-    People whose state was made with the bank in folder ``before`` are served with that bank until they are personalized
+    People whose state was made with the bank in folder ``older`` are served with that bank until they are personalized
     again. If ``base`` has no weights (vLLM), the personalizer loads them for its first job. Raises ConfigError if the
     two banks are for different tasks.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
-        older = Bank.open(before, base) if before else None
-        if older and older.task.identity != bank.task.identity:
+        old_bank = Bank.open(older, base) if older else None
+        if old_bank and old_bank.task.identity != bank.task.identity:
             raise ConfigError(
-                f"the bank at {before} is for task {older.task.name!r}, expected {bank.task.name!r}",
+                f"the bank at {older} is for task {old_bank.task.name!r}, expected {bank.task.name!r}",
                 hint="Run one gateway per task.",
             )
-        engine = EmbeddedEngine(base, bank, states, before=older, slots=slots)
+        engine = EmbeddedEngine(base, bank, states, older=old_bank, slots=slots)
     else:
         engine = VllmEngine(
             vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
         )
-    personal = Personalizer(base.twin(), bank, states, run=run, older=before)
+    personal = Personalizer(base.twin(), bank, states, run=run, older=older)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
-    parts = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
-    return Service(*parts, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
+    return Service(
+        engine,
+        base,
+        store=states,
+        task=bank.task,
+        keys=keys,
+        jobs=jobs,
+        limits=Limits(rate=rate),
+        length=length,
+        strict_banks=[folder for folder in (bank.folder, older) if folder] if strict else (),
+    )
 
 
 def _with_weights(outline: Personalizer) -> Personalizer:

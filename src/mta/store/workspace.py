@@ -36,11 +36,6 @@ class Work:
         """Return the folder of a run over ``names``, which identify people and the work on them."""
         return cls(files, f"{FOLDER}/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
 
-    @property
-    def folder(self) -> Path | None:
-        """Path of the folder; None if the store is not local."""
-        return Path(self.files.at(self.name)) if self.files.local else None
-
     def plan(self) -> list[str] | None:
         """Return the names of a stopped run, in its order; None if there is no stopped run."""
         try:

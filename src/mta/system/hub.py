@@ -101,7 +101,6 @@ class Repository:
 
     name: str
     host: str
-    private: bool
     _api: Any
 
     @classmethod
@@ -118,15 +117,15 @@ class Repository:
                 f"{name} exists and is public, expected a private repository; nothing was sent",
                 hint="Give --public (private=False), or make it private in its settings on the hub first.",
             )
-        return cls(name, api.endpoint, bool(found.private), api)
+        return cls(name, api.endpoint, api)
 
     @property
     def url(self) -> str:
         """Web address of the repository."""
         return f"{self.host}/{self.name}"
 
-    def send(self, parcel: Parcel, message: str, ours: Sequence[str] = ()) -> str:
-        """Commit the files of ``parcel``, and delete other files whose names are in ``ours``. Returns the commit id.
+    def send(self, parcel: Parcel, message: str, ours: Sequence[str] = ()) -> None:
+        """Commit the files of ``parcel``, and delete other files whose names are in ``ours``.
 
         Raises HubError; then nothing has changed on the hub.
         """
@@ -139,7 +138,7 @@ class Repository:
                 for name, file in parcel.files.items()
             ]
             changes += [CommitOperationDelete(name) for name in there if name in ours and name not in parcel.files]
-            return str(self._api.create_commit(self.name, changes, commit_message=message).oid)
+            self._api.create_commit(self.name, changes, commit_message=message)
 
 
 @contextlib.contextmanager

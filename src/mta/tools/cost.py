@@ -104,7 +104,7 @@ def _config(name: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class DataSizes:
     """Sizes of the data: tokens of an item (prompt and target), target tokens among them, and items per person.
 
     The first ``shared`` tokens (chat template, instruction) are equal for all items and computed once per person.
@@ -196,7 +196,7 @@ def planned(run: Run) -> Run:
     return settled(run, HELPFUL if run.calibration.enabled else None, run.stack.lora)
 
 
-def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
+def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     """Return the costs of MTA, the merge alone, OPPU (one LoRA per person, of the anchors' rank), and Per-Pcs.
 
     Raises ConfigError if ``merge.k`` is larger than the number of anchors.
@@ -205,9 +205,9 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     anchors, rank, stack = run.bank.anchors, run.bank.lora.rank, run.stack.lora.rank
     if run.merge.k > anchors:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
-    k, pooled, shots = run.merge.k or anchors, _pooled(run), load.shots
+    k, pooled, shots = run.merge.k or anchors, _pooled(run), data.shots
     merged = pooled + k * rank
-    scored, trained = partial(_scored, shape, load), partial(_trained, shape, load)
+    scored, trained = partial(_scored, shape, data), partial(_trained, shape, data)
 
     stage_0 = run.task_lora.rounds * _examples(run.task_lora.training, run.task_lora.items)  # at most
     task = trained(stage_0, 0, pooled) if pooled else 0.0
@@ -239,14 +239,14 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     }
 
 
-def memory(shape: Shape, run: Run, load: Load) -> Memory:
+def memory(shape: Shape, run: Run, data: DataSizes) -> Memory:
     """Return the memory of base, bank, a served row, and training; ``memory=`` bounds the parts of training."""
     ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
-    row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
+    row = SERVED * (shape.cached * data.context + ranks + run.stack.lora.rank * shape.width)
     pooled, footprint = _pooled(run) * shape.width, shape.footprint
     trained = [ParameterCounts(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
     anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
-    token = footprint.token(TextLengths(round(load.tokens), round(load.shared)), footprint.ranks(trained[1]))
+    token = footprint.token(TextLengths(round(data.tokens), round(data.shared)), footprint.ranks(trained[1]))
     base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
     return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
 
@@ -255,16 +255,16 @@ def _pooled(run: Run) -> int:
     return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 
-def _scored(shape: Shape, load: Load, examples: float, ranks: float) -> float:
+def _scored(shape: Shape, data: DataSizes, examples: float, ranks: float) -> float:
     """Return the forward operations: layers, adapters of total rank ``ranks``, and LM head at targets."""
-    per_token = 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.computed)
-    return examples * load.computed * per_token
+    per_token = 2 * (shape.linear + ranks * shape.width + shape.head * data.targets / data.computed)
+    return examples * data.computed * per_token
 
 
-def _trained(shape: Shape, load: Load, examples: float, frozen: float, ranks: float) -> float:
+def _trained(shape: Shape, data: DataSizes, examples: float, frozen: float, ranks: float) -> float:
     """Return the training operations: forward, backward to all inputs, and gradients of trained factors."""
-    gradients = 2 * examples * load.computed * ranks * shape.width
-    return 2 * _scored(shape, load, examples, frozen + ranks) + gradients
+    gradients = 2 * examples * data.computed * ranks * shape.width
+    return 2 * _scored(shape, data, examples, frozen + ranks) + gradients
 
 
 def _examples(training: Training, items: float) -> float:

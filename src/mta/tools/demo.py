@@ -48,7 +48,7 @@ class People(Settings):
     test: int
 
 
-class Recipe(Settings):
+class DemoRecipe(Settings):
     """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
 
     ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
@@ -100,18 +100,18 @@ class Clock:
         self._on_time(done / total, (total - done) * pace)
 
 
-def load_recipe(name: str | Path) -> Recipe:
+def load_demo(name: str | Path) -> DemoRecipe:
     """Return a recipe of the package by name, or any recipe by path. Raises ConfigError."""
     packaged = Path(str(resources.files("mta"))) / "recipes" / f"{name}.yaml"
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else packaged
     if not path.is_file():
         raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens")
-    return checked(Recipe, read_yaml(path), f"recipe {name}")
+    return checked(DemoRecipe, read_yaml(path), f"recipe {name}")
 
 
 def demo(
     out: Path,
-    recipe: Recipe,
+    recipe: DemoRecipe,
     command: str,
     words: Sequence[str] = (),
     *,
@@ -190,7 +190,7 @@ def next_commands(out: Path, found: Study) -> list[str]:
 
 def _compared(
     out: Path,
-    recipe: Recipe,
+    recipe: DemoRecipe,
     people: list[Person],
     splits: Splits,
     base: BaseModel,
@@ -214,14 +214,14 @@ def _compared(
     return found
 
 
-def _settled(out: Path, recipe: Recipe, words: Sequence[str], full: bool, say: Callable[[str], None]) -> Recipe:
+def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, say: Callable[[str], None]) -> DemoRecipe:
     """Return the version of the recipe to run, with ``words`` applied; a resumed demo keeps its first choice."""
     whole = override(recipe, words)
     short = override(recipe, [*recipe.short, *words])
     slow = override(recipe, [*recipe.short, *recipe.slow, *words])
     path = out / "recipe.yaml"
     if path.is_file():
-        begun = load_recipe(path)
+        begun = load_demo(path)
         if begun not in ((whole,) if full else (short, slow)):
             raise ConfigError(
                 f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out."
@@ -232,7 +232,7 @@ def _settled(out: Path, recipe: Recipe, words: Sequence[str], full: bool, say: C
     return chosen
 
 
-def _for_this_machine(usual: Recipe, slow: Recipe, say: Callable[[str], None]) -> Recipe:
+def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:
     if torch.cuda.is_available():
         return usual
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
@@ -242,7 +242,7 @@ def _for_this_machine(usual: Recipe, slow: Recipe, say: Callable[[str], None]) -
     return chosen
 
 
-def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
+def _splits(out: Path, people: list[Person], recipe: DemoRecipe) -> Splits:
     sizes = recipe.people.model_dump()
     splits = draw(people, recipe.run.seed, **sizes, min_items=recipe.evaluation.shots + recipe.evaluation.queries)
     splits.save(out / "splits.json")

@@ -58,7 +58,7 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class SavedVersion:
     """One version of a person: its size, work key, and policy (None for a damaged version)."""
 
     version: int
@@ -95,7 +95,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
     )
 
 
-def versions_of(id: str, store: Store) -> list[Version]:
+def versions_of(id: str, store: Store) -> list[SavedVersion]:
     """Return all versions of a person, oldest first. Raises PersonNotFound if there are none."""
     sizes = store.sizes(id)
     if not sizes:
@@ -106,7 +106,7 @@ def versions_of(id: str, store: Store) -> list[Version]:
         with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
             state = store.load(id, number)
             content = state.work, state.policy
-        found.append(Version(number, size, *content, latest=number == max(sizes)))
+        found.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
     return found
 
 

@@ -51,7 +51,7 @@ class UnknownOrForbidden(PersonNotFound):
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
-    ``strict`` lists bank folders that must not be served once they contain a forgotten person.
+    ``strict_banks`` are bank folders that must not be served once they contain a forgotten person.
     ``sweep`` is the number of seconds between two checks for people that other processes forgot.
     """
 
@@ -64,7 +64,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
-    strict: Sequence[Path] = ()
+    strict_banks: Sequence[Path] = ()
     is_stale: bool = False
     sweep: float = 10.0
     rate: Rate = field(init=False)
@@ -117,10 +117,10 @@ class Service:
 
     async def check_fresh(self, who: ServedModel | None = None) -> None:
         """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
-        if who is BASE or not self.strict:
+        if who is BASE or not self.strict_banks:
             return
         # Permanent: the weights in memory stay stale even if the folder is rebuilt.
-        for bank in self.strict:
+        for bank in self.strict_banks:
             if not (bank / INFO).exists() or bool(await run_in_threadpool(stale, bank)):
                 self.is_stale = True  # not |=, which would undo what another request found meanwhile
         if self.is_stale:

@@ -58,7 +58,7 @@ def remove_all(folder: Path, person: str) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-class Adapters:
+class AdapterFolders:
     """Builds adapters as PEFT folders on first request, by their name in vLLM."""
 
     def __init__(self, bank: Path, store: str, folder: Path, rank: int) -> None:

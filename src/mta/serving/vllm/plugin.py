@@ -1,4 +1,4 @@
-"""The vLLM plugin, loaded in each of vLLM's processes: vLLM's resolver interface over ``Adapters``.
+"""The vLLM plugin, loaded in each of vLLM's processes: vLLM's resolver interface over ``AdapterFolders``.
 
 If these variables are set, the vLLM server resolves the names of ``wire_name``:
 
@@ -25,7 +25,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 if TYPE_CHECKING:
-    from mta.serving.vllm.adapters import Adapters
+    from mta.serving.vllm.adapters import AdapterFolders
 
 
 def register() -> None:
@@ -53,12 +53,12 @@ class Resolver(LoRAResolver):  # type: ignore[misc]
         return path and LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))  # vLLM assigns the id
 
     @cached_property
-    def _adapters(self) -> Adapters:
-        from mta.serving.vllm.adapters import Adapters
+    def _adapters(self) -> AdapterFolders:
+        from mta.serving.vllm.adapters import AdapterFolders
         from mta.system.device import compute_with
 
         compute_with(1)  # vLLM needs the other cores
-        return Adapters(*self._settings)
+        return AdapterFolders(*self._settings)
 
 
 @cache
