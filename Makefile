@@ -24,7 +24,7 @@ test: lint
 # What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (a minute).
 test-without-kernels: $(VENV)/installed-dev
 	MTA_KERNELS=off $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration" \
-		tests/lora tests/training tests/model/test_footprint.py tests/model/test_generate.py \
+		tests/lora tests/training tests/model/test_generate.py \
 		tests/model/test_tree_attention.py tests/personalize/test_policies.py tests/personalize/test_learned.py \
 		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
 

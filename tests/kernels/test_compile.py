@@ -12,10 +12,13 @@ import torch
 from tiny import base_of, random_examples, random_loras
 
 import mta.kernels.compile as module
+from mta.config import Training
 from mta.errors import ConfigError
 from mta.kernels.compile import FAMILIES, kernels, obstacle, without_kernels
 from mta.lora.layers import PerPerson
+from mta.model.generate import generate
 from mta.training.scoring import log_likelihood
+from mta.training.trainer import Job, train_loras
 
 needs_kernels = pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
 TOO_OLD = """#!/bin/sh
@@ -172,17 +175,29 @@ def test_the_library_says_what_its_kernels_take():
 
 
 @needs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_that_is_switched_off_changes_no_result(family):
-    base = base_of("llama")
-    jobs, adapters = [random_examples(5, 1), random_examples(3, 2)], [PerPerson(random_loras(base, 2))]
-    expected = log_likelihood(base, jobs, adapters)
+def test_a_family_that_is_switched_off_changes_no_result(family, dtype, tolerance):
+    """Of scoring, training, and decoding: between them, these use every family."""
+    base = base_of("llama", dtype=dtype)
+    examples = [random_examples(5, 1), random_examples(3, 2)]
+    loras, training = random_loras(base, 2), Training(lr=1e-2, steps=2, batch_size=8, eps=1e-3)
+
+    def results():
+        jobs = [Job(str(n), one) for n, one in enumerate(examples)]
+        trained = train_loras(base, jobs, loras, training).tensors()
+        words = generate(base, [[3, 4, 5], [6, 7]], [0, 1], [PerPerson(loras)], max_new_tokens=4)
+        return log_likelihood(base, examples, [PerPerson(loras)]), trained, words
+
+    scores, trained, words = results()
     with without_kernels(family):
         assert kernels(family, torch.zeros(1)) is None
         assert all(kernels(other, torch.zeros(1)) is not None for other in FAMILIES if other != family)
-        found = log_likelihood(base, jobs, adapters)
+        found = results()
     assert kernels(family, torch.zeros(1)) is not None
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # transformers' own norms go through float32
+    torch.testing.assert_close(found[0], scores, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found[1], trained, rtol=0, atol=tolerance)
+    assert found[2] == words
 
 
 @needs_kernels

@@ -240,8 +240,7 @@ def test_models_compute_the_same_with_kernels_and_without(kind):
     found = log_likelihood(base, jobs, adapters)
     with without_kernels():
         expected = log_likelihood(base, jobs, adapters)
-    # transformers' own norms and rotations go through float32, ours do not
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_what_is_exchanged_is_what_has_a_known_shape():

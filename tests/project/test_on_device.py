@@ -1,6 +1,7 @@
 """The whole walk on the device given by ``pytest --device cuda`` (the CPU without it), held against the CPU."""
 
 import asyncio
+from contextlib import nullcontext
 from types import MethodType
 
 import pytest
@@ -13,6 +14,7 @@ from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
 from mta.evaluation import Context, Panel, evaluate
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
+from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
@@ -38,8 +40,9 @@ def device(pytestconfig):
 
 @pytest.fixture(scope="session")
 def walked(device, tmp_path_factory):
-    """Base, bank and people who were personalized, on the device."""
-    return walk(device, tmp_path_factory.mktemp("device") / "bank")
+    """Base, bank and people who were personalized, on the device; on a CPU without kernels, as on every device."""
+    with without_kernels() if device.type == "cpu" else nullcontext():
+        return walk(device, tmp_path_factory.mktemp("device") / "bank")
 
 
 @pytest.fixture(scope="session")
