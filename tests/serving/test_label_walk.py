@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.serving.label_walk import LabelWalk
+from mta.serving.embedded.label_walk import LabelWalk
 
 VOCABULARY = 5
 LABELS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), min_size=1, max_size=6)

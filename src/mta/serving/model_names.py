@@ -24,12 +24,12 @@ class Named:
 def named(model: str, base: str) -> Named | SharedModel | None:
     """Parse a model name; return None if it is neither a person, the pooled model, nor the base.
 
-    Ids are percent-decoded. Callers that build names from arbitrary ids must encode the ids
-    (``urllib.parse.quote(id, safe="")``), because an id may end like a version.
+    Ids are percent-decoded. Callers that build names from arbitrary ids must encode the ids, as ``person_name`` does,
+    because an id may end like a version.
     """
     if model == base:
         return BASE
-    if model == "task":
+    if model == TASK.value:
         return TASK
     if found := _PERSON.fullmatch(model):
         version = found["version"]
@@ -42,9 +42,14 @@ _SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same
 _WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 
 
+def person_name(id: str) -> str:
+    """Return the name of a person's newest version in requests."""
+    return f"person:{quote(id, safe='')}"
+
+
 def model_name(who: Version) -> str:
     """Return the name of a version in requests: the inverse of ``named``."""
-    return f"person:{quote(who.person, safe='')}@v{who.number}" + "#merged" * (not who.stacked)
+    return f"{person_name(who.person)}@v{who.number}" + "#merged" * (not who.stacked)
 
 
 def wire_name(who: Version | SharedModel) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel, row_adapters
+from mta.serving.model_names import person_name
 from mta.store.state import State
 from mta.tools.doctor import Finding
 from mta.training.scoring import log_likelihood
@@ -56,9 +56,9 @@ class Server:
             ) from None
 
     def name_of(self, who: PersonOrModel) -> str:
-        """Return the model name of a person, of the pooled model, or of the base. Our own names encode the id."""
+        """Return the model name of a person, of the pooled model, or of the base."""
         if isinstance(who, str):
-            return self.person.replace("{}", quote(who, safe="") if self.person == PERSON else who)
+            return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
         return {TASK: self.task, BASE: self.base}[who]
 
 

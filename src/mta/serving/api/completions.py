@@ -13,7 +13,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -26,6 +25,7 @@ from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
 from mta.serving.api.service import Caller, Gateway, Service, error_of
 from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, ServedModel, Token
+from mta.serving.model_names import person_name
 
 _LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 _HALF = "\N{REPLACEMENT CHARACTER}"
@@ -37,7 +37,7 @@ router = APIRouter()
 async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the base and the pooled model; a person key also sees its own model."""
     has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
-    names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if has_model else [])]
+    names = [service.base.name, TASK.value, *([person_name(key.of)] if has_model else [])]
     return {"object": "list", "data": [_model(name) for name in names]}
 
 
@@ -103,7 +103,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
 
 def name_of(who: ServedModel, service: Service, requested: str) -> str:
     """Return the name of the model that answers, which is another one after a fallback."""
-    names: dict[ServedModel, str] = {TASK: "task", BASE: service.base.name}
+    names: dict[ServedModel, str] = {TASK: TASK.value, BASE: service.base.name}
     return names.get(who, requested)
 
 

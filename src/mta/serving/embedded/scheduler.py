@@ -29,8 +29,8 @@ from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
+from mta.serving.embedded.label_walk import LabelWalk
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, ServedModel, log_failure
-from mta.serving.label_walk import LabelWalk
 from mta.serving.sampling import Sampler
 
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
