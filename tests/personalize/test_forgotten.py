@@ -103,12 +103,16 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     assert (whole.people, whole.histories, whole.damaged, whole.strangers) == (3, 3, {}, [])
 
 
-def test_only_the_stored_history_and_the_export_identify_a_person(own_bank, tmp_path):
+def test_only_a_kept_history_holds_texts_and_no_file_of_a_store_holds_an_id(own_bank, tmp_path):
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize([EVE, *OTHERS])
     personal.export(EVE.id, tmp_path / "exports" / EVE.id)
-    telling = {what for _, what in traces([tmp_path / "people", tmp_path / "bank"], EVE, personal.store)}
-    assert telling == {"keyed hash", "hash of the texts"}
+    hashes, places = {"keyed hash", "hash of the texts"}, [tmp_path / "people", tmp_path / "bank"]
+    assert {what for _, what in traces(places, EVE, personal.store)} == hashes
+    personal.personalize([EVE], keep_histories=True)
+    found = traces(places, EVE, personal.store)
+    assert {what for _, what in found} == {*hashes, "texts"}
+    assert {Path(path).name for path, what in found if what == "texts"} == {"history.json"}
 
 
 # -- somebody the bank learnt from -------------------------------------------------------------------------------------
