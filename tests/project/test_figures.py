@@ -148,6 +148,7 @@ def text_only(monkeypatch):
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: str(folder.relative_to(RESULTS)))
 def test_published_tables_are_drawn_from_the_published_scores(folder, tmp_path, text_only):
+    """To the last digit: constraints.txt fixes the versions that draw random numbers."""
     report([folder], tmp_path)
     (drawn,) = tmp_path.glob("*/README.md")
     page = drawn.read_text()

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from mta.errors import BankCorrupt, MtaError, StoreError
+from mta.personalize.adapters import TASK
 from mta.serving.api.limits import Unexpected
 from mta.serving.api.service import Service, error_of
 from mta.serving.embedded.scheduler import Scheduler
-from mta.serving.engine import log_failure
+from mta.serving.engine import AnswerLost
+from mta.serving.vllm.engine import VllmEngine
 
 SECRET = "Xylograd wrote to person:ann"
 
@@ -37,7 +39,14 @@ def test_of_a_decoding_step(caplog):
 
 
 def test_of_an_answer_of_vllm(caplog):
-    log_failure("an answer of vLLM", raised())
+    def held(who):
+        raise raised()
+
+    engine, queue = SimpleNamespace(pooled=True, adapters=SimpleNamespace(held=held)), asyncio.Queue()
+    asyncio.run(VllmEngine._forward(engine, SimpleNamespace(who=TASK), queue))
+    lost = queue.get_nowait()
+    assert isinstance(lost, AnswerLost)
+    assert "Xylograd" not in str(lost)
     check(caplog)
 
 

@@ -149,8 +149,10 @@ def test_a_person_key_lists_its_model_while_the_model_exists(world):
     state = world.service.store.load("ann")
     assert "person:ann" in listed()
     forget_person("ann", world.service.store)
-    assert "person:ann" not in listed()
-    world.service.store.save("ann", state)  # other tests ask her
+    try:
+        assert "person:ann" not in listed()
+    finally:
+        world.service.store.save("ann", state)  # other tests ask her
     assert "person:ann" in listed()
 
 
@@ -209,7 +211,7 @@ def test_forgetting_during_other_requests_leaves_nothing(world):
     assert set(statuses["keep"] + statuses["hold"]) == {200}
     assert 202 in statuses["personalize"]
     assert set(statuses["personalize"]) <= {202, 400, 404, 409, 429}
-    assert set(statuses["ask"]) <= {200, 404, 410, 409}
+    assert set(statuses["ask"]) <= {200, 404, 503}  # 503: forgotten while the answer was written
     with world.http("team") as http:
         assert http.delete(where, timeout=60).status_code == 200
         jobs = world.service.jobs

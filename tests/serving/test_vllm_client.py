@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx2
 
 from mta.serving.api.completions import _event
-from mta.serving.engine import Version
+from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.engine import _read
 from mta.serving.vllm.registry import AdapterRegistry
@@ -79,6 +79,35 @@ def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
 
     assert asyncio.run(go()) == 1
     assert "an idle adapter was not unloaded: EngineGone" in caplog.text
+
+
+def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
+    person, starts = Version("ann", 1, seal="a" * 16), asyncio.Event
+
+    async def go():
+        asked, answer = starts(), starts()
+
+        async def refuse(request):
+            if request.method == "GET":
+                return httpx2.Response(200, json={"data": [{"id": wire_name(person)}]})
+            asked.set()
+            await answer.wait()
+            return httpx2.Response(500)
+
+        async def use():
+            async with registry.held(person):
+                raise AssertionError("a dropped adapter was used")
+
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(refuse), base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=4)
+            dropping = asyncio.create_task(registry.drop({person}.__contains__))
+            await asked.wait()
+            using = asyncio.create_task(use())
+            await asyncio.sleep(0)
+            answer.set()
+            return await asyncio.gather(dropping, using, return_exceptions=True)
+
+    assert [type(error) for error in asyncio.run(go())] == [EngineGone, EngineGone]
 
 
 def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():

@@ -16,7 +16,7 @@ from files import folder_of
 from stores import ANN, everything, person, state
 
 from mta.data.history import Person
-from mta.errors import StoreConflict, StoreError
+from mta.errors import StateCorrupt, StoreConflict, StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import check, collect
@@ -104,7 +104,7 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
 
 
 def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
-    """A gateway appends while a command saves, in processes or threads: each reads what the others wrote."""
+    """As of gateways that append: each reads what the others wrote."""
     barrier, items = threading.Barrier(8), person().items[0]
 
     def change() -> None:
@@ -135,6 +135,16 @@ def test_a_saved_history_waits_for_a_change_under_way(tmp_path: Path) -> None:
     store.change_history(ANN, slow)
     saving.join()
     assert steps == ["changed", "saved"]
+    assert store.history(ANN) == person()
+
+
+def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_history(person())
+    next(tmp_path.rglob("history.json")).write_bytes(b"{")
+    with pytest.raises(StateCorrupt):
+        store.change_history(ANN, lambda before: before or person())
+    store.save_history(person())
     assert store.history(ANN) == person()
 
 

@@ -195,7 +195,8 @@ def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
         for name in start.names:
             for now, then, first in zip(together.factors[name], alone.factors[name], start.factors[name]):
                 change, reference = (now[i] - first[i]) * 1e6, (then[0] - first[i]) * 1e6
-                assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + 1e-3
+                rounding = 1e-1  # of the start, a million times
+                assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + rounding
 
 
 @settings(max_examples=8, deadline=None)

@@ -100,7 +100,7 @@ def _measured(
     executor: Executor,
     on_step: OnStep | None,
 ) -> Calibration:
-    anchors, pooled = read_adapters(folder, info)
+    anchors, task_lora = read_adapters(folder, info)
     here = ("calibration", "memory", "device", "gradient_checkpointing")  # all else is as the bank was built
     settings = info.run.model_copy(update={name: getattr(run, name) for name in here})
     histories = [[one.id, one.digest()] for one in people]
@@ -120,7 +120,7 @@ def _measured(
         base,
         Task.model_validate(info.task),
         anchors,
-        pooled,
+        task_lora,
         people,
         settings,
         executor=executor,

@@ -99,7 +99,8 @@ def train_task_lora(
 ) -> LoraBatch:
     """Return the task LoRA: trained on ``items``, or copied from the folder ``given``. A finished one is read again.
 
-    Source: our choice; several rounds: docs/decisions/022-rounds.md. Raises BankError.
+    Source: our choice; several rounds: docs/decisions/022-rounds.md. Raises BankError, MemoryBudgetError, and
+    DataError for an item that does not fit.
     """
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
     if not done.is_file() or done.read_text() != context.training_key:

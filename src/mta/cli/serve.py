@@ -110,7 +110,8 @@ def serve(
         Path | None, Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
     ] = None,
     bank_before: Annotated[
-        Path | None, Option(help="Old bank: serves its people until they are personalized with --bank.")
+        Path | None,
+        Option(help="Folder or hub id of the old bank: its people have it until they get --bank."),
     ] = None,
     rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
     strict: Annotated[

@@ -96,8 +96,8 @@ def service_of(
     """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
 
     People whose state was made with the bank in folder ``older`` are served with that bank until they are personalized
-    again. If ``base`` has no weights (vLLM), the personalizer loads them for its first job. Raises ConfigError if the
-    two banks are for different tasks.
+    again (not with vLLM, which serves one bank). If ``base`` has no weights (vLLM), the personalizer loads them for its
+    first job. Raises ConfigError if the two banks are for different tasks.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine

@@ -165,24 +165,29 @@ class Store:
 
         ``since`` is as in ``save``. Raises PersonForgotten.
         """
-        self.change_history(person.id, lambda _: person, since)
+        path = self._path(person.id, write=True)  # creates a new store, in which the lock is a file
+        with locked(self.files):
+            self._write_history(path, person, since)
 
     def change_history(
         self, id: str, change: Callable[[Person | None], Person], since: Collection[str] | None = None
     ) -> Person:
         """Save and return what ``change`` makes of the history saved before (None without one).
 
-        In a local store, no other process changes it meanwhile. Raises PersonForgotten, and what ``change`` raises.
+        In a local store, no other process changes it meanwhile; so ``change`` must save and export nothing itself.
+        Raises PersonForgotten, StateCorrupt for a damaged history, and what ``change`` raises.
         """
-        path = self._path(id, write=True)  # creates a new store, in which the lock is a file
+        path = self._path(id, write=True)
         with locked(self.files):
-            self.tombstones.check(id, since)
-            person = change(self.history(id))
-            try:
-                self.files.replace(f"{path}/history.json", history_to_bytes(person))
-            finally:
-                self._keep_out(id, since, "history.json")
+            self._write_history(path, person := change(self.history(id)), since)
         return person
+
+    def _write_history(self, path: str, person: Person, since: Collection[str] | None) -> None:
+        self.tombstones.check(person.id, since)
+        try:
+            self.files.replace(f"{path}/history.json", history_to_bytes(person))
+        finally:
+            self._keep_out(person.id, since, "history.json")
 
     def history(self, id: str) -> Person | None:
         """Return what ``save_history`` saved, or None. Raises StateCorrupt."""

@@ -32,8 +32,8 @@ def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     """Return what the bank does for people outside the bank, and what cheaper merges lose.
 
     ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for the mean anchor and for the
-    best anchor in hindsight. ``fidelity``: relative errors of two merges (the two nearest anchors, and the run's own)
-    when they are computed by svd at the bank's rank, or by averaging A and B separately.
+    best anchor in hindsight. ``fidelity``: relative errors of two merges (of at most two nearest anchors, and the
+    run's own) when they are computed by svd at the bank's rank, or by averaging A and B separately.
     """
     evidence = [panel.evidence for panel in panels]
     loss = torch.cat([(one.task[:, None] - one.anchors) / one.tokens[:, None] for one in evidence])  # (U, N)

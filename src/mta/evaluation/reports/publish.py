@@ -96,13 +96,13 @@ def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
     questions, for the benchmark's own script. Results without written answers are left out.
     """
     files: dict[str, dict[str, str]] = {}
-    named: dict[str, list[str]] = {}  # settings of the methods with the same name
-    for record in (record for record in records if record.full):
+    written = [record for record in records if record.full]
+    named: dict[str, set[str]] = {}  # settings of the methods with the same name
+    for record in written:
+        named.setdefault(_slug(record.method), set()).add(record.settings)
+    for record in written:
         name = _slug(f"{record.method} {record.bank} {record.shots} {record.seed}")
-        known = named.setdefault(name, [])
-        if record.settings not in known:
-            known.append(record.settings)
-        number = known.index(record.settings) + 1
+        number = sorted(named[_slug(record.method)]).index(record.settings) + 1
         for called, texts in (
             (f"{name}-{number}" if number > 1 else name, record.answers),
             (f"golds-{record.shots}", record.golds),

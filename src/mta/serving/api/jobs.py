@@ -188,7 +188,10 @@ class Jobs:
     def _without_paths(self, error: str) -> str:
         """Return the first line of an error for callers, who must not see where states are stored."""
         line, store = error.partition("\n")[0], self.personal.store
-        return "the stored state is damaged" if store and str(store.files.root) in line else line
+        if store is None or str(store.files.root) not in line:
+            return line
+        log.warning("a person was not personalized: a stored state could not be read or saved")
+        return "the stored state could not be read or saved"
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

@@ -202,7 +202,9 @@ class VllmEngine(QueuedEngine):
                 return error
             if state.bank != self.bank:
                 return OtherBank("the person's state was made with another bank", hint="Personalize again.")
-            return AnswerLost("vLLM has no adapter of this person", hint="The log of vLLM says why. Ask again later.")
+            if status == 404:
+                hint = "The log of vLLM says why. Ask again later."
+                return AnswerLost("vLLM has no adapter of this person", hint=hint)
         return (AnswerLost if status < 500 else EngineGone)(f"vLLM answered {status}, expected 200", hint=LATER)
 
 

@@ -35,6 +35,7 @@ class Loaded:
     who: Version | SharedModel
     answers: set[asyncio.Task[None]] = field(default_factory=set)
     unloading: asyncio.Task[None] | None = None
+    dropped: bool = False  # as of a forgotten person: nobody may use it again
 
 
 class AdapterRegistry:
@@ -62,8 +63,11 @@ class AdapterRegistry:
         name, task = wire_name(who), asyncio.current_task()
         assert task is not None
         while (found := self._loaded.get(name)) and found.unloading:
-            with suppress(EngineGone):  # then it is still loaded, and can be used
+            try:
                 await asyncio.shield(found.unloading)
+            except EngineGone:
+                if found.dropped:
+                    raise  # else it was only idle, is still loaded, and can be used
         entry = self._loaded.setdefault(name, Loaded(who))
         self._loaded.move_to_end(name)
         entry.answers.add(task)
@@ -73,7 +77,7 @@ class AdapterRegistry:
             entry.answers.discard(task)
             idle = [name for name, one in self._of().items() if not one.answers and not one.unloading]
             for name in idle[: max(len(idle) - self.count, 0)]:
-                self._start_unloading(name)
+                self._start_unloading(name).add_done_callback(_note_failure)
 
     async def drop(self, matches: Callable[[Version], bool]) -> None:
         """Wait until no answer uses these adapters, unload them, and delete their files. Raises EngineGone.
@@ -84,6 +88,8 @@ class AdapterRegistry:
             who = from_wire(name)
             if isinstance(who, Version) and matches(who):
                 self._loaded.setdefault(name, Loaded(who))
+        for entry in self._of(matches).values():
+            entry.dropped = True
         while answers := self.answers(matches):
             await asyncio.wait(answers)
         await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(matches)))
@@ -107,9 +113,7 @@ class AdapterRegistry:
 
     def _start_unloading(self, name: str) -> asyncio.Task[None]:
         entry = self._loaded[name]
-        if entry.unloading is None:
-            entry.unloading = asyncio.create_task(self._remove(name))
-            entry.unloading.add_done_callback(_note_failure)
+        entry.unloading = entry.unloading or asyncio.create_task(self._remove(name))
         return entry.unloading
 
     async def _remove(self, name: str) -> None:
@@ -144,7 +148,7 @@ class AdapterRegistry:
 
 
 def _note_failure(unloading: asyncio.Task[None]) -> None:
-    """Log why an adapter was not unloaded: after an answer, nothing else waits for this."""
+    """Log why an idle adapter was not unloaded: nothing else waits for this."""
     if not unloading.cancelled() and (error := unloading.exception()):
         log.warning("an idle adapter was not unloaded: %s", type(error).__name__)
 
