@@ -49,12 +49,12 @@ def gains() -> dict[str, Gains]:
 def _of_tables(text: str) -> Gains:
     found: Gains = {}
     column = 0
-    for cells in ([cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")):
-        if cells[1] == "method":
-            column = cells.index(_COLUMN) if _COLUMN in cells else 0
-        elif cells[1].startswith("MTA against"):
-            column = 0
-        elif column and (cell := _CELL.search(cells[column])):
+    lines = text.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""]):
+        cells = [cell.strip() for cell in line.split("|")]
+        if following.startswith("| ---"):  # the head of a table; others than of methods are left out
+            column = cells.index(_COLUMN) if cells[1] == "method" and _COLUMN in cells else 0
+        elif line.startswith("|") and column and (cell := _CELL.search(cells[column])):
             found[cells[1]] = Interval(*map(float, cell.groups()))  # the last table has the most people
     return found
 
