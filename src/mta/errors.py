@@ -27,6 +27,7 @@ MtaError
 │   └── StoreConflict     another writer created the version first
 ├── QueueFull             the server's queue is full
 ├── AnswerLost            one answer could not be computed
+├── ModelRemoved          the model was forgotten or removed while it answered
 ├── EngineGone            the server's engine has stopped
 ├── NeedsRebuild          a bank that ``--strict`` does not serve
 └── VllmNotStarted        a vLLM server that does not start

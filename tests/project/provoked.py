@@ -5,6 +5,7 @@ import importlib
 from dataclasses import replace
 
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from served import stepped
 from tiny import base_of, tokenizer
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -18,7 +19,7 @@ from mta.serving.api.auth import LOCAL, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask
+from mta.serving.engine import Ask, Version
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.extras import require
@@ -49,8 +50,11 @@ class World:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def asked(self, *asks, close=False, **how):
-        """Answers of an embedded engine, asked for together; with ``close`` it has stopped before."""
+    def asked(self, *asks, close=False, forget="", **how):
+        """Answers of an embedded engine, asked for together.
+
+        With ``close`` the engine has stopped before; the person ``forget`` is forgotten while the engine answers.
+        """
 
         async def go():
             base = self.base.twin()
@@ -60,8 +64,13 @@ class World:
             try:
                 if close:
                     await engine.close()
-                for answer in answers:
-                    await anext(answer)
+                with stepped(engine.scheduler) as steps:
+                    steps.release(20)
+                    for answer in answers:
+                        await anext(answer)
+                    forgetting = asyncio.create_task(engine.forget(forget))
+                    await asyncio.sleep(0)
+                await forgetting
                 for answer in answers:
                     async for _ in answer:
                         pass
@@ -284,6 +293,11 @@ PROVOKED = {
         lambda w: w.asked(ODD),
         ("this answer could not be computed", "this answer", "computed"),
         "Ask again",
+    ),
+    "ModelRemoved": (
+        lambda w: w.asked(Ask((40, 50, 60), Version(w.known(), 1), max_tokens=50), forget="p0"),
+        ("the person was forgotten", "person", "forgotten"),
+        "Ask the pooled model",
     ),
     "EngineGone": (
         lambda w: w.asked(SHORT, close=True),

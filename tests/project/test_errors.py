@@ -23,6 +23,7 @@ REPORTED = {
     "Refused",
     "QueueFull",
     "NeedsRebuild",
+    "ModelRemoved",
     "EngineGone",
     "AnswerLost",
 }  # to callers of the server, hint and all

@@ -16,7 +16,7 @@ from served import served
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
-from mta.serving.engine import Ask, EngineGone, QueueFull, Version
+from mta.serving.engine import Ask, EngineGone, ModelRemoved, QueueFull, Version
 from mta.tools.served import Server, check_served
 
 COUNT = 12
@@ -195,7 +195,7 @@ def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines
         await forgetting
         assert "scored" not in {who.person for who in await engine.versions()}
         ended = await asyncio.gather(*running, return_exceptions=True)
-        assert all(isinstance(end, list | EngineGone | PersonNotFound) for end in ended)
+        assert all(isinstance(end, list | ModelRemoved | PersonNotFound) for end in ended)
         return await collect(engine, beside)
 
     assert run(engines, forgotten) == expected(world, beside)
@@ -305,8 +305,8 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
         await forgetting
         assert "gone" not in {who.person for who in await engine.versions()}
         ended = await asyncio.gather(*answers, return_exceptions=True)
-        assert isinstance(ended[-1], EngineGone | PersonNotFound)
-        assert all(isinstance(end, tuple | EngineGone | PersonNotFound) for end in ended)
+        assert isinstance(ended[-1], ModelRemoved | PersonNotFound)
+        assert all(isinstance(end, tuple | ModelRemoved | PersonNotFound) for end in ended)
         with pytest.raises(PersonNotFound):
             await collect(engine, Ask(tuple(prompt_of(5)), first, 3))
         again = world.renew("gone", 31)
@@ -332,7 +332,7 @@ def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_
         await dropping
         (ended,) = await asyncio.gather(ending, return_exceptions=True)
         in_time = not hasattr(engine, "scheduler") and ended == expected(world, Ask(tuple(prompt_of(6)), old, 60))
-        assert isinstance(ended, EngineGone) or in_time  # nothing paces vLLM, which may have ended the answer before
+        assert isinstance(ended, ModelRemoved) or in_time  # nothing paces vLLM, which may have ended the answer before
         found = await going_on
         assert {who.number for who in await engine.versions() if who.person == "moved"} == {new.number}
         return found

@@ -19,7 +19,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, EngineGone, QueueFull, Refused, Version
+from mta.serving.engine import Ask, EngineGone, ModelRemoved, QueueFull, Refused, Version
 from mta.store.state import State
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -244,7 +244,7 @@ def test_forgetting_ends_only_the_persons_running_answers():
             forgetting = asyncio.create_task(engine.forget("2"))
             await asyncio.sleep(0)  # it is the engine's turn now
         await forgetting
-        with pytest.raises(EngineGone, match="forgotten"):
+        with pytest.raises(ModelRemoved, match="forgotten"):
             _ = [piece async for piece in theirs]
         found = [begun[1].token.id, *[piece.token.id async for piece in other if piece.token]]
         await engine.close()

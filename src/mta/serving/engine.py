@@ -45,6 +45,10 @@ class AnswerLost(MtaError):
     """One answer could not be computed; other answers are not affected."""
 
 
+class ModelRemoved(MtaError):
+    """The model was forgotten, or removed from the store, before its answer was complete."""
+
+
 class EngineGone(MtaError):
     """The engine has stopped and answers no requests."""
 
@@ -63,10 +67,6 @@ class Version:
 
 
 ServedModel = Version | SharedModel
-FORGOTTEN = "the person was forgotten"
-POOLED = "Ask the pooled model: task"
-REMOVED = "the store no longer has this version of the person"
-NEWEST = "Ask again for the newest version."
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +127,13 @@ class Engine(Protocol):
     """Answers requests for different people from one base. Closing an answer's iterator cancels the answer."""
 
     def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, EngineGone."""
+        """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, ModelRemoved, EngineGone."""
 
     async def forget(self, person: str) -> None:
-        """End the person's running answers, and drop everything computed for the person."""
+        """End the person's running answers with ModelRemoved, and drop everything computed for the person."""
 
     async def drop(self, versions: Collection[Version]) -> None:
-        """End the running answers of these versions, and drop everything computed for them."""
+        """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
 
     async def versions(self) -> set[Version]:
         """Return the person versions in memory: running answers, adapters, keys and values."""
@@ -168,7 +168,7 @@ Pieces = asyncio.Queue[Piece | MtaError]
 
 
 class QueuedEngine(ABC):
-    """What both engines share: checks of a request, and answers that arrive in a queue.
+    """What both engines share: checks of a request, answers that arrive in a queue, and the end of removed models.
 
     Prompt and answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
     """
@@ -181,7 +181,8 @@ class QueuedEngine(ABC):
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """Stream the tokens of an answer; closing the iterator cancels the answer.
 
-        Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, EngineGone.
+        Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, ModelRemoved,
+        EngineGone.
         """
         ask.check(self.length)
         if self._closing:
@@ -204,3 +205,17 @@ class QueuedEngine(ABC):
     @abstractmethod
     def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
         """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""
+
+    async def forget(self, person: str) -> None:
+        """End the person's running answers with ModelRemoved, and drop everything computed for the person."""
+        error = ModelRemoved("the person was forgotten", hint="Ask the pooled model: task")
+        await self._drop(lambda who: who.person == person, error)
+
+    async def drop(self, versions: Collection[Version]) -> None:
+        """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
+        hint = "Ask again for the newest version."
+        await self._drop(versions.__contains__, ModelRemoved("the store no longer has this version", hint))
+
+    @abstractmethod
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
+        """End the running answers of the versions that match with an error, and drop everything computed for them."""

@@ -30,7 +30,7 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ClassifyRequest, Request, error_body
-from mta.serving.engine import AnswerLost, Engine, EngineGone, QueueFull, Refused, ServedModel, Version
+from mta.serving.engine import AnswerLost, Engine, EngineGone, ModelRemoved, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import Named, named
 from mta.store import Store
 from mta.store.tombstones import NOTHING
@@ -255,6 +255,7 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     OtherBank: (503, "server_error", "other_bank", None),
     NeedsRebuild: (503, "server_error", "needs_rebuild", None),
     StoreError: (503, "server_error", "store_unavailable", 5),  # itself: a damaged state stays damaged
+    ModelRemoved: (409, "invalid_request_error", "model_removed", None),
     EngineGone: (503, "server_error", "engine_gone", 5),
     AnswerLost: (500, "server_error", "answer_lost", None),
     Refused: (400, "invalid_request_error", None, None),

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,19 +20,7 @@ from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
 from mta.serving.embedded.scheduler import Row, Scheduler
-from mta.serving.engine import (
-    FORGOTTEN,
-    LATER,
-    NEWEST,
-    POOLED,
-    REMOVED,
-    Ask,
-    EngineGone,
-    Pieces,
-    QueuedEngine,
-    ServedModel,
-    Version,
-)
+from mta.serving.engine import LATER, Ask, EngineGone, Pieces, QueuedEngine, ServedModel, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, in_passing
@@ -103,22 +91,15 @@ class EmbeddedEngine(QueuedEngine):
 
         return cancel
 
-    async def forget(self, person: str) -> None:
-        """End the person's running answers, and drop everything computed for the person."""
-        await self._drop(
-            lambda who: isinstance(who, Version) and who.person == person, EngineGone(FORGOTTEN, hint=POOLED)
-        )
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
+        def dropped(who: ServedModel) -> bool:
+            return isinstance(who, Version) and matches(who)
 
-    async def drop(self, versions: Collection[Version]) -> None:
-        """End the running answers of these versions, and drop everything computed for them."""
-        await self._drop(versions.__contains__, EngineGone(REMOVED, hint=NEWEST))
-
-    async def _drop(self, matches: Callable[[ServedModel], bool], error: EngineGone) -> None:
         def work() -> None:
             self._forgotten += 1
-            for who in list(filter(matches, self.activated)):
+            for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
-            self.scheduler.end(error, matches)
+            self.scheduler.end(error, dropped)
 
         await self._in_thread(work)
 

@@ -16,12 +16,8 @@ import httpx2 as httpx
 from mta.errors import MtaError, OtherBank
 from mta.personalize.adapters import BASE, TASK, SharedModel
 from mta.serving.engine import (
-    FORGOTTEN,
     LATER,
     LOST,
-    NEWEST,
-    POOLED,
-    REMOVED,
     AnswerLost,
     Ask,
     EngineGone,
@@ -89,15 +85,12 @@ class VllmEngine(QueuedEngine):
         return task.cancel
 
     async def forget(self, person: str) -> None:
-        """End the person's running answers, unload their adapters, and delete the files. Raises EngineGone."""
-        await self._drop(lambda who: who.person == person, EngineGone(FORGOTTEN, hint=POOLED))
+        """Forget as every engine does, and delete files that are left of the person's adapters. Raises EngineGone."""
+        await super().forget(person)
         remove_all(self.adapters.folder, person)
 
-    async def drop(self, versions: Collection[Version]) -> None:
-        """End the running answers of these versions, unload their adapters, and delete the files. Raises EngineGone."""
-        await self._drop(versions.__contains__, EngineGone(REMOVED, hint=NEWEST))
-
-    async def _drop(self, matches: Callable[[Version], bool], error: EngineGone) -> None:
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
+        """Unload the adapters, too, and delete their files. Raises EngineGone."""
         for task in self.adapters.answers(matches):
             self._open[task].put_nowait(error)
             task.cancel()
