@@ -310,7 +310,7 @@ def test_a_person_who_makes_workers_die_is_reported_and_the_others_are_personali
         done = personalized(base, bank, tmp_path, cluster)
     assert done.trained == PEOPLE - 1
     assert set(done.failed) == {"p7"}
-    assert "died" in done.failed["p7"]
+    assert "died" in str(done.failed["p7"])
     store = Store(tmp_path)
     assert "p7" not in store
     for person in people_of(PEOPLE):

@@ -334,7 +334,7 @@ def test_an_update_that_fails_for_one_person_updates_the_others(tiny, tmp_path):
     personal.store.save("p0", broken)
     done = personal.update(GROWN)
     assert list(done.failed) == ["p0"]
-    assert "expected finite numbers" in done.failed["p0"]
+    assert "expected finite numbers" in str(done.failed["p0"])
     assert personal.state("p0") == broken
     assert done.kept + done.retrained + done.refreshed == len(GROWN) - 1
 
@@ -351,7 +351,7 @@ def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.personalize.update.decide", meanwhile)
     done = personal.update(GROWN[:2])
     assert list(done.failed) == ["p0"]
-    assert done.failed["p0"].startswith("a newer version of 'p0' was saved meanwhile")
+    assert done.failed["p0"].message.startswith("a newer version of 'p0' was saved meanwhile")
     assert personal.state("p0") == other.state("p0")
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1, 2], [1, 2]]
 
@@ -368,7 +368,7 @@ def test_a_state_that_is_damaged_after_planning_fails_alone(tiny, tmp_path):
     other = Personalizer(*tiny, personal.store, run=personal.run, encoder=HashEncoder(), executor=Damaging())
     done = other.update(GROWN[:2])
     assert list(done.failed) == ["p0"]
-    assert "1.safetensors" in done.failed["p0"]
+    assert "1.safetensors" in str(done.failed["p0"])
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1, 2]]
 
 

@@ -13,7 +13,7 @@ from provoked import PROVOKED, World
 import mta
 from mta import errors
 from mta.errors import MtaError
-from mta.serving.api.service import error_of
+from mta.serving.api.errors import error_of
 
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}

@@ -7,8 +7,9 @@ import pytest
 
 from mta.errors import BankCorrupt, MtaError, StoreError
 from mta.personalize.adapters import TASK
+from mta.serving.api.errors import error_of
 from mta.serving.api.limits import Unexpected
-from mta.serving.api.service import Service, error_of
+from mta.serving.api.service import Service
 from mta.serving.embedded.scheduler import Scheduler
 from mta.serving.engine import AnswerLost
 from mta.serving.vllm.engine import VllmEngine

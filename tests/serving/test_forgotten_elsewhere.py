@@ -19,8 +19,9 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
 from mta.personalize.stages import Stages
+from mta.serving.api.errors import NeedsRebuild
 from mta.serving.api.histories import Histories
-from mta.serving.api.service import NeedsRebuild, Service
+from mta.serving.api.service import Service
 from mta.store import Store
 from mta.store.maintenance import collect
 

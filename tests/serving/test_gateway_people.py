@@ -15,9 +15,10 @@ from gateway import world as world  # the fixture
 from served import waited
 from traces import spellings
 
-from mta.errors import PersonNotFound
+from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.personalize import forget_person, stages
 from mta.personalize.likelihoods import shots_of
+from mta.personalize.pipeline import Updated
 from mta.store.state import State
 
 
@@ -172,6 +173,27 @@ def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
     for person, state in zip(people, ("failed", "done")):
         assert waited(lambda: {"status": jobs.status(person.id).state})["status"] == state  # noqa: B023
     assert "diverged" in jobs.status(people[0].id).message
+
+
+@pytest.mark.parametrize("kind", [StateCorrupt, StoreConflict, PersonNotFound, StoreError, BankCorrupt])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_status_shows_no_path_and_no_other_id(world, monkeypatch, kind, raises):
+    jobs, (person,) = world.service.jobs, people_of(1, items=2, prefix="broken")
+    error = kind(f"{world.service.store.files.root}/ab/1.safetensors of 'bob' is damaged", hint="Remove bob.")
+
+    def update(people, since):
+        if raises:
+            raise error
+        return Updated(0, 0, 0, 0, 0, failed={person.id: error})
+
+    monkeypatch.setattr(jobs.personal, "update", update)
+    jobs.put(person)
+    waited(lambda: {"status": jobs.status(person.id).state})
+    found = jobs.status(person.id)
+    assert found.state == "failed"
+    assert len(found.message.split()) > 3
+    assert "bob" not in found.message
+    assert "safetensors" not in found.message
 
 
 def test_only_the_last_finished_statuses_are_kept(world, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +60,7 @@ def personalize(
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
-    from mta.personalize.pipeline import counts
+    from mta.personalize.pipeline import as_json, counts
     from mta.store import Store
 
     if update and not resume:
@@ -83,7 +82,7 @@ def personalize(
             compute = personal.update if update else partial(personal.personalize, resume=resume)
             done = compute(people, keep_histories=keep_histories, since=since, on_step=folder.step)
             folder.outcome, folder.about["plan"] = counts(done), done.plan
-    show_json(asdict(done)) if json else typer.echo(str(done))
+    show_json(as_json(done)) if json else typer.echo(str(done))
     _warn_of_failures(done)
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
+from mta.errors import (
+    ClusterError,
+    DataError,
+    InputError,
+    MtaError,
+    OtherBank,
+    PersonForgotten,
+    PersonNotFound,
+    StateCorrupt,
+)
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.likelihoods import ShotsJob, shots_of
@@ -42,7 +52,7 @@ class Personalized:
     trained: int
     unchanged: int
     shortened: int
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, MtaError] = field(default_factory=dict)
     plan: str = field(default="", compare=False)
     forgotten: tuple[str, ...] = ()
 
@@ -60,7 +70,7 @@ class Updated:
     refreshed: int
     begun: int
     unchanged: int
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, MtaError] = field(default_factory=dict)
     plan: str = field(default="", compare=False)
     forgotten: tuple[str, ...] = ()
 
@@ -69,9 +79,15 @@ class Updated:
         return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
 
 
+def as_json(done: Personalized | Updated) -> dict[str, Any]:
+    """Return all fields for a JSON file, each error as its text."""
+    values = {one.name: getattr(done, one.name) for one in fields(done)}
+    return values | {"failed": {id: str(error) for id, error in done.failed.items()}}
+
+
 def counts(done: Personalized | Updated) -> dict[str, int]:
     """Return the counts, without ids."""
-    values = {name: value for name, value in asdict(done).items() if name != "plan"}
+    values = {name: value for name, value in as_json(done).items() if name != "plan"}
     return values | {"failed": len(done.failed), "forgotten": len(done.forgotten)}
 
 
@@ -87,8 +103,8 @@ class _Call:
     people: list[Person]
     since: Collection[str]
     forgotten: set[str] = field(default_factory=set)
-    crashed: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
+    crashed: dict[str, MtaError] = field(default_factory=dict)
+    errors: dict[str, MtaError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +222,7 @@ class Pipeline:
             try:
                 yield shots_of(self.base, self.bank.task, item.new_items, alternatives)
             except DataError as error:
-                call.errors[item.person.id] = str(error)
+                call.errors[item.person.id] = error
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
@@ -259,14 +275,15 @@ class Pipeline:
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
             if outcome.error:
-                call.crashed |= {item.person.id: outcome.error for item in outcome.piece.items}
+                error = ClusterError(outcome.error, hint="The log of the cluster's workers says more:  ray logs")
+                call.crashed |= {item.person.id: error for item in outcome.piece.items}
             if on_step and not self.executor.in_process:
                 on_step("fleet", Step(n, len(outcome.piece), done, total))
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.state, PersonForgotten):
                     call.forgotten.add(item.person.id)
                 elif isinstance(made.state, NotSaved):
-                    call.errors[item.person.id] = str(made.state)
+                    call.errors[item.person.id] = made.state
                 else:
                     actions[made.action] += 1
                     if made.state:

@@ -19,9 +19,10 @@ from starlette.exceptions import HTTPException
 
 from mta.errors import MtaError
 from mta.serving.api import classify, completions, people
+from mta.serving.api.errors import error_of
 from mta.serving.api.limits import BodyLimit, Unexpected
 from mta.serving.api.schemas import error_body
-from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.model_names import model_name
 
 router = APIRouter()

@@ -22,8 +22,9 @@ from starlette.concurrency import run_in_threadpool
 from mta.errors import DataError, MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
+from mta.serving.api.errors import error_of
 from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
-from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, ServedModel, Token
 from mta.serving.model_names import person_name
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mta.data.history import Person
-from mta.errors import InputError, MtaError
+from mta.errors import MtaError
 from mta.personalize import Personalizer
 from mta.personalize.forgetting import Forgotten
 from mta.serving.api.auth import LOCAL, Key
+from mta.serving.api.errors import public_message
 from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
@@ -179,19 +180,11 @@ class Jobs:
         except Exception as error:
             if len(people) > 1 and self._trainer:  # one person's items must not fail the others
                 return {id: status for person in people for id, status in self._personalize([person], since).items()}
-            message = error.message if isinstance(error, InputError) else type(error).__name__
-            return {person.id: Status("failed", message=message) for person in people}  # without paths of states
+            message = public_message(error, hint=False) if isinstance(error, MtaError) else type(error).__name__
+            return {person.id: Status("failed", message=message) for person in people}
         done_ids = [person.id for person in people if person.id not in done.forgotten]
-        failed = {id: Status("failed", message=self._without_paths(error)) for id, error in done.failed.items()}
+        failed = {id: Status("failed", message=public_message(error, hint=False)) for id, error in done.failed.items()}
         return {id: Status("done", self._latest(id)) for id in done_ids} | failed
-
-    def _without_paths(self, error: str) -> str:
-        """Return the first line of an error for callers, who must not see where states are stored."""
-        line, store = error.partition("\n")[0], self.personal.store
-        if store is None or str(store.files.root) not in line:
-            return line
-        log.warning("a person was not personalized: a stored state could not be read or saved")
-        return "the stored state could not be read or saved"
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

@@ -18,9 +18,10 @@ from mta.data.readers.rows import item_in, time_in
 from mta.data.tasks.task import Task
 from mta.errors import PersonNotFound, StateCorrupt
 from mta.serving.api.auth import Key
+from mta.serving.api.errors import UnknownOrForbidden
 from mta.serving.api.jobs import Status
 from mta.serving.api.schemas import ValidText
-from mta.serving.api.service import Caller, Gateway, UnknownOrForbidden
+from mta.serving.api.service import Caller, Gateway
 from mta.serving.engine import Refused
 from mta.store import Store
 

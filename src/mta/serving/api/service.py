@@ -1,4 +1,4 @@
-"""Shared by the gateway's routes: the service, the caller's key, and the mapping of errors to responses."""
+"""Shared by the gateway's routes: the service and the caller's key."""
 
 from __future__ import annotations
 
@@ -21,30 +21,23 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, OtherBank, PersonForgotten, PersonNotFound, StoreError
+from mta.errors import MtaError, OtherBank
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
+from mta.serving.api.errors import NeedsRebuild, UnknownOrForbidden, error_of
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.metrics import Metrics
-from mta.serving.api.schemas import ClassifyRequest, Request, error_body
-from mta.serving.engine import AnswerLost, Engine, EngineGone, ModelRemoved, QueueFull, Refused, ServedModel, Version
+from mta.serving.api.schemas import ClassifyRequest, Request
+from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import Named, named
 from mta.store import Store
 from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")
 _FALLBACKS = {"task": TASK, "base": BASE}
-
-
-class NeedsRebuild(MtaError):
-    """The task LoRA or bank still contains a forgotten person, and ``--strict`` refuses to serve it."""
-
-
-class UnknownOrForbidden(PersonNotFound):
-    """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
 @dataclass
@@ -245,42 +238,3 @@ def _local(request: HttpRequest) -> Key:
     if url.hostname not in LOOPBACK or origin not in (None, f"{url.scheme}://{url.netloc}"):
         raise HTTPException(403, "without keys, only pages and programs of this machine are answered")
     return LOCAL
-
-
-# Class of an error: status, type, code, and seconds after which to retry.
-_ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
-    PersonNotFound: (404, "invalid_request_error", "model_not_found", None),
-    PersonForgotten: (409, "invalid_request_error", "person_forgotten", None),
-    QueueFull: (429, "rate_limit_error", "queue_full", 1),
-    OtherBank: (503, "server_error", "other_bank", None),
-    NeedsRebuild: (503, "server_error", "needs_rebuild", None),
-    StoreError: (503, "server_error", "store_unavailable", 5),  # itself: a damaged state stays damaged
-    ModelRemoved: (409, "invalid_request_error", "model_removed", None),
-    EngineGone: (503, "server_error", "engine_gone", 5),
-    AnswerLost: (500, "server_error", "answer_lost", None),
-    Refused: (400, "invalid_request_error", None, None),
-}
-
-
-def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
-    """Return status, body, and headers for an error.
-
-    Callers get messages and hints written for callers; hints for the operator are not sent.
-    """
-    message = f"{error.message}. {error.hint}"
-    if isinstance(error, PersonNotFound) and not isinstance(error, UnknownOrForbidden):
-        message = "the person no longer exists"  # the store's message reveals paths and versions
-    if isinstance(error, PersonForgotten):
-        message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
-    if isinstance(error, OtherBank):
-        message = "the person's state was made with another bank. Personalize the person again, or send fallback: task"
-    if type(error) is StoreError:
-        log.error("the store does not answer")  # its message may hold paths
-        message = "the store of people's models does not answer. Send the request again in a few seconds"
-    for kind, (status, name, code, retry) in _ANSWERS.items():
-        if isinstance(error, kind) and (kind is not StoreError or type(error) is StoreError):
-            code = error.code if isinstance(error, Refused) else code
-            param, headers = "model" if status == 404 else None, {"Retry-After": str(retry)} if retry else {}
-            return status, error_body(message, name, code, param), headers
-    log.error("a request failed: %s", type(error).__name__)  # the message may hold paths
-    return 500, error_body("the request failed in the server", "server_error", type(error).__name__), {}
