@@ -185,8 +185,8 @@ def test_members_are_known_after_two_kills(folder, base, monkeypatch):
 
 
 def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
-    lock = FileLock(folder / "bank" / ".calibration.lock")
-    with lock, pytest.raises(BankError, match="another process calibrates"):
+    lock = FileLock(folder / "bank" / ".lock")
+    with lock, pytest.raises(InputError, match="another process is writing to"):
         calibrated(folder, base)
     assert calibrated(folder, base).calibration
 

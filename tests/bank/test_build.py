@@ -41,6 +41,7 @@ def without_seconds(folder: Path) -> dict:
 
 def test_a_bank_holds_these_files_and_no_others(built):
     assert sorted(files_in(built)) == [
+        ".lock",
         "README.md",
         "anchors.safetensors",
         "bank.json",
@@ -197,7 +198,7 @@ def test_another_bank_in_the_folder_is_not_overwritten(built, other):
         build(built, **other)
     assert str(caught.value) == (
         f"{built} holds a bank built from other people, another base or other settings\n"
-        f"  Choose another folder with --out, or remove it first: rm -r {built}"
+        f"  Choose another folder with --out, or remove it first:  rm -r {built}"
     )
     assert stamps(built) == before
 

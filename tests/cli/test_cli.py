@@ -190,7 +190,9 @@ def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
     words = ["--bank", world.bank, "--store", tmp_path / "people", "--cluster", "local", "--workers", 2]
     found = mta("personalize", world.new, *words, "--together", 2, "--json")
-    assert found.json == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
+    result = found.json
+    assert len(result.pop("plan")) == 64
+    assert result == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
     assert "fleet: 4/4" in found.err
     assert mta("store", "check", tmp_path / "people", "--json").json["states"] == 4
 
@@ -266,6 +268,16 @@ def test_export_loads_no_weights_and_equals_the_librarys(world, tmp_path, monkey
         assert (tmp_path / "ann" / name).read_bytes() == (tmp_path / "library" / name).read_bytes()
 
 
+def test_export_replaces_an_earlier_export_and_no_other_adapter(world, tmp_path):
+    at, mine = world.copy(tmp_path), tmp_path / "mine"
+    for _ in range(2):
+        mta("export", ANN, "--out", mine, *at)
+    before = tree(mine)
+    said = run("export", BOB, "--out", mine, *at)
+    assert (said.code, tree(mine)) == (1, before)
+    assert f"InputError: {mine} holds another adapter" in said.err
+
+
 def test_export_reports_the_error_of_compression(world, tmp_path):
     said = mta("export", ANN, "--out", tmp_path / "a", *world.at, "--rank", 1)
     assert "rank 1: a vLLM server needs --max-lora-rank 8" in said.err
@@ -288,7 +300,8 @@ def test_forget_removes_exports_and_names_those_it_cannot_remove(world, tmp_path
     at = world.copy(tmp_path)
     for name in ("one", "two"):
         mta("export", ANN, "--out", tmp_path / name, *at)
-    mta("export", BOB, "--out", tmp_path / "two", *at)
+    mta("export", BOB, "--out", tmp_path / "bob", *at)
+    shutil.copy(tmp_path / "bob" / "adapter_model.safetensors", tmp_path / "two")
     first, *left = mta("forget", ANN, *at).out.splitlines()
     assert first == "removed"
     assert [line for line in left if str(tmp_path) in line] == [
@@ -368,6 +381,14 @@ def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_b
     (tmp_path / "moved").rename(tmp_path / "bank")
     assert mta("forget", ANN, *at, "--json").json["complete"]
     assert mta("forget", MEMBER, *at, "--json").json["needs_rebuild"]
+
+
+def test_forget_says_that_there_is_no_store_even_if_the_person_is_in_the_bank(world, tmp_path):
+    world.copy(tmp_path)
+    said = mta("forget", MEMBER, "--bank", tmp_path / "bank", "--store", tmp_path / "wrong")
+    assert f"there is no store at {tmp_path}/wrong" in said.out
+    assert "no states were looked for" in said.err
+    assert "nothing is stored" not in said.out
 
 
 def test_forget_with_an_unknown_hub_id_still_removes_the_person(world, tmp_path):

@@ -1,12 +1,14 @@
 """User mistakes: mta prints a message, exits with 1, and writes nothing."""
 
 import errno
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from world import world as world  # the fixture
 from mta.cli import main
 
 MISTAKES = {
-    "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),
+    "a file that is not there": ("data describe {root}/no.jsonl", "DataError: no such file: "),
     "a name that is neither a file nor an asset": (
         "data describe nothing --task lamp3",
         "DataError: no such file: nothing",
@@ -70,7 +72,7 @@ MISTAKES = {
     ),
     "a build from too few people": (
         "bank build {new} {settings} --out {root}/b",
-        "InputError: 2 candidates for anchors; at least 4 are needed",
+        "InputError: 2 of 2 candidates for anchors have 3 items; at least 4 people",
     ),
     "a build over another bank": (
         "bank build {members} {settings} --out {bank} seed=9",
@@ -83,7 +85,7 @@ MISTAKES = {
     ),
     "a file of people that is not there": (
         "personalize {root}/no.jsonl --bank {bank} --store {root}/s",
-        "AssetError: no such file or folder: ",
+        "DataError: no such file: ",
     ),
     "personalize with an unknown key": (
         "personalize {new} --bank {bank} --store {root}/s stak.enabled=no",
@@ -217,6 +219,39 @@ MISTAKES = {
         "forget ann --bank {bank} --store {root}/s",
         "StoreError: there is no store at {root}/s",
     ),
+    "a store without an address": (
+        "personalize {new} --bank {bank} --store=",
+        "StoreError: the store's address is empty",
+    ),
+    "endless training": (
+        "bank build {members} {settings} --out {root}/b bank.training.epochs=.inf",
+        "ConfigError: the command line: bank.training.epochs: ",
+    ),
+    "a negative seed": (
+        "bank build {members} {settings} --out {root}/b --seed -1",
+        "ConfigError: the command line: seed: ",
+    ),
+    "an averaging that forgets nothing": (
+        "bank build {members} {settings} --out {root}/b bank.training.beta1=1",
+        "ConfigError: the command line: bank.training.beta1: ",
+    ),
+    "a picture without a name": ("size --picture .", "InputError: . is no name of a picture"),
+    "a new key in a file that exists": (
+        "serve --keys {root}/keys.yaml --new-key app --secret {new}",
+        "ConfigError: {new} exists already, and may hold another key",
+    ),
+    "a file for no new key": (
+        "serve --keys {root}/keys.yaml --secret {root}/key",
+        "ConfigError: --secret needs --new-key",
+    ),
+    "a report into what it reports on": (
+        "report {bank} --out {root}",
+        "DataError: the report of {bank} would be written into that folder",
+    ),
+    "rejects over another file": (
+        "data describe {members} --task movielens-rating --skip-bad {new}",
+        "InputError: bad rows cannot be written to {new}: it is another file",
+    ),
     "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
 }
 
@@ -305,7 +340,55 @@ def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_pa
     words = ["data", "describe", str(tmp_path / "no.jsonl")]
     done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("AssetError: no such file or folder: ")
+    assert done.stderr.startswith("DataError: no such file: ")
+
+
+def test_a_recipe_of_wrong_types_is_a_mistake(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text, message in (
+        ("over: [lamp3]", "over is ['lamp3'], expected one recipe"),
+        ("over: lamp3\nexhibits: {main: [{methods: [{method: [merge]}]}]}", "no such method"),
+    ):
+        recipe.write_text(text)
+        said = run("evaluate", recipe, "--out", tmp_path / "runs")
+        assert (said.code, message in said.err) == (1, True), said.err
+        assert not (tmp_path / "runs").exists()
+
+
+def test_true_answers_must_be_labels(tmp_path):
+    for name, answers in (("true.json", ["4", "I think 4"]), ("mine.json", ["4", "5"])):
+        golds = [{"id": str(n), "output": answer} for n, answer in enumerate(answers)]
+        (tmp_path / name).write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
+    said = run("evaluate", tmp_path / "true.json", "--predictions", tmp_path / "mine.json", "--task", "lamp3")
+    assert (said.code, "'I think 4' is no label of task 'lamp3'" in said.err) == (1, True), said.err
+    said = run("evaluate", tmp_path / "mine.json", "--predictions", tmp_path / "true.json", "--task", "lamp3")
+    assert (said.code, said.out[:3]) == (0, "MAE"), said.err
+
+
+@pytest.mark.timeout(120, func_only=True)
+def test_a_pipe_is_read_once(tmp_path):
+    """A file can be opened several times, a pipe cannot."""
+    rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
+    os.mkfifo(tmp_path / "pipe")
+    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "pipe"), "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "pipe", "w") as pipe:
+        pipe.write("\n".join(rows))
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
+
+
+@pytest.mark.timeout(120, func_only=True)
+def test_texts_do_not_stay_behind_when_a_process_is_told_to_end(tmp_path):
+    words = [sys.executable, "-m", "mta", "data", "describe", "-"]
+    where = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, env=where, stderr=subprocess.PIPE, text=True)
+    while not any(path.name == "stdin" for path in tmp_path.rglob("*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not any(tmp_path.iterdir())
 
 
 def test_windows_is_refused_in_one_line(monkeypatch, capsys):

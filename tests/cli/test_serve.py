@@ -20,6 +20,7 @@ from traces import spellings
 
 from mta.config import Run
 from mta.personalize import Personalizer
+from mta.serving.api.auth import Keys
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +46,17 @@ def made(tmp_path_factory):
 
 def mta(*words, **how):
     return subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True, timeout=600, **how)
+
+
+def test_a_new_key_is_written_to_a_new_file_that_only_its_owner_reads(tmp_path):
+    keys, secret = tmp_path / "keys.yaml", tmp_path / "app.key"
+    found = mta("serve", "--keys", str(keys), "--new-key", "app", "--secret", str(secret))
+    assert (found.returncode, found.stdout) == (0, "")
+    assert secret.stat().st_mode & 0o077 == 0
+    assert Keys.load(keys).of(secret.read_text().strip()).name == "app"
+    before = secret.read_text()
+    found = mta("serve", "--keys", str(keys), "--new-key", "app", "--secret", str(secret))
+    assert (found.returncode, secret.read_text()) == (1, before)
 
 
 def test_create_a_key_then_start_ask_and_stop_a_server(made):

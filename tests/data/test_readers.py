@@ -120,7 +120,7 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
 
 
 def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x"})
+    path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x", "time": 2})
     with caplog.at_level(logging.WARNING, "mta"):
         assert len(read_people(path, "lamp3")) == 1
     assert caplog.messages == ["ignored fields: 'date' (2 lines), 'shop' (1 lines); times are read from 'time'"]
@@ -190,14 +190,36 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
                 read_people(source, "lamp3", skip_bad=tmp_path / file)
 
 
+def test_copies_of_a_persons_items_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "mta"):
+        read_people(jsonl(tmp_path, GOOD, GOOD, {**GOOD, "person": "other"}, {**GOOD, "time": 5}), "lamp3")
+    assert "1 items repeat an item of the same person" in caplog.text
+
+
+def test_rejects_replace_no_other_file(tmp_path: Path) -> None:
+    mine = jsonl(tmp_path, GOOD).rename(tmp_path / "mine.jsonl")
+    before = mine.read_bytes()
+    with pytest.raises(InputError, match="it is another file"):
+        read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=mine)
+    assert mine.read_bytes() == before
+
+
+def test_text_that_is_not_utf8_is_reported_with_how_to_convert_it(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(GOOD | {"input": "café"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(DataError, match="iconv"):
+        read_people(path, "lamp3")
+
+
 def test_rejects_are_written_only_when_all_input_was_read(tmp_path: Path) -> None:
     rejects_file = tmp_path / "bad.jsonl"
-    rejects_file.write_text("earlier", encoding="utf-8")
+    earlier = json.dumps({"file": "old.jsonl", "line": 7, "field": None, "reason": "invalid JSON"}) + "\n"
+    rejects_file.write_text(earlier, encoding="utf-8")
     path = tmp_path / "data.json"
     path.write_text(f'[{json.dumps(GOOD)}, 3, {{"person": ]', encoding="utf-8")
     with pytest.raises(DataError, match="invalid JSON"):  # nothing in an array can be read behind a fault
         read_people(path, "lamp3", skip_bad=rejects_file)
-    assert rejects_file.read_text(encoding="utf-8") == "earlier"
+    assert rejects_file.read_text(encoding="utf-8") == earlier
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "data.json"]
     read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=rejects_file)
     assert rejects_file.read_text(encoding="utf-8") == ""
@@ -223,5 +245,5 @@ def test_written_records_are_read_back(
         people = read_people(path, "text")
     expected: dict[str, list[Item]] = {}
     for p, i, o, t in rows:
-        expected.setdefault(p, []).append(Item({"input": i, "output": o}, t))
+        expected.setdefault(p.strip(), []).append(Item({"input": i, "output": o}, t))
     assert people == [Person.of(id, items) for id, items in expected.items()]

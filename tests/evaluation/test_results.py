@@ -46,6 +46,12 @@ def test_published_records_are_those_of_the_last_bank_in_every_order(tmp_path):
     assert read_records(tmp_path) == [records[2]] == latest(read_records(tmp_path))
 
 
+def test_a_line_that_was_cut_within_a_character_is_computed_again(tmp_path):
+    whole, cut = record(), record(texts={"answers": ("Č",)}).model_dump_json().encode()
+    (tmp_path / "scores.jsonl").write_bytes(cut[: cut.index(b"\xc4") + 1] + b"\n" + whole.model_dump_json().encode())
+    assert read_records(tmp_path) == [whole]
+
+
 @pytest.mark.parametrize("name", ["scores.jsonl", "scores.jsonl.gz"])
 def test_damaged_scores_are_an_error(tmp_path, name):
     packed = gzip.compress(record().model_dump_json().encode())

@@ -17,7 +17,7 @@ from mta.config import MergeSettings
 from mta.errors import (
     PersonNotFound,
 )
-from mta.lora.peft import read_peft
+from mta.lora.peft import WEIGHTS, read_peft
 from mta.personalize import Forgotten, forget_person
 from mta.store import Store
 
@@ -130,13 +130,14 @@ def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_ba
     personal.personalize(PEOPLE)
     for name in ("one", "two", "three"):
         personal.export("x0", tmp_path / name)
-    personal.export("x1", tmp_path / "three")  # now the folder holds another person's adapter
+    personal.export("x1", tmp_path / "four")
+    (tmp_path / "three" / WEIGHTS).write_bytes((tmp_path / "four" / WEIGHTS).read_bytes())
     assert [Path(export.folder).name for export in personal.store.exports.of("x0")] == ["one", "two", "three"]
     assert personal.forget("x0") == Forgotten(True, [], [f"{tmp_path}/three (its adapter was changed since)"])
     assert [(tmp_path / name).exists() for name in ("one", "two", "three")] == [False, False, True]
     assert personal.forget("x0") == Forgotten(False, [])
     assert personal.forget("x1") == Forgotten(True, [])
-    assert not (tmp_path / "three").exists()
+    assert [(tmp_path / name).exists() for name in ("three", "four")] == [True, False]
 
 
 @pytest.mark.parametrize("done", range(4))

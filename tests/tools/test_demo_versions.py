@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mta.config import override
+from mta.config.loader import dump_yaml
 from mta.errors import ConfigError
 from mta.system.progress import Step
 from mta.tools import demo
@@ -95,6 +96,7 @@ def test_a_resumed_demo_keeps_its_version_and_another_one_is_refused(tmp_path, r
     recipe = load_demo("movielens")
     rate(1e11)
     first = demo._settled(tmp_path, recipe, [], False, lambda _: None)
+    (tmp_path / demo.RECIPE).write_text(dump_yaml(first))
     rate(1e12)
     assert demo._settled(tmp_path, recipe, [], False, lambda _: None) == first
     with pytest.raises(ConfigError, match="other settings"):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
@@ -34,7 +31,8 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
-from mta.system.atomic import file_mode, json_sha256, write_tensors, write_text
+from mta.system.atomic import json_sha256, write_tensors, write_text
+from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
 
@@ -54,22 +52,12 @@ def calibrate_bank(
     are left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt,
     BankMismatch.
     """
-    with _only_one(folder):
+    with exclusive(folder):
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
         outside = _outside(folder, info, people, run.calibration)
         found = _measured(folder, info, base, outside, run, executor or LocalExecutor(), on_step)
         _commit(folder, info, outside, run.calibration, found)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    try:
-        lock = FileLock(folder / ".calibration.lock", mode=file_mode()).acquire(timeout=0)
-    except Timeout:
-        raise BankError(f"another process calibrates {folder}", hint="Wait until it has ended.") from None
-    with lock:
-        yield
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:

@@ -21,6 +21,7 @@ from mta.system.progress import Step
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
+SHARE = 4  # candidates per anchor, at least
 CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank that determine the anchors
 
 
@@ -29,6 +30,12 @@ def choose_anchors(
 ) -> tuple[list[Person], Tensor, list[int]]:
     """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
     able = [person for person in candidates if len(person.items) >= settings.min_items]
+    if len(able) < SHARE:
+        raise InputError(
+            f"{len(able)} of {len(candidates)} candidates for anchors have {settings.min_items} items; "
+            f"at least {SHARE} people need as many, and {SHARE * settings.anchors} for {settings.anchors} anchors",
+            hint="Give more people, or people with more items, or lower  bank.min_items=…",
+        )
     vectors = encode_people(encoder, task, able, settings.encode) if able else torch.empty(0, 0)
     return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
 
@@ -39,7 +46,7 @@ def select_anchors(
     anchors: int,
     seed: int,
     *,
-    share: int = 4,
+    share: int = SHARE,
     choose: Literal["active", "central", "random"] = "active",
 ) -> list[int]:
     """Return the indices of the anchors among the candidates, ascending.
@@ -56,7 +63,7 @@ def select_anchors(
         raise InputError(
             f"{len(candidates)} candidates for anchors; at least {share} are needed, "
             f"and {share * anchors} for {anchors} anchors",
-            hint="Give more people, or lower bank.anchors and bank.min_items.",
+            hint="Give more people.",
         )
     means = KMeans(clusters, n_init=4, random_state=seed)
     labels = torch.from_numpy(means.fit_predict(vectors.double().numpy()))

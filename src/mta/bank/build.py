@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -119,6 +120,7 @@ def build_bank(
         on_step=on_step,
     )
     context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
+    base.prompts.check(task, (*task_people, *candidates, *held_out))
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     jobs, plan = _anchor_jobs(context, roles)
@@ -236,7 +238,7 @@ def _is_finished(out: Path, work: str, *older: str) -> bool:
             return True
         raise BankError(
             f"{out} holds a bank built from other people, another base or other settings",
-            hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
+            hint=f"Choose another folder with --out, or remove it first:  rm -r {shlex.quote(str(out))}",
         )
     if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in OURS):
         raise BankError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -51,8 +53,11 @@ def main() -> None:
     if sys.platform == "win32":  # writing files needs flags of POSIX: system/atomic.py
         typer.echo("mta does not run on Windows. Install and run it in WSL 2.", err=True)
         sys.exit(1)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # which nohup sets
+            signal.signal(ending, _end)
     log = logging.getLogger("mta")
     log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
@@ -67,3 +72,8 @@ def main() -> None:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End as after an error, so that temporary files with people's texts are removed."""
+    sys.exit(128 + number)

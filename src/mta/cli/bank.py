@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
 from mta.data.tasks import Task
-from mta.errors import InputError
+from mta.errors import InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
@@ -96,7 +97,7 @@ def import_(
     read = _people(people, run.task, skip_bad, person_column, input_column, output_column, time_column)
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read, run), json)
+    _show(_calibrated(bank, model, read, run, people), json)
 
 
 @app.command()
@@ -121,7 +122,7 @@ def add(
     task = options.task_of(folder)
     read = _people(people, task, skip_bad, person_column, input_column, output_column, time_column)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
-    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run), json)
+    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run, people), json)
 
 
 def _people(source: str | None, task: str | Task, skip_bad: Path | None, *columns: str | None) -> list[mta.Person]:
@@ -132,16 +133,25 @@ def _people(source: str | None, task: str | Task, skip_bad: Path | None, *column
     return []
 
 
-def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:
+def _calibrated(
+    bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run, source: str | None
+) -> mta.Bank:
     """Return the bank, calibrated on those of the people who are not in it; if they are too few, say so."""
     if not people:
         return bank
+    go_on = f"The bank is written. Calibrate it with:  mta bank calibrate {shlex.join([str(bank.folder), str(source)])}"
     try:
         with Screen() as screen:
             return bank.calibrate(base, people, run=run, on_step=screen.step)
     except InputError as error:
         typer.echo(f"The bank is not calibrated: {error.message}.", err=True)
         return bank
+    except MtaError:
+        typer.echo(go_on, err=True)
+        raise
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. {go_on}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -153,7 +153,9 @@ def size(
     shape, machine = sizing.Shape.of(base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if picture:
-        _draw(picture, costs, machine)
+        if not picture.name:
+            raise InputError(f"{picture} is no name of a picture", hint="For example:  --picture size")
+        _draw(picture.with_suffix("") if picture.suffix in (".svg", ".png") else picture, costs, machine)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
         times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}

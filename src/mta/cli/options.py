@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PosixPath
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from mta.data.tasks import Task as TaskType
 from mta.data.tasks import load_task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
-from mta.system.assets import resolve
+from mta.system.assets import ASSETS, fetch
 from mta.system.progress import OnStep
 from mta.tracking.trackers import Track as Opener
 from mta.tracking.trackers import tracker
@@ -93,7 +93,7 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
 
 
 class Stdin(PosixPath):
-    """The path of a copy of standard input. Messages show ``stdin``, because the copy is gone when they are read."""
+    """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
 
     def __fspath__(self) -> str:
         return super().__str__()
@@ -114,12 +114,15 @@ def people_in(
     """Return all people of a file, a folder, a data asset, or standard input; other arguments name columns."""
     columns = {"person": person, "input": input, "output": output, "time": time}
     named = {name: column for name, column in columns.items() if column}
-    if source != "-":
-        return read_people(resolve(source), task, columns=named, skip_bad=skip_bad)
+    path = Path(fetch(source) if source in ASSETS else os.path.expanduser(source))
+    if source != "-" and not (path.is_fifo() or path.is_char_device()):
+        return read_people(path, task, columns=named, skip_bad=skip_bad)
+    if source == "-" and sys.stdin is None:
+        raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
     with TemporaryDirectory() as folder:  # only its owner may read it
         place = Stdin(folder, "stdin")
-        with open(place, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+        with open(place, "wb") as file, nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as pipe:
+            shutil.copyfileobj(pipe, file)  # a pipe can be read once, a file as often as the reader likes
         return read_people(place, task, columns=named, skip_bad=skip_bad)
 
 

@@ -18,7 +18,7 @@ from typer import Argument, Option
 import mta
 from mta.cli import options
 from mta.cli.screen import confirm, show_json, show_parcel
-from mta.errors import MtaError
+from mta.errors import MtaError, StoreError
 from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
@@ -206,20 +206,29 @@ def forget(
     with suppress(MtaError):  # an unreachable bank does not stop forgetting: it is reported as not marked
         folder = options.bank_at(bank)
     done = forget_person(person, people, *([] if no_bank else [folder]))
-    if not (done.states_removed or done.needs_rebuild):
-        people.check()
-    show_json(asdict(done)) if json else _tell(done)
+    missing = ""
+    try:
+        if not done.states_removed:
+            people.check()
+    except StoreError as error:
+        if not done.needs_rebuild:
+            raise
+        missing = error.message
+        typer.echo(f"{missing}, so no states were looked for.", err=True)
+    show_json(asdict(done)) if json else _tell(done, missing)
     if done.complete:
         return
-    words = ["mta", "forget", person, "--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
+    options_given = ["--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
+    id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
+    words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
     typer.echo(
         f"The person is forgotten, but some steps failed. Correct them, and repeat:  {shlex.join(words)}", err=True
     )
     raise typer.Exit(INCOMPLETE)
 
 
-def _tell(done: Forgotten) -> None:
-    typer.echo("removed" if done.states_removed else "nothing is stored for this person")
+def _tell(done: Forgotten, missing: str) -> None:
+    typer.echo("removed" if done.states_removed else missing or "nothing is stored for this person")
     typer.echo("Remove the person from your own files too: mta personalize recreates everyone in its source.", err=True)
     lines = [f"exported and not removed: {export}" for export in done.exports_left]
     if parts := ", ".join(done.needs_rebuild):

@@ -79,7 +79,8 @@ def personalize(
         used = base.as_loaded(settings).model_dump(mode="json")
         work = json_sha256([used, opened.hash, sorted(p.digest() for p in people)])  # so that `run` can be continued
         with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
-            compute = personal.update if update else partial(personal.personalize, resume=resume)
+            again = partial(personal.update, fewer=latest is not None)
+            compute = again if update else partial(personal.personalize, resume=resume)
             done = compute(people, keep_histories=keep_histories, since=since, on_step=folder.step)
             folder.outcome, folder.about["plan"] = counts(done), done.plan
     show_json(as_json(done)) if json else typer.echo(str(done))

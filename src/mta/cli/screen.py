@@ -154,7 +154,7 @@ def confirm(yes: bool) -> None:
     """Ask for confirmation to send. Raises InputError without a terminal, Abort if the user declines."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise InputError(
             "nothing was sent: stdin is not a terminal, so mta cannot ask for confirmation",
             hint="Read the list above, then repeat the command with --yes.",

@@ -100,6 +100,9 @@ def serve(
     new_key: Annotated[
         str | None, Option(help="Add a key of this name to the key file, print it once, and exit.")
     ] = None,
+    secret: Annotated[
+        Path | None, Option(help="With --new-key: write it to this new file, which only you can read.", dir_okay=False)
+    ] = None,
     rights: Annotated[str, Option(help="Rights of the new key: admin, serve, person or prefix.")] = "admin",
     of: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
     slots: Annotated[int, Option(min=1, help="Maximum number of simultaneous answers.")] = 32,
@@ -131,7 +134,9 @@ def serve(
     from mta.system.device import in_passing
 
     if new_key is not None:
-        return _add_key(keys, new_key, rights, of, json)
+        return _add_key(keys, new_key, rights, of, secret, json)
+    if secret is not None:
+        raise ConfigError("--secret needs --new-key", hint="For example:  --new-key app --secret app.key")
     known = serving.keys_for(keys, host, insecure_local, port)
     remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     weights = not (remote or vllm)
@@ -149,12 +154,18 @@ def serve(
         serving.serve(service, host, port, show)
 
 
-def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:
+def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | None, json: bool) -> None:
     from mta.serving.api.auth import add_key
+    from mta.system.atomic import write_text
 
     if keys is None:
         raise ConfigError("--new-key needs a file for the key", hint="Name a file:  --keys keys.yaml")
+    if out and out.exists():
+        raise ConfigError(f"{out} exists already, and may hold another key", hint="Name a new file with --secret.")
     secret = add_key(keys, name, rights, of)
+    if out:
+        write_text(out, f"{secret}\n")
+        return show_json({"name": name, "file": str(out)}) if json else typer.echo(f"{out}: the key {name!r}", err=True)
     if json:
         return show_json({"name": name, "key": secret})
     typer.echo(secret)

@@ -17,7 +17,7 @@ from mta.errors import ConfigError
 class Settings(BaseModel):
     """Base class: frozen, unknown keys are errors, and a partly given group keeps its other defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -53,9 +53,9 @@ class Training(Settings):
     warmup: float = Field(default=0.0, ge=0, le=1, description="share of steps with a rising learning rate")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of AdamW")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm of one person")
-    beta1: float = Field(default=0.9, description="beta1 of AdamW")
-    beta2: float = Field(default=0.999, description="beta2 of AdamW")
-    eps: float = Field(default=1e-8, description="epsilon of AdamW")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="beta1 of AdamW")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="beta2 of AdamW")
+    eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
     prior: float = Field(default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + prior)")
 
     @model_serializer(mode="wrap")
@@ -166,7 +166,7 @@ class Run(Settings):
     base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
     encoder: str = Field(default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (hidden states)")
-    seed: int = Field(default=0, description="seed of all random draws")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all random draws")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto", description="dtype of the base; adapters are float32"
     )

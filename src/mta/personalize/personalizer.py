@@ -21,7 +21,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
-from mta.lora.peft import write_peft
+from mta.lora.peft import CONFIG, WEIGHTS, has_own_card, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
@@ -100,15 +100,17 @@ class Personalizer:
         people: Sequence[Person],
         *,
         keep_histories: bool = False,
+        fewer: bool = False,
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Updated:
         """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
 
         People without a state, or whose state is of another bank, other settings, or other earlier items, are
-        personalized anew. ``since`` and errors are as in ``personalize``.
+        personalized anew. A state made from more items than are given is kept, and reported in ``failed``, unless
+        ``fewer``. ``since`` and errors are as in ``personalize``.
         """
-        return self._pipeline.update(people, keep_histories, since, on_step)
+        return self._pipeline.update(people, keep_histories, fewer, since, on_step)
 
     def generate(
         self,
@@ -183,10 +185,11 @@ class Personalizer:
 
         Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
         returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
-        it. Raises PersonNotFound, PersonForgotten, InputError for a rank below 1.
+        it. Raises PersonNotFound, PersonForgotten, InputError for a rank below 1, or a folder with another adapter.
         """
         if rank is not None and rank < 1:
             raise InputError(f"rank is {rank}; expected 1 or more", hint="Leave the rank out for an exact adapter.")
+        self._check_replaceable(person, Path(out))
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
         whole, error = whole_adapter(self.bank, state, self.base.master_dtype), torch.zeros(1)
@@ -197,6 +200,14 @@ class Personalizer:
         with self.store.exports.writing(person, out, since) if self.store else nullcontext():
             write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out, card=card)
         return float(error)
+
+    def _check_replaceable(self, person: str, folder: Path) -> None:
+        """Raise InputError if a folder holds an adapter that is no earlier export of this person."""
+        if not any((folder / name).exists() for name in (CONFIG, WEIGHTS)):
+            return
+        exported = self.store and [export.folder for export in self.store.exports.of(person)]
+        if not (has_own_card(folder) if exported is None else Export.begun(folder).folder in exported):
+            raise InputError(f"{folder} holds another adapter", hint="Export to a new folder.")
 
     def push_to_hub(
         self, person: str, folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None

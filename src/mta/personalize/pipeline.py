@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -146,7 +146,8 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> Personalized:
         """See ``Personalizer.personalize``."""
-        call = self._begin(people, since, keep_histories)
+        call = self._begin(people, since)
+        self._keep_histories(call, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
         missing = [item for item in everybody if not self._is_current(item)]
@@ -165,14 +166,24 @@ class Pipeline:
         return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
 
     def update(
-        self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None, on_step: OnStep | None
+        self,
+        people: Sequence[Person],
+        keep_histories: bool,
+        fewer: bool,
+        since: Collection[str] | None,
+        on_step: OnStep | None,
     ) -> Updated:
         """See ``Personalizer.update``."""
-        call = self._begin(people, since, keep_histories)
+        call = self._begin(people, since)
+        states = {person.id: self._usable(person.id) for person in call.people}
+        if not fewer:
+            call.errors |= _with_fewer_items(call.people, states)
+            call.people = [person for person in call.people if person.id not in call.errors]
+        self._keep_histories(call, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
         grown, begin, unchanged, digest = list[WorkItem](), list[Person](), 0, digest_of(*settings)
         for person in call.people:
-            before, learned = self._to_update(person, digest)
+            before, learned = self._to_update(person, states.pop(person.id), digest)
             if before is None:
                 begin.append(person)
             elif learned < len(person.items):
@@ -224,7 +235,7 @@ class Pipeline:
             except DataError as error:
                 call.errors[item.person.id] = error
 
-    def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
+    def _begin(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
         people = list(people)
         if empty := sum(not person.items for person in people):
@@ -236,16 +247,19 @@ class Pipeline:
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
         ordered, store = sorted(people, key=lambda person: person.id), self.store
         if store is None:
-            if keep_histories:
-                raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
             return _Call(ordered, NOTHING)
         since = store.tombstones.names() if since is None else since
         gone = store.tombstones.since([person.id for person in ordered], since)
-        call = _Call([person for person in ordered if person.id not in gone], since, gone)
-        for person in call.people if keep_histories else ():
+        return _Call([person for person in ordered if person.id not in gone], since, gone)
+
+    def _keep_histories(self, call: _Call, keep: bool) -> None:
+        if not keep:
+            return
+        if self.store is None:
+            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
+        for person in call.people:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
-                store.save_history(person, since)
-        return call
+                self.store.save_history(person, call.since)
 
     def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
@@ -301,9 +315,8 @@ class Pipeline:
         state = self._usable(item.person.id)
         return state is not None and state.work == item.work
 
-    def _to_update(self, person: Person, settings_digest: str) -> tuple[State | None, int]:
+    def _to_update(self, person: Person, state: State | None, settings_digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
-        state = self._usable(person.id)
         if state is None or state.settings != settings_digest or not state.losses:
             return None, 0
         calibration = self.bank.calibration
@@ -319,3 +332,15 @@ class Pipeline:
             return item
         version = self.store.latest(item.person.id) or 0
         return replace(item, before=replace(item.before, stack=None), version=version)
+
+
+def _with_fewer_items(people: Sequence[Person], states: Mapping[str, State | None]) -> dict[str, MtaError]:
+    """Return an error for each person whose state was made from more items than are given: it would be worse."""
+    return {
+        one.id: InputError(
+            f"the model was made from {state.shots} items, and {len(one.items)} are given, so it was kept",
+            hint="Give the others, too; or make it from these alone, without --update (in Python: fewer=True).",
+        )
+        for one in people
+        if (state := states[one.id]) and len(one.items) < state.shots
+    }

@@ -26,6 +26,8 @@ class Storage:
     """File operations of a store, by names relative to its root. Failures become StoreError."""
 
     def __init__(self, url: str | Path) -> None:
+        if not str(url).strip():
+            raise StoreError("the store's address is empty", hint="Name a folder, or a URL:  --store people/")
         try:
             self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # other processes write too
         except (ImportError, ValueError) as error:
@@ -163,9 +165,10 @@ class Storage:
         for part in name.split("/")[:-1]:
             path /= part
             if path.is_symlink():
+                named = shlex.quote(str(path))
                 raise StoreError(
                     f"{path} is a symbolic link, expected a folder: nothing is written or removed through it",
-                    hint=f"Check where it leads, and remove it:  ls -l {path}; rm {path}",
+                    hint=f"Check where it leads, and remove it:  ls -l {named}; rm {named}",
                 )
         return Path(self.at(name))
 

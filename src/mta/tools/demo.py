@@ -34,6 +34,7 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
 TRUSTED = 1.5  # minutes of expected work after which only the measured pace counts: loading says little about training
+RECIPE = "recipe.yaml"  # the settings that were chosen, in the demo's folder
 SLOW = 800e9  # operations per second; slower machines run a version with fewer steps
 
 OnTime = Callable[[float, float], None]
@@ -126,7 +127,7 @@ def demo(
     ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
     ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
-    fresh = not (out / "recipe.yaml").exists()
+    fresh = not (out / RECIPE).exists()
     recipe = _settled(out, recipe, words, full, say)
     clock, run = Clock(recipe.minutes, on_time), recipe.run
     if fresh and not full:  # other versions take longer, and stopped demos have less to do
@@ -141,8 +142,11 @@ def demo(
         if name in assets.ASSETS:
             assets.fetch(name, say)
     people = read_people(assets.resolve(recipe.data), run.task)
-    splits = _splits(out, people, recipe)
+    sizes, evaluation = recipe.people.model_dump(), recipe.evaluation
+    splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
     base = BaseModel.of(run)
+    splits.save(out / "splits.json")
+    write_text(out / RECIPE, dump_yaml(recipe))  # only now: a mistake must not fix the folder's settings
     with RunFolder(
         folder=out,
         kind="demo",
@@ -219,7 +223,7 @@ def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, sa
     whole = override(recipe, words)
     short = override(recipe, [*recipe.short, *words])
     slow = override(recipe, [*recipe.short, *recipe.slow, *words])
-    path = out / "recipe.yaml"
+    path = out / RECIPE
     if path.is_file():
         begun = load_demo(path)
         if begun not in ((whole,) if full else (short, slow)):
@@ -227,9 +231,7 @@ def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, sa
                 f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out."
             )
         return begun
-    chosen = _for_this_machine(whole if full else short, whole if full else slow, say)
-    write_text(path, dump_yaml(chosen))
-    return chosen
+    return _for_this_machine(whole if full else short, whole if full else slow, say)
 
 
 def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:
@@ -240,13 +242,6 @@ def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], 
     fewer = "" if chosen == usual else f": fewer steps ({', '.join(slow.slow)})"
     say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s{fewer}.")
     return chosen
-
-
-def _splits(out: Path, people: list[Person], recipe: DemoRecipe) -> Splits:
-    sizes = recipe.people.model_dump()
-    splits = draw(people, recipe.run.seed, **sizes, min_items=recipe.evaluation.shots + recipe.evaluation.queries)
-    splits.save(out / "splits.json")
-    return splits
 
 
 def _two(found: Study) -> list[int]:

@@ -28,6 +28,7 @@ from mta.config.loader import to_yaml
 from mta.errors import DataError
 from mta.system.atomic import append_lines, write_json, write_text
 from mta.system.device import cores, processor
+from mta.system.exclusive import exclusive
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
 
@@ -71,6 +72,7 @@ class RunFolder:
     _steps: Counter[str] = field(default_factory=Counter)
     _examples: dict[str, int] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
         self.work = (self.work or uuid.uuid4().hex)[:12]
@@ -95,16 +97,23 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if kind is None or self._begun:
-            self.begin()
-            self._write(datetime.now(UTC), kind.__name__ if kind else "")  # the error's text may name a person
-        if self._sink:
-            self._sink.close()
+        with self._held:
+            if kind is None or self._begun:
+                self.begin()
+                self._write(datetime.now(UTC), kind.__name__ if kind else "")  # the error's text may name a person
+            if self._sink:
+                self._sink.close()
 
     def begin(self) -> None:
-        """Record the start of the run. The first step calls this if no caller did."""
+        """Record the start of the run, and lock its folder. The first step calls this if no caller did.
+
+        Raises InputError if another process is writing to the folder.
+        """
         if self._begun:
             return
+        if self.folder:
+            self._held.enter_context(exclusive(self.folder))
+            self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
         self._begun = True
         if self.folder:
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))

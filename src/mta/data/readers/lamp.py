@@ -50,7 +50,7 @@ def lamp_parts(
             id = _new_id(record, "id", seen)
             seen.add(id)
             named = record.get("user_id") is not None
-            person = text_in(record, "user_id") if named else id
+            person = text_in(record, "user_id").strip() if named else id
             items = _profile(record, task, place, rejects)
             yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
     for id, gold in (golds or {}).items():
@@ -139,13 +139,22 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
 def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, str]:
     """Return question id -> answer. ``path`` is LaMP's outputs file, the questions file beside it, or their folder.
 
-    Raises DataError, which names file, line, and field.
+    ``empty`` is for a model's answers: they may be empty, or no label. Raises DataError, which names file, line, field.
     """
     questions = questions_in(path) if path.is_dir() else path
     outputs = outputs_beside(questions) or questions
     if outputs == questions and "questions" in outputs.name:
         raise DataError(f"no outputs file beside {questions}", hint="Give the path of an outputs file.")
-    return {id: gold.output for id, gold in outputs_in(outputs, task, Rejects(), empty=empty).items()}
+    found = outputs_in(outputs, task, Rejects(), empty=empty)
+    for gold in () if empty else found.values():  # a model may answer with anything
+        if task.labels and gold.output not in task.labels:
+            raise data_error(
+                gold.place,
+                "output",
+                f"{gold.output!r} is no label of task {task.name!r}; expected one of {', '.join(task.labels)}",
+                hint="Give the true answers as SOURCE, and the model's as --predictions; or another --task.",
+            )
+    return {id: gold.output for id, gold in found.items()}
 
 
 def _check_task(outputs: Path, task: Task) -> None:

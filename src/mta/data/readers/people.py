@@ -13,7 +13,7 @@ from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
-from mta.data.readers.rejects import Rejects, data_error
+from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import Part, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import objects
@@ -59,6 +59,8 @@ def read_people(
     if not people:
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
+    if copies := repeated(people):
+        log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
     people, shared = connected(people, task)
     if shared.items:
         log.warning("%s: %s; splits keep a group together", source, shared)
@@ -149,7 +151,7 @@ def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathere
 
 
 def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
-    """Return the file for bad rows. Raises InputError if it is a folder or one of the input files."""
+    """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
     if skip_bad is None:
         return None
     path = Path(skip_bad)
@@ -158,13 +160,24 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     else:
         read = [source, outputs_beside(source) or source]
     is_input = any(path.resolve() == file.resolve() for file in read)
-    if is_input or path.is_dir():
-        found = "an input file" if is_input else "a folder"
+    is_foreign = path.is_file() and not is_rejects(path)
+    if is_input or is_foreign or path.is_dir():
+        found = "an input file" if is_input else "another file" if is_foreign else "a folder"
         raise InputError(
             f"bad rows cannot be written to {path}: it is {found}; expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path
+
+
+def repeated(people: Sequence[Person]) -> int:
+    """Return the number of items that have the fields and the time of an earlier item of the same person.
+
+    In an evaluation, a shot would be asked again.
+    """
+    return sum(
+        len(one.items) - len({(*sorted(item.fields.items()), item.time) for item in one.items}) for one in people
+    )
 
 
 def describe(people: Sequence[Person]) -> dict[str, float]:

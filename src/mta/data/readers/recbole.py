@@ -41,7 +41,7 @@ def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
             rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
             if "timestamp" in row:
                 rating["timestamp"] = _number(row["timestamp"])
-            yield Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
+            yield Part(text_in(row, "user_id").strip(), (item_in(rating, task, time="timestamp"),), place)
 
 
 def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:

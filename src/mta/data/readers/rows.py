@@ -187,7 +187,7 @@ def item_parts(
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
             try:
-                part = Part(text_in(row, "person"), (item_in(row, task),), place)
+                part = Part(text_in(row, "person").strip(), (item_in(row, task),), place)
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), _other_names(task).get(field)

@@ -77,7 +77,7 @@ def text_lines(path: Path, rejects: Rejects | None = None) -> Iterator[tuple[int
             except UnicodeDecodeError as error:
                 if rejects is None:
                     raise data_error(Place(path, number), None, _not_utf8(error), hint=UTF8) from None
-                rejects.add(Place(path, number), None, _not_utf8(error))
+                rejects.add(Place(path, number), None, _not_utf8(error), hint=UTF8)
                 continue
             yield number, text.rstrip("\r\n")
 

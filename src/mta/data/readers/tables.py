@@ -232,4 +232,6 @@ def _plain(value: Any, classes: list[str] | None = None) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, bytes):  # text that the writer did not mark as text; other bytes are no text
+        return value.decode("utf-8", "surrogateescape")
     return value if value is None or isinstance(value, str | int) else str(value)

@@ -150,7 +150,11 @@ def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> d
         raise ConfigError(f"recipe {above[0].name} is over itself", hint="Remove one of the lines  over: …")
     values = read_yaml(path)
     below, above = values.pop("over", None), (*above, path.resolve())
-    return merged_over(_values(below, path.parent, above), values) if isinstance(below, str) else values
+    if below is None:
+        return values
+    if not isinstance(below, str):
+        raise ConfigError(f"{path}: over is {below!r}, expected one recipe", hint="Write a line such as  over: lamp3")
+    return merged_over(_values(below, path.parent, above), values)
 
 
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ from mta.tracking.run_folder import sittings
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 Key = TypeVar("Key")
+_COPY = "Restore it from a copy."
 META = "meta.json"  # facts of the runs behind published scores, and of versions without run.json
 
 
@@ -231,17 +232,20 @@ def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
 def _read(path: Path) -> Iterator[Record]:
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged or not readable: {error}", hint="Restore it from a copy.") from None
+        with opened(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or not readable: {error}", hint=_COPY) from None
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            yield Record.model_validate(json.loads(line))
+            yield Record.model_validate(json.loads(line.decode()))
         except json.JSONDecodeError:
             continue  # incomplete line of a killed run
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":  # else the kill came within a character
+                raise DataError(f"{path} is damaged or not readable: {error}", hint=_COPY) from None
         except ValueError:
             raise DataError(
                 f"{path}, line {number}: not a record of an experiment",

@@ -51,6 +51,7 @@ def run_experiment(
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
     _check_people(workspace, exhibits)
+    workspace.begin()  # only now: a mistake must not fix the folder's splits
     records = Records(workspace.folder)
     settings = recipe.model_dump(mode="json")
     with RunFolder(

@@ -88,13 +88,11 @@ class Workspace:
         say: Callable[[str], None] = lambda _: None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
-        write: bool = True,
     ) -> Self:
         """Read the people of ``data`` (or of the recipe), draw the parts, and load the base.
 
         ``test`` names other data with the people to test; without it they are drawn from ``data``.
-        With ``write``, writes the recipe, the sizes, and the splits.
-        Raises InputError without data, DataError if ``out`` holds an experiment with other people or sizes.
+        Raises InputError without data.
         """
         source = data or recipe.data
         if source is None:
@@ -107,12 +105,8 @@ class Workspace:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_parts(recipe, task, people, tested)
         named = {"data": source} | ({"tested": test} if test else {})
-        sizes = {key: name if name in ASSETS else Path(name).name for key, name in named.items()} | sizes
+        sizes = {key: name if name in ASSETS else Path(name).resolve().name for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
-        if write:
-            splits.save(out / "splits.json")
-            write_json(out / SIZES, sizes)
-            write_text(out / RECIPE, dump_yaml(recipe))
         every = [*people, *tested]
         return cls(recipe, out, source, test, which, task, every, splits, sizes, base, say, executor, on_step)
 
@@ -121,6 +115,12 @@ class Workspace:
         """Folder of the results; results of development people have a folder of their own."""
         return self.out if self.which == "test" else self.out / self.which
 
+    def begin(self) -> None:
+        """Write splits, sizes, and recipe. Raises DataError if ``out`` holds other ones."""
+        self.splits.save(self.out / "splits.json")
+        write_json(self.out / SIZES, self.sizes)
+        write_text(self.out / RECIPE, dump_yaml(self.recipe))
+
     def elsewhere(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
@@ -128,7 +128,7 @@ class Workspace:
             name if not name or name in ASSETS else str(Path(name).resolve())
             for name in (self.source, self.test_source)
         )
-        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, test=test, write=False)
+        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, test=test)
 
     # -- people --------------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,8 @@ def parse_method(value: Any) -> Method:
     if isinstance(value, Method):
         return value
     values = {"method": value} if isinstance(value, str) else value
-    kind = METHODS.get(values.get("method", "")) if isinstance(values, Mapping) else None
+    name = values.get("method") if isinstance(values, Mapping) else None
+    kind = METHODS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ConfigError(f"no such method: {value!r}", hint=f"Use one of: {', '.join(sorted(METHODS))}.")
     return kind.model_validate(values)

@@ -62,7 +62,7 @@ class Picture:
 
     def save(self, path: Path) -> list[Path]:
         """Write ``path``.svg and ``path``.png. Returns their paths."""
-        paths = [path.with_suffix(f".{ending}") for ending in ("svg", "png")]
+        paths = [path.with_name(f"{path.name}.{ending}") for ending in ("svg", "png")]
         with self._drawn() as figure:
             for one, undated in zip(paths, ({"Date": None}, {"Software": None})):
                 with replacing(one) as temporary:

@@ -59,6 +59,10 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     if len(experiments) > 1:
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
+        if (out / folder.name).resolve() == folder:
+            raise DataError(
+                f"the report of {folder} would be written into that folder", hint="Choose another folder with --out."
+            )
         sessions = _sessions(folder)
         write_report(out / folder.name, f"{folder.name}: {sessions[-1]['kind']}", history(sessions), made)
         drawn += [f"{folder.name}: {section.title}" for section in made]

@@ -176,7 +176,7 @@ class Jobs:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""
         try:
             self._trainer = self._trainer or self._load()
-            done = self._trainer.update(people, since=since)  # states of grown histories cost only the new items
+            done = self._trainer.update(people, fewer=True, since=since)  # grown histories cost only the new items
         except Exception as error:
             if len(people) > 1 and self._trainer:  # one person's items must not fail the others
                 return {id: status for person in people for id, status in self._personalize([person], since).items()}

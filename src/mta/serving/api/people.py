@@ -131,7 +131,8 @@ def _check_not_fewer(store: Store, person: Person) -> None:
     if shots > (known := len(person.items)):
         raise Refused(
             f"the person's model was made from {shots} items, and this server knows {known} of the person's items",
-            hint=f'Append the others first, or make it from these alone: {{"latest": {known}}}',
+            hint="Append the others first (mta personalize --keep-histories keeps those of a file); "
+            f'or make it from these alone: {{"latest": {known}}}',
         )
 
 
