@@ -225,7 +225,7 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path,
             assert json.loads(line)["stage"] in ("task LoRA", "anchors", "calibration")
 
 
-def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_path, monkeypatch):
+def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(built, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
 
     def stop(stage, step):
@@ -234,7 +234,11 @@ def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}), on_step=stop)
-    assert trained(build(tmp_path / "bank")) == trained(built)
+    before = stamps(tmp_path / "bank")
+    with pytest.raises(BankError, match="holds an interrupted build from other people, another base or other settings"):
+        build(tmp_path / "bank")
+    assert stamps(tmp_path / "bank") == before
+    assert trained(build(tmp_path / "bank", resume=False)) == trained(built)
 
 
 def test_a_build_stopped_before_its_calibration_ends_with_the_same_bank(built, tmp_path, monkeypatch):

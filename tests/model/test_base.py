@@ -171,6 +171,11 @@ def test_a_quantized_model_is_refused():
         BaseModel(model, tokenizer(), "tiny")
 
 
+def test_weights_in_half_precision_are_refused():
+    with pytest.raises(ModelError, match=r"weights are torch\.float16"):
+        BaseModel(KINDS["llama"]().half(), tokenizer(), "half")
+
+
 def test_a_recurrent_model_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=8, state_size=4, num_hidden_layers=1))
     with pytest.raises(UnsupportedModel, match="'mamba' carries a recurrent state"):

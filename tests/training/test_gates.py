@@ -42,6 +42,15 @@ def test_gradients_equal_autograd_through_dense_merges(scene, packed):
         near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
 
 
+def test_a_person_without_shots_has_no_gradient(scene):
+    base, task, bank, jobs, at = scene
+    jobs = [jobs[0], Job("none", []), jobs[2]]
+    found, alone = (gate_gradients(base, one, bank, at[: len(one)], [Shared(task)]) for one in (jobs, jobs[:1]))
+    assert not found.gradients[1].any()
+    assert found.loglik[1] == 0
+    near(found.gradients[0], alone.gradients[0])
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_gradients_by_layer_equal_autograd_and_add_up_to_those_of_the_whole_merge(scene, packed):
     """So coefficients for groups of layers need no other pass."""

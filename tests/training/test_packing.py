@@ -11,6 +11,7 @@ from mta.lora.layers import PerPerson
 from mta.model.tree_attention import visible
 from mta.training.packing import collate, pack, tree
 from mta.training.scoring import log_likelihood
+from mta.training.trainer import _passes
 
 tokens = st.lists(st.integers(3, 6), min_size=2, max_size=9).map(tuple)
 examples = st.lists(
@@ -43,6 +44,26 @@ def test_packing_never_costs_more_than_one_row_per_example(made, price, blocked)
     rows = pack(made, price, blocked=blocked)
     assert cost(rows) <= cost(pack(made, price, budget=0)) + 1e-9
     assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(examples, max_size=3), min_size=1, max_size=8), st.integers(1, 60), st.sampled_from([0.0, 1.5])
+)
+def test_passes_hold_neighbors_as_long_as_they_fit(people, budget, weight):
+    rows = [[tree(made, range(len(made))) for made in own] for own in people]
+
+    def size(part):
+        return max(len(row.tokens) for row in part) * len(part) + weight * sum(row.logit_count for row in part)
+
+    found = list(_passes(rows, budget, weight))
+    assert [row for one in found for row in one.rows] == [row for own in rows for row in own]
+    assert [p for one in found for p in one.owners] == [p for p, own in enumerate(rows) for _ in own]
+    for one, after in zip(found, [*found[1:], None]):
+        assert len(one.rows) == 1 or size(one.rows) <= budget
+        assert {*one.owners} <= {*range(one.people.start, one.people.stop)}
+        if after and after.owners[0] != one.owners[-1]:  # else one person has several passes
+            assert size([*one.rows, *rows[after.owners[0]]]) > budget
 
 
 def test_a_row_is_split_when_attention_is_expensive():

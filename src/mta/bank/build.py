@@ -59,6 +59,7 @@ from mta.training.plan import Plan
 from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
+BEGUN = Path("work", "key")  # of a build: what it trains
 
 
 def build_bank(
@@ -108,6 +109,7 @@ def build_bank(
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
         (out / run_folder.METRICS).unlink(missing_ok=True)
+    _check_begun(out, training_key)
     record = RunFolder(
         folder=out,
         kind="bank",
@@ -125,6 +127,8 @@ def build_bank(
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     jobs, plan = _anchor_jobs(context, roles)
     with record:
+        record.begin()
+        write_text(out / BEGUN, training_key)
         trained = None
         if run.task_lora.enabled:
             items, tested = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
@@ -136,6 +140,16 @@ def build_bank(
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         _finish(context, encoder, plan, roles, roles.members(secret), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
+
+
+def _check_begun(out: Path, training_key: str) -> None:
+    """Raise BankError for an interrupted build with another key: its finished work would be overwritten."""
+    if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != training_key:
+        raise BankError(
+            f"{out} holds an interrupted build from other people, another base or other settings",
+            hint="Give the same again to resume it, or another folder with --out. To start over:  "
+            f"rm -r {shlex.quote(str(out / 'work'))}",
+        )
 
 
 def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:

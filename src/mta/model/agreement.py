@@ -249,9 +249,9 @@ def _row_changed(_: nn.Module, __: Any, out: Tensor) -> Tensor:
 
 def _apart(found: Tensor, expected: Tensor) -> Tensor:
     """Return the differences of logits (n, V) at each place, (n,), relative to the spread of the expected logits."""
-    expected = expected.double()
+    expected, found = expected.cpu().double(), found.cpu().double()  # some devices have no float64
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
-    return (found.double() - expected).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    return (found - expected).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _middle(found: Tensor, expected: Tensor) -> float:

@@ -35,7 +35,7 @@ from mta.model.fingerprint import fingerprint_of, folder_fingerprint
 from mta.model.footprint import Footprint
 from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
 from mta.system.assets import ASSETS
-from mta.system.device import moved, pick_device, pick_dtype
+from mta.system.device import check_dtype, moved, pick_device, pick_dtype
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
 
@@ -65,6 +65,7 @@ class BaseModel:
         gradient_checkpointing: bool = False,
     ) -> None:
         refuse_unsupported(model)
+        check_dtype(next(model.parameters()).dtype)
         model.eval().requires_grad_(False)
         given: Any = model.generation_config
         if given:  # without its penalties and filters: they would change answers, but not scores

@@ -95,6 +95,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ModelError for weights in a dtype that is not trained over: gradients in float16 need scaled losses."""
+    if dtype not in _DTYPES.values():
+        raise ModelError(
+            f"the model's weights are {dtype}; expected one of: {', '.join(_DTYPES)}",
+            hint="Convert them first:  model.bfloat16()",
+        )
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions for bfloat16 products: without them, bfloat16 is slower than float32."""
     if device.type == "cuda":

@@ -27,7 +27,8 @@ from mta.system.device import moved
 class Row:
     """A token tree in depth-first order, and its targets.
 
-    The logits at place ``sources[i]`` of the row predict token ``targets[i]`` of example ``examples[i]``.
+    The logits at place ``sources[i]`` of the row predict token ``targets[i]`` of example ``examples[i]``;
+    ``logit_count`` places need logits.
     """
 
     tokens: tuple[int, ...]
@@ -36,11 +37,7 @@ class Row:
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     examples: tuple[int, ...]
-
-    @property
-    def logit_count(self) -> int:
-        """Number of tokens of the row that need logits."""
-        return len(set(self.sources))
+    logit_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ def tree(examples: Sequence[Example], chosen: Iterable[int]) -> Row:
     for place in path:
         ends[place] = len(tokens)
     sources, targets, owners = zip(*predicted)
-    return Row(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners)
+    return Row(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners, len(set(sources)))
 
 
 def pack(

@@ -17,7 +17,7 @@ from mta.training.packing import common_prefix
 from mta.training.trainer import Job
 
 _MOST_TOKENS = 4096  # per pass; more were not faster on the processors measured
-_ON_GPU = 8  # times as many: a GPU waits for the launches of small passes
+ON_GPU = 8  # times as many: a GPU waits for the launches of small passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def plan_cohorts(
             f"the budget is {memory / 2**20:.1f} MiB",
             hint="Raise memory=…, lower max_tokens or the rank.",
         )
-    most_tokens = _MOST_TOKENS * (1 if base.device.type == "cpu" else _ON_GPU)
+    most_tokens = _MOST_TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
     enough = int(most_tokens * (1 + footprint.target_weight * lengths.share))
     tokens = min(memory // 2 // token, enough, (memory - person - copies - shared) // token)
     tokens = max(tokens, lengths.largest)

@@ -14,6 +14,7 @@ from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.training.packing import collate, fitting, pack_for
+from mta.training.plan import ON_GPU
 from mta.training.trainer import Job
 
 
@@ -24,14 +25,15 @@ def log_likelihood(
     adapters: Sequence[Adapters] = (),
     *,
     owners: Sequence[int] | None = None,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int | None = None,
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: an (n,) tensor for each list of n examples.
 
     List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
-    in ``train``. Up to rounding, results do not depend on which lists share a batch.
+    in ``train``, by default more on a GPU. Up to rounding, results do not depend on which lists share a batch.
     """
     owners = range(len(examples)) if owners is None else owners
+    tokens_per_batch = tokens_per_batch or 2048 * (1 if base.device.type == "cpu" else ON_GPU)
     weight = base.footprint.target_weight
     rows = [(i, row) for i, part in enumerate(examples) for row in pack_for(base, part, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
@@ -50,7 +52,7 @@ def log_likelihood(
 
 
 def mean_nll(
-    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
+    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int | None = None
 ) -> list[float]:
     """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""
     found = log_likelihood(base, [job.examples for job in jobs], adapters, tokens_per_batch=tokens_per_batch)

@@ -93,16 +93,17 @@ def train(
         cohort.restore(*saved)
     total = sum(steps * min(training.batch_size, len(job.examples)) for job, steps in zip(jobs, cohort.steps))
     cohort.release()
+    batches = _Batches(base, jobs, training, seed, tokens_per_batch)
     while cohort.active:
-        batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
-            losses = _accumulate(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
+            rows = [batches.rows(j, cohort.step) for j in cohort.active]
+            losses = _accumulate(base, cohort, rows, adapters, frozen, dtype, tokens_per_batch)
         first = cohort.active if cohort.step == 0 and (on_first or checkpoint) else []
-        cohort.advance(training, sum(len(batch) for batch in batches))
+        cohort.advance(training, sum(min(training.batch_size, len(jobs[j].examples)) for j in cohort.active))
         if first:  # only now: this waits for a GPU
             cohort.first[first] = losses.cpu()
         if on_step:
-            on_step(Step(cohort.step, len(batches), cohort.seen, total, float(losses.mean())))
+            on_step(Step(cohort.step, len(rows), cohort.seen, total, float(losses.mean())))
         if checkpoint and (checkpoint.due() or not cohort.active):
             checkpoint.save(*cohort.saved())
     if on_first:
@@ -151,6 +152,28 @@ def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
     places = range(step * size, (step + 1) * size)
     orders = {epoch: _shuffled(n, f"{seed}/{job.key}/{epoch}") for epoch in {place // n for place in places}}
     return [job.examples[orders[place // n][place % n]] for place in places]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """The packed batches of jobs; a batch of all examples of a job is the same in every step, and packed once."""
+
+    base: BaseModel
+    jobs: Sequence[Job]
+    training: Training
+    seed: int
+    budget: int
+    _whole: dict[int, list[Row]] = field(default_factory=dict)
+
+    def rows(self, j: int, step: int) -> list[Row]:
+        """Return the rows of job ``j`` at ``step``."""
+        if j in self._whole:
+            return self._whole[j]
+        examples = batch_of(self.jobs[j], step, self.training.batch_size, self.seed)
+        rows = pack_for(self.base, examples, self.budget)
+        if len(examples) == len(self.jobs[j].examples):
+            self._whole[j] = rows
+        return rows
 
 
 def _shuffled(n: int, key: str) -> list[int]:
@@ -254,16 +277,15 @@ class _Pass:
 def _accumulate(
     base: BaseModel,
     cohort: _Cohort,
-    batches: Sequence[Sequence[Example]],
+    rows: Sequence[Sequence[Row]],
     adapters: Build,
     frozen: Sequence[Adapters],
     dtype: torch.dtype,
     budget: int,
 ) -> Tensor:
-    """Add the gradients of this step to the cohort's buffer; return the losses of its people, (U,)."""
+    """Add the gradients of each person's rows to the cohort's buffer; return the losses of its people, (U,)."""
     weight = base.footprint.target_weight
-    rows = [pack_for(base, examples, budget) for examples in batches]
-    shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
+    shares = [1 / max(sum(len(row.targets) for row in own), 1) for own in rows]
     (share,) = moved(base.device, torch.tensor(shares, dtype=base.master_dtype))
     jobs = torch.tensor(cohort.active)
     losses = torch.zeros_like(share)
@@ -285,19 +307,22 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterat
 
     A place that needs logits counts as ``weight`` tokens more.
     """
-
-    def fit(part: Sequence[Row]) -> int:
-        return fitting(part, max(len(row.tokens) for row in part), budget, weight)
-
-    first, chosen, owners = 0, list[Row](), list[int]()
+    first, chosen, owners, width, logits = 0, list[Row](), list[int](), 0, 0
     for person, added in enumerate(rows):
-        if chosen and fit([*chosen, *added]) < len(chosen) + len(added):
+        width = max([width, *(len(row.tokens) for row in added)])
+        logits += sum(row.logit_count for row in added)
+        if chosen and width * (len(chosen) + len(added)) + weight * logits > budget:
             yield _Pass(slice(first, person), chosen, owners)
             first, chosen, owners = person, [], []
-        chosen, owners = [*chosen, *added], owners + [person] * len(added)
-        while (count := fit(chosen)) < len(chosen):  # one person alone exceeds the budget
+            width = max((len(row.tokens) for row in added), default=0)
+            logits = sum(row.logit_count for row in added)
+        chosen += added
+        owners += [person] * len(added)
+        while len(chosen) > 1 and width * len(chosen) + weight * logits > budget:  # one person alone exceeds the budget
+            count = fitting(chosen, width, budget, weight)
             yield _Pass(slice(person, person + 1), chosen[:count], owners[:count])
             chosen, owners = chosen[count:], owners[count:]
+            width, logits = max(len(row.tokens) for row in chosen), sum(row.logit_count for row in chosen)
     if chosen:
         yield _Pass(slice(first, len(rows)), chosen, owners)
 
@@ -320,12 +345,12 @@ def gradient(
     backward pass over all jobs. Other arguments as in ``train``. Source: our choice.
     """
     cohort = _Cohort.begin(base, jobs, at, Training(steps=1))
-    batches = [jobs[j].examples for j in cohort.active]
+    rows = [pack_for(base, jobs[j].examples, tokens_per_batch) for j in cohort.active]
     with base.in_training():
-        losses = _accumulate(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch)
+        losses = _accumulate(base, cohort, rows, adapters, frozen, base.master_dtype, tokens_per_batch)
     order = torch.tensor(cohort.active).argsort()
     # The trainer's loss is the mean over a person's target tokens.
-    counts = [sum(len(e.target) for e in examples) for examples in batches]
+    counts = [jobs[j].targets for j in cohort.active]
     (targets,) = moved(base.device, torch.tensor(counts, dtype=losses.dtype))
     found = -(cohort.optimizer.gradient * targets[:, None]).cpu()[order]
     return cohort.views(found), -(losses * targets).cpu()[order]
