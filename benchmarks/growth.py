@@ -46,7 +46,7 @@ def newcomers(bank: Bank, count: int) -> list[Person]:
     """People with enough items who are in nothing of the bank, drawn by a hash."""
     everybody = read_people(resolve("movielens-100k"), "movielens-rating")
     enough = [person for person in everybody if len(person.items) >= SHOTS + MORE + ASKED]
-    new = [person for person in enough if not bank.info.members.artefacts_of(person.id)]
+    new = [person for person in enough if not bank.info.members.parts_of(person.id)]
     drawn = sorted(new, key=lambda person: hashlib.sha256(f"growth/{person.id}".encode()).digest())
     return sorted(drawn[:count], key=lambda person: person.id)
 

@@ -118,7 +118,7 @@ def test_results_for_other_coefficients_are_not_taken_over(folder, base, tmp_pat
 
 def test_people_behind_a_calibration_are_remembered(folder, base):
     bank = calibrated(folder, base)
-    parts = [bank.info.members.artefacts_of(person.id) for person in OTHERS]
+    parts = [bank.info.members.parts_of(person.id) for person in OTHERS]
     assert parts.count(["calibration"]) == 8
     used = OTHERS[parts.index(["calibration"])].id
     assert mark_stale(folder / "bank", used) == ["calibration"]
@@ -128,7 +128,7 @@ def test_calibrating_twice_replaces_the_first(folder, base):
     first = calibrated(folder, base)
     second = calibrated(folder, base, people_of(10, prefix="more-"))
     assert second.hash != first.hash
-    assert [part for person in OTHERS for part in second.info.members.artefacts_of(person.id)] == []
+    assert [part for person in OTHERS for part in second.info.members.parts_of(person.id)] == []
 
 
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_members_are_known_after_two_kills(folder, base, monkeypatch):
                 format.write_info(bank, info.model_copy(update={"members": info.members.calibrated_on([stop])}))
     found = read_info(bank).members
     assert found.hashed is not None
-    assert (found.artefacts_of("first"), found.artefacts_of("second")) == (["calibration"], [])
+    assert (found.parts_of("first"), found.parts_of("second")) == (["calibration"], [])
 
 
 def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
@@ -207,7 +207,7 @@ def test_members_are_known_whenever_the_description_is_written(folder, base, mon
                 format.write_info(folder / "bank", info)
         found = read_info(folder / "bank").members
         assert found.hashed is not None
-        assert bool(found.artefacts_of(stop)) == (stop == "after")
+        assert bool(found.parts_of(stop)) == (stop == "after")
 
 
 def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
@@ -254,7 +254,7 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
         calibrated(folder, base)
     bank = mta.Bank.open(folder / "bank", base, full=True)
     assert bank.calibration is None
-    assert bank.info.members.artefacts_of(OTHERS[0].id) == []
+    assert bank.info.members.parts_of(OTHERS[0].id) == []
     assert not (folder / "bank" / "work").exists()
     assert "What to expect" not in (folder / "bank" / "README.md").read_text()
 
@@ -299,7 +299,7 @@ def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, bas
 
 def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
     bank = calibrated(folder, base)
-    used = next(p.id for p in OTHERS if bank.info.members.artefacts_of(p.id))
+    used = next(p.id for p in OTHERS if bank.info.members.parts_of(p.id))
     forget_person(used, None, folder / "bank")
     assert stale(folder / "bank") == ["calibration"]
     calibrated(folder, base, [person for person in OTHERS if person.id != used])

@@ -64,7 +64,7 @@ def test_similarity_is_the_cosine_of_person_and_anchor(folder, task):
     torch.testing.assert_close(found, expected)
     # The anchors themselves are among these people.
     torch.testing.assert_close(found.max(0).values, torch.ones(3))
-    anchors = [n for n, person in enumerate(people) if "anchor" in bank.info.members.artefacts_of(person.id)]
+    anchors = [n for n, person in enumerate(people) if "anchor" in bank.info.members.parts_of(person.id)]
     assert found.argmax(0).tolist() == anchors
 
 
@@ -237,11 +237,11 @@ def test_files_that_are_something_else_are_refused_though_their_hashes_fit(folde
 
 def test_a_bank_without_its_members_file_has_the_same_hash_and_no_members(folder):
     before = Bank.open(folder, BASE)
-    assert before.info.members.artefacts_of("t2") == ["task LoRA"]
+    assert before.info.members.parts_of("t2") == ["task LoRA"]
     (folder / "members.json").unlink()
     after = Bank.open(folder, BASE)
     assert after.hash == before.hash
-    assert (after.info.members.hashed, after.info.members.artefacts_of("t2")) == (None, [])
+    assert (after.info.members.hashed, after.info.members.parts_of("t2")) == (None, [])
     assert (after.info.members.task, after.info.members.candidates, after.info.members.anchors) == (7, 12, 3)
 
 
@@ -271,8 +271,8 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
 
 def test_forgetting_lists_the_parts_trained_on_a_person(folder):
     members = read_info(folder).members
-    anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.artefacts_of(p.id))
-    other = next(p.id for p in people_of(12, prefix="c") if "calibration" in members.artefacts_of(p.id))
+    anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.parts_of(p.id))
+    other = next(p.id for p in people_of(12, prefix="c") if "calibration" in members.parts_of(p.id))
     assert stale(folder) == []
     assert mark_stale(folder, other) == ["clusters", "calibration"]
     assert stale(folder) == ["calibration", "clusters"]

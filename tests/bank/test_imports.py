@@ -109,8 +109,8 @@ def test_items_of_the_loras_people_give_vectors_and_members(trained, tmp_path):
     assert bank.info.items == (0, 5, 0, 0, 0)
     assert torch.equal(bank.vectors[1], encode_people(HashEncoder(), TASK, people[:1], "both")[0])
     assert not bank.vectors[[0, 2, 3, 4]].any()
-    assert bank.info.members.artefacts_of("ann") == ["clusters", "anchor"]
-    assert bank.info.members.artefacts_of("somebody") == []
+    assert bank.info.members.parts_of("ann") == ["clusters", "anchor"]
+    assert bank.info.members.parts_of("somebody") == []
 
 
 @pytest.mark.parametrize("policy", ["similarity", "released", "top1", "fixed", "uniform"])
@@ -132,7 +132,7 @@ def test_loras_join_a_bank(trained, tmp_path, monkeypatch):
     check_merge(both, dense, list(KINDS))
     assert len(Bank.open(tmp_path / "first", base_of("llama"))) == 1  # stays as it is
     assert both.hash != first.hash
-    assert [both.info.members.artefacts_of(name) for name in ("ann", "cem")] == [["clusters", "anchor"]] * 2
+    assert [both.info.members.parts_of(name) for name in ("ann", "cem")] == [["clusters", "anchor"]] * 2
     with pytest.raises(BankError, match="both exists already"):
         first.added(base_of("llama"), folders[1:], tmp_path / "both")
     with pytest.raises(InputError, match=r"'ann' is an anchor of .*both already"):

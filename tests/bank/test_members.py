@@ -18,7 +18,7 @@ from mta.training.checkpoint import Checkpoint
 def test_any_id_can_be_looked_up():
     """Python reads bytes of the command line that are not UTF-8 as halves of surrogate pairs."""
     members = Members.of("secret", ["ann", "\udcff"], [], [], [])
-    assert (members.artefacts_of("\udcff"), members.artefacts_of("\udcfe")) == (["task LoRA"], [])
+    assert (members.parts_of("\udcff"), members.parts_of("\udcfe")) == (["task LoRA"], [])
 
 
 def test_candidates_with_few_items_never_become_anchors(tmp_path):
@@ -43,7 +43,7 @@ def test_people_who_all_have_few_items_are_too_few_candidates(tmp_path):
 def test_without_a_task_lora_nobody_is_behind_it(tmp_path, task):
     run = changed("task_lora", enabled=False)
     bank = Bank.build(base_of(), CANDIDATES, tmp_path / "b", task=task, encoder=HashEncoder(), run=run, anchors=2)
-    parts = [bank.info.members.artefacts_of(person.id) for person in CANDIDATES]
+    parts = [bank.info.members.parts_of(person.id) for person in CANDIDATES]
     assert (bank.info.members.task, bank.info.members.candidates) == (0, 12)
     assert all("clusters" in part and "task LoRA" not in part for part in parts)
     assert read_info(build(tmp_path / "other", run=run)).members.task == 0
@@ -67,7 +67,7 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
     bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)
     members = bank.info.members
     assert (members.task, members.candidates, members.anchors, len(bank)) == (14, 12, 2, 2)
-    parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
+    parts = [bank.info.members.parts_of(person.id) for person in everyone]
     assert parts.count(["task LoRA"]) == 12
     assert sum("clusters" in part for part in parts) == 12
     assert parts.count(["task LoRA", "clusters", "anchor"]) == 2
@@ -77,7 +77,7 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
     people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
     bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
-    part = ["clusters" in bank.info.members.artefacts_of(person.id) for person in people]
+    part = ["clusters" in bank.info.members.parts_of(person.id) for person in people]
     assert part[::2] == part[1::2]
     assert (sum(part), len(bank)) == (12, 3)
 
@@ -90,10 +90,10 @@ def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, tas
 
 def test_members_can_be_asked_for_but_not_listed():
     members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"], ["bob"])
-    assert members.artefacts_of("ann") == ["task LoRA"]
-    assert members.artefacts_of("bob") == ["clusters", "calibration"]
-    assert members.artefacts_of("cy") == ["clusters", "anchor"]
-    assert members.artefacts_of("dee") == []
+    assert members.parts_of("ann") == ["task LoRA"]
+    assert members.parts_of("bob") == ["clusters", "calibration"]
+    assert members.parts_of("cy") == ["clusters", "anchor"]
+    assert members.parts_of("dee") == []
     assert not any(name in members.hashed.to_bytes() for name in (b"ann", b"bob"))
 
 

@@ -139,7 +139,7 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
     measured = {person.id: person.items for person in used["calibrate"][4]}
     assert not trained & {id(item) for items in measured.values() for item in items}
     assert measured == {p.id: p.items[:4] for p in candidates if p.id in measured}
-    anchors = [one for one in candidates if "anchor" in bank.info.members.artefacts_of(one.id)]
+    anchors = [one for one in candidates if "anchor" in bank.info.members.parts_of(one.id)]
     assert len(trained) == sum(len(one.items) for one in [*TASK_PEOPLE, *anchors]) + 9 * 5  # nine others leave four
 
     watch(add_calibration, "calibrate")
@@ -159,7 +159,7 @@ def test_candidates_with_too_few_items_for_an_anchor_train_like_task_people(tmp_
     few = people_of(5, items=2, prefix="few", seed=7)
     run = changed("bank", min_items=3)
     members = read_info(build(tmp_path / "bank", candidates=[*CANDIDATES, *few], run=run)).members
-    assert [members.artefacts_of(person.id) for person in few] == [["task LoRA"]] * 5
+    assert [members.parts_of(person.id) for person in few] == [["task LoRA"]] * 5
 
 
 def test_a_calibration_needs_as_many_items_as_candidates_keep_back(tmp_path):

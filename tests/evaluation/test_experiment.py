@@ -117,7 +117,7 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     )
     pooled, longer = workspace.bank(everything, 0), workspace.bank(as_many, 0)
     trained, held_out = seen["everything-0"]
-    parts = {p.id: main.info.members.artefacts_of(p.id) for p in workspace.people}
+    parts = {p.id: main.info.members.parts_of(p.id) for p in workspace.people}
     task, candidates = (workspace.splits.select(name, workspace.people) for name in ("task", "candidates"))
     anchors = {id for id, part in parts.items() if "anchor" in part}
     settings = main.info.run.task_lora
@@ -134,7 +134,7 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
         (sorted(wanted), sorted(map(id, held)))
     ]
     assert len({person.id for person in trained}) == len(trained)
-    assert all("task LoRA" in pooled.info.members.artefacts_of(p.id) for p in (*trained, *held_out))
+    assert all("task LoRA" in pooled.info.members.parts_of(p.id) for p in (*trained, *held_out))
     rounds = len(json.loads((tmp_path / "run" / "banks" / "main-0" / "run.json").read_text())["sittings"][0][LOSSES])
     steps = math.ceil((rounds * len(own) + 4 * len(main)) / 3)  # anchors have four items, trained on once
     assert longer.info.run.task_lora.training.steps == steps

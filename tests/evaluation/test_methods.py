@@ -46,7 +46,7 @@ POSTERIOR = MergeSettings(policy="posterior", k=0)
 
 def panel_of(tiny, shots=SHOTS, **changes):
     base, bank = tiny
-    anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.artefacts_of(p.id)]
+    anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.parts_of(p.id)]
     anchors.sort(key=lambda person: person.id)
     context = Context(base, bank, HashEncoder(), TINY_RUN, **{"anchors": anchors, **changes})
     return Panel.of(context, people_of(PEOPLE, prefix="x", seed=7), shots=shots, queries=QUERIES)

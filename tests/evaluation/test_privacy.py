@@ -91,7 +91,7 @@ def found(world) -> Findings:
 def test_people_have_the_part_that_the_bank_records(world):
     bank = world[1]
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
-    kind = {person.id: bank.info.members.artefacts_of(person.id) for person in EVERYBODY}
+    kind = {person.id: bank.info.members.parts_of(person.id) for person in EVERYBODY}
     assert [kind[person.id] for person in parts.anchors] == [["task LoRA", "clusters", "anchor"]] * len(bank)
     assert [person.id for person in parts.anchors] == sorted(person.id for person in parts.anchors)
     for asked, whole in zip(parts.anchors, parts.trained):

@@ -243,7 +243,7 @@ def test_people_who_are_forgotten_at_once_by_several_processes_are_all_in_the_ma
     folder = own_bank[1].folder
     members = read_info(folder).members
     people = [*people_of(4, prefix="t"), *people_of(12, prefix="c")]
-    parts = sorted({part for person in people for part in members.artefacts_of(person.id)})
+    parts = sorted({part for person in people for part in members.parts_of(person.id)})
     for _ in range(2):
         at_once(marking, *((folder, person.id) for person in people))
         assert stale(folder) == parts

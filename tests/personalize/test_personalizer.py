@@ -249,8 +249,8 @@ def test_a_state_of_another_bank_is_refused(known, tiny):
     with pytest.raises(StoreError) as caught:
         known.generate([("x0", QUESTION)])
     assert str(caught.value) == (
-        f"the person's state was made with bank ffffffff…, the bank at {bank.folder} is {bank.hash[:8]}…\n"
-        "  Open that bank, or personalize again: mta personalize"
+        f"the person's state was made with bank ffffffff…, this bank is {bank.hash[:8]}…\n"
+        "  Open that bank, or personalize again:  mta personalize"
     )
     assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
     assert known.state("x0").bank == bank.hash

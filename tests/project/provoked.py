@@ -266,7 +266,7 @@ PROVOKED = {
     ),
     "OtherBank": (
         another_banks,
-        ("was made with bank", r"made with bank \w{8}…", r"the bank at .*/other is \w{8}…"),
+        ("was made with bank", r"made with bank \w{8}…", r"this bank is \w{8}…"),
         "mta personalize",
     ),
     "PersonForgotten": (

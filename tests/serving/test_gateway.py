@@ -150,7 +150,7 @@ def test_strict_refuses_a_bank_that_contains_a_forgotten_person(tiny_bank_folder
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         assert said(client, "person:ann")
         assert said(client, "task")
-        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
+        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.parts_of(p.id))
         admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
         with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
             assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
@@ -171,7 +171,7 @@ def test_without_strict_a_stale_bank_is_served(tiny_bank_folder, tmp_path):
     with served(base, bank, tmp_path) as here:
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         before = said(client, "task")
-        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
+        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.parts_of(p.id))
         admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
         with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
             assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]

@@ -67,7 +67,7 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
             hint="Calibrate the bank where it was built, and publish it again.",
         )
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
-    behind = {one.id for one in people if {"anchor", "task LoRA"} & {*info.members.artefacts_of(one.id)}}
+    behind = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")}
     members = behind - unseen.keys()
     outside = calibration_people(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
     if len(outside) < min(ENOUGH, settings.people):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta.bank.calibration.result import Calibration, CalibrationInfo
-from mta.bank.members import Hashed, Members
+from mta.bank.members import Hashed, Members, TrainedPart
 from mta.config import Run, TaskLoraSettings
 from mta.data.history import Person
 from mta.data.tasks.load import as_today
@@ -96,7 +96,7 @@ class BankInfo(BaseModel):
         None for all who are not known to have done so: people outside the bank, anchors, and other first items.
         """
         count = self.run.task_lora.kept_back
-        if count is None or "anchor" in self.members.artefacts_of(person.id):
+        if count is None or self.members.trained(person.id, "anchor"):
             return None
         return count if self.members.kept_back(person.first(count)) else None
 
@@ -261,9 +261,9 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
     return found
 
 
-def mark_stale(folder: Path, person: str) -> list[str]:
+def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     """Note that the parts trained on this person need a rebuild, and return them. Raises BankError, BankCorrupt."""
-    parts = read_info(folder).members.artefacts_of(person)
+    parts = read_info(folder).members.parts_of(person)
     if not set(parts) <= set(stale(folder)):
         _note(folder, STALE, parts)
     return parts
@@ -293,7 +293,7 @@ def stale(folder: Path) -> list[str]:
 
 
 class StaleReport(NamedTuple):
-    """Which parts of a bank were trained on a forgotten person, in words, and how to make them anew."""
+    """Message and hint for a bank that was trained on a forgotten person."""
 
     found: str
     hint: str

@@ -107,7 +107,7 @@ def add_to_bank(
     if report := stale_report(folder):
         raise BankError(report.found, hint=report.hint)
     given = _given(adapters, base, people)
-    if known := [id for id in given.ids if "anchor" in info.members.artefacts_of(id)]:
+    if known := [id for id in given.ids if info.members.trained(id, "anchor")]:
         raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")
     anchors, _ = read_adapters(folder, info)
     vectors = _vectors(encoder, Task.model_validate(info.task), given.owners, info.run)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mta.data.history import Person
+
+TrainedPart = Literal["task LoRA", "clusters", "anchor", "calibration"]
 
 
 class Hashed(BaseModel):
@@ -82,17 +85,22 @@ class Members(BaseModel):
         """Return whether the items of this person are those that a candidate kept back from the task LoRA."""
         return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.hashed.kept_back
 
-    def artefacts_of(self, person: str) -> list[str]:
-        """Return the parts trained on this person: 'task LoRA', 'clusters', 'anchor', 'calibration'.
-
-        Empty for unknown members.
-        """
+    def parts_of(self, person: str) -> list[TrainedPart]:
+        """Return the parts of the bank that were trained on this person; none if the members are unknown."""
         if self.hashed is None:
             return []
-        mine = _keyed(self.hashed.key, person)
-        places = {"task LoRA": self.hashed.task, "clusters": self.hashed.candidates, "anchor": self.hashed.anchors}
-        places["calibration"] = self.hashed.calibration
-        return [name for name, hashes in places.items() if mine in hashes]
+        mine, known = _keyed(self.hashed.key, person), self.hashed
+        places: dict[TrainedPart, tuple[str, ...]] = {
+            "task LoRA": known.task,
+            "clusters": known.candidates,
+            "anchor": known.anchors,
+            "calibration": known.calibration,
+        }
+        return [part for part, hashes in places.items() if mine in hashes]
+
+    def trained(self, person: str, *parts: TrainedPart) -> bool:
+        """Return whether one of these parts was trained on this person."""
+        return not {*parts}.isdisjoint(self.parts_of(person))
 
 
 def _with_items(person: Person) -> str:

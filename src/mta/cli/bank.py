@@ -50,7 +50,9 @@ def build(
     """
     tracker = options.tracker_for(track, out)
     run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
-    people = options.people_in(source, run.task, skip_bad, person_column, input_column, output_column, time_column)
+    people = options.people_in(
+        source, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad
+    )
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         bank = mta.Bank.build(
             mta.BaseModel.of(run),
@@ -94,7 +96,7 @@ def import_(
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    read = _people(people, run.task, skip_bad, person_column, input_column, output_column, time_column)
+    read = _people(people, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
     _show(_calibrated(bank, model, read, run, people), json)
@@ -120,14 +122,14 @@ def add(
     Example:  mta bank add bank/ loras/dora --out larger/
     """
     task = options.task_of(folder)
-    read = _people(people, task, skip_bad, person_column, input_column, output_column, time_column)
+    read = _people(people, task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
     _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run, people), json)
 
 
-def _people(source: str | None, task: str | Task, skip_bad: Path | None, *columns: str | None) -> list[mta.Person]:
+def _people(source: str | None, task: str | Task, columns: options.Columns, skip_bad: Path | None) -> list[mta.Person]:
     if source:
-        return options.people_in(source, task, skip_bad, *columns)
+        return options.people_in(source, task, columns, skip_bad)
     if skip_bad or any(columns):
         raise InputError("--skip-bad and names of columns need --people", hint="Give the file:  --people history.jsonl")
     return []
@@ -178,9 +180,8 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
-    people = options.people_in(
-        source, options.task_of(folder), skip_bad, person_column, input_column, output_column, time_column
-    )
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, bank, run = options.open_bank(folder, words, device=device, config=config, open_to=frozenset({"calibration"}))
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         bank = bank.calibrate(base, people, run=run, executor=executor, on_step=screen.step)

@@ -36,7 +36,9 @@ def describe(
     Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
     loaded = load_task(task or "text")
-    people = options.people_in(source, loaded, skip_bad, person_column, input_column, output_column, time_column)
+    people = options.people_in(
+        source, loaded, options.Columns(person_column, input_column, output_column, time_column), skip_bad
+    )
     found, splits = readers.describe(people), readers.describe_for_evaluation(people, loaded, queries)
     shared = connected(people, loaded)[1]
     if json:
@@ -76,7 +78,9 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     run = options.settings(config, words, task=task)
-    people = options.people_in(source, run.task, skip_bad, person_column, input_column, output_column, time_column)
+    people = options.people_in(
+        source, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad
+    )
     chosen = next((p for p in people if person in (None, p.id)), None)
     if chosen is None:
         raise PersonNotFound(

@@ -144,11 +144,11 @@ def evaluate(
             return _experiment(
                 source, [*(words or []), *given], place, data, test, exhibit or [], on, executor, track, json
             )
-    columns = person_column, input_column, output_column, time_column
+    columns = options.Columns(person_column, input_column, output_column, time_column)
     tracker = options.tracker_for(track, out)
-    tested = options.people_in(source, options.task_of(bank), skip_bad, *columns)
+    tested = options.people_in(source, options.task_of(bank), columns, skip_bad)
     chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])
-    base, opened, run = options.open_bank(bank, run_words, seed, device, open_to=options.MERGE_AND_STACK)
+    base, opened, run = options.open_bank(bank, run_words, seed=seed, device=device, open_to=options.MERGE_AND_STACK)
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     name = "privacy" if privacy else "comparison"
     with Screen() as screen, options.run_folder(name, out, base, opened, used, tracker, screen.step) as folder:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
@@ -102,18 +102,18 @@ class Stdin(PosixPath):
         return "stdin"
 
 
-def people_in(
-    source: str,
-    task: str | TaskType,
-    skip_bad: Path | None = None,
-    person: str | None = None,
-    input: str | None = None,
-    output: str | None = None,
-    time: str | None = None,
-) -> list[Person]:
-    """Return all people of a file, a folder, a data asset, or standard input; other arguments name columns."""
-    columns = {"person": person, "input": input, "output": output, "time": time}
-    named = {name: column for name, column in columns.items() if column}
+class Columns(NamedTuple):
+    """What a file calls its columns; None: by their usual name."""
+
+    person: str | None = None
+    input: str | None = None
+    output: str | None = None
+    time: str | None = None
+
+
+def people_in(source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None) -> list[Person]:
+    """Return all people of a file, a folder, a data asset, or standard input."""
+    named = {name: column for name, column in columns._asdict().items() if column}
     path = Path(fetch(source) if source in ASSETS else os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
         return read_people(path, task, columns=named, skip_bad=skip_bad)
@@ -136,6 +136,7 @@ def task_of(folder: Path) -> TaskType:
 def open_bank(
     folder: Path,
     words: list[str] | None = None,
+    *,
     seed: int | None = None,
     device: str | None = None,
     config: Path | None = None,

@@ -159,7 +159,7 @@ def export(
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
     from mta.lora.peft import CONFIG
-    from mta.store.exports import adapter_parcel
+    from mta.personalize.publish import adapter_parcel
 
     base, opened, run = options.open_bank(bank, words, device=device, weights=False)
     personal = mta.Personalizer(base, opened, store, run=run)

@@ -68,11 +68,12 @@ def personalize(
             "--restart was given with --update, which leaves no interrupted cohorts", hint="Leave --restart out."
         )
     tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
-    read = options.people_in(
-        source, options.task_of(bank), skip_bad, person_column, input_column, output_column, time_column
-    )
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    read = options.people_in(source, options.task_of(bank), columns, skip_bad)
     people = [person.latest(latest) for person in read] if latest else read
-    base, opened, settings = options.open_bank(bank, words, seed, device, config, open_to=options.MERGE_AND_STACK)
+    base, opened, settings = options.open_bank(
+        bank, words, seed=seed, device=device, config=config, open_to=options.MERGE_AND_STACK
+    )
     _warn_of_members(opened, people)
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
@@ -90,7 +91,7 @@ def personalize(
 def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
     if bank.info.members.hashed is None:
         typer.echo("This bank came without its members: these people may have helped to train it.", err=True)
-    if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
+    if seen := sum(bool(bank.info.members.parts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank, so it has seen their items.", err=True)
 
 

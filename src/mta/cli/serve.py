@@ -50,7 +50,7 @@ def generate(
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --shared
     """
     asked = _fields(question)
-    base, opened, run = options.open_bank(bank, words, seed, device, config)
+    base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
     personal = mta.Personalizer(base, opened, store, run=run)
     people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
@@ -142,7 +142,12 @@ def serve(
     weights = not (remote or vllm)
     bank_before = bank_before and options.bank_at(bank_before)
     serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, not weights)
-    opened = in_passing(lambda: options.open_bank(bank, words, seed, device, config, options.MERGE_AND_STACK, weights))
+    changes = options.MERGE_AND_STACK
+    opened = in_passing(
+        lambda: options.open_bank(
+            bank, words, seed=seed, device=device, config=config, open_to=changes, weights=weights
+        )
+    )
 
     def show(url: str) -> None:
         show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)

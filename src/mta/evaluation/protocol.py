@@ -69,7 +69,7 @@ def has_enough_items(task: Task, person: Person, shots: int, queries: int, ask: 
 
 def members_and_others(bank: Bank, people: Sequence[Person]) -> tuple[list[Person], list[Person]]:
     """Return the people that a bank was built from, and the people who share no item with them and can be tested."""
-    members = [person for person in people if bank.info.members.artefacts_of(person.id)]
+    members = [person for person in people if bank.info.members.parts_of(person.id)]
     ids, groups = {person.id for person in members}, {person.group for person in members if person.group}
     others = [person for person in people if person.id not in ids and person.group not in groups]
     if connected := len(people) - len(members) - len(others):
@@ -134,7 +134,7 @@ class Panel:
         Raises InputError if a person has too few items or was used for the bank, which may have seen the queries.
         """
         bank = context.bank
-        if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
+        if seen := sum(bool(bank.info.members.parts_of(person.id)) for person in people):
             raise InputError(
                 f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on",
                 hint="Give people the bank was not built from.",
@@ -253,7 +253,7 @@ class Panel:
         return settled_merge(own or self.context.run.merge, self.bank.info.calibration)
 
     def stack_settings(self, own: StackSettings | None, merge: MergeSettings) -> StackSettings:
-        """Return the same for a stack over ``merge``."""
+        """Return a stack's ``own`` settings over ``merge``, or those of the run, with what they leave to the bank."""
         info = self.bank.info
         return settled_stack(own or self.context.run.stack, merge, info.calibration, info.run.stack.lora)
 

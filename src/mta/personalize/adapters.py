@@ -6,12 +6,15 @@ A row of a batch belongs to a person, to the pooled model, or to the base.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
+from mta.errors import OtherBank
 from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
@@ -28,6 +31,41 @@ class SharedModel(Enum):
 
 BASE, TASK = SharedModel.BASE, SharedModel.TASK
 PersonOrModel = str | SharedModel
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterParts:
+    """What a row's adapter consists of; an engine arranges the parts as its kernels read them.
+
+    ``gates`` (N,) weighs all anchors of an exact merge; other merges are the LoRA ``merge``.
+    """
+
+    task_lora: bool
+    gates: Tensor | None = None
+    merge: LoraBatch | None = None
+    stack: LoraBatch | None = None
+
+
+def adapter_parts(
+    owner: State | SharedModel, anchors: LoraBatch, bank_hash: str, dtype: torch.dtype, stacked: bool = True
+) -> AdapterParts:
+    """Return the parts of one row's adapter, without its stack if not ``stacked``. Raises OtherBank."""
+    if isinstance(owner, SharedModel):
+        return AdapterParts(task_lora=owner is not BASE)
+    check_bank(owner, bank_hash)
+    stack = owner.stack if stacked else None
+    if owner.mode == "exact":
+        return AdapterParts(True, gates=merge_of([owner], dtype).gates(len(anchors))[0], stack=stack)
+    return AdapterParts(True, merge=merge_as_lora(anchors, owner, dtype), stack=stack)
+
+
+def check_bank(state: State, bank_hash: str) -> None:
+    """Raise OtherBank if a state was made with another bank: its coefficients mean other anchors."""
+    if state.bank != bank_hash:
+        raise OtherBank(
+            f"the person's state was made with bank {state.bank[:8]}…, this bank is {bank_hash[:8]}…",
+            hint="Open that bank, or personalize again:  mta personalize",
+        )
 
 
 def row_adapters(

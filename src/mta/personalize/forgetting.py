@@ -91,7 +91,7 @@ def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
             members = read_info(bank).members
             if members.hashed is None:
                 found.unknown.append(str(bank))
-            if parts := members.artefacts_of(person):
+            if parts := members.parts_of(person):
                 found.needs_rebuild.extend(part for part in parts if part not in found.needs_rebuild)
                 found.published.extend(published(bank))
                 mark_stale(bank, person)

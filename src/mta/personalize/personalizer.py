@@ -28,10 +28,10 @@ from mta.model.generate import generate
 from mta.personalize.adapters import PersonOrModel, SharedModel, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
+from mta.personalize.publish import publish_adapter
 from mta.store import Store
-from mta.store.exports import Export, adapter_parcel
+from mta.store.exports import Export
 from mta.store.state import State
-from mta.system.hub import Repository
 from mta.system.progress import OnStep
 from mta.training.scoring import label_scores, log_likelihood
 
@@ -217,15 +217,7 @@ class Personalizer:
         The adapter reveals something about the person. The store records the repository, so that ``forget`` reports it;
         delete the repository by hand. Raises HubError, InputError, PersonForgotten.
         """
-        since = self.store.tombstones.of(person) if self.store else ()
-        parcel, path = adapter_parcel(Path(folder)), Export.begun(folder).folder
-        if self.store and path not in [export.folder for export in self.store.exports.of(person)]:
-            raise InputError(f"no adapter of that person was exported to {folder}", hint="Export to that folder first.")
-        repository = Repository.begin(repo_id, private=private, token=token)
-        if self.store:  # before the push, so that a killed push is reported too
-            self.store.exports.note(person, Export.pushed(folder, repository.host, repository.name), since)
-        repository.send(parcel, "Push an adapter of mta")
-        return repository.url
+        return publish_adapter(person, Path(folder), repo_id, self.store, private=private, token=token)
 
     def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
         """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.

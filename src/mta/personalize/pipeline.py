@@ -26,11 +26,12 @@ from mta.errors import (
 )
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
+from mta.personalize.adapters import check_bank
 from mta.personalize.likelihoods import ShotsJob, shots_of
 from mta.personalize.merge import check_merge, frozen_numbers, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
-from mta.personalize.update import Action, NotSaved, StateUpdate
+from mta.personalize.update import Action, StateUpdate
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
 from mta.store import Store
 from mta.store.state import State
@@ -128,13 +129,7 @@ class Pipeline:
             return self.unsaved[person]
         if not self.store:
             raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
-        state = self.store.load(person)
-        if state.bank != self.bank.hash:
-            raise OtherBank(
-                f"the person's state was made with bank {state.bank[:8]}…, "
-                f"the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
-                hint="Open that bank, or personalize again: mta personalize",
-            )
+        check_bank(state := self.store.load(person), self.bank.hash)
         return state
 
     def personalize(
@@ -294,10 +289,10 @@ class Pipeline:
             if on_step and not self.executor.in_process:
                 on_step("fleet", Step(n, len(outcome.piece), done, total))
             for item, made in zip(outcome.piece.items, outcome.result or ()):
-                if isinstance(made.state, PersonForgotten):
+                if isinstance(made.error, PersonForgotten):
                     call.forgotten.add(item.person.id)
-                elif isinstance(made.state, NotSaved):
-                    call.errors[item.person.id] = made.state
+                elif made.error:
+                    call.errors[item.person.id] = made.error
                 else:
                     actions[made.action] += 1
                     if made.state:

@@ -41,8 +41,8 @@ class WorkItem:
 
     person: Person
     work: str
-    before: State | None = None  # an update starts from this state, ...
-    known: int = 0  # ... which holds what the first ``known`` items say
+    before: State | None = None  # the state that an update starts from
+    known: int = 0  # number of first items that ``before`` was made from
     version: int = 0  # of ``before`` in the store, if ``before`` has no stack here
 
     @classmethod

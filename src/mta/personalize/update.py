@@ -37,13 +37,19 @@ NotSaved = Diverged | PersonForgotten | PersonNotFound | StateCorrupt | StoreCon
 
 @dataclass(frozen=True, slots=True)
 class StateUpdate:
-    """The action for one person, and the new state if there is one that is in no store, or why there is none.
+    """The action for one person, and a new ``state`` that is in no store yet; or why there is none.
 
     ``action`` is "keep", too, for people who could not be scored or saved.
     """
 
     action: Action
-    state: State | NotSaved | None
+    state: State | None = None
+    error: NotSaved | None = None
+
+    @classmethod
+    def of(cls, action: Action, made: State | NotSaved) -> StateUpdate:
+        """Return the update with a new state, or with the error that came instead of it."""
+        return cls(action, made) if isinstance(made, State) else cls(action, error=made)
 
 
 def decide(before: Losses, new: Losses) -> Action:
@@ -61,16 +67,17 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``)."""
     jobs, befores = stages.jobs(cohort), cohort.befores
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
-        return [StateUpdate("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
+        return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
     measured = stages.losses(jobs, stages.merge_before(cohort), _stacks(stages, befores), cohort.tokens_per_batch)
     found = [_decided(state, losses) for state, losses in zip(befores, measured)]
+    actions = [one.action for one in found]
     for action in ("merge", "retrain", "refresh"):
-        if chosen := [i for i, one in enumerate(found) if one.action == action and one.state is None]:
+        if chosen := [i for i, one in enumerate(actions) if one == action]:
             some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
             pooled = [measured[i].pooled for i in chosen]
             states = _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)
             for i, state in zip(chosen, states):
-                found[i] = StateUpdate(action, state)
+                found[i] = StateUpdate.of(action, state)
     return found
 
 
@@ -79,11 +86,11 @@ def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
     try:
         new = Losses(*measured)
     except Diverged as error:
-        return StateUpdate("keep", error)
+        return StateUpdate("keep", error=error)
     action = decide(before.losses, new) if before.losses else "refresh"
     if before.gradient:
         action = "merge" if action == "keep" else "refresh"
-    return StateUpdate(action, None)
+    return StateUpdate(action)
 
 
 def _new_states(

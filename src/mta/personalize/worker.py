@@ -60,7 +60,7 @@ def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
         stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(state for state in states if isinstance(state, Diverged))
-    made = [StateUpdate("begin", _save(stages, item, state)) for item, state in zip(cohort.items, states)]
+    made = [_saved(stages, item, StateUpdate.of("begin", state)) for item, state in zip(cohort.items, states)]
     if stages.store:
         stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
     return made
@@ -75,8 +75,8 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     befores = [forgotten_meanwhile() if item.person.id in gone else _before(store, item) for item in cohort.items]
     whole = [replace(item, before=state) for item, state in zip(cohort.items, befores) if isinstance(state, State)]
     made = iter(update_states(stages, replace(cohort, items=tuple(whole))) if whole else [])
-    found = [next(made) if isinstance(one, State) else StateUpdate("keep", one) for one in befores]
-    return [replace(one, state=_save(stages, item, one.state)) for item, one in zip(cohort.items, found)]
+    found = [next(made) if isinstance(one, State) else StateUpdate("keep", error=one) for one in befores]
+    return [_saved(stages, item, one) for item, one in zip(cohort.items, found)]
 
 
 def _before(store: Store, item: WorkItem) -> State | NotSaved:
@@ -95,20 +95,19 @@ def _overtaken(item: WorkItem) -> StoreConflict:
     )
 
 
-def _save(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
-    """Save a state, and return None. Without a store, return the state; if it cannot be saved, return the error.
+def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:
+    """Save the new state, if there is a store; the update is returned without it, or with the error of saving.
 
-    Errors: the store holds a newer or a damaged version, or the person was forgotten. An error given as ``state`` is
-    returned.
+    Errors: the store holds a newer or a damaged version, or the person was forgotten.
     """
     store, id = stages.store, item.person.id
-    if store is None or not isinstance(state, State):
-        return state
+    if store is None or made.state is None:
+        return made
     try:
         store.tombstones.check(id, stages.since)
         if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
-            return _overtaken(item)
-        store.save(id, state, stages.since)
+            raise _overtaken(item)
+        store.save(id, made.state, stages.since)
     except (PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict) as error:
-        return error
-    return None
+        return replace(made, state=None, error=error)
+    return replace(made, state=None)

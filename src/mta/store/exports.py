@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mta.errors import InputError, PersonForgotten, StateCorrupt
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_unfinished
+from mta.errors import PersonForgotten, StateCorrupt
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
 from mta.store.lock import locked
 from mta.store.state import opened_json, sealed_json
 from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
-from mta.system.hub import Parcel
 from mta.system.storage import Storage
 
 SCHEMA = 2
@@ -231,30 +230,6 @@ def _without(exports: Sequence[Export], export: Export) -> list[Export]:
     with contextlib.suppress(ValueError):
         left.remove(export)
     return left
-
-
-def adapter_parcel(folder: Path) -> Parcel:
-    """Return the files and facts that a push of an exported adapter would send; nothing is sent.
-
-    A local base is named by its folder's name only, without the path. Raises InputError.
-    """
-    read_peft(folder)  # raises if the adapter is incomplete or not plain LoRA
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    base = str(config.get("base_model_name_or_path") or "")
-    base = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
-    if not has_own_card(folder):
-        raise InputError(
-            f"{folder} has no card from mta export; its {CARD} would be published unchecked",
-            hint="Export to a new folder, and push that folder.",
-        )
-    data = json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode() + b"\n"
-    facts = {
-        "people": "this is one person's model: it was trained on their texts and reveals something about them. "
-        "Push it only if they agree, and under a name that does not identify them",
-        "base": base,
-        "forgetting": "mta forget names the repository; delete the repository and copies by hand",
-    }
-    return Parcel({CARD: folder / CARD, CONFIG: data, WEIGHTS: folder / WEIGHTS}, facts)
 
 
 def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:

@@ -69,32 +69,29 @@ class Losses:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is stored per person: anchors and coefficients of the merge, and the stack (None = merge only).
+    """What is stored per person: the merge's anchors and coefficients, the stack, and where they came from.
 
-    ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
-    ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
-    of the settings that affect a state; both are unset (None, "") in states of older versions. ``shots`` is
-    the number of items behind the state (0: a state of an older version). ``loglik`` of the shots at the bank's mu and
-    its ``gradient`` in the coefficients, both summed over the shots, are what ``w`` was solved from, so that new items
-    can be added; 0 and () if the policy reads none, or everybody gets the same merge.
-    Nothing depends on the clock, so the same work gives the same bytes.
+    States of older versions lack losses, settings, and shots. Nothing depends on the clock, so the same work gives the
+    same bytes.
     """
 
-    bank: str
+    bank: str  # hash of the bank
     anchors: tuple[int, ...]
-    w: tuple[float, ...]
+    w: tuple[float, ...]  # coefficient of each anchor
     policy: str
-    history: str
-    work: str
+    history: str  # digest of the shots
+    work: str  # hash of all inputs (``work_key``)
     seed: int
-    stack: LoraBatch | None = None
-    mode: MergeMode = "exact"
+    stack: LoraBatch | None = None  # None: merge only
+    mode: MergeMode = "exact"  # how the merge is computed, to rank ``rank``
     rank: int | None = None
-    losses: Losses | None = None
-    settings: str = ""
+    losses: Losses | None = None  # on the shots
+    settings: str = ""  # hash of the settings that affect a state
+    # What ``w`` was solved from: sums over the shots at the bank's mu, needed to add new items. Unset if the policy
+    # reads no gradients, or everybody gets the same merge.
     gradient: tuple[float, ...] = ()
     loglik: float = 0.0
-    shots: int = 0
+    shots: int = 0  # number of items behind the state
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w):

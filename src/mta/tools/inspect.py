@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mta.bank.format import read_info
+from mta.bank.members import TrainedPart
 from mta.errors import PersonNotFound, StateCorrupt
 from mta.store import Store
 from mta.store.exports import Export
@@ -53,7 +54,7 @@ class Summary:
     losses: Losses | None
     history: int | None
     exports: list[Export]
-    trained: list[str] | None
+    trained: list[TrainedPart] | None
     bytes: int
 
 
@@ -90,7 +91,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         losses=state.losses,
         history=len(kept.items) if kept else None,
         exports=store.exports.of(id),
-        trained=info.members.artefacts_of(id) if info.members.hashed else None,
+        trained=info.members.parts_of(id) if info.members.hashed else None,
         bytes=store.nbytes(id),
     )
 

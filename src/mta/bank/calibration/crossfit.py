@@ -8,9 +8,10 @@ The people are split into two folds. mu and F are judged on the fold that they w
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
 
 Whether a person's reported gain is by a merge of their own, by mu, or by no merge, and the stack's rate, are chosen by
-the likelihood of everybody else. (Not quite independently: the people of the other fold have merges by mu and F that
-were fitted on the person's own.) The lengths of the Newton steps are one choice for all. The calibration that is kept
+the likelihood of everybody else. The lengths of the Newton steps are one choice for all. The calibration that is kept
 averages mu and F of both folds.
+Limit: the merges of the other fold's people come from mu and F that were fitted on this person, so these choices are
+not fully independent of the person.
 Source: our choice; docs/explanation/method.md.
 """
 

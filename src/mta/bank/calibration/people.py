@@ -36,11 +36,12 @@ def calibration_people(
     task: Task,
     unseen: Mapping[str, int],
 ) -> list[Person]:
-    """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
+    """Return the people to calibrate on, with the items that are measured: at most ``settings.people``, by hash.
 
-    ``members`` are the ids of people in the bank. ``unseen`` has the ids of people who kept so many first items back:
-    of them, only these are measured. Items that several people hold (``Copies``) are not measured. So what is measured
-    was not trained on, nor is it in the other fold. People with nearly the items of somebody in the bank are left out.
+    - Of the bank's ``members`` (ids), none; of people who kept first items back (``unseen``: id -> count), only these.
+    - Nobody with nearly the same items as a person in the bank.
+    - No items that several people hold (``Copies``): they could be in the other fold.
+    - Nobody with fewer than two items left.
     """
     measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
     apart = [

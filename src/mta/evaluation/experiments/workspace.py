@@ -13,6 +13,7 @@ from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
+from mta.bank.members import TrainedPart
 from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
@@ -184,10 +185,10 @@ class Workspace:
             parts.append([person for person in cut if person.items])
         return parts
 
-    def _in_bank(self, bank: Bank, *artefacts: str) -> list[Person]:
-        """Return the candidates behind these parts of a bank, with their whole histories, in the bank's order."""
+    def _in_bank(self, bank: Bank, part: TrainedPart) -> list[Person]:
+        """Return the candidates whom a part of a bank was trained on, with whole histories, in the bank's order."""
         candidates = self.splits.select("candidates", self.people)
-        found = [p for p in candidates if {*artefacts} & {*bank.info.members.artefacts_of(p.id)}]
+        found = [p for p in candidates if bank.info.members.trained(p.id, part)]
         return sorted(found, key=lambda person: person.id)
 
     def _pool(self, part: Part, seed: int) -> tuple[list[Person], list[Person]]:

@@ -100,7 +100,7 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
             "this bank has imported LoRAs: the items that they were trained on are unknown",
             hint="Attack a bank that mta bank build trained.",
         )
-    parts = [(person, bank.info.members.artefacts_of(person.id)) for person in people]
+    parts = [(person, bank.info.members.parts_of(person.id)) for person in people]
     anchors = sorted((person for person, of in parts if "anchor" in of), key=lambda person: person.id)
     _check_anchors(bank, anchors, len(people))
     trained = [person.latest(bank.info.run.bank.max_items) for person in anchors]
@@ -149,7 +149,7 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
     """Return people behind the task LoRA who are no anchors, with items it was trained on, about ``items`` in all."""
     info, run = bank.info, bank.info.run
-    behind = [(person, of) for person in people if "task LoRA" in (of := info.members.artefacts_of(person.id))]
+    behind = [(person, of) for person in people if "task LoRA" in (of := info.members.parts_of(person.id))]
     if not bank.task_lora or len(behind) < info.members.task:
         return []  # the pooled items of a person depend on the missing people
     own = [person for person, of in behind if "clusters" not in of]

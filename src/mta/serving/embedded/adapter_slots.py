@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
-from mta.errors import OtherBank
 from mta.kernels.functions import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, SharedModel, merge_as_lora, merge_of
+from mta.personalize.adapters import SharedModel, adapter_parts
 from mta.store.state import State
 
 _SLICES = 128  # slices of slots with cached forwards, at most
@@ -71,21 +70,15 @@ class AdapterSlots:
 
     def adapter_of(self, owner: State | SharedModel, stacked: bool = True) -> RowAdapter:
         """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
-        dtype = self.base.master_dtype
+        dtype, first = self.base.master_dtype, next(iter(self._banks))
+        made_with = owner.bank if isinstance(owner, State) else first
+        bank, pooled, merged = self._banks.get(made_with, self._banks[first])
+        parts = adapter_parts(owner, bank.anchors, bank.hash, dtype, stacked)
         gates = torch.zeros(self._gates.shape[1], dtype=dtype)
-        if isinstance(owner, SharedModel):
-            _, pooled, _ = next(iter(self._banks.values()))
-            gates[pooled] = float(owner is not BASE)
-            return RowAdapter(gates.to(self._gates), None)
-        if owner.bank not in self._banks:
-            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
-        bank, pooled, merged = self._banks[owner.bank]
-        gates[pooled] = 1
-        own = [owner.stack] if stacked and owner.stack else []
-        if owner.mode == "exact":
-            gates[merged] = merge_of([owner], dtype).gates(len(bank))[0].repeat_interleave(bank.anchors.rank)
-        else:
-            own.append(merge_as_lora(bank.anchors, owner, dtype))
+        gates[pooled] = float(parts.task_lora)
+        if parts.gates is not None:
+            gates[merged] = parts.gates.repeat_interleave(bank.anchors.rank)
+        own = [part for part in (parts.stack, parts.merge) if part]
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 
     def take(self, place: int, adapter: RowAdapter) -> None:

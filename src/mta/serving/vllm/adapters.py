@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mta.bank.format import read_adapters, read_info, verify
-from mta.errors import InputError, MtaError, OtherBank, StateCorrupt
+from mta.errors import InputError, MtaError, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
-from mta.personalize.adapters import BASE, SharedModel, merge_as_lora, merge_of
+from mta.personalize.adapters import BASE, SharedModel, adapter_parts
 from mta.serving.engine import Version
 from mta.serving.model_names import from_wire
 from mta.store import Store
@@ -134,28 +134,26 @@ class LoraExporter:
             if self.task_lora is None:
                 raise InputError("the bank has no task LoRA", hint="The pooled model is the base.")
             return _truncated(self.task_lora, self.rank)
-        if owner.bank != self.bank:
-            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
-        stack = [owner.stack] if stacked and owner.stack else []
+        parts = adapter_parts(owner, self.anchors, self.bank, torch.float32, stacked)
+        stack = [parts.stack] if parts.stack else []
         room = self.rank - sum(part.rank for part in stack)
         if room < 1:
             raise InputError(
                 f"a stack of rank {self.rank - room} leaves no room in a slot of rank {self.rank}",
                 hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
             )
-        if owner.mode == "exact":
-            merged, error = self._merged(owner, room)
+        if parts.gates is not None:
+            merged, error = self._merged(parts.gates, room)
         else:
-            pooled = [self.task_lora] if self.task_lora else []
-            merged, error = _truncated(join([*pooled, merge_as_lora(self.anchors, owner, torch.float32)]), room)
+            merged, error = _truncated(join([part for part in (self.task_lora, parts.merge) if part]), room)
         whole = join([merged, *stack])
         if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
             raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")
         return whole, error
 
-    def _merged(self, state: State, rank: int) -> tuple[LoraBatch, float]:
+    def _merged(self, anchor_gates: Tensor, rank: int) -> tuple[LoraBatch, float]:
         """Return task LoRA and exact merge truncated to ``rank``, and the relative error over all layers."""
-        shares = merge_of([state], torch.float32).gates(len(self.anchors))[0].repeat_interleave(self.anchors.rank)
+        shares = anchor_gates.repeat_interleave(self.anchors.rank)
         gates = torch.cat([shares.new_ones(self.task_lora.rank if self.task_lora else 0), shares])
         factors, lost, total = {}, 0.0, 0.0
         with seeded(0, torch.device("cpu")):  # reproducible: the same state gives the same adapter

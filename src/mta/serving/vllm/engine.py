@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import httpx2 as httpx
 
-from mta.errors import MtaError, OtherBank
-from mta.personalize.adapters import BASE, TASK, SharedModel
+from mta.errors import MtaError
+from mta.personalize.adapters import BASE, TASK, SharedModel, check_bank
 from mta.serving.engine import (
     LATER,
     LOST,
@@ -190,11 +190,9 @@ class VllmEngine(QueuedEngine):
         """Return the error for a vLLM status; read the state here, because vLLM does not say what is wrong with it."""
         if isinstance(who, Version) and status in (400, 404):
             try:
-                state = self.store.load(who.person, who.number)
+                check_bank(self.store.load(who.person, who.number), self.bank)
             except MtaError as error:
                 return error
-            if state.bank != self.bank:
-                return OtherBank("the person's state was made with another bank", hint="Personalize again.")
             if status == 404:
                 hint = "The log of vLLM says why. Ask again later."
                 return AnswerLost("vLLM has no adapter of this person", hint=hint)
