@@ -11,7 +11,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.store import Store
 from mta.store.exports import Export
-from mta.store.state import State, work_key
+from mta.store.state import State, state_key
 
 ANN = "ann.müller@example.org"
 
@@ -27,7 +27,7 @@ def adapter(seed: int = 0, dtype: torch.dtype = torch.float32, adapters: int = 1
 
 
 def state(seed: int = 0, stack: LoraBatch | None = None, **changes: object) -> State:
-    work = work_key("b" * 64, "h" * 64, "rank: 1\n", seed)
+    work = state_key("b" * 64, "h" * 64, "rank: 1\n", seed)
     made = State("b" * 64, (7, 3), (0.1 + 0.2, -1e-17), "posterior", "h" * 64, work, seed, stack or adapter(seed))
     return replace(made, **changes)
 

@@ -13,7 +13,7 @@ from mta.data.history import Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import LoraBatch
 from mta.store import state as module
-from mta.store.state import Losses, State, history_from_bytes, history_to_bytes, work_key
+from mta.store.state import Losses, State, history_from_bytes, history_to_bytes, state_key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -88,12 +88,12 @@ def test_the_same_work_gives_the_same_bytes_in_any_process_and_in_any_order_of_l
 
 
 def test_a_work_key_names_everything_a_state_depends_on() -> None:
-    key = work_key("bank", "history", "a: 1", 0)
+    key = state_key("bank", "history", "a: 1", 0)
     assert len(key) == 64
-    assert key == work_key("bank", "history", "a: 1", 0)
+    assert key == state_key("bank", "history", "a: 1", 0)
     others = [("other", "history", "a: 1", 0), ("bank", "other", "a: 1", 0), ("bank", "history", "a: 2", 0)]
-    assert len({key, work_key("bank", "history", "a: 1", 1), *(work_key(*other) for other in others)}) == 5
-    assert work_key("ab", "c", "", 0) != work_key("a", "bc", "", 0)
+    assert len({key, state_key("bank", "history", "a: 1", 1), *(state_key(*other) for other in others)}) == 5
+    assert state_key("ab", "c", "", 0) != state_key("a", "bc", "", 0)
 
 
 def test_an_inconsistent_state_is_refused() -> None:

@@ -13,7 +13,7 @@ from mta.errors import StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import collect
-from mta.store.workspace import Work
+from mta.store.run_checkpoints import RunCheckpoints
 from mta.system.storage import Storage
 
 
@@ -152,7 +152,7 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
         lambda: files.replace("ab/file", b"data"),
         lambda: files.remove("ab/file"),
         lambda: files.remove_folder("ab/inner"),
-        lambda: Work(files, "ab/run").checkpoint("digest"),
+        lambda: RunCheckpoints(files, "ab/run").checkpoint("digest"),
     ):
         with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
             change()

@@ -37,7 +37,7 @@ from mta.bank.format import (
     write_info,
     write_task,
 )
-from mta.bank.keys import uncalibrated, with_old_defaults, work_key
+from mta.bank.keys import build_key, uncalibrated, with_old_defaults
 from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
@@ -101,7 +101,7 @@ def build_bank(
     histories = [[[person.id, person.digest()] for person in group] for group in groups]
 
     def key(settings: Run) -> str:
-        return work_key(base, task, encoder, histories, settings, task_lora)
+        return build_key(base, task, encoder, histories, settings, task_lora)
 
     work, training_key = key(run), key(uncalibrated(run))  # training_key: of stages 0 and 1
     if _is_finished(out, work, training_key, key(with_old_defaults(run))):

@@ -17,9 +17,9 @@ from torch import Tensor
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
+    HASHED_FILES,
     INDEX,
     SCHEMA,
-    SEALED,
     TASK_LORA,
     BankInfo,
     check_base,
@@ -216,7 +216,7 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
         if task_lora:
             for name in (CONFIG, WEIGHTS):
                 copy_file(task_lora / name, temporary / TASK_LORA / name)
-        names = [name for name in SEALED if (temporary / name).is_file()]
+        names = [name for name in HASHED_FILES if (temporary / name).is_file()]
         changed = {
             "run": info.run.model_copy(update={"bank": bank}),
             "files": file_hashes(temporary, names),

@@ -16,7 +16,7 @@ from mta.system.atomic import json_sha256
 _NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
 
 
-def work_key(
+def build_key(
     base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
 ) -> str:
     """Return a hash of all inputs that affect the tensors of a bank."""

@@ -14,9 +14,9 @@ from typing import Any
 from mta.bank.card import card, table_of
 from mta.bank.format import (
     ADAPTER,
+    HASHED_FILES,
     INFO,
     MEMBERS,
-    SEALED,
     BankInfo,
     note_published,
     read_description,
@@ -30,7 +30,7 @@ from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
 
-_ALL = (*SEALED, INFO, MEMBERS, CARD)
+_ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
 
 def bank_parcel(
@@ -44,7 +44,7 @@ def bank_parcel(
     info = read_info(folder)
     if report := stale_report(folder):
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
-    if foreign := sorted(set(info.files) - set(SEALED)):
+    if foreign := sorted(set(info.files) - set(HASHED_FILES)):
         raise BankError(
             f"{folder} holds {foreign[0]}, which does not belong to a bank: the bank is not published",
             hint="Rebuild the bank with this version of mta:  mta bank build",
@@ -91,7 +91,9 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
         )
     try:
         info = read_info(first)
-        folder = snapshot(repo, [name for name in _ALL if name not in SEALED or name in info.files], first.name, token)
+        folder = snapshot(
+            repo, [name for name in _ALL if name not in HASHED_FILES or name in info.files], first.name, token
+        )
         verify(folder, read_info(folder))
     except BankCorrupt as error:
         hint = f"Remove the download from the hub's cache and try again:  hf cache rm model/{repo}"

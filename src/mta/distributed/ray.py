@@ -78,7 +78,7 @@ class Cluster:
 
         Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
         """
-        scheduler = Scheduler[P, R](self, function, elsewhere)
+        scheduler = PieceScheduler[P, R](self, function, elsewhere)
         try:
             yield from scheduler.work_through(pieces)
         finally:
@@ -119,7 +119,7 @@ class _Task(Generic[P]):
     errors: list[str]
 
 
-class Scheduler(Generic[P, R]):
+class PieceScheduler(Generic[P, R]):
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
     def __init__(self, cluster: Cluster, function: Callable[[C, P], R], elsewhere: Callable[[], C]) -> None:

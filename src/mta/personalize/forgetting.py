@@ -13,7 +13,7 @@ from mta.bank.format import mark_stale, published, read_info, stop_calibration
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export
-from mta.store.workspace import drop_runs
+from mta.store.run_checkpoints import drop_runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,9 @@ from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings
 from mta.personalize.update import Action, StateUpdate
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
 from mta.store import Store
+from mta.store.run_checkpoints import RunCheckpoints
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
-from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
 from mta.training.plan import parameters_of, plan_cohorts
 
@@ -146,14 +146,14 @@ class Pipeline:
         settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
         missing = [item for item in everybody if not self._is_current(item)]
-        work = self._work(everybody, call.since)
-        if work and not resume:
-            work.drop()
-        cohorts, plan, cut = self.plan(everybody, missing, call, work) if missing else ([], "", 0)
+        checkpoints = self._checkpoints(everybody, call.since)
+        if checkpoints and not resume:
+            checkpoints.drop()
+        cohorts, plan, cut = self.plan(everybody, missing, call, checkpoints) if missing else ([], "", 0)
         if missing:
-            self._compute(personalize_cohort, cohorts, call, on_step, work)
-        if work and not call.crashed:  # diverged training would diverge again: no cohort is kept for it
-            work.finish()  # even without missing people: a run killed after its last state may have left files
+            self._compute(personalize_cohort, cohorts, call, on_step, checkpoints)
+        if checkpoints and not call.crashed:  # diverged training would diverge again: no cohort is kept for it
+            checkpoints.finish()  # even without missing people: a run killed after its last state may have left files
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
         failed = {id: error for id, error in (call.crashed | call.errors).items() if id in asked}
         forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in asked}
@@ -194,16 +194,20 @@ class Pipeline:
         return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone)
 
     def plan(
-        self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], call: _Call, work: Work | None = None
+        self,
+        everybody: Sequence[WorkItem],
+        missing: Sequence[WorkItem],
+        call: _Call,
+        checkpoints: RunCheckpoints | None = None,
     ) -> tuple[list[Cohort], str, int]:
         """Return the cohorts that hold ``missing`` people, the digest of the plan, and the number of shortened texts.
 
         People with an item that does not fit the model's tokens are noted in ``call`` and left out. If a run over
-        ``everybody`` was interrupted (``work``), its cohorts are used again: then a resumed run equals an uninterrupted
-        one. Otherwise only the missing people are planned.
+        ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run equals an
+        uninterrupted one. Otherwise only the missing people are planned.
         """
         named = {item.name: item for item in everybody}
-        begun = work.plan() if work else None
+        begun = checkpoints.plan() if checkpoints else None
         names = begun if begun and set(begun) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
@@ -213,8 +217,8 @@ class Pipeline:
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
         memory = parse_size(self.run.memory)
         plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
-        if work:
-            work.note([item.name for item in chosen])
+        if checkpoints:
+            checkpoints.note([item.name for item in chosen])
         fitting = [item for item in chosen if item.person.id not in call.errors]
         wanted = {item.name for item in missing}
         planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
@@ -256,12 +260,14 @@ class Pipeline:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
                 self.store.save_history(person, call.since)
 
-    def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
+    def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
         if (store := self.store) is None:
             return None
         ids = [item.person.id for item in everybody]
-        return Work.of(store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since))
+        return RunCheckpoints.of(
+            store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since)
+        )
 
     def _compute(
         self,
@@ -269,7 +275,7 @@ class Pipeline:
         cohorts: Sequence[Cohort],
         call: _Call,
         on_step: OnStep | None,
-        work: Work | None = None,
+        checkpoints: RunCheckpoints | None = None,
     ) -> Counter[Action]:
         """Run ``function`` for all cohorts on the executor; return how many people each action was done for.
 
@@ -279,7 +285,7 @@ class Pipeline:
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
         elsewhere = partial(open_stages, self.base.as_loaded(self.run), *where)
-        here = Stages(self.base, self.bank, self.run, self.encoder, on_step, work, store, call.since)
+        here = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, call.since)
         actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)

@@ -25,9 +25,9 @@ from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.store import Store
-from mta.store.state import Losses, State, work_key
+from mta.store.run_checkpoints import RunCheckpoints
+from mta.store.state import Losses, State, state_key
 from mta.store.tombstones import NOTHING
-from mta.store.workspace import Work
 from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ class WorkItem:
     ) -> WorkItem:
         """Return the work for a person's items with this bank and ``settings_of`` a run, anew or from ``before``."""
         how = settings + (f"after: {before.work}\n" if before else "")
-        return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
+        return cls(person, state_key(bank.hash, person.digest(), how, seed), before, known)
 
     @property
     def new_items(self) -> Person:
@@ -141,7 +141,7 @@ class MeasuredLosses(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``.
+    """What stages 2 and 3 need. Cohorts that are interrupted leave ``checkpoints``.
 
     Without ``store``, the caller keeps the states. ``since`` are the tombstones that existed when the people's items
     were read (``mta.store.tombstones``).
@@ -152,7 +152,7 @@ class Stages:
     run: Run
     encoder: Callable[[], Encoder]  # called only if the policy reads encodings
     on_step: OnStep | None = None
-    work: Work | None = None
+    checkpoints: RunCheckpoints | None = None
     store: Store | None = None
     since: Collection[str] = NOTHING
 
@@ -303,4 +303,4 @@ class Stages:
             checkpoint.remove()
 
     def _checkpoint(self, cohort: Cohort) -> Checkpoint | None:
-        return self.work.checkpoint(cohort.digest) if self.work else None
+        return self.checkpoints.checkpoint(cohort.digest) if self.checkpoints else None

@@ -17,11 +17,11 @@ from typing import Literal, TypeVar
 from mta.errors import MtaError
 from mta.store.exports import check_exports
 from mta.store.lock import LOCK
+from mta.store.run_checkpoints import FOLDER as WORK
+from mta.store.run_checkpoints import RUN
 from mta.store.state import State, history_from_bytes
 from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER, LIFETIME
-from mta.store.workspace import FOLDER as WORK
-from mta.store.workspace import RUN
 
 T = TypeVar("T")
 Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]

@@ -27,7 +27,7 @@ _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", 
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
-SEALED = 8 + len(_HEAD) + 64  # number of first bytes of a file that contain its sha256
+HEADER_BYTES = 8 + len(_HEAD) + 64  # number of first bytes of a file that contain its sha256
 _ASTRAY = "Lower stack.training.lr or merge.learned.lr, and personalize again."
 _AGAIN = "Load an earlier version, or make the state again:  mta personalize"
 
@@ -80,7 +80,7 @@ class State:
     w: tuple[float, ...]  # coefficient of each anchor
     policy: str
     history: str  # digest of the shots
-    work: str  # hash of all inputs (``work_key``)
+    work: str  # hash of all inputs (``state_key``)
     seed: int
     stack: LoraBatch | None = None  # None: merge only
     mode: MergeMode = "exact"  # how the merge is computed, to rank ``rank``
@@ -179,11 +179,15 @@ class State:
 
 
 def seal_of(beginning: bytes) -> str | None:
-    """Return the sha256 in a state's file, read from its first ``SEALED`` bytes; equal sha256 means equal files."""
-    return beginning[_DIGEST].decode() if beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= SEALED else None
+    """Return the sha256 in a state's file, read from its first ``HEADER_BYTES``; equal sha256 means equal files."""
+    return (
+        beginning[_DIGEST].decode()
+        if beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= HEADER_BYTES
+        else None
+    )
 
 
-def work_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
+def state_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
     """Return the sha256 over everything that a state depends on."""
     return json_sha256([bank, history_digest, config_yaml, seed])
 

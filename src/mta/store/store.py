@@ -30,7 +30,7 @@ from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.store.exports import Exports, remove_if_empty
 from mta.store.lock import locked
-from mta.store.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
+from mta.store.state import HEADER_BYTES, SCHEMA, State, history_from_bytes, history_to_bytes, seal_of
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
 
@@ -126,7 +126,7 @@ class Store:
 
         The number does not identify the content: after ``forget``, a person's versions start at 1 again.
         """
-        beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", SEALED)
+        beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", HEADER_BYTES)
         return None if beginning is None else seal_of(beginning) or ""
 
     def latest(self, id: str) -> int | None:

@@ -23,7 +23,7 @@ from mta.errors import DataError, MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.errors import error_of
-from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
+from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, ServedModel, Token
 from mta.serving.model_names import person_name
@@ -89,17 +89,17 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
     with service.refusals(kind):
         ask = _ask(service, request, who, key)
-    shape = Shape(request, name_of(who, service, request.model), service.base.tokenizer)
+    formatter = ResponseFormatter(request, name_of(who, service, request.model), service.base.tokenizer)
     parts = _measured(service, kind, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
-        return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
+        return StreamingResponse(_events(formatter, ask, request, first, parts), media_type="text/event-stream")
     complete: list[list[Part]] = [[] for _ in range(request.n)]
     async for part in parts:
         complete[part.index].append(part)
     tokens = sum(len(part.tokens) for answer in complete for part in answer)
     usage = usage_of(len(ask.prompt), tokens, complete[0][-1].cached)
-    return JSONResponse(shape.body([shape.choice(answer) for answer in complete], usage))
+    return JSONResponse(formatter.body([formatter.choice(answer) for answer in complete], usage))
 
 
 def name_of(who: ServedModel, service: Service, requested: str) -> str:
@@ -159,7 +159,7 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
 
 
 async def _events(
-    shape: Shape, ask: Ask, request: Request, first: Part, parts: AsyncIterator[Part]
+    formatter: ResponseFormatter, ask: Ask, request: Request, first: Part, parts: AsyncIterator[Part]
 ) -> AsyncIterator[str]:
     """Yield server-sent events in OpenAI's format."""
     started: set[int] = set()
@@ -167,11 +167,11 @@ async def _events(
     try:
         async for part in _after(first, parts):
             tokens, cached = tokens + len(part.tokens), part.cached
-            for event in shape.events(part, first=part.index not in started):
+            for event in formatter.events(part, first=part.index not in started):
                 yield _event(event)
             started.add(part.index)
         if request.stream_options and request.stream_options.include_usage:
-            yield _event(shape.body([], usage_of(len(ask.prompt), tokens, cached)))
+            yield _event(formatter.body([], usage_of(len(ask.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
         yield _event(error_of(error)[1])
     yield "data: [DONE]\n\n"

@@ -121,7 +121,7 @@ class Part:
     cached: int = 0
 
 
-class Shape:
+class ResponseFormatter:
     """Formats the answers to one request as OpenAI objects."""
 
     def __init__(self, request: Request, model: str, tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ RUN = "[0-9a-f]{24}"  # name of a run's folder; other folders are not ours
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RunCheckpoints:
     """The folder of one run below a store. The same run, started again, finds the same folder.
 
     ``allowed`` returns whether checkpoints may be kept.
@@ -32,7 +32,7 @@ class Work:
     allowed: Callable[[], bool] = lambda: True
 
     @classmethod
-    def of(cls, files: Storage, names: Sequence[str], allowed: Callable[[], bool] = lambda: True) -> Work:
+    def of(cls, files: Storage, names: Sequence[str], allowed: Callable[[], bool] = lambda: True) -> RunCheckpoints:
         """Return the folder of a run over ``names``, which identify people and the work on them."""
         return cls(files, f"{FOLDER}/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
 
