@@ -167,5 +167,5 @@ def _jobs(base: BaseModel, prompts: Prompts, people: int) -> list[ShotsJob]:
 
 def _tokens(base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, trained: int, memory: str = "4GiB") -> int:
     width = base.footprint.sums.width
-    below = ParameterCounts(pooled=RANK * width, shared=len(bank) * RANK * width)
+    below = ParameterCounts(task_lora=RANK * width, shared=len(bank) * RANK * width)
     return plan_cohorts(base, jobs, trained, parse_size(memory), below=below).tokens_per_batch

@@ -52,7 +52,7 @@ class Site:
     def adapt(self, jobs: Sequence[Job], bank: LoraBatch) -> None:
         """One step of stage 3 for everybody, cohort by cohort as ``mta personalize`` does it: merge, then adapt."""
         base, width = self.base, sum(d + o for d, o in self.base.targets.values())
-        below = ParameterCounts(frozen=K * _RANK * width, pooled=_RANK * width)
+        below = ParameterCounts(frozen=K * _RANK * width, task_lora=_RANK * width)
         plan = plan_cohorts(base, jobs, width, self.memory, below=below)
         draw = torch.Generator().manual_seed(2)
         ids = torch.stack([torch.randperm(len(bank), generator=draw)[:K] for _ in jobs])

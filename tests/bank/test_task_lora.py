@@ -236,7 +236,7 @@ def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
     bank = Bank.open(out, base_of())
     assert not (out / "task_lora").exists()
     assert bank.task_lora is None
-    assert bank.pooled == []
+    assert bank.task_adapters == []
 
 
 def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path):

@@ -79,8 +79,8 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     panel = panel_of(base, replace(bank, calibration=known))
     found = PopulationMerge().run(panel, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
-    dense = merged_factors(bank.working, merge, MergeSettings(policy="uniform"))
-    expected = answer(panel, range(len(panel.people)), [*bank.pooled, Shared(dense)])
+    dense = merged_factors(bank.device_anchors, merge, MergeSettings(policy="uniform"))
+    expected = answer(panel, range(len(panel.people)), [*bank.task_adapters, Shared(dense)])
     assert found.bytes_per_person == 0
     for one, other in zip(found.answers, expected):
         torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-10)

@@ -131,7 +131,7 @@ def test_a_benchmark_query_is_the_last_item_if_queries_look_like_history_items()
 def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
     folds, owners = panel.folds(2)
     assert owners == [0, 0, 1, 1, 2, 2]
-    anew = gather_evidence(panel.base, folds.jobs, panel.bank.working, panel.bank.pooled)
+    anew = gather_evidence(panel.base, folds.jobs, panel.bank.device_anchors, panel.bank.task_adapters)
     found = folds.evidence
     torch.testing.assert_close(found.anchors, anew.anchors)
     torch.testing.assert_close(found.task, anew.task)
@@ -209,10 +209,10 @@ def test_one_group_of_layers_equals_the_learned_policy(panel):
     training = Training(lr=0.5, steps=3, batch_size=64, eps=1.0, clip=1e9)
     start, _ = panel.merge(POSTERIOR, 0)
     bank = panel.bank
-    how = (panel.base, panel.jobs, bank.working, bank.pooled, start, training)
-    plain, grouped = learn(*how), learn(*how, groups=[0] * len(bank.working.names))
+    how = (panel.base, panel.jobs, bank.device_anchors, bank.task_adapters, start, training)
+    plain, grouped = learn(*how), learn(*how, groups=[0] * len(bank.device_anchors.names))
     torch.testing.assert_close(grouped.w, plain.w[:, None].expand_as(grouped.w))
-    apart = learn(*how, groups=layer_groups(bank.working.names, 2))
+    apart = learn(*how, groups=layer_groups(bank.device_anchors.names, 2))
     assert not torch.allclose(apart.w[:, 0], apart.w[:, -1])
 
 
@@ -221,9 +221,9 @@ def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(panel):
     training = Training(lr=1e-4, steps=1, batch_size=64, eps=1e6, clip=1e9)
     start, _ = panel.merge(POSTERIOR, 0)
     bank = panel.bank
-    how = (panel.base, panel.jobs, bank.working, bank.pooled, start, training)
+    how = (panel.base, panel.jobs, bank.device_anchors, bank.task_adapters, start, training)
     plain = learn(*how).w - start.w
-    groups = layer_groups(bank.working.names, 2)
+    groups = layer_groups(bank.device_anchors.names, 2)
     apart = learn(*how, groups=groups).w - start.w[:, None]
     firsts = [groups.index(g) for g in range(2)]
     torch.testing.assert_close(apart[:, firsts].sum(1), plain, rtol=1e-4, atol=1e-14)
@@ -231,7 +231,7 @@ def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(panel):
 
 def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(panel):
     found = MergedByLayer(groups=2).run(panel, 0)
-    assert found.merge.w.shape == (PEOPLE, len(panel.bank.working.names), len(panel.bank))
+    assert found.merge.w.shape == (PEOPLE, len(panel.bank.device_anchors.names), len(panel.bank))
     one = MergedByLayer(groups=1).run(panel, 0).bytes_per_person
     assert 1.2 * one < found.bytes_per_person < 2.2 * one
 
@@ -278,7 +278,7 @@ def test_prime_never_increases_the_loss(panel):
 def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(panel):
     found = PerPcs(k=2).run(panel, 0)
     w = found.merge.w
-    assert w.shape == (PEOPLE, len(panel.bank.working.names), len(panel.bank))
+    assert w.shape == (PEOPLE, len(panel.bank.device_anchors.names), len(panel.bank))
     torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]))
     assert ((w > 0).sum(-1) == 2).all()
 
@@ -287,7 +287,7 @@ def test_an_anchor_is_its_own_nearest_gate(panel):
     """A person with exactly an anchor's inputs at a module has that anchor as the nearest."""
     people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in panel.anchors]
     twin = Panel(panel.context, people, [()] * len(people), panel.task)
-    found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.pooled)
+    found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.task_adapters)
     for name, means in twin.context.anchor_inputs.items():
         center, gate = gate_of(means)
         fit = torch.nn.functional.normalize(found[name] - center, dim=1) @ gate.T
@@ -301,8 +301,8 @@ def test_per_pcs_needs_the_anchors_histories(tiny):
 
 def test_mean_inputs_do_not_depend_on_padding_or_batch(panel):
     jobs = [job.examples for job in panel.jobs]
-    together = mean_inputs(panel.base, jobs, panel.bank.pooled)
-    alone = mean_inputs(panel.base, jobs[:1], panel.bank.pooled, rows_per_batch=1)
+    together = mean_inputs(panel.base, jobs, panel.bank.task_adapters)
+    alone = mean_inputs(panel.base, jobs[:1], panel.bank.task_adapters, rows_per_batch=1)
     for name, means in together.items():
         torch.testing.assert_close(means[:1], alone[name])
 

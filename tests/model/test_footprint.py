@@ -103,9 +103,12 @@ def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype
         gates = torch.rand(len(jobs), len(bank)).to(dtype)
         frozen, numbers = {
             "none": ([], ParameterCounts(width)),
-            "task": ([Shared(task)], ParameterCounts(width, pooled=8 * width)),
-            "merge": ([Shared(task), PerPerson(merges)], ParameterCounts(width, pooled=8 * width, frozen=6 * width)),
-            "gates": ([Shared(task), Gated(bank, gates)], ParameterCounts(width, pooled=8 * width, shared=20 * width)),
+            "task": ([Shared(task)], ParameterCounts(width, task_lora=8 * width)),
+            "merge": ([Shared(task), PerPerson(merges)], ParameterCounts(width, task_lora=8 * width, frozen=6 * width)),
+            "gates": (
+                [Shared(task), Gated(bank, gates)],
+                ParameterCounts(width, task_lora=8 * width, shared=20 * width),
+            ),
         }[below]
         start, stacks = fresh(base.targets, 1, 1.0, 0, [job.key for job in jobs]), random_loras(base, len(jobs), 1)
         known = held(base, task, merges, bank, stacks := stacks.to(dtype))
@@ -149,7 +152,7 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     base, jobs = base_of("large vocabulary"), jobs_of(4, targets=16)
     width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
     task = random_loras(base, 1, 8)
-    plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(pooled=8 * width))
+    plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(task_lora=8 * width))
     with TensorMemory(held(base, task)) as used:
         for cohort in plan.cohorts:
             some = [jobs[n] for n in cohort]

@@ -126,7 +126,7 @@ def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
 
 def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
     base, bank = bank_of_eight
-    same_model(base, bank, WAYS, WAYS.adapters(bank.working))
+    same_model(base, bank, WAYS, WAYS.adapters(bank.device_anchors))
 
 
 def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):

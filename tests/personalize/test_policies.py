@@ -258,8 +258,8 @@ def test_labels_share_the_likelihood_of_their_golds(tiny):
     base, bank = tiny
     jobs = [shots_of(base, bank.task, person) for person in people_of(2, items=3)]
     plainly = [replace(job, alternatives=()) for job in jobs]
-    found = gather_evidence(base, jobs, bank.working, bank.pooled)
-    reference = gather_evidence(base, plainly, bank.working, bank.pooled)
+    found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters)
+    reference = gather_evidence(base, plainly, bank.device_anchors, bank.task_adapters)
     near(found.anchors, reference.anchors, 1e-9)
     near(found.task, reference.task, 1e-9)
     assert reference.labels is None

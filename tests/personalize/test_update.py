@@ -162,7 +162,7 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     personal.update(GROWN)
     for person, state in zip(GROWN, before):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
-        over = [*bank.pooled, merged(bank, merge_of([state], base.master_dtype), personal.run.merge)]
+        over = [*bank.task_adapters, merged(bank, merge_of([state], base.master_dtype), personal.run.merge)]
         stack = personal.run.stack
         alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():

@@ -133,7 +133,7 @@ def test_gradients_of_the_coefficients_are_the_same(walked, reference):
     for personal in (walked, reference):
         base, bank = personal.base, personal.bank
         jobs = [shots_of(base, bank.task, person) for person in PEOPLE]
-        found.append(gate_gradients(base, jobs, bank.working, bank.calibration.mu, bank.pooled))
+        found.append(gate_gradients(base, jobs, bank.device_anchors, bank.calibration.mu, bank.task_adapters))
     close(found[0].gradients, found[1].gradients)
     close(found[0].loglik, found[1].loglik)
 

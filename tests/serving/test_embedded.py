@@ -29,7 +29,7 @@ class OneBank:
     """The parts of a bank that an engine needs, with random adapters."""
 
     def __init__(self, base, anchors=3, name="bank", seed=0, pooled=True):
-        self.working = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
+        self.device_anchors = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
         self.task_lora = random_loras(base, 1, size=0.4, seed=seed + 5) if pooled else None
         self.info, self.hash = SimpleNamespace(run=TINY_RUN), name
 

@@ -43,7 +43,7 @@ def test_of_an_answer_of_vllm(caplog):
     def held(who):
         raise raised()
 
-    engine, queue = SimpleNamespace(pooled=True, adapters=SimpleNamespace(held=held)), asyncio.Queue()
+    engine, queue = SimpleNamespace(has_task_lora=True, adapters=SimpleNamespace(held=held)), asyncio.Queue()
     asyncio.run(VllmEngine._forward(engine, SimpleNamespace(who=TASK), queue))
     lost = queue.get_nowait()
     assert isinstance(lost, AnswerLost)

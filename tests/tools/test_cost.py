@@ -93,7 +93,10 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     assert predicted.row == 2 * row
     shared = sum(part[: adapters._ranks].numel() for a, b in adapters._shared.values() for part in (a, b.mT))
     working = sum(
-        factor.numel() for batch in (bank.working, bank.task_lora) for pair in batch.factors.values() for factor in pair
+        factor.numel()
+        for batch in (bank.device_anchors, bank.task_lora)
+        for pair in batch.factors.values()
+        for factor in pair
     )
     assert predicted.bank == 2 * (shared + working)
 
@@ -105,7 +108,7 @@ def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     planned = Footprint.of(base.model, itemsize=2)
     predicted, numbers = (
         memory(shape, run, DataSizes(tokens=90, shared=40)),
-        ParameterCounts(4 * shape.width, pooled=3 * shape.width),
+        ParameterCounts(4 * shape.width, task_lora=3 * shape.width),
     )
     assert predicted.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
     assert predicted.token == planned.token(TextLengths(90, 40), 4)  # a stack of rank 1 and the task LoRA

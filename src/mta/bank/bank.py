@@ -47,7 +47,7 @@ class Bank:
     info: BankInfo
     task: Task
     anchors: LoraBatch  # as stored, float32
-    working: LoraBatch  # on the base's device and in its dtype
+    device_anchors: LoraBatch  # on the base's device and in its dtype
     vectors: Tensor  # (N, E), unit length
     task_lora: LoraBatch | None
     calibration: Calibration | None = None
@@ -138,14 +138,14 @@ class Bank:
             vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
-        anchors, pooled = read_adapters(folder, info)
+        anchors, task_lora = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=REBUILD)
-        working = anchors.to(base.device, base.dtype)
+        device_anchors = anchors.to(base.device, base.dtype)
         if base.has_weights:  # adapters are exported from an outline of the base, too
-            pooled = pooled and pooled.to(base.device)
+            task_lora = task_lora and task_lora.to(base.device)
         calibration = read_calibration(folder, info)
-        return cls(folder, info, task, anchors, working, vectors, pooled, calibration)
+        return cls(folder, info, task, anchors, device_anchors, vectors, task_lora, calibration)
 
     @classmethod
     def of_adapters(
@@ -231,7 +231,7 @@ class Bank:
         return len(self.anchors)
 
     @property
-    def pooled(self) -> list[Shared]:
+    def task_adapters(self) -> list[Shared]:
         """The task LoRA for all rows; empty if stage 0 was switched off."""
         return [Shared(self.task_lora)] if self.task_lora else []
 

@@ -48,7 +48,7 @@ class BuildContext:
 
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-        below = ParameterCounts(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
+        below = ParameterCounts(task_lora=frozen.rank * self.base.footprint.sums.width if frozen else 0)
         numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 

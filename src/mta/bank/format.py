@@ -245,12 +245,12 @@ def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | 
     """Return the anchors as stored, and the task LoRA if there is one. Raises BankCorrupt."""
     try:
         anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
-        pooled = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
+        task_lora = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
-    if len(anchors) != len(info.items) or (pooled and pooled.shapes != anchors.shapes):
+    if len(anchors) != len(info.items) or (task_lora and task_lora.shapes != anchors.shapes):
         raise BankCorrupt(f"{folder}: anchors, task LoRA, and description do not match", hint=REBUILD)
-    return anchors, pooled
+    return anchors, task_lora
 
 
 def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:

@@ -122,9 +122,13 @@ def add_to_bank(
         "calibration": None,
     }
     before = load_file(folder / INDEX)["vectors"]
-    pooled = folder / TASK_LORA if info.run.task_lora.enabled else None
+    task_lora = folder / TASK_LORA if info.run.task_lora.enabled else None
     _write(
-        out, info.model_copy(update=changed), concatenate([anchors, *given.loras]), torch.cat([before, vectors]), pooled
+        out,
+        info.model_copy(update=changed),
+        concatenate([anchors, *given.loras]),
+        torch.cat([before, vectors]),
+        task_lora,
     )
 
 

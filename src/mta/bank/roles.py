@@ -39,8 +39,8 @@ class Roles:
     def members(self, secret: str) -> Members:
         """Return the members of the bank; ``secret`` makes their key."""
         groups = [*self.task, *self.also, *self.held_out], self.able, self.anchors, self.calibrating
-        pooled, able, anchors, calibrating = ([person.id for person in group] for group in groups)
-        return Members.of(secret, pooled, able, anchors, calibrating, self.keeping)
+        task, able, anchors, calibrating = ([person.id for person in group] for group in groups)
+        return Members.of(secret, task, able, anchors, calibrating, self.keeping)
 
 
 def choose_roles(

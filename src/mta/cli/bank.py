@@ -196,8 +196,8 @@ def _show(bank: mta.Bank, json: bool) -> None:
         found = info.calibration and info.calibration.model_dump(mode="json")
         facts = {"anchors": len(bank), "hash": bank.hash, "seconds": info.seconds, "cut": info.cut}
         return show_json({"folder": str(bank.folder), **facts, "calibration": found})
-    pooled = "yes" if bank.task_lora else "no"
-    typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {pooled}, hash {bank.hash[:12]}")
+    task_lora = "yes" if bank.task_lora else "no"
+    typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {task_lora}, hash {bank.hash[:12]}")
     if info.calibration:
         typer.echo(in_words(info.calibration))
     return None

@@ -50,7 +50,7 @@ class Context:
         """Mean input of each adapted module over the items of each anchor: name -> (N, D). Used by Per-Pcs."""
         people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in self.anchors]
         jobs = [shots_of(self.base, self.bank.task, person).examples for person in people]
-        return mean_inputs(self.base, jobs, self.bank.pooled)
+        return mean_inputs(self.base, jobs, self.bank.task_adapters)
 
 
 @torch.inference_mode()
@@ -93,7 +93,7 @@ def evidence_of(context: Context, jobs: Sequence[ShotsJob]) -> tuple[Evidence, f
         labels = Labels(tensors["labels"], tensors["gold"]) if "labels" in tensors else None
         return Evidence(tensors["shots"], tensors["counts"], labels), seconds
     start = time.monotonic()
-    found = gather_evidence(base, jobs, bank.working, bank.pooled, on_step=context.on_step)
+    found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters, on_step=context.on_step)
     seconds = time.monotonic() - start
     if path:
         tensors = {"shots": found.loglik, "counts": found.counts}

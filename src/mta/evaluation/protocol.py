@@ -235,8 +235,8 @@ class Panel:
             merge = fit_merge(
                 self.base,
                 self.jobs,
-                self.bank.working,
-                self.bank.pooled,
+                self.bank.device_anchors,
+                self.bank.task_adapters,
                 settings,
                 similarity=self.similarity if needs_encodings(settings) else None,
                 evidence=evidence,

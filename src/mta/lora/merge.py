@@ -13,7 +13,7 @@ from mta.errors import AnchorNotFound, InputError
 from mta.lora.batch import Factors, LoraBatch
 
 
-def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
+def merge_exact(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     """Return the weighted sum of anchors' updates for many people, without loss (stage 2).
 
     Per layer:  delta[u] = sum_k w[u, k] * scale * B[ids[u, k]] @ A[ids[u, k]]
@@ -23,28 +23,28 @@ def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     Source: arXiv:2511.20072, stage 2; concatenation is our choice (docs/decisions/004).
     Raises: AnchorNotFound.
     """
-    weights = _per_layer(bank, ids, w)
+    weights = _per_layer(anchors, ids, w)
     factors = {}
-    for layer, (name, (a, b)) in enumerate(bank.factors.items()):
-        share = (bank.scale * weights[:, layer]).to(b)
+    for layer, (name, (a, b)) in enumerate(anchors.factors.items()):
+        share = (anchors.scale * weights[:, layer]).to(b)
         weighed = (b[ids] * share[:, :, None, None]).transpose(1, 2)  # (U, O, K, R)
         factors[name] = Factors(a[ids].flatten(1, 2), weighed.flatten(2))
     return LoraBatch(factors)
 
 
-def merge_factor(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
+def merge_factor(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     """Average A and B separately: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
 
-    Shapes: as in ``merge_exact``, at rank R and with the bank's scale. Coefficients are not normalized; they sum to 1
+    Shapes: as in ``merge_exact``, at rank R and with the anchors' scale. Coefficients are not normalized; they sum to 1
     in the policies that this mode is meant for.
     Source: our reading of the likely original; an ablation.
     """
-    weights = _per_layer(bank, ids, w)
+    weights = _per_layer(anchors, ids, w)
     factors = {}
-    for layer, (name, (a, b)) in enumerate(bank.factors.items()):
+    for layer, (name, (a, b)) in enumerate(anchors.factors.items()):
         share = weights[:, layer, :, None, None].to(a)
         factors[name] = Factors((share * a[ids]).sum(1), (share * b[ids]).sum(1))
-    return LoraBatch(factors, bank.scale)
+    return LoraBatch(factors, anchors.scale)
 
 
 def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
@@ -68,14 +68,14 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
     return LoraBatch(even), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
 
 
-def _per_layer(bank: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
-    """Return coefficients as (U, L, K). Raises AnchorNotFound or InputError if ids or shapes do not fit the bank."""
-    if ids.numel() and (int(ids.max()) >= len(bank) or int(ids.min()) < 0):
+def _per_layer(anchors: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
+    """Return coefficients as (U, L, K). Raises AnchorNotFound or InputError if ids or shapes do not fit the anchors."""
+    if ids.numel() and (int(ids.max()) >= len(anchors) or int(ids.min()) < 0):
         raise AnchorNotFound(
-            f"anchors are numbered 0 to {len(bank) - 1}, got {int(ids.min())} to {int(ids.max())}",
+            f"anchors are numbered 0 to {len(anchors) - 1}, got {int(ids.min())} to {int(ids.max())}",
             hint="Open the bank that these numbers are from, or retrieve anchors again.",
         )
-    layers = len(bank.factors)
+    layers = len(anchors.factors)
     wanted = (ids.shape[0], layers, ids.shape[1])
     weights = w[:, None, :].expand(wanted) if w.ndim == 2 and w.shape == ids.shape else w
     if weights.shape != wanted:

@@ -28,7 +28,7 @@ class ParameterCounts:
 
     trained: int = 0  # per person
     frozen: int = 0  # per person: the merge
-    pooled: int = 0  # the task LoRA, stored once; layers with adapters per person copy it for each person
+    task_lora: int = 0  # the task LoRA, stored once; layers with adapters per person copy it for each person
     shared: int = 0  # a gated bank, copied once per pass
 
 
@@ -187,11 +187,11 @@ class Footprint:
     @staticmethod
     def _joined(numbers: ParameterCounts) -> int:
         """Return the frozen numbers that layers copy for each person; with gates, the task LoRA joins the bank."""
-        return numbers.frozen + (numbers.pooled if numbers.frozen or not numbers.shared else 0)
+        return numbers.frozen + (numbers.task_lora if numbers.frozen or not numbers.shared else 0)
 
     def shared(self, numbers: ParameterCounts) -> int:
         """Return the bytes of the copies that a pass makes of adapters shared by all people."""
-        return self.itemsize * (numbers.shared + numbers.pooled)
+        return self.itemsize * (numbers.shared + numbers.task_lora)
 
     def training(self, tokens: int, targets: int, people: int, texts: TextLengths, numbers: ParameterCounts) -> int:
         """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments."""

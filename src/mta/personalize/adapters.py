@@ -82,8 +82,8 @@ def row_adapters(
         merge = merge_of(alike, base.master_dtype)
         adapters.append(merged(bank, merge, MergeSettings(mode=mode, rank=rank)))
     if bank.task_lora:
-        pooled = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
-        adapters.append(Gated(bank.task_lora, pooled))
+        on = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
+        adapters.append(Gated(bank.task_lora, on))
     stacks = [one.stack if isinstance(one, State) else None for one in owners]
     first = next((one for one in stacks if one), None)
     if stacked and first:

@@ -120,22 +120,22 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
 def gather_evidence(
     base: BaseModel,
     jobs: Sequence[ShotsJob],
-    bank: LoraBatch,
-    pooled: Sequence[Shared],
+    anchors: LoraBatch,
+    task_adapters: Sequence[Shared],
     *,
     tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Evidence:
-    """Score all shots under ``pooled`` (the task LoRA) alone and under every anchor: N + 1 passes.
+    """Score all shots under the task LoRA alone and under every anchor: N + 1 passes.
 
     The anchors were not trained on these shots, so the likelihoods are unbiased.
     """
     labeled = all(job.alternatives for job in jobs)
     scored = [[e for labels in job.alternatives for e in labels] if labeled else job.examples for job in jobs]
-    passes, total = len(bank) + 1, sum(len(job.examples) for job in jobs)
+    passes, total = len(anchors) + 1, sum(len(job.examples) for job in jobs)
     found: list[list[Tensor]] = []
     for number in range(passes):
-        parts = [shared.batch for shared in pooled] + ([bank.select([number - 1])] if number else [])
+        parts = [shared.batch for shared in task_adapters] + ([anchors.select([number - 1])] if number else [])
         adapters = [Shared(join(parts))] if parts else []  # one term per layer: fewer passes over the activations
         found.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch))
         if on_step:

@@ -46,10 +46,10 @@ class Merge:
         ids = self.ids if self.w.ndim == 2 else self.ids[:, None].expand_as(self.w)
         return self.w.new_zeros(*self.w.shape[:-1], anchors).scatter_add(-1, ids, self.w)
 
-    def adapters(self, bank: LoraBatch) -> Gated:
-        """Return the merge as adapters that are computed directly from the bank."""
-        factors = next(iter(bank.factors.values())).a
-        return Gated(bank, self.gates(len(bank)).to(factors.device))
+    def adapters(self, anchors: LoraBatch) -> Gated:
+        """Return the merge as adapters that are computed directly from the anchors."""
+        factors = next(iter(anchors.factors.values())).a
+        return Gated(anchors, self.gates(len(anchors)).to(factors.device))
 
 
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
@@ -141,7 +141,7 @@ def fit_merge(
     base: BaseModel,
     jobs: Sequence[Job],
     anchors: LoraBatch,
-    pooled: Sequence[Shared],
+    task_adapters: Sequence[Shared],
     settings: MergeSettings,
     *,
     similarity: Tensor | None = None,
@@ -161,7 +161,7 @@ def fit_merge(
     Raises AnchorNotFound, ConfigError.
     """
     if policy_of(settings).gradients:
-        return _from_gradients(base, jobs, anchors, pooled, settings, calibration, earlier, **passes)
+        return _from_gradients(base, jobs, anchors, task_adapters, settings, calibration, earlier, **passes)
     learns = settings.policy == "learned"
     if earlier and learns:
         found = earlier.merge
@@ -174,14 +174,14 @@ def fit_merge(
             similarity = torch.zeros(len(jobs), len(anchors))
         found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    return learn(base, jobs, anchors, pooled, found, settings.learned, seed=seed, **passes) if learns else found
+    return learn(base, jobs, anchors, task_adapters, found, settings.learned, seed=seed, **passes) if learns else found
 
 
 def _from_gradients(
     base: BaseModel,
     jobs: Sequence[Job],
     anchors: LoraBatch,
-    pooled: Sequence[Shared],
+    task_adapters: Sequence[Shared],
     settings: MergeSettings,
     calibration: Calibration | None,
     earlier: Earlier | None,
@@ -198,7 +198,7 @@ def _from_gradients(
         w = settings.scale * calibration.mu.expand(len(jobs), -1)
         return Merge(ids, w.to(base.master_dtype))
     found = gate_gradients(
-        base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
+        base, jobs, anchors, calibration.mu, task_adapters, tokens_per_batch=passes.get("tokens_per_batch", 2048)
     )
     gradients = ShotGradients(found.gradients, found.loglik, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:
@@ -230,8 +230,8 @@ def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evide
 def learn(
     base: BaseModel,
     jobs: Sequence[Job],
-    bank: LoraBatch,
-    pooled: Sequence[Adapters],
+    anchors: LoraBatch,
+    task_adapters: Sequence[Adapters],
     start: Merge,
     training: Training,
     groups: Sequence[int] = (),
@@ -254,9 +254,9 @@ def learn(
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
         (people,) = moved(base.device, people)
-        return Merge(ids[people], weights(parameters["shift"], people)).adapters(bank)
+        return Merge(ids[people], weights(parameters["shift"], people)).adapters(anchors)
 
-    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, seed=seed, **passes)
+    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=task_adapters, seed=seed, **passes)
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
@@ -266,9 +266,9 @@ def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
     """
     if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
-        return merge.adapters(bank.working)
-    device = next(iter(bank.working.factors.values())).a.device
-    anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.working
+        return merge.adapters(bank.device_anchors)
+    device = next(iter(bank.device_anchors.factors.values())).a.device
+    anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.device_anchors
     return PerPerson(merged_factors(anchors, merge, settings))
 
 
@@ -280,15 +280,17 @@ def _is_direct(k: int, anchors: int) -> bool:
 def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> ParameterCounts:
     """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
     width = sum(map(sum, bank.anchors.shapes.values()))
-    pooled = bank.task_lora.rank * width if bank.task_lora else 0
+    task_lora = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
-        return ParameterCounts(pooled=pooled)
+        return ParameterCounts(task_lora=task_lora)
     k, rank = settings.k or len(bank), bank.anchors.rank
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
     # Gradients of coefficients go through gates; ``auto`` may have them.
     gated = direct or settings.policy in ("auto", "learned") or policy_of(settings).gradients
-    return ParameterCounts(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
+    return ParameterCounts(
+        frozen=0 if direct else own * width, task_lora=task_lora, shared=gated * len(bank) * rank * width
+    )
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:

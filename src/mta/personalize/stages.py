@@ -178,7 +178,7 @@ class Stages:
         """
         settings, bank = self.run.merge, self.bank
         evidence = similarity = None
-        how = self.base, jobs, bank.working, bank.pooled
+        how = self.base, jobs, bank.device_anchors, bank.task_adapters
         if needs_evidence(settings, grown=earlier is not None):
             evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
         if needs_encodings(settings, grown=earlier is not None):
@@ -216,7 +216,7 @@ class Stages:
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
+            [*self.bank.task_adapters, merged(self.bank, merge, self.run.merge)],
             settings.lora,
             settings.training,
             start=start,
@@ -279,7 +279,7 @@ class Stages:
         """Return the losses of each job: one pass for each field, except those that are known."""
 
         def under(*added: Adapters) -> list[float]:
-            return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+            return mean_nll(self.base, jobs, [*self.bank.task_adapters, *added], tokens_per_batch=tokens_per_batch)
 
         merges = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)

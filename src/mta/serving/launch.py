@@ -111,7 +111,12 @@ def service_of(
         engine = EmbeddedEngine(base, bank, states, older=old_bank, slots=slots)
     else:
         engine = VllmEngine(
-            vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
+            vllm,
+            states,
+            bank=bank.hash,
+            has_task_lora=bank.task_lora is not None,
+            length=length,
+            stops=base.stop_tokens,
         )
     personal = Personalizer(base.twin(), bank, states, run=run, older=older)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))

@@ -205,19 +205,19 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     anchors, rank, stack = run.bank.anchors, run.bank.lora.rank, run.stack.lora.rank
     if run.merge.k > anchors:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
-    k, pooled, shots = run.merge.k or anchors, _pooled(run), data.shots
-    merged = pooled + k * rank
+    k, task_rank, shots = run.merge.k or anchors, _task_rank(run), data.shots
+    merged = task_rank + k * rank
     scored, trained = partial(_scored, shape, data), partial(_trained, shape, data)
 
     stage_0 = run.task_lora.rounds * _examples(run.task_lora.training, run.task_lora.items)  # at most
-    task = trained(stage_0, 0, pooled) if pooled else 0.0
+    task = trained(stage_0, 0, task_rank) if task_rank else 0.0
     how = run.calibration
     tried = how.people * (how.steps * (how.shots + how.queries) + 3 * how.shots) if how.enabled else 0
     anchor_items = anchors * _examples(run.bank.training, run.bank.max_items)
-    bank = task + trained(anchor_items, pooled, rank) + trained(tried, pooled + anchors * rank, 0)
-    merge, over = scored(shots, pooled), scored(shots, merged)  # losses; a stack's first step has the second
+    bank = task + trained(anchor_items, task_rank, rank) + trained(tried, task_rank + anchors * rank, 0)
+    merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
-        merge += anchors * scored(shots, pooled + rank)
+        merge += anchors * scored(shots, task_rank + rank)
     if run.merge.policy == "learned":
         merge += trained(_examples(run.merge.learned, shots), merged, 0)
     if policy_of(run.merge).gradients:
@@ -227,31 +227,33 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
         adapt = trained(examples, merged, stack) + scored(shots, merged + stack)
 
     number = shape.width * STORED  # bytes of an adapter of rank 1
-    bank_bytes = float((anchors * rank + pooled) * number)
+    bank_bytes = float((anchors * rank + task_rank) * number)
     texts = 24 + 20 * policy_of(run.merge).gradients  # anchor, coefficient, and gradient, as text
     merge_bytes = float(texts * k + 640)  # and the other fields of the file
     assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merge + over),
-        "OPPU": Cost(pooled * number, rank * number, task, trained(_examples(OPPU, shots), pooled, rank)),
-        "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, pooled)),
+        "OPPU": Cost(task_rank * number, rank * number, task, trained(_examples(OPPU, shots), task_rank, rank)),
+        "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, task_rank)),
     }
 
 
 def memory(shape: Shape, run: Run, data: DataSizes) -> Memory:
     """Return the memory of base, bank, a served row, and training; ``memory=`` bounds the parts of training."""
-    ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
+    ranks = run.bank.anchors * run.bank.lora.rank + _task_rank(run)
     row = SERVED * (shape.cached * data.context + ranks + run.stack.lora.rank * shape.width)
-    pooled, footprint = _pooled(run) * shape.width, shape.footprint
-    trained = [ParameterCounts(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
+    task_lora, footprint = _task_rank(run) * shape.width, shape.footprint
+    trained = [
+        ParameterCounts(rank * shape.width, task_lora=task_lora) for rank in (run.bank.lora.rank, run.stack.lora.rank)
+    ]
     anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
     token = footprint.token(TextLengths(round(data.tokens), round(data.shared)), footprint.ranks(trained[1]))
     base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
     return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
 
 
-def _pooled(run: Run) -> int:
+def _task_rank(run: Run) -> int:
     return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 

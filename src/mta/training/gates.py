@@ -26,23 +26,23 @@ class GateGradients(NamedTuple):
 def gate_gradients(
     base: BaseModel,
     jobs: Sequence[Job],
-    bank: LoraBatch,
+    anchors: LoraBatch,
     at: Tensor,
-    pooled: Sequence[Adapters] = (),
+    task_adapters: Sequence[Adapters] = (),
     *,
     tokens_per_batch: int = 2048,
 ) -> GateGradients:
     """Return d log p(examples of a job) / d w for all N anchors at once, at the coefficients ``at``.
 
     log p sums over the target tokens of all examples of a job. Shapes: at (U, N); (U, L, N) with coefficients per
-    adapted layer, whose gradients of a group of layers add up; or, the same for all jobs, (N,). ``pooled`` adapters are
-    applied too.
+    adapted layer, whose gradients of a group of layers add up; or, the same for all jobs, (N,). ``task_adapters`` are
+    applied, too.
     Source: our choice; the gates are those of ``Gated``.
     """
     rows = at.expand(len(jobs), -1) if at.ndim == 1 else at
 
     def adapters(parameters: Mapping[str, Tensor], _: Tensor) -> Gated:
-        return Gated(bank, parameters["w"])
+        return Gated(anchors, parameters["w"])
 
-    found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=pooled, tokens_per_batch=tokens_per_batch)
+    found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=task_adapters, tokens_per_batch=tokens_per_batch)
     return GateGradients(found["w"].double(), loglik.double())

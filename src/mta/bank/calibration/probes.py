@@ -67,24 +67,26 @@ class Measure:
     """The models to measure with, and the shape of a stack."""
 
     base: BaseModel
-    bank: LoraBatch
-    pooled: Sequence[Shared]
+    anchors: LoraBatch
+    task_adapters: Sequence[Shared]
     stack: Lora
     tokens_per_batch: int = 2048
 
     @classmethod
-    def open(cls, run: Run, fingerprint: str, bank: LoraBatch, task_lora: LoraBatch | None, tokens: int) -> Measure:
+    def open(cls, run: Run, fingerprint: str, anchors: LoraBatch, task_lora: LoraBatch | None, tokens: int) -> Measure:
         """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
         worker = open_worker(run, fingerprint, task_lora)
         shared = [Shared(worker.task_lora)] if worker.task_lora else []
-        working = bank.to(worker.base.device, worker.base.dtype)
+        working = anchors.to(worker.base.device, worker.base.dtype)
         return cls(worker.base, working, shared, run.stack.lora, tokens)
 
     def gradients(self, piece: Probe) -> Tensor:
         people = [u for u, examples in enumerate(piece.examples) for _ in examples]
         jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
         at = piece.w[people].to(self.base.master_dtype)
-        found = gate_gradients(self.base, jobs, self.bank, at, self.pooled, tokens_per_batch=self.tokens_per_batch)
+        found = gate_gradients(
+            self.base, jobs, self.anchors, at, self.task_adapters, tokens_per_batch=self.tokens_per_batch
+        )
         return torch.cat([found.gradients, found.loglik[:, None]], dim=1)
 
     def scores(self, piece: Probe) -> Tensor:
@@ -95,16 +97,16 @@ class Measure:
         base, lora, merge, rate = self.base, self.stack, self._merge(piece), max(piece.rates)
         jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
-        frozen, tokens = list[Adapters]([*self.pooled, merge]), self.tokens_per_batch
+        frozen, tokens = list[Adapters]([*self.task_adapters, merge]), self.tokens_per_batch
         found = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
         scaled = [replace(found, scale=found.scale * one / rate) for one in piece.rates]
         return torch.stack([self._scored(piece.queries, [merge, PerPerson(stack)]) for stack in scaled], dim=1)
 
     def _merge(self, piece: Probe) -> Gated:
-        return Gated(self.bank, piece.w.to(self.base.device, self.base.master_dtype))
+        return Gated(self.anchors, piece.w.to(self.base.device, self.base.master_dtype))
 
     def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> Tensor:
-        adapters = [*self.pooled, *over]
+        adapters = [*self.task_adapters, *over]
         found = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
         return torch.stack([scores.double().sum() for scores in found])
 

@@ -102,11 +102,11 @@ class MergedByLayer(Method):
         merge = learn(
             panel.base,
             panel.jobs,
-            bank.working,
-            bank.pooled,
+            bank.device_anchors,
+            bank.task_adapters,
             replace(first, w=first.w.to(panel.base.master_dtype)),
             settings.learned,
-            layer_groups(bank.working.names, self.groups),
+            layer_groups(bank.device_anchors.names, self.groups),
             seed=seed,
             tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
@@ -150,7 +150,7 @@ def adapted(
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
     for cohort in plan.cohorts:
-        frozen: list[Adapters] = list(panel.bank.pooled)
+        frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
             frozen.append(merged(panel.bank, merge.select(cohort), settings))
         jobs = [panel.jobs[i] for i in cohort]
@@ -166,7 +166,9 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
     answers: list[Answers] = []
     settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
     for cohort in panel.plan(1, settings).cohorts:
-        answers += answer(panel, cohort, [*panel.bank.pooled, merged(panel.bank, merge.select(cohort), settings)])
+        answers += answer(
+            panel, cohort, [*panel.bank.task_adapters, merged(panel.bank, merge.select(cohort), settings)]
+        )
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
 

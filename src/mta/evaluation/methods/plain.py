@@ -85,7 +85,7 @@ class TaskLora(Method):
     name: str = "task LoRA"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return Outcome(answer(panel, range(len(panel.people)), panel.bank.pooled), 0.0, 0.0)
+        return Outcome(answer(panel, range(len(panel.people)), panel.bank.task_adapters), 0.0, 0.0)
 
 
 def _counts(task: Task, people: Sequence[Person]) -> Tensor:

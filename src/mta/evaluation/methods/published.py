@@ -45,10 +45,10 @@ class PerPcs(Method):
             )
         anchors = panel.context.anchor_inputs  # shared by all panels, so the seconds do not include them
         start = time.monotonic()
-        inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.pooled)
+        inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
         k = min(self.k, len(panel.bank))
         weights = []
-        for name in panel.bank.working.names:
+        for name in panel.bank.device_anchors.names:
             center, gate = gate_of(anchors[name])
             fit = torch.nn.functional.normalize(inputs[name] - center, dim=1) @ gate.T  # (U, N)
             top = fit.topk(k, dim=1)
@@ -113,7 +113,7 @@ class Prime(Method):
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
-        adapters = [*panel.bank.pooled, merged(panel.bank, merge, settings)]
+        adapters = [*panel.bank.task_adapters, merged(panel.bank, merge, settings)]
         found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
         return torch.stack([-scores.sum() for scores in found])
 

@@ -49,7 +49,7 @@ class AdapterSlots:
 
     def __init__(self, base: BaseModel, banks: Sequence[Bank], count: int) -> None:
         self.base = base
-        shared = [batch for bank in banks for batch in (bank.task_lora, bank.working) if batch is not None]
+        shared = [batch for bank in banks for batch in (bank.task_lora, bank.device_anchors) if batch is not None]
         self._banks: dict[str, tuple[Bank, slice, slice]] = {}  # by hash; shared ranks of its task LoRA and anchors
         self._ranks = 0  # number of shared ranks; the rest is zero padding
         for bank in banks:
@@ -72,12 +72,12 @@ class AdapterSlots:
         """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
         dtype, first = self.base.master_dtype, next(iter(self._banks))
         made_with = owner.bank if isinstance(owner, State) else first
-        bank, pooled, merged = self._banks.get(made_with, self._banks[first])
+        bank, task_ranks, anchor_ranks = self._banks.get(made_with, self._banks[first])
         parts = adapter_parts(owner, bank.anchors, bank.hash, dtype, stacked)
         gates = torch.zeros(self._gates.shape[1], dtype=dtype)
-        gates[pooled] = float(parts.task_lora)
+        gates[task_ranks] = float(parts.task_lora)
         if parts.gates is not None:
-            gates[merged] = parts.gates.repeat_interleave(bank.anchors.rank)
+            gates[anchor_ranks] = parts.gates.repeat_interleave(bank.anchors.rank)
         own = [part for part in (parts.stack, parts.merge) if part]
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 

@@ -45,7 +45,7 @@ class VllmEngine(QueuedEngine):
     """Answers with a vLLM server; ``close`` also stops a server that we started.
 
     A prompt and its answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
-    At most ``activated`` idle adapters stay loaded. ``pooled`` is whether the bank has a task LoRA; without a task LoRA
+    At most ``activated`` idle adapters stay loaded. ``has_task_lora`` is whether the bank has a task LoRA; without one,
     the pooled model is the base.
     """
 
@@ -55,14 +55,20 @@ class VllmEngine(QueuedEngine):
         store: Store,
         *,
         bank: str,
-        pooled: bool = True,
+        has_task_lora: bool = True,
         length: int,
         stops: Collection[int],
         most: int = 256,
         activated: int = 64,
     ) -> None:
         super().__init__(length, most)
-        self.server, self.client, self.store, self.bank, self.pooled = server, server.client(), store, bank, pooled
+        self.server, self.client, self.store, self.bank, self.has_task_lora = (
+            server,
+            server.client(),
+            store,
+            bank,
+            has_task_lora,
+        )
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
         self._salt = secrets.token_bytes(32)
@@ -120,7 +126,7 @@ class VllmEngine(QueuedEngine):
     async def _forward(self, ask: Ask, queue: Pieces) -> None:
         """Put the pieces of an answer, or its error, into the queue."""
         try:
-            who = BASE if ask.who is TASK and not self.pooled else ask.who
+            who = BASE if ask.who is TASK and not self.has_task_lora else ask.who
             async with self.adapters.held(who) as name:
                 await (self._score if ask.labels else self._stream)(ask, name, queue)
         except MtaError as error:
