@@ -84,7 +84,7 @@ def _bank(base: BaseModel, anchors: int) -> Any:
     """What adapter slots need of a bank, with made-up weights: times do not depend on values."""
     made: LoraBatch = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * anchors), 1).to(base.dtype)
     info = SimpleNamespace(run=SimpleNamespace(stack=SimpleNamespace(lora=SimpleNamespace(rank=1))))
-    kept = {"task_lora": task_lora(base), "working": made, "anchors": made, "hash": "made up", "info": info}
+    kept = {"task_lora": task_lora(base), "device_anchors": made, "anchors": made, "hash": "made up", "info": info}
     return type("Made", (), kept | {"__len__": lambda _: anchors})()
 
 

@@ -79,7 +79,7 @@ class Cohort:
 
     def plan(self) -> Plan:
         """The plan from the memory, in which frozen adapters count as for ``mta personalize``."""
-        below = ParameterCounts(frozen=_numbers(self.merges), pooled=_numbers(self.pooled))
+        below = ParameterCounts(frozen=_numbers(self.merges), task_lora=_numbers(self.pooled))
         return plan_cohorts(self.base, self.jobs, _numbers(self.start), self.memory, below=below)
 
     def train(self, **how: Any) -> LoraBatch:

@@ -1,8 +1,11 @@
 """Build a bank: equal inputs give equal banks, also after kills."""
 
+import errno
 import json
+import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import kill
@@ -11,6 +14,7 @@ import torch
 import yaml
 from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, trained
 from conftest import TINY_RUN, HashEncoder, memory_for
+from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
 
@@ -20,9 +24,9 @@ from mta.bank.calibration.result import Gain
 from mta.bank.card import body
 from mta.bank.format import ANCHORS, CALIBRATING, read_info, seal, with_hash
 from mta.config import Run, Training
-from mta.data.history import Person
+from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.errors import BankError, Diverged
+from mta.errors import BankError, DataError, Diverged, InputError
 from mta.lora.batch import fresh
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import sittings
@@ -239,6 +243,35 @@ def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(buil
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
     assert trained(build(tmp_path / "bank", resume=False)) == trained(built)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_build_in_the_folder_of_another_process_is_refused_and_changes_nothing(tmp_path, resume):
+    stopped_among_anchors(tmp_path / "bank")
+    before = stamps(tmp_path / "bank")
+    with (
+        FileLock(tmp_path / "bank" / ".lock"),
+        pytest.raises(InputError, match="another process is writing to"),
+    ):
+        build(tmp_path / "bank", resume=resume)
+    assert stamps(tmp_path / "bank") == before
+
+
+def test_where_files_cannot_be_locked_a_build_goes_on(built, tmp_path, monkeypatch, caplog):
+    def without(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", without)
+    assert trained(build(tmp_path / "bank")) == trained(built)
+    assert "cannot be locked" in caplog.text
+
+
+def test_an_item_that_is_too_long_is_named_before_anything_is_trained(tmp_path):
+    first, *others = TASK_PEOPLE
+    long = tuple(Item({**item.fields, "genres": "Drama, " * 1000}) for item in first.items)
+    with pytest.raises(DataError, match=rf"^item \d of '{first.id}': .* instruction and target take"):
+        build(tmp_path / "bank", task_people=[replace(first, items=long), *others])
+    assert not (tmp_path / "bank").exists()
 
 
 def test_a_build_stopped_before_its_calibration_ends_with_the_same_bank(built, tmp_path, monkeypatch):

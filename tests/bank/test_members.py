@@ -30,13 +30,13 @@ def test_candidates_with_few_items_never_become_anchors(tmp_path):
 
 def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
     steps = []
-    with pytest.raises(InputError, match=r"^2 of 2 candidates .* have 3 items; at least 4 people .*, and 12 for 3 "):
+    with pytest.raises(InputError, match=r"^2 of 2 candidates .* have 3 items or more; .* 4 such people .* 12 for 3 "):
         build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
     assert steps == []
 
 
 def test_people_who_all_have_few_items_are_too_few_candidates(tmp_path):
-    with pytest.raises(InputError, match=r"^0 of 12 candidates .* have 3 items; at least 4 people .*, and 12 for 3 "):
+    with pytest.raises(InputError, match=r"^0 of 12 candidates .* have 3 items or more; .* 4 such people .* 12 for 3 "):
         build(tmp_path / "bank", candidates=[person.first(2) for person in CANDIDATES])
 
 

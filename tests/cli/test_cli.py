@@ -385,7 +385,8 @@ def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_b
 
 def test_forget_says_that_there_is_no_store_even_if_the_person_is_in_the_bank(world, tmp_path):
     world.copy(tmp_path)
-    said = mta("forget", MEMBER, "--bank", tmp_path / "bank", "--store", tmp_path / "wrong")
+    said = run("forget", MEMBER, "--bank", tmp_path / "bank", "--store", tmp_path / "wrong")
+    assert said.code == 3
     assert f"there is no store at {tmp_path}/wrong" in said.out
     assert "no states were looked for" in said.err
     assert "nothing is stored" not in said.out

@@ -104,7 +104,7 @@ WIDE = Merge(torch.tensor([[2, 7, 1], [0, 5, 4]]), torch.tensor([[0.5, 0.2, 0.1]
 def bank_of_eight(tiny):
     base, bank = tiny
     anchors = random_loras(base, 8, seed=5, size=0.2)
-    return base, replace(bank, anchors=anchors, working=anchors)
+    return base, replace(bank, anchors=anchors, device_anchors=anchors)
 
 
 def same_model(base, bank, merge, adapters) -> None:

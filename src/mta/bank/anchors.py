@@ -32,11 +32,11 @@ def choose_anchors(
     able = [person for person in candidates if len(person.items) >= settings.min_items]
     if len(able) < SHARE:
         raise InputError(
-            f"{len(able)} of {len(candidates)} candidates for anchors have {settings.min_items} items; "
-            f"at least {SHARE} people need as many, and {SHARE * settings.anchors} for {settings.anchors} anchors",
+            f"{len(able)} of {len(candidates)} candidates for anchors have {settings.min_items} items or more; "
+            f"at least {SHARE} such people are needed, and {SHARE * settings.anchors} for {settings.anchors} anchors",
             hint="Give more people, or people with more items, or lower  bank.min_items=…",
         )
-    vectors = encode_people(encoder, task, able, settings.encode) if able else torch.empty(0, 0)
+    vectors = encode_people(encoder, task, able, settings.encode)
     return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
 
 

@@ -11,6 +11,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from mta.bank.anchors import train_anchors
@@ -42,7 +43,7 @@ from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.config import Run
-from mta.data.history import Person
+from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError
@@ -104,12 +105,11 @@ def build_bank(
         return build_key(base, task, encoder, histories, settings, task_lora)
 
     work, training_key = key(run), key(uncalibrated(run))  # training_key: of stages 0 and 1
-    if _is_finished(out, work, training_key, key(with_old_defaults(run))):
+    keys = work, training_key, key(with_old_defaults(run))
+    if _is_finished(out, *keys):
         return write_task(out, task)
-    if not resume:
-        shutil.rmtree(out / "work", ignore_errors=True)
-        (out / run_folder.METRICS).unlink(missing_ok=True)
-    _check_begun(out, training_key)
+    if resume:
+        _check_begun(out, training_key)
     record = RunFolder(
         folder=out,
         kind="bank",
@@ -120,26 +120,30 @@ def build_bank(
         command=command,
         track=track,
         on_step=on_step,
+        resume=resume,
     )
     context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
-    base.prompts.check(task, (*task_people, *candidates, *held_out))
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
+    pooled = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
+    _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled else [])
     jobs, plan = _anchor_jobs(context, roles)
     with record:
-        record.begin()
+        record.begin()  # locks the folder; another process may have finished or begun meanwhile
+        if _is_finished(out, *keys):
+            return write_task(out, task)
+        if not resume:
+            shutil.rmtree(out / "work", ignore_errors=True)
+        _check_begun(out, training_key)
         write_text(out / BEGUN, training_key)
-        trained = None
-        if run.task_lora.enabled:
-            items, tested = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
-            trained = train_task_lora(context, items, tested, task_lora)
+        trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
         anchors = train_anchors(context, jobs, plan, trained)
         write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
         calibration = _calibrate(context, anchors, trained, roles.calibrating)
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         _finish(context, encoder, plan, roles, roles.members(secret), calibration)
-    remove_work(out)  # if the build is killed before this, the next call removes the files
+        remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
 def _check_begun(out: Path, training_key: str) -> None:
@@ -147,9 +151,23 @@ def _check_begun(out: Path, training_key: str) -> None:
     if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != training_key:
         raise BankError(
             f"{out} holds an interrupted build from other people, another base or other settings",
-            hint="Give the same again to resume it, or another folder with --out. To start over:  "
+            hint="Give the same again to resume it, or another folder with --out. To start over, add --restart, or  "
             f"rm -r {shlex.quote(str(out / 'work'))}",
         )
+
+
+def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
+    """Raise DataError, which names person and item, for an item to be trained on that is too long."""
+    used = {id(item) for item in pooled}
+    used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
+    people = {one.id: one for one in (*roles.task, *roles.held_out, *roles.also, *roles.able)}  # whole histories last
+    places = (
+        (f"item {number} of {one.id!r}", item)
+        for one in people.values()
+        for number, item in enumerate(one.items, 1)
+        if id(item) in used
+    )
+    context.base.prompts.check(context.task, places)
 
 
 def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:

@@ -68,12 +68,18 @@ def main() -> None:
     except (MtaError, OSError) as error:  # OSError: for example a full disk or a read-only folder
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
+    except _Ended as end:  # now end as if the signal had not been caught, which supervisors expect
+        signal.signal(int(end.code or 0), signal.SIG_DFL)
+        os.kill(os.getpid(), int(end.code or 0))
     except SystemExit as end:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
 
 
+class _Ended(SystemExit):
+    """A signal to end: like an error, so that temporary files with people's texts are removed."""
+
+
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End as after an error, so that temporary files with people's texts are removed."""
-    sys.exit(128 + number)
+    raise _Ended(number)

@@ -99,7 +99,7 @@ def import_(
     read = _people(people, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read, run, people), json)
+    _show(_calibrated(bank, model, read, run), json)
 
 
 @app.command()
@@ -124,7 +124,7 @@ def add(
     task = options.task_of(folder)
     read = _people(people, task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
-    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run, people), json)
+    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run), json)
 
 
 def _people(source: str | None, task: str | Task, columns: options.Columns, skip_bad: Path | None) -> list[mta.Person]:
@@ -135,13 +135,13 @@ def _people(source: str | None, task: str | Task, columns: options.Columns, skip
     return []
 
 
-def _calibrated(
-    bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run, source: str | None
-) -> mta.Bank:
+def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:
     """Return the bank, calibrated on those of the people who are not in it; if they are too few, say so."""
     if not people:
         return bank
-    go_on = f"The bank is written. Calibrate it with:  mta bank calibrate {shlex.join([str(bank.folder), str(source)])}"
+    go_on = (
+        f"The bank is written. Calibrate it with the same people:  mta bank calibrate {shlex.quote(str(bank.folder))} …"
+    )
     try:
         with Screen() as screen:
             return bank.calibrate(base, people, run=run, on_step=screen.step)

@@ -43,7 +43,7 @@ def describe(
     shared = connected(people, loaded)[1]
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})
-    lines = ["  ".join(f"{name} {value:,}" for name, value in found.items())]
+    lines = ["  ".join(f"{name} {value:,.12g}" for name, value in found.items())]
     for shots, able in splits["shots"].items():
         lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
     timed = splits["people with times"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -213,7 +213,7 @@ def forget(
     except StoreError as error:
         if not done.needs_rebuild:
             raise
-        missing = error.message
+        missing, done = error.message, replace(done, complete=False)
         typer.echo(f"{missing}, so no states were looked for.", err=True)
     show_json(asdict(done)) if json else _tell(done, missing)
     if done.complete:

@@ -55,7 +55,8 @@ def personalize(
 
     People whose states are up to date are skipped, so the command can be repeated. With --update, states are
     continued from the new items alone. By laplace, the default, coefficients become those of all items; by other
-    policies they change where the new items show a need. A stack is kept, or trained further.
+    policies they change where the new items show a need. A stack is kept, or trained further. A state made from more
+    items than the file has is kept as it is, unless --latest is given.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
@@ -96,6 +97,8 @@ def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
 
 
 def _warn_of_failures(done: Personalized | Updated) -> None:
+    if ahead := getattr(done, "ahead", ()):
+        typer.echo(f"kept, because their models know more items than the file: {len(ahead)} people", err=True)
     if done.forgotten:
         typer.echo(f"forgotten meanwhile, so nothing was saved for them: {len(done.forgotten)} people", err=True)
     for person, error in done.failed.items():

@@ -15,7 +15,7 @@ from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data.readers.rejects import Bad
 from mta.data.readers.rows import text_in
-from mta.errors import ConfigError, DataError
+from mta.errors import ConfigError, DataError, MtaError
 from mta.system.extras import require
 
 if TYPE_CHECKING:
@@ -165,9 +165,16 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | Non
 
     if keys is None:
         raise ConfigError("--new-key needs a file for the key", hint="Name a file:  --keys keys.yaml")
-    if out and out.exists():
+    if out and (out.exists() or out.resolve() == keys.resolve()):
         raise ConfigError(f"{out} exists already, and may hold another key", hint="Name a new file with --secret.")
-    secret = add_key(keys, name, rights, of)
+    if out:
+        write_text(out, "")  # only its owner reads it; if it cannot be written, no key is added
+    try:
+        secret = add_key(keys, name, rights, of)
+    except MtaError:
+        if out:
+            out.unlink()
+        raise
     if out:
         write_text(out, f"{secret}\n")
         return show_json({"name": name, "file": str(out)}) if json else typer.echo(f"{out}: the key {name!r}", err=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -20,6 +20,7 @@ Policy = Literal[
     "uniform", "top1", "similarity", "released", "loss", "posterior", "laplace", "ridge", "learned", "fixed"
 ]
 MergeMode = Literal["exact", "svd", "factor"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _without(values: dict[str, Any], name: str, value: object) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class Run(Settings):
     base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
     encoder: str = Field(default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (hidden states)")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all random draws")
+    seed: Seed = Field(default=0, description="seed of all random draws")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto", description="dtype of the base; adapters are float32"
     )
@@ -199,7 +200,7 @@ class Evaluation(Settings):
 
     shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")
     queries: int = Field(default=12, ge=1, description="next items, to answer")
-    seeds: tuple[int, ...] = Field(default=(), description="empty: the run's seed")
+    seeds: tuple[Seed, ...] = Field(default=(), description="empty: the run's seed")
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
     adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; none: as the run's stack")
     policies: tuple[Policy, ...] = Field(

@@ -157,9 +157,12 @@ def study(
     left_out, seeds = len(people) - len(tested), evaluation.seeds or (run.seed,)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
-    base.prompts.check(task, tested)
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     panel = Panel.of(context, tested, shots=shots, queries=queries)
+    asked = (
+        (f"an item of {one.id!r}", item) for one, own in zip(panel.people, panel.queries) for item in (*one.items, *own)
+    )
+    base.prompts.check(task, asked)
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)

@@ -107,8 +107,8 @@ class Personalizer:
         """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
 
         People without a state, or whose state is of another bank, other settings, or other earlier items, are
-        personalized anew. A state made from more items than are given is kept, and reported in ``failed``, unless
-        ``fewer``. ``since`` and errors are as in ``personalize``.
+        personalized anew. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
+        ``since`` and errors are as in ``personalize``.
         """
         return self._pipeline.update(people, keep_histories, fewer, since, on_step)
 

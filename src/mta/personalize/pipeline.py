@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -64,7 +64,10 @@ class Personalized:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """Counts of ``update``: actions for people with new items (``mta.personalize.update``), people begun, unchanged."""
+    """Counts of ``update``: actions for people with new items (``mta.personalize.update``), people begun, unchanged.
+
+    ``ahead`` are ids of people whose states were made from more items than were given: these were kept.
+    """
 
     kept: int
     retrained: int
@@ -74,6 +77,7 @@ class Updated:
     failed: dict[str, MtaError] = field(default_factory=dict)
     plan: str = field(default="", compare=False)
     forgotten: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
@@ -89,7 +93,7 @@ def as_json(done: Personalized | Updated) -> dict[str, Any]:
 def counts(done: Personalized | Updated) -> dict[str, int]:
     """Return the counts, without ids."""
     values = {name: value for name, value in as_json(done).items() if name != "plan"}
-    return values | {"failed": len(done.failed), "forgotten": len(done.forgotten)}
+    return {name: value if isinstance(value, int) else len(value) for name, value in values.items()}
 
 
 @dataclass(slots=True)
@@ -170,28 +174,30 @@ class Pipeline:
     ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since)
-        states = {person.id: self._usable(person.id) for person in call.people}
-        if not fewer:
-            call.errors |= _with_fewer_items(call.people, states)
-            call.people = [person for person in call.people if person.id not in call.errors]
-        self._keep_histories(call, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
         grown, begin, unchanged, digest = list[WorkItem](), list[Person](), 0, digest_of(*settings)
+        ahead = list[str]()
         for person in call.people:
-            before, learned = self._to_update(person, states.pop(person.id), digest)
+            state = self._usable(person.id)
+            if state and state.shots > len(person.items) and not fewer:
+                ahead.append(person.id)
+                continue
+            before, learned = self._to_update(person, state, digest)
             if before is None:
                 begin.append(person)
             elif learned < len(person.items):
                 grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, learned)))
             else:
                 unchanged += 1
+        call.people = [person for person in call.people if person.id not in ahead]
+        self._keep_histories(call, keep_histories)
         cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
         actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
         first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         refreshed = actions["merge"] + actions["refresh"]
         done = actions["keep"], actions["retrain"], refreshed, first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
-        return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone)
+        return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone, tuple(ahead))
 
     def plan(
         self,
@@ -333,15 +339,3 @@ class Pipeline:
             return item
         version = self.store.latest(item.person.id) or 0
         return replace(item, before=replace(item.before, stack=None), version=version)
-
-
-def _with_fewer_items(people: Sequence[Person], states: Mapping[str, State | None]) -> dict[str, MtaError]:
-    """Return an error for each person whose state was made from more items than are given: it would be worse."""
-    return {
-        one.id: InputError(
-            f"the model was made from {state.shots} items, and {len(one.items)} are given, so it was kept",
-            hint="Give the others, too; or make it from these alone, without --update (in Python: fewer=True).",
-        )
-        for one in people
-        if (state := states[one.id]) and len(one.items) < state.shots
-    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,16 +13,25 @@ from filelock import FileLock, Timeout
 from mta.errors import InputError
 from mta.system.atomic import file_mode, make_folder
 
+log = logging.getLogger("mta")
+
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if missing. Raises InputError if another process holds it."""
+    """Hold the lock of a folder, which is created if missing. Raises InputError if another process holds it.
+
+    Where files cannot be locked, as on NFS without a lock daemon, nothing is held.
+    """
     make_folder(folder)
-    try:
-        lock = FileLock(folder / ".lock", mode=file_mode()).acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another process is writing to {folder}", hint="Wait until it has ended, or choose another folder."
-        ) from None
-    with lock:
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / ".lock", mode=file_mode()).acquire(timeout=0))
+        except Timeout:
+            raise InputError(
+                f"another process is writing to {folder}", hint="Wait until it has ended, or choose another folder."
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ENOLCK:
+                raise
+            log.warning("%s cannot be locked: start no second process that writes there", folder)
         yield

@@ -145,8 +145,7 @@ def demo(
     sizes, evaluation = recipe.people.model_dump(), recipe.evaluation
     splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
     base = BaseModel.of(run)
-    splits.save(out / "splits.json")
-    write_text(out / RECIPE, dump_yaml(recipe))  # only now: a mistake must not fix the folder's settings
+    splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits
     with RunFolder(
         folder=out,
         kind="demo",
@@ -158,6 +157,8 @@ def demo(
         on_step=step,
         about={"seeds": [run.seed]},
     ) as folder:
+        folder.begin()  # locks the folder
+        write_text(out / RECIPE, dump_yaml(recipe))
         found = _compared(out, recipe, people, splits, base, folder.step, say)
         two = _two(found)
         say("4/4  the same questions for two people, before and after")

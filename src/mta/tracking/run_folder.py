@@ -59,6 +59,7 @@ class RunFolder:
     base: BaseModel
     settings: Mapping[str, Any]
     config: bool = True  # False for recipes, which write their own file
+    resume: bool = True  # False: steps of earlier sittings are dropped
     command: str = ""
     work: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +115,8 @@ class RunFolder:
         if self.folder:
             self._held.enter_context(exclusive(self.folder))
             self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
+            if not self.resume:
+                (self.folder / METRICS).unlink(missing_ok=True)
         self._begun = True
         if self.folder:
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))

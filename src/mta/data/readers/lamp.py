@@ -70,7 +70,7 @@ def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, re
 
 
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
-    id = text_in(row, field)
+    id = text_in(row, field).strip()
     if id in known:
         raise Bad(field, f"duplicate {what} {id!r}")
     return id

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mta.data.history import Item, Person
+from mta.data.history import Item
 from mta.errors import DataError
 
 if TYPE_CHECKING:
@@ -73,18 +73,17 @@ class PromptFormat:
             ends = [self._target(text, tokens, target) for target in targets]
         return [Example(tokens + end, len(tokens), cut) for end in ends]
 
-    def check(self, task: Task, people: Iterable[Person]) -> None:
-        """Raise DataError, which names person and item, for the first item that is too long even if its text is cut."""
-        for person in people:
-            for number, item in enumerate(person.items, 1):
-                form = task.form(item)
-                kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in form.cut)
-                if kept + len(form.prompt.encode()) < self.max_tokens // 2:  # a token is a byte or more
-                    continue
-                try:
-                    self.example(task, item)
-                except DataError as error:
-                    raise DataError(f"item {number} of {person.id!r}: {error.message}", hint=error.hint) from None
+    def check(self, task: Task, items: Iterable[tuple[str, Item]]) -> None:
+        """Raise DataError with its place for the first item that is too long, even if its text is cut."""
+        for place, item in items:
+            form = task.form(item)
+            kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in form.cut)
+            if kept + len(form.prompt.encode()) < self.max_tokens // 2:  # a token is a byte or more
+                continue
+            try:
+                self.example(task, item)
+            except DataError as error:
+                raise DataError(f"{place}: {error.message}", hint=error.hint) from None
 
     def prompt(self, task: Task, item: Item, reserve: int = 0) -> Example:
         """Return a prompt without a target; ``reserve`` tokens stay free for the generated answer."""

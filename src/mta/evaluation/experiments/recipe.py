@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mta.config import Run
 from mta.config.loader import Settings, checked, merged_over, read_yaml
+from mta.config.schema import Seed
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import QueryOrder
@@ -38,7 +39,7 @@ class Part(Settings):
 
     methods: tuple[AnyMethod, ...]
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     bank: str = MAIN_BANK
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
@@ -76,7 +77,7 @@ class Experiment(Settings):
     )
     shots: int = Field(8, ge=1, description="items that a person's model learns from")
     queries: int = Field(4, ge=1, description="items to predict, of a person")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")
     compared: int | None = Field(None, ge=1, description="test only the first people, this many")
     primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
     few: int = Field(30, ge=1, description="leave out a number of shots if fewer people have enough items")

@@ -51,8 +51,7 @@ def run_experiment(
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
     _check_people(workspace, exhibits)
-    workspace.begin()  # only now: a mistake must not fix the folder's splits
-    records = Records(workspace.folder)
+    workspace.splits.save(workspace.out / "splits.json")  # only now: a mistake must not fix the folder's splits
     settings = recipe.model_dump(mode="json")
     with RunFolder(
         folder=workspace.folder,
@@ -66,7 +65,9 @@ def run_experiment(
         on_step=workspace.on_step,
         about={"which": which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]},
     ) as folder:
-        folder.begin()
+        folder.begin()  # locks the folder
+        workspace.write_recipe()
+        records = Records(workspace.folder)
         workspace = replace(workspace, on_step=folder.step)
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)

@@ -116,9 +116,8 @@ class Workspace:
         """Folder of the results; results of development people have a folder of their own."""
         return self.out if self.which == "test" else self.out / self.which
 
-    def begin(self) -> None:
-        """Write splits, sizes, and recipe. Raises DataError if ``out`` holds other ones."""
-        self.splits.save(self.out / "splits.json")
+    def write_recipe(self) -> None:
+        """Write recipe and sizes beside the results."""
         write_json(self.out / SIZES, self.sizes)
         write_text(self.out / RECIPE, dump_yaml(self.recipe))
 

@@ -49,6 +49,10 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         raise DataError(
             f"two folders would have the report {out / min(twice)}", hint="Write their reports to different --out."
         )
+    if own := [folder for folder in runs if (out / folder.name).resolve() == folder]:
+        raise DataError(
+            f"the report of {own[0]} would be written into that folder", hint="Choose another folder with --out."
+        )
     tests = [found for found in experiments if found.meta.get("which", "test") == "test"]
     claims = primary([found for found in tests if found.meta["exhibits"] != ["efficiency"]])  # which is about costs
     named = [Section("Primary comparisons, named in advance", claims)] if claims else []
@@ -59,10 +63,6 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     if len(experiments) > 1:
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
-        if (out / folder.name).resolve() == folder:
-            raise DataError(
-                f"the report of {folder} would be written into that folder", hint="Choose another folder with --out."
-            )
         sessions = _sessions(folder)
         write_report(out / folder.name, f"{folder.name}: {sessions[-1]['kind']}", history(sessions), made)
         drawn += [f"{folder.name}: {section.title}" for section in made]

@@ -180,13 +180,19 @@ class Jobs:
         except Exception as error:
             if len(people) > 1 and self._trainer:  # one person's items must not fail the others
                 return {id: status for person in people for id, status in self._personalize([person], since).items()}
-            message = public_message(error, hint=False) if isinstance(error, MtaError) else type(error).__name__
-            return {person.id: Status("failed", message=message) for person in people}
+            return {person.id: _failed(error) for person in people}
         done_ids = [person.id for person in people if person.id not in done.forgotten]
-        failed = {id: Status("failed", message=public_message(error, hint=False)) for id, error in done.failed.items()}
+        failed = {id: _failed(error) for id, error in done.failed.items()}
         return {id: Status("done", self._latest(id)) for id in done_ids} | failed
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):
             return self.personal.store.latest(person) if self.personal.store else None
         return None
+
+
+def _failed(error: Exception) -> Status:
+    """Return the status for an error, and log its type: its message may hold paths or ids."""
+    log.warning("a person was not personalized: %s", type(error).__name__)
+    message = public_message(error, hint=False) if isinstance(error, MtaError) else type(error).__name__
+    return Status("failed", message=message)
