@@ -17,6 +17,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.lora.batch import LoraBatch, concatenate
 from mta.model.encoders import Encoder, encode_people
+from mta.system.atomic import json_sha256
 from mta.system.progress import Step
 from mta.training.plan import Plan
 from mta.training.trainer import Job
@@ -91,7 +92,10 @@ def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_l
         LoraPiece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
         for number, cohort in enumerate(plan.cohorts)
     ]
-    results = {piece.name: context.checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
+    # Not by the whole plan: threads and the size of passes only affect rounding, and a build may move to a machine with
+    # others.
+    members = json_sha256(plan.cohorts)
+    results = {piece.name: context.checkpoint(members, piece.name, "safetensors") for piece in pieces}
     found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
     done = sum(len(piece) for piece in pieces if piece.name in found)
     missing = [piece for piece in pieces if piece.name not in found]

@@ -8,6 +8,7 @@ from functools import partial
 from inspect import signature
 from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -254,7 +255,7 @@ def _experiment(
         run_experiment(workspace, exhibits, options.command_line(), tracker)
     if json:
         return show_json({"out": str(workspace.folder), "sizes": workspace.sizes})
-    typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
+    typer.echo(f"Draw the exhibits with:  mta report {quote(str(workspace.folder))}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, json: bool) -> None:
