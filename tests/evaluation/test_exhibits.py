@@ -126,6 +126,14 @@ def test_shots_are_compared_each_with_the_pooled_model_at_the_same_number():
     assert list(section.pictures) == ["shots"]
 
 
+def test_seeds_are_counted_where_numbers_of_shots_were_run_with_different_ones():
+    parts = {"shots": (Part(methods=(TaskLora(), MergeThenAdapt()), shots=(1, 8)),)}
+    rows = [*everybody(TaskLora(), shots=1), *everybody(MergeThenAdapt(), shots=1)]
+    rows += [*everybody(TaskLora(), seeds=(0, 1)), *everybody(MergeThenAdapt(), seeds=(0, 1))]
+    (section,) = sections(results(rows, parts, seeds=(0, 1)))
+    assert "| 1 shot (24 people, 1 seed) | 8 shots (24 people, 2 seeds) |" in section.text
+
+
 def test_seeds_stand_beside_each_other_and_together():
     parts = {"seeds": (Part(methods=(TaskLora(), MergeThenAdapt())),)}
     alone = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]

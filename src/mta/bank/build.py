@@ -52,6 +52,7 @@ from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.system.atomic import unfinished_in, write_tensors, write_text
+from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -120,29 +121,31 @@ def build_bank(
         command=command,
         track=track,
         on_step=on_step,
-        resume=resume,
+        locked=True,
     )
     context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     pooled = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
-    _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled else [])
+    _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])
     jobs, plan = _anchor_jobs(context, roles)
-    with record:
-        record.begin()  # locks the folder; another process may have finished or begun meanwhile
+    with exclusive(out):  # another process may have finished or begun a build since the first look
         if _is_finished(out, *keys):
             return write_task(out, task)
         if not resume:
             shutil.rmtree(out / "work", ignore_errors=True)
+            (out / run_folder.METRICS).unlink(missing_ok=True)
         _check_begun(out, training_key)
-        write_text(out / BEGUN, training_key)
-        trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
-        anchors = train_anchors(context, jobs, plan, trained)
-        write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-        write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
-        calibration = _calibrate(context, anchors, trained, roles.calibrating)
-        secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        _finish(context, encoder, plan, roles, roles.members(secret), calibration)
+        with record:
+            record.begin()
+            write_text(out / BEGUN, training_key)
+            trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
+            anchors = train_anchors(context, jobs, plan, trained)
+            write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
+            write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
+            calibration = _calibrate(context, anchors, trained, roles.calibrating)
+            secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
+            _finish(context, encoder, plan, roles, roles.members(secret), calibration)
         remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
@@ -151,8 +154,8 @@ def _check_begun(out: Path, training_key: str) -> None:
     if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != training_key:
         raise BankError(
             f"{out} holds an interrupted build from other people, another base or other settings",
-            hint="Give the same again to resume it, or another folder with --out. To start over, add --restart, or  "
-            f"rm -r {shlex.quote(str(out / 'work'))}",
+            hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
+            f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
         )
 
 
@@ -160,6 +163,7 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
     """Raise DataError, which names person and item, for an item to be trained on that is too long."""
     used = {id(item) for item in pooled}
     used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
+    used |= {id(item) for one in roles.calibrating for item in one.items}
     people = {one.id: one for one in (*roles.task, *roles.held_out, *roles.also, *roles.able)}  # whole histories last
     places = (
         (f"item {number} of {one.id!r}", item)

@@ -68,18 +68,23 @@ def main() -> None:
     except (MtaError, OSError) as error:  # OSError: for example a full disk or a read-only folder
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
-    except _Ended as end:  # now end as if the signal had not been caught, which supervisors expect
-        signal.signal(int(end.code or 0), signal.SIG_DFL)
-        os.kill(os.getpid(), int(end.code or 0))
+    except Terminated as end:  # now end as if the signal had not been caught, which supervisors expect
+        signal.signal(end.number, signal.SIG_DFL)
+        os.kill(os.getpid(), end.number)
+        raise  # the first process of a container survives its own signal
     except SystemExit as end:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
 
 
-class _Ended(SystemExit):
+class Terminated(SystemExit):
     """A signal to end: like an error, so that temporary files with people's texts are removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    raise _Ended(number)
+    raise Terminated(number)

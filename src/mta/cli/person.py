@@ -194,8 +194,8 @@ def forget(
 
     Removes adapters that mta export wrote on this machine if they are unchanged, and names the others. Exits with 1
     if some data of the person could not be removed. Exits with 3 if the person is forgotten, but a bank could not be
-    marked as needing a rebuild or an export was out of reach: repeat the command. A running mta serve drops the
-    person's data within seconds.
+    marked as needing a rebuild, or an export was out of reach; and if a bank was marked, but there is no store. Then
+    repeat the command. A running mta serve drops the person's data within seconds.
 
     Example:  mta forget ann --bank bank/ --store people/
     """
@@ -221,9 +221,8 @@ def forget(
     options_given = ["--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
     id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
     words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
-    typer.echo(
-        f"The person is forgotten, but some steps failed. Correct them, and repeat:  {shlex.join(words)}", err=True
-    )
+    said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
+    typer.echo(f"{said}. Correct that, and repeat:  {shlex.join(words)}", err=True)
     raise typer.Exit(INCOMPLETE)
 
 

@@ -15,7 +15,7 @@ from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data.readers.rejects import Bad
 from mta.data.readers.rows import text_in
-from mta.errors import ConfigError, DataError, MtaError
+from mta.errors import ConfigError, DataError
 from mta.system.extras import require
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | Non
         write_text(out, "")  # only its owner reads it; if it cannot be written, no key is added
     try:
         secret = add_key(keys, name, rights, of)
-    except MtaError:
+    except BaseException:
         if out:
             out.unlink()
         raise

@@ -189,7 +189,8 @@ class Pipeline:
                 grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, learned)))
             else:
                 unchanged += 1
-        call.people = [person for person in call.people if person.id not in ahead]
+        kept = {*ahead}
+        call.people = [person for person in call.people if person.id not in kept]
         self._keep_histories(call, keep_histories)
         cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
         actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()

@@ -145,7 +145,6 @@ def demo(
     sizes, evaluation = recipe.people.model_dump(), recipe.evaluation
     splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
     base = BaseModel.of(run)
-    splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits
     with RunFolder(
         folder=out,
         kind="demo",
@@ -157,6 +156,7 @@ def demo(
         on_step=step,
         about={"seeds": [run.seed]},
     ) as folder:
+        splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits
         folder.begin()  # locks the folder
         write_text(out / RECIPE, dump_yaml(recipe))
         found = _compared(out, recipe, people, splits, base, folder.step, say)

@@ -59,7 +59,7 @@ class RunFolder:
     base: BaseModel
     settings: Mapping[str, Any]
     config: bool = True  # False for recipes, which write their own file
-    resume: bool = True  # False: steps of earlier sittings are dropped
+    locked: bool = False  # whether the caller holds the folder's lock
     command: str = ""
     work: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -106,17 +106,16 @@ class RunFolder:
                 self._sink.close()
 
     def begin(self) -> None:
-        """Record the start of the run, and lock its folder. The first step calls this if no caller did.
+        """Record the start of the run, with its folder locked. The first step calls this if no caller did.
 
         Raises InputError if another process is writing to the folder.
         """
         if self._begun:
             return
         if self.folder:
-            self._held.enter_context(exclusive(self.folder))
+            if not self.locked:
+                self._held.enter_context(exclusive(self.folder))
             self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
-            if not self.resume:
-                (self.folder / METRICS).unlink(missing_ok=True)
         self._begun = True
         if self.folder:
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))

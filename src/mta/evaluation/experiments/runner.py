@@ -51,7 +51,6 @@ def run_experiment(
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
     _check_people(workspace, exhibits)
-    workspace.splits.save(workspace.out / "splits.json")  # only now: a mistake must not fix the folder's splits
     settings = recipe.model_dump(mode="json")
     with RunFolder(
         folder=workspace.folder,
@@ -65,6 +64,7 @@ def run_experiment(
         on_step=workspace.on_step,
         about={"which": which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]},
     ) as folder:
+        workspace.splits.save(workspace.out / "splits.json")  # only now: a mistake must not fix the folder's splits
         folder.begin()  # locks the folder
         workspace.write_recipe()
         records = Records(workspace.folder)

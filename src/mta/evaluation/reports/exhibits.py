@@ -85,7 +85,10 @@ def _shots(found: Results, name: str) -> Drawn | None:
         for method in methods
     }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
-    heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people)" for m, c in many.items())]
+    seeds = {m: len(found.seeds(name, m)) for m in many}
+    differ = len({*seeds.values()}) > 1
+    ran = {m: f", {count} seed{'s' * (count > 1)}" if differ else "" for m, count in seeds.items()}
+    heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people{ran[m]})" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     same = (
         f" The questions are always the same last {found.recipe.queries} items." if found.recipe.ask == "last" else ""

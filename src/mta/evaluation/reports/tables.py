@@ -64,7 +64,10 @@ def overview(many: Sequence[Results]) -> str:
         columns.append([marked(c, measure, name, POOLED) for name in names])
         shares = [c.worse_off(name, POOLED) for name in names]
         columns.append([f"{share[0]:.0%}" if share else "" for share in shares])
-    return markdown(heads, list(zip(*columns)))
+    said = (
+        "Each set with the seeds that all of its methods have; the main methods over more seeds: each set's page.\n\n"
+    )
+    return said + markdown(heads, list(zip(*columns)))
 
 
 def primary(many: Sequence[Results]) -> str:
