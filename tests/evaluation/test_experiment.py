@@ -305,7 +305,8 @@ def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
     parts = [set(getattr(workspace.splits, name)) for name in ("task", "candidates", "development", "test")]
     assert all(parts)
     assert sum(map(len, parts)) == len(set.union(*parts))
-    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(workspace.splits.test) == 4
+    assert workspace.sizes["test"] == len(workspace.splits.test) == 4
+    assert not any(tmp_path.iterdir())  # nothing is written before an exhibit is known to have people
 
 
 def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, tmp_path):
@@ -333,8 +334,10 @@ def test_mistakes_are_refused(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path / "one")
     with pytest.raises(InputError, match="no exhibit 'figure9'"):
         run_experiment(workspace, ["figure9"])
+    workspace.splits.save(tmp_path / "one" / "splits.json")
     with pytest.raises(DataError, match="holds other splits"):
-        workspace_of(world, tmp_path / "one", "people.test=3")
+        run_experiment(workspace_of(world, tmp_path / "one", "people.test=3"), ["main"])
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["splits.json"]
     with pytest.raises(InputError, match="brings no data"):
         Workspace.open(load_experiment("lamp3"), tmp_path)
     with pytest.raises(ConfigError, match="no such method: 'oppo'"):
@@ -353,7 +356,7 @@ def test_an_experiment_without_people_to_test_trains_nothing(world, cache, tmp_p
     for exhibits in (["main"], ["case"], ["banks"]):
         with pytest.raises(InputError, match="people have 3 shots and 50 answered questions"):
             run_experiment(workspace, exhibits)
-    assert not (tmp_path / "run" / "banks").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_results_are_those_of_the_tested_people_s_items(world, cache, tmp_path):
