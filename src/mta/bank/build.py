@@ -140,13 +140,20 @@ def build_bank(
             record.begin()
             write_text(out / BEGUN, training_key)
             trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
-            anchors = train_anchors(context, jobs, plan, trained)
-            write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-            write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
-            calibration = _calibrate(context, anchors, trained, roles.calibrating)
+            calibration = _train(context, roles, jobs, plan, trained)
             secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
             _finish(context, encoder, plan, roles, roles.members(secret), calibration)
         remove_work(out)  # if the build is killed before this, the next call removes the files
+
+
+def _train(
+    context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
+) -> CalibrationInfo | None:
+    """Train the anchors over the task LoRA, calibrate the bank, and write both."""
+    anchors = train_anchors(context, jobs, plan, task_lora)
+    write_tensors(context.out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
+    write_tensors(context.out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
+    return _calibrate(context, anchors, task_lora, roles.calibrating)
 
 
 def _check_begun(out: Path, training_key: str) -> None:
