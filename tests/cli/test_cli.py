@@ -185,6 +185,16 @@ def test_update_starts_from_existing_states(world, tmp_path):
         assert "5 had no new items" in mta("personalize", grown, *at, "--update").out
 
 
+def test_an_update_from_fewer_items_keeps_the_states_unless_asked_for_the_latest(world, tmp_path):
+    at = world.copy(tmp_path)
+    before = tree(tmp_path / "people")
+    few = written(tmp_path / "few.jsonl", ratings("new", "quispe", 4, items=3))
+    said = mta("personalize", few, *at, "--update")
+    assert "their models know more items than the file: 4 people" in said.err
+    assert tree(tmp_path / "people") == before
+    assert mta("personalize", few, *at, "--update", "--latest", 3, "--json").json["begun"] == 4
+
+
 @pytest.mark.slow
 def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
