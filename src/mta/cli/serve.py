@@ -161,23 +161,17 @@ def serve(
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | None, json: bool) -> None:
     from mta.serving.api.auth import add_key
-    from mta.system.atomic import write_text
+    from mta.system.atomic import replacing
 
     if keys is None:
         raise ConfigError("--new-key needs a file for the key", hint="Name a file:  --keys keys.yaml")
-    if out and (out.exists() or out.resolve() == keys.resolve()):
-        raise ConfigError(f"{out} exists already, and may hold another key", hint="Name a new file with --secret.")
     if out:
-        write_text(out, "")  # only its owner reads it; if it cannot be written, no key is added
-    try:
-        secret = add_key(keys, name, rights, of)
-    except BaseException:
-        if out:
-            out.unlink()
-        raise
-    if out:
-        write_text(out, f"{secret}\n")
+        if out.exists() or out.resolve() == keys.resolve():
+            raise ConfigError(f"{out} exists already, and may hold another key", hint="Name a new file with --secret.")
+        with replacing(out) as file:  # only its owner reads it; if it cannot be written, no key is added
+            file.write(f"{add_key(keys, name, rights, of)}\n".encode())
         return show_json({"name": name, "file": str(out)}) if json else typer.echo(f"{out}: the key {name!r}", err=True)
+    secret = add_key(keys, name, rights, of)
     if json:
         return show_json({"name": name, "key": secret})
     typer.echo(secret)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
-from mta.data.readers.rows import Part, item_in, list_in, text_in
+from mta.data.readers.rows import Part, id_in, item_in, list_in, text_in
 from mta.data.readers.stream import array_elements, object_in, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
@@ -50,7 +50,7 @@ def lamp_parts(
             id = _new_id(record, "id", seen)
             seen.add(id)
             named = record.get("user_id") is not None
-            person = text_in(record, "user_id").strip() if named else id
+            person = id_in(record, "user_id") if named else id
             items = _profile(record, task, place, rejects)
             yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
     for id, gold in (golds or {}).items():
@@ -70,7 +70,7 @@ def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, re
 
 
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
-    id = text_in(row, field).strip()
+    id = id_in(row, field)
     if id in known:
         raise Bad(field, f"duplicate {what} {id!r}")
     return id

@@ -55,6 +55,11 @@ def text_in(row: Mapping[str, Any], field: str) -> str:
     return text
 
 
+def id_in(row: Mapping[str, Any], field: str) -> str:
+    """Return an id without spaces around it: ``ann`` and `` ann`` are one person. Raises Bad."""
+    return text_in(row, field).strip()
+
+
 def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
     """Return a required field that must be a list. Raises Bad."""
     if field not in row:
@@ -187,7 +192,7 @@ def item_parts(
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
             try:
-                part = Part(text_in(row, "person").strip(), (item_in(row, task),), place)
+                part = Part(id_in(row, "person"), (item_in(row, task),), place)
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), _other_names(task).get(field)
