@@ -39,6 +39,20 @@ def test_loras_become_a_bank_that_grows_and_personalizes(loras, tmp_path, monkey
     assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
 
 
+def test_an_interrupted_calibration_names_the_command_that_goes_on(loras, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mta.Bank.calibrate", interrupted)
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--people", loras / "people.jsonl"]
+    said = run("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank")
+    assert said.code == 1
+    assert f"mta bank calibrate {tmp_path}/bank" in said.err
+    assert "repeat the command" not in said.err
+    assert mta("bank", "show", tmp_path / "bank", "--json").json["calibration"] is None
+
+
 def test_a_bank_grows_where_its_base_was_moved(loras, tmp_path, monkeypatch):
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     moved = shutil.copytree(loras / "base", tmp_path / "base")

@@ -171,7 +171,7 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
     used = {id(item) for item in pooled}
     used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
     used |= {id(item) for one in roles.calibrating for item in one.items}
-    people = {one.id: one for one in (*roles.task, *roles.held_out, *roles.also, *roles.able)}  # whole histories last
+    people = {one.id: one for one in (*roles.task, *roles.held_out, *roles.able)}
     places = (
         (f"item {number} of {one.id!r}", item)
         for one in people.values()

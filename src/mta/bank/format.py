@@ -40,13 +40,8 @@ TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 ADAPTER = f"{TASK_LORA}/{CONFIG}"
-HASHED_FILES = (
-    ANCHORS,
-    INDEX,
-    CALIBRATION,
-    ADAPTER,
-    f"{TASK_LORA}/{WEIGHTS}",
-)  # the files whose hashes bank.json holds
+# The files whose hashes bank.json holds.
+HASHED_FILES = ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}"
 _FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
 UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did

@@ -110,19 +110,17 @@ class RunFolder:
 
         Raises InputError if another process is writing to the folder.
         """
-        if self._begun:
+        if self._begun or not self.folder:
             return
-        if self.folder:
-            if not self.locked:
-                self._held.enter_context(exclusive(self.folder))
-            self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
+        if not self.locked:
+            self._held.enter_context(exclusive(self.folder))
         self._begun = True
-        if self.folder:
-            self._steps.update(line["stage"] for line in lines(self.folder, self.work))
-            self._write()  # before config.yaml: after a kill in between, config.yaml must not look like a foreign file
-            if self.config:
-                write_text(self.folder / CONFIG, to_yaml(self.settings))
-            self._sink = self.track(self.folder) if self.track else None
+        self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
+        self._steps.update(line["stage"] for line in lines(self.folder, self.work))
+        self._write()  # before config.yaml: after a kill in between, config.yaml must not look like a foreign file
+        if self.config:
+            write_text(self.folder / CONFIG, to_yaml(self.settings))
+        self._sink = self.track(self.folder) if self.track else None
 
     def stage_begins(self) -> None:
         """Start the clock of the next step now."""

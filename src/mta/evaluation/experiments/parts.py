@@ -120,7 +120,7 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
 def on_everything(
     run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, trained: int, held_out: int
 ) -> Run:
-    """Return a run whose task LoRA is trained on all items of its people. Its bank has one anchor, and is not used.
+    """Return a run whose task LoRA is trained on all items of its people. Nothing else of its bank is used.
 
     ``as-many``: once, for as many examples as the bank in ``folder`` took for its anchors and its task LoRA (with so
     many items ``trained`` on and ``held_out``), in batches of the task LoRA's size.

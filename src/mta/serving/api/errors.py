@@ -29,6 +29,7 @@ class UnknownOrForbidden(PersonNotFound):
     """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
+_FOR_CALLERS = UnknownOrForbidden, NeedsRebuild, Refused, QueueFull, ModelRemoved, EngineGone, AnswerLost
 # Class of an error: status, type, code, and seconds after which to retry.
 _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     PersonNotFound: (404, "invalid_request_error", "model_not_found", None),
@@ -46,17 +47,9 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
 
 def public_message(error: MtaError, hint: bool = True) -> str:
     """Return what callers may read of an error; the hint only if it is written for callers."""
+    if isinstance(error, _FOR_CALLERS):
+        return f"{error.message}. {error.hint}" if hint else error.message
     match error:
-        case (
-            UnknownOrForbidden()
-            | NeedsRebuild()
-            | Refused()
-            | QueueFull()
-            | ModelRemoved()
-            | EngineGone()
-            | AnswerLost()
-        ):
-            return f"{error.message}. {error.hint}" if hint else error.message
         case PersonNotFound():
             return "the person no longer exists"
         case PersonForgotten():

@@ -62,13 +62,8 @@ class VllmEngine(QueuedEngine):
         activated: int = 64,
     ) -> None:
         super().__init__(length, most)
-        self.server, self.client, self.store, self.bank, self.has_task_lora = (
-            server,
-            server.client(),
-            store,
-            bank,
-            has_task_lora,
-        )
+        self.server, self.client, self.store = server, server.client(), store
+        self.bank, self.has_task_lora = bank, has_task_lora
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
         self._salt = secrets.token_bytes(32)
