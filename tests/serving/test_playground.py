@@ -1,5 +1,6 @@
 """The playground in a real browser: headless Chromium, used like a person would."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -106,14 +107,18 @@ def test_free_text_is_streamed_from_four_models(page, world, monkeypatch):
     from selenium.webdriver.common.keys import Keys
 
     world.service.store.save("ann", State(world.bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0))
-    free = world.service.task.model_copy(update={"labels": None, "metric": "rouge"})
+    wording = world.service.task.item.model_copy(update={"prompt": 'As {{"mood": …}}: {title}{genres}'})
+    free = world.service.task.model_copy(update={"labels": None, "metric": "rouge", "item": wording})
     monkeypatch.setattr(world.service, "task", free)
     page.refresh()
     type_in(page, "key", world.secrets["ann"])
     until(page, lambda: "Version 1" in at(page, "state").text)
+    page.execute_script("sent = []; before = fetch; fetch = (to, how) => (sent.push(how?.body), before(to, how))")
     title = page.find_element("css selector", "#question textarea[name=title]")
     title.send_keys("Film 7", Keys.CONTROL, Keys.ENTER)
     until(page, lambda: len(page.find_elements("css selector", ".answer[data-done=yes]")) == 4)
+    asked = [json.loads(body)["messages"][0]["content"] for body in page.execute_script("return sent") if body]
+    assert asked == ['As {"mood": …}: Film 7'] * 4  # a template writes {{ for a brace
     answers = [card.text for card in page.find_elements("css selector", ".answer p")]
     assert len(set(answers)) >= 3  # merge and person are the same without a stack
     assert page.find_elements("css selector", "#chart *") == []
