@@ -140,6 +140,19 @@ class MeasuredLosses(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Fitted:
+    """Merges and stacks of a cohort, and its shots' losses under the pooled model and the merges where these are known.
+
+    ``stacks`` is None before stage 3, and where stacks are switched off.
+    """
+
+    merge: Merge
+    stacks: LoraBatch | None = None
+    pooled_losses: Sequence[float] | None = None
+    merged_losses: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stages:
     """What stages 2 and 3 need. Cohorts that are interrupted leave ``checkpoints``.
 
@@ -159,9 +172,8 @@ class Stages:
     def states(self, cohort: Cohort) -> list[State | Diverged]:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
         jobs = self.jobs(cohort)
-        merge, pooled_losses = self.merge(cohort, jobs)
-        stacks, merged_losses = self.stacks(cohort, jobs, merge)
-        return self.as_states(cohort, jobs, merge, stacks, pooled_losses, merged_losses)
+        fitted = self.stack(cohort, jobs, self.merge(cohort, jobs))
+        return self.as_states(cohort, jobs, fitted)
 
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
@@ -169,13 +181,8 @@ class Stages:
         jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
         return [replace(job, known=item.known) for job, item in zip(jobs, cohort.items)]
 
-    def merge(
-        self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None
-    ) -> tuple[Merge, list[float] | None]:
-        """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any.
-
-        Also returns the shots' losses under the pooled model, if the policy computed them.
-        """
+    def merge(self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None) -> Fitted:
+        """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any."""
         settings, bank = self.run.merge, self.bank
         evidence = similarity = None
         how = self.base, jobs, bank.device_anchors, bank.task_adapters
@@ -196,27 +203,22 @@ class Stages:
             on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
         if evidence:
-            return merge, (-evidence.task / evidence.tokens).tolist()
+            return Fitted(merge, pooled_losses=(-evidence.task / evidence.tokens).tolist())
         gradients, mu = merge.gradients, bank.calibration.mu if bank.calibration else None
         if earlier or gradients is None or mu is None or mu.any():
-            return merge, None
+            return Fitted(merge)
         targets = torch.tensor([job.targets for job in jobs])  # at mu = 0, the model is the pooled one
-        return merge, (-gradients.loglik / targets).tolist()
+        return Fitted(merge, pooled_losses=(-gradients.loglik / targets).tolist())
 
-    def stacks(
-        self, cohort: Cohort, jobs: Sequence[Job], merge: Merge, start: LoraBatch | None = None
-    ) -> tuple[LoraBatch | None, list[float] | None]:
-        """Stage 3: train the stacks over the merges, from zero or from ``start``. None if stacks are switched off.
-
-        Also returns the shots' losses under the merges, if the first step computed them.
-        """
-        settings, first = self.run.stack, list[Tensor]()
+    def stack(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> Fitted:
+        """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""
+        settings, start, first = self.run.stack, fitted.stacks, list[Tensor]()
         if not settings.enabled:
-            return None, None
+            return fitted
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.task_adapters, merged(self.bank, merge, self.run.merge)],
+            [*self.bank.task_adapters, merged(self.bank, fitted.merge, self.run.merge)],
             settings.lora,
             settings.training,
             start=start,
@@ -227,21 +229,14 @@ class Stages:
             on_first=first.append,
         )
         whole = not start and all(len(job.examples) <= settings.training.batch_size for job in jobs)
-        return stacks, first[0].tolist() if whole and bool(first[0].isfinite().all()) else None
+        known = whole and bool(first[0].isfinite().all())
+        return replace(fitted, stacks=stacks, merged_losses=first[0].tolist() if known else None)
 
-    def as_states(
-        self,
-        cohort: Cohort,
-        jobs: Sequence[Job],
-        merge: Merge,
-        stacks: LoraBatch | None,
-        pooled_losses: Sequence[float] | None = None,
-        merged_losses: Sequence[float] | None = None,
-    ) -> list[State | Diverged]:
+    def as_states(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> list[State | Diverged]:
         """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
-        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled_losses, merged_losses)
+        losses, merge = self.losses(jobs, fitted, cohort.tokens_per_batch), fitted.merge
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
-        here = stacks.to(torch.device("cpu")) if stacks else None
+        here = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
         def made(i: int, item: WorkItem) -> State | Diverged:
             try:
@@ -267,25 +262,17 @@ class Stages:
 
         return [made(i, item) for i, item in enumerate(cohort.items)]
 
-    def losses(
-        self,
-        jobs: Sequence[Job],
-        merge: Merge,
-        stacks: LoraBatch | None,
-        tokens_per_batch: int,
-        pooled_losses: Sequence[float] | None = None,
-        merged_losses: Sequence[float] | None = None,
-    ) -> list[MeasuredLosses]:
+    def losses(self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int) -> list[MeasuredLosses]:
         """Return the losses of each job: one pass for each field, except those that are known."""
 
         def under(*added: Adapters) -> list[float]:
             return mean_nll(self.base, jobs, [*self.bank.task_adapters, *added], tokens_per_batch=tokens_per_batch)
 
-        merges = merged(self.bank, merge, self.run.merge)
+        merges, stacks = merged(self.bank, fitted.merge, self.run.merge), fitted.stacks
         stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)
         targets = [job.targets for job in jobs]
-        pooled_losses = pooled_losses or under()
-        merged_losses = merged_losses or (under(merges) if merge.w.any() else pooled_losses)
+        pooled_losses = fitted.pooled_losses or under()
+        merged_losses = fitted.merged_losses or (under(merges) if fitted.merge.w.any() else pooled_losses)
         return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:
