@@ -147,6 +147,7 @@ class Fitted:
     """
 
     merge: Merge
+    merged: Adapters  # the model's adapters for ``merge``
     stacks: LoraBatch | None = None
     pooled_losses: Sequence[float] | None = None
     merged_losses: Sequence[float] | None = None
@@ -202,13 +203,18 @@ class Stages:
             tokens_per_batch=cohort.tokens_per_batch,
             on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
+        fitted = self.with_merge(merge)
         if evidence:
-            return Fitted(merge, pooled_losses=(-evidence.task / evidence.tokens).tolist())
+            return replace(fitted, pooled_losses=(-evidence.task / evidence.tokens).tolist())
         gradients, mu = merge.gradients, bank.calibration.mu if bank.calibration else None
         if earlier or gradients is None or mu is None or mu.any():
-            return Fitted(merge)
+            return fitted
         targets = torch.tensor([job.targets for job in jobs])  # at mu = 0, the model is the pooled one
-        return Fitted(merge, pooled_losses=(-gradients.loglik / targets).tolist())
+        return replace(fitted, pooled_losses=(-gradients.loglik / targets).tolist())
+
+    def with_merge(self, merge: Merge, stacks: LoraBatch | None = None) -> Fitted:
+        """Return merges and stacks with the merges' adapters."""
+        return Fitted(merge, merged(self.bank, merge, self.run.merge), stacks)
 
     def stack(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> Fitted:
         """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""
@@ -218,7 +224,7 @@ class Stages:
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.task_adapters, merged(self.bank, fitted.merge, self.run.merge)],
+            [*self.bank.task_adapters, fitted.merged],
             settings.lora,
             settings.training,
             start=start,
@@ -268,11 +274,12 @@ class Stages:
         def under(*added: Adapters) -> list[float]:
             return mean_nll(self.base, jobs, [*self.bank.task_adapters, *added], tokens_per_batch=tokens_per_batch)
 
-        merges, stacks = merged(self.bank, fitted.merge, self.run.merge), fitted.stacks
-        stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)
+        stacked: Sequence[float | None] = [None] * len(jobs)
+        if fitted.stacks:
+            stacked = under(fitted.merged, PerPerson(fitted.stacks))
         targets = [job.targets for job in jobs]
         pooled_losses = fitted.pooled_losses or under()
-        merged_losses = fitted.merged_losses or (under(merges) if fitted.merge.w.any() else pooled_losses)
+        merged_losses = fitted.merged_losses or (under(fitted.merged) if fitted.merge.w.any() else pooled_losses)
         return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:

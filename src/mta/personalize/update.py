@@ -101,7 +101,7 @@ def _new_states(
     if action != "retrain":
         tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.befores]
         earlier = Earlier(fitted.merge, torch.tensor(tokens).double())
-        fitted = replace(fitted, merge=stages.merge(cohort, jobs, earlier).merge)
+        fitted = replace(stages.merge(cohort, jobs, earlier), stacks=fitted.stacks)
     if action != "merge":
         fitted = stages.stack(cohort, jobs, fitted)
     return stages.as_states(cohort, jobs, replace(fitted, pooled_losses=pooled))
@@ -111,4 +111,4 @@ def _fitted_before(stages: Stages, cohort: Cohort) -> Fitted:
     """Return the merges and stacks that an update starts from. Files give a stack's layers in any order."""
     stacks = [state.stack for state in cohort.befores if state.stack]
     put = concatenate(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None
-    return Fitted(stages.merge_before(cohort), put)
+    return stages.with_merge(stages.merge_before(cohort), put)
