@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mta.errors import ConfigError, ModelError, UnsupportedModel
 from mta.model.base import BaseModel
 from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
-from mta.serving.launch import service_of, sigterm_exits, vllm_settings
+from mta.serving.launch import service_of, vllm_settings
 from mta.serving.vllm.server import Remote, VllmNotStarted
 from mta.store.tombstones import NOTHING
 
@@ -142,11 +141,3 @@ def test_an_outline_of_an_invalid_base_is_refused(world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(UnsupportedModel, match="quantized"):
         BaseModel.outline(run)
-
-
-def test_sigterm_stops_started_processes_and_restores_the_handler():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, sigterm_exits():
-        signal.raise_signal(signal.SIGTERM)
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before

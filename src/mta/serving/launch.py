@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import socket
-import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,34 +141,23 @@ def _with_weights(outline: Personalizer) -> Personalizer:
 
 
 @contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit within the block, so that started processes are stopped too."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def vllm_of(
     python: str | None, remote: Remote | None, base: BaseModel, bank: Path, store: str, *, slots: int, args: str
 ) -> Iterator[VllmServer | Remote | None]:
     """Yield ``remote``, or with ``python`` a vLLM server that runs within the block; its start takes about a minute.
 
-    SIGTERM ends the block too, so that a started server is stopped. Raises ConfigError, VllmNotStarted.
+    Raises ConfigError, VllmNotStarted.
     """
     if python is None:
         yield remote
         return
     server = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
-    with sigterm_exits():
-        try:
-            with Console(stderr=True).status("Starting vLLM"):
-                server.start()
-            yield server
-        finally:
-            server.stop()
+    try:  # the command line turns SIGTERM into an exception, so that the server is stopped then, too
+        with Console(stderr=True).status("Starting vLLM"):
+            server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmSettings:
