@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mta
-from mta.bank.calibration.result import Gain
+from mta.bank.calibration.info import Gain
 from mta.config import Run, override
 from mta.system.atomic import write_json
 from mta.system.device import processor

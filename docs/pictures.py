@@ -212,7 +212,7 @@ def tokens(shape: Shape) -> list[str]:
 
 
 def coefficients() -> list[float]:
-    """Return the anchors' coefficients, as ``mta.bank.calibration.result.Calibration`` does."""
+    """Return the anchors' coefficients, as ``mta.bank.calibration.laplace.Calibration`` does."""
     ridge, means = RIDGE * sum(CURVATURES) / len(CURVATURES), [g / SHOTS for g in GRADIENTS]
     steps = [mean / (f + ridge) for mean, f in zip(means, CURVATURES)]
     trust = SHOTS / (SHOTS + PRIOR) / (1 + sum(map(mul, means, steps)) / LOSS)

@@ -226,7 +226,8 @@ def trust(folder):
     """Give a tiny bank a calibration by which people get coefficients of their own; few people cannot find one."""
     from arrays import normal
 
-    from mta.bank.calibration.result import Calibration, CalibrationInfo, curvature_of
+    from mta.bank.calibration.info import CalibrationInfo
+    from mta.bank.calibration.laplace import Calibration, curvature_of
     from mta.bank.format import CALIBRATION, file_hashes, read_info, with_hash, write_info
     from mta.system.atomic import write_tensors
 

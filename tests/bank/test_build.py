@@ -20,7 +20,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.calibration.result import Gain
+from mta.bank.calibration.info import Gain
 from mta.bank.card import body
 from mta.bank.format import ANCHORS, CALIBRATING, read_info, seal, with_hash
 from mta.config import Run, Training

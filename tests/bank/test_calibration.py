@@ -9,17 +9,9 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration.result import (
-    BOUNDLESS,
-    Calibration,
-    CalibrationInfo,
-    Gain,
-    curvature_of,
-    one_step,
-    prior_of,
-    settled,
-    solved,
-)
+from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
+from mta.bank.calibration.settle import one_step, settled
 from mta.bank.card import in_words
 from mta.config import Run, StackSettings, override
 

@@ -14,9 +14,11 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.bank.calibration.choices import RATES
 from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
+from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import Measure, Probe, key_of, run_probe
-from mta.bank.calibration.result import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
+from mta.bank.calibration.settle import one_step, settled
 from mta.bank.card import in_words
 from mta.config import CalibrationSettings, Lora, Run
 from mta.lora.layers import Gated, PerPerson, Shared

@@ -8,7 +8,8 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration.result import Calibration, CalibrationInfo
+from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.laplace import Calibration
 from mta.config import MergeSettings
 from mta.data.history import Person
 from mta.errors import ConfigError, InputError

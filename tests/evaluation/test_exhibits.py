@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-from mta.bank.calibration.result import CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.data.tasks import load_task
 from mta.evaluation.experiments.recipe import Experiment, Part
 from mta.evaluation.experiments.results import Record, Results, latest

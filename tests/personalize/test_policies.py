@@ -11,7 +11,8 @@ from arrays import near, normal
 from conftest import people_of
 from scenes import scene as scene  # the fixture
 
-from mta.bank.calibration.result import Calibration, CalibrationInfo, curvature_of
+from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.laplace import Calibration, curvature_of
 from mta.config import MergeSettings, Policy
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.layers import Shared

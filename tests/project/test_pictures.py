@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mta.bank.calibration.result import Calibration, CalibrationInfo
+from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.laplace import Calibration
 
 ROOT = Path(__file__).parents[2]
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"

@@ -8,8 +8,8 @@ from pathlib import Path
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
+from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people
-from mta.bank.calibration.result import Calibration
 from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
-from mta.bank.calibration.result import Calibration, settled
+from mta.bank.calibration.laplace import Calibration
+from mta.bank.calibration.settle import settled
 from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mta.bank.anchors import train_anchors
 from mta.bank.calibration.calibrate import calibrate, plan_of
+from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import subjects_of
-from mta.bank.calibration.result import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.context import BuildContext
 from mta.bank.format import (

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from mta.bank.calibration.result import BOUNDLESS, CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.laplace import BOUNDLESS
 from mta.bank.format import BankInfo
 from mta.config.constants import NOTICEABLE
 from mta.config.loader import dump_yaml

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mta.bank.calibration.result import Calibration, CalibrationInfo
+from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.laplace import Calibration
 from mta.bank.members import Hashed, Members, TrainedPart
 from mta.config import Run, TaskLoraSettings
 from mta.data.history import Person

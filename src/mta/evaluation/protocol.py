@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.result import settled_merge, settled_stack
+from mta.bank.calibration.settle import settled_merge, settled_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.result import Calibration
+from mta.bank.calibration.laplace import Calibration
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.batch import LoraBatch, concatenate

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.result import Calibration
+from mta.bank.calibration.laplace import Calibration
 from mta.config import MergeSettings
 from mta.errors import ConfigError
 from mta.personalize.likelihoods import Evidence, Labels, ShotGradients

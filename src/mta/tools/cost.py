@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mta.bank.calibration.result import CalibrationInfo, Gain, settled
+from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.settle import settled
 from mta.config import Evaluation, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of

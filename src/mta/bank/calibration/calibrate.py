@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration.crossfit import PIECE, Calibrator
+from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import Measure, Probe, run_probe
-from mta.bank.calibration.result import Calibration
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.result import Gain
+from mta.bank.calibration.info import Gain
 from mta.config.constants import NOTICEABLE
 from mta.system.quantiles import student_t
 

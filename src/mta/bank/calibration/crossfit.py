@@ -25,18 +25,10 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
+from mta.bank.calibration.info import DEFAULTS, CalibrationInfo, Gain
+from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
-from mta.bank.calibration.result import (
-    BOUNDLESS,
-    DEFAULTS,
-    Calibration,
-    CalibrationInfo,
-    Gain,
-    curvature_of,
-    prior_of,
-    solved,
-)
 from mta.config import CalibrationSettings
 from mta.config.constants import SHOTS
 from mta.data.tasks.prompt import Example

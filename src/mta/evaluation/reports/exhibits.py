@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from statistics import fmean
 
-from mta.bank.calibration.result import CalibrationInfo
+from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.card import what_to_expect
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.experiments.results import Results

@@ -16,50 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mta.config import Lora, MergeSettings, Run, StackSettings, Training
-
-
-class Gain(BaseModel):
-    """What a person is expected to gain on later items from ``shots`` items, measured on ``people`` people.
-
-    ``mean`` with its 95% interval (``low``, ``high``): decrease of the mean NLL per target token against the pooled
-    model, in nats. ``worse``: share of people whose NLL rose by more than 0.02.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    shots: int
-    people: int
-    mean: float
-    low: float
-    high: float
-    worse: float
-
-
-class CalibrationInfo(BaseModel):
-    """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
-
-    ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
-    directions. ``rate`` is the learning rate of a stack's single step (0: a stack does not help; None: not measured).
-    ``gains`` are the expected gains of a merge for several numbers of shots, ``stacked`` those of merge and stack,
-    ``people`` is the number of people behind them, and ``notes`` say what could not be measured.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    ridge: float
-    prior: float
-    rate: float | None = None
-    people: int = 0
-    gains: tuple[Gain, ...] = ()
-    stacked: tuple[Gain, ...] = ()
-    notes: tuple[str, ...] = ()
-
+from mta.bank.calibration.info import CalibrationInfo
 
 _LEAST = 1e-12  # of what divides: the loss of shots that are certain already, or a prior without any variance
 BOUNDLESS = 1e6  # shots: a prior that nobody's shots outweigh
-DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
 @dataclass(frozen=True)
@@ -93,47 +55,6 @@ class Calibration:
         promised, loss = (gradients * step).sum(1, keepdim=True), -loglik.double()[:, None]
         shortening = 1 + promised / loss.clamp_min(_LEAST)  # by the formula of Sherman and Morrison
         return self.mu + n / (n + self.info.prior) * step / shortening
-
-
-def settled(run: Run, found: CalibrationInfo | None, shape: Lora) -> Run:
-    """Return the run with ``auto`` settings replaced by what the bank's calibration found: policy, stack's training.
-
-    ``shape`` is that of the stacks in the calibration.
-    """
-    merge = settled_merge(run.merge, found)
-    return run.model_copy(update={"merge": merge, "stack": settled_stack(run.stack, merge, found, shape)})
-
-
-def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
-    """Return the settings of a merge with a policy other than ``auto``.
-
-    ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
-    """
-    every = merge.k == 0 and merge.retrieve == "cosine"
-    policy = "laplace" if found and found.gains and every else "posterior"
-    return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
-
-
-def settled_stack(
-    stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None, shape: Lora
-) -> StackSettings:
-    """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
-
-    The calibration is about stacks of one ``shape`` over exact merges by the laplace policy, as they are; for others,
-    the stack's own training counts.
-    """
-    as_measured = merge.policy == "laplace" and merge.scale == 1 and merge.mode == "exact"
-    alike = as_measured and stack.lora == shape
-    if not stack.calibrated or not alike or found is None or found.rate is None:
-        return stack.model_copy(update={"calibrated": False})
-    if not found.rate:
-        return stack.model_copy(update={"calibrated": False, "enabled": False})
-    return stack.model_copy(update={"calibrated": False, "training": one_step(found.rate)})
-
-
-def one_step(rate: float) -> Training:
-    """Return the training of a stack by one step over all shots; few shots get a lower rate."""
-    return Training(lr=rate, steps=1, batch_size=1_000_000, prior=8)
 
 
 def solved(curvature: Tensor, ridge: float, gradients: Tensor) -> Tensor:
