@@ -150,11 +150,11 @@ class Calibrator:
         return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
 
     def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
-        """Return the documented defaults: no population merge, and F from the few people there are."""
+        """Return a calibration without gains, so that merges are made by ``posterior``; F is from the few people."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
         few = f"{len(self.subjects)} people are too few to measure anything, or too many of them share items"
-        note = f"{few}; {ENOUGH} are needed: defaults were taken"
+        note = f"{few}; {ENOUGH} are needed: merges are made by the policy posterior"
         info = DEFAULTS.model_copy(update={"people": len(self.subjects), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
