@@ -10,7 +10,7 @@ import torch
 from benchmarks.speed.training import ANCHORS, K
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
-from mta.personalize.likelihoods import ShotsJob
+from mta.personalize.shots import ShotsJob
 
 PEOPLE = 32  # in a cohort
 LONGEST = 1024  # tokens of one example

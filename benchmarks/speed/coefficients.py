@@ -19,7 +19,8 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
-from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of
+from mta.personalize.evidence import gather_evidence
+from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import adapt
 from mta.training.gates import gate_gradients
 from mta.training.plan import plan_cohorts
@@ -68,7 +69,7 @@ def against_scoring(
     anchors, pooled = len(bank), [Shared(task_lora(base))]
     at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1, memory)
     found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens).loglik
-    expected = gather_evidence(base, jobs, bank.select([0]), pooled, tokens_per_batch=tokens).task.double()
+    expected = gather_evidence(base, jobs, bank.select([0]), pooled, tokens_per_batch=tokens).pooled.double()
     difference = agreed(float(((found - expected) / expected).abs().max()), DTYPE)
 
     def gradient() -> float:

@@ -31,7 +31,8 @@ from mta.lora.layers import Adapters, PerPerson, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
-from mta.personalize.likelihoods import gather_evidence, shots_of
+from mta.personalize.evidence import gather_evidence
+from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.system.malloc import keep_freed_memory
 from mta.training.plan import plan_cohorts

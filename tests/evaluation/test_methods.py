@@ -37,7 +37,7 @@ from mta.evaluation.methods.published import gate_of
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
 from mta.lora.batch import LoraBatch
-from mta.personalize.likelihoods import gather_evidence
+from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, learn, merged_factors
 
 SHOTS, QUERIES, PEOPLE = 4, 2, 3
@@ -134,7 +134,7 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
     anew = gather_evidence(panel.base, folds.jobs, panel.bank.device_anchors, panel.bank.task_adapters)
     found = folds.evidence
     torch.testing.assert_close(found.anchors, anew.anchors)
-    torch.testing.assert_close(found.task, anew.task)
+    torch.testing.assert_close(found.pooled, anew.pooled)
     assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
     anew_panel = Panel(panel.context, folds.people, folds.queries, panel.task)

@@ -3,7 +3,7 @@
 import pytest
 from tiny import base_of, random_examples, random_loras
 
-from mta.personalize.likelihoods import ShotsJob
+from mta.personalize.shots import ShotsJob
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tiny import random_examples, random_loras
 
 from mta.config import MergeSettings, Training
 from mta.lora.layers import Gated, PerPerson, Shared
-from mta.personalize.likelihoods import gather_evidence
+from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, fit_merge, learn, merged
 from mta.training.scoring import log_likelihood
 

@@ -16,9 +16,10 @@ from mta.bank.calibration.laplace import Calibration, curvature_of
 from mta.config import MergeSettings, Policy
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.layers import Shared
-from mta.personalize.likelihoods import Evidence, Labels, ShotGradients, gather_evidence, shots_of
+from mta.personalize.evidence import Evidence, Labels, gather_evidence
 from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
+from mta.personalize.shots import ShotGradients, shots_of
 
 U, N = 3, 5
 SIMILARITY = normal(U, N).tanh()
@@ -92,7 +93,7 @@ def test_posterior_is_bayes_with_the_task_lora_as_the_null_anchor(k, prior, temp
     found = weighed("posterior", k=k, null_prior=prior, temperature=temperature)
     for u in range(U):
         ids = nearest(u, k or N)
-        gains = [float(EVIDENCE.anchors[u, n] - EVIDENCE.task[u]) for n in ids]
+        gains = [float(EVIDENCE.anchors[u, n] - EVIDENCE.pooled[u]) for n in ids]
         odds = [(1 - prior) / len(ids) * math.exp(gain / temperature) for gain in gains]
         near(found.w[u], [o / (prior + sum(odds)) for o in odds])
 
@@ -237,7 +238,7 @@ def test_evidence_equals_scoring_under_one_anchor_at_a_time(scene):
     found = gather_evidence(base, jobs, bank, [Shared(task)])
     for u, job in enumerate(jobs):
         alone = plain.weights(base, plain.update(task))
-        near(found.task[u], sum(plain.log_likelihood(base, alone, e) for e in job.examples))
+        near(found.pooled[u], sum(plain.log_likelihood(base, alone, e) for e in job.examples))
         for n in range(4):
             with_anchor = plain.weights(base, plain.update(task), plain.update(bank, n))
             near(found.anchors[u, n], sum(plain.log_likelihood(base, with_anchor, e) for e in job.examples))
@@ -251,7 +252,7 @@ def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
     for u, job in enumerate(jobs[::-1]):
         alone = gather_evidence(base, [job], bank, [Shared(task)])
         near(together.anchors[u], alone.anchors[0])
-        near(together.task[u], alone.task[0])
+        near(together.pooled[u], alone.pooled[0])
 
 
 def test_labels_share_the_likelihood_of_their_golds(tiny):
@@ -262,7 +263,7 @@ def test_labels_share_the_likelihood_of_their_golds(tiny):
     found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters)
     reference = gather_evidence(base, plainly, bank.device_anchors, bank.task_adapters)
     near(found.anchors, reference.anchors, 1e-9)
-    near(found.task, reference.task, 1e-9)
+    near(found.pooled, reference.pooled, 1e-9)
     assert reference.labels is None
     assert found.labels.gold.tolist() == [[int(i.fields["rating"]) - 1 for i in p.items] for p in people_of(2, items=3)]
 

@@ -20,9 +20,10 @@ from mta.distributed.executor import LocalExecutor
 from mta.errors import DataError
 from mta.personalize import Personalizer, stages
 from mta.personalize.adapters import merge_of
-from mta.personalize.likelihoods import Evidence, Labels, shots_of
+from mta.personalize.evidence import Evidence, Labels
 from mta.personalize.merge import Merge, merged, updated_coefficients
 from mta.personalize.policies import POLICIES, Retrieved
+from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.personalize.update import decide
 from mta.store import Store

@@ -37,7 +37,7 @@ def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
     assert set(methods) == {"smoothed", "shrunk"}
     base, bank = tiny
     people, pool = people_of(3, prefix="x", seed=7), people_of(4, prefix="t")
-    context = Context(base, bank, HashEncoder(), TINY_RUN, pool=pool)
+    context = Context(base, bank, HashEncoder(), TINY_RUN, task_people=pool)
     panel = Panel.of(context, people, shots=3, queries=3)
     smoothed = methods["smoothed"]().run(panel, 0)
     alone = Panel.of(context, people[:1], shots=3, queries=3)

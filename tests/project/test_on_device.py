@@ -18,7 +18,7 @@ from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.personalize.likelihoods import shots_of
+from mta.personalize.shots import shots_of
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask
 from mta.store import Store

@@ -17,8 +17,8 @@ from traces import spellings
 
 from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.personalize import forget_person, stages
-from mta.personalize.likelihoods import shots_of
 from mta.personalize.pipeline import Updated
+from mta.personalize.shots import shots_of
 from mta.store.state import State
 
 

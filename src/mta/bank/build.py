@@ -126,7 +126,7 @@ def build_bank(
     context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
-    pooled = pooled_items(roles.task, run.task_lora, run.seed, roles.held_out, roles.also)
+    pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])
     jobs, plan = _anchor_jobs(context, roles)
     with exclusive(out):  # another process may have finished or begun a build since the first look
@@ -171,7 +171,7 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
     used = {id(item) for item in pooled}
     used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
     used |= {id(item) for one in roles.calibrating for item in one.items}
-    people = {one.id: one for one in (*roles.task, *roles.held_out, *roles.able)}
+    people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
     places = (
         (f"item {number} of {one.id!r}", item)
         for one in people.values()

@@ -20,27 +20,28 @@ from mta.model.encoders import Encoder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Roles:
-    """The people of a bank by what they do. ``chosen`` are the places of the anchors in ``able``."""
+    """The people of a bank by what they do. ``chosen`` are the places of the anchors in ``eligible``."""
 
-    task: list[Person]  # they train the task LoRA with all their items
-    also: list[Person]  # candidates who train it, too, with the items that may
+    task_people: list[Person]  # they train the task LoRA with all their items
+    pooled_candidates: list[Person]  # candidates who train it, too, with the items that may
     held_out: list[Person]
-    able: list[Person]  # candidates with enough items for an anchor
-    vectors: Tensor  # of ``able``, (U, E)
+    eligible: list[Person]  # candidates with enough items for an anchor
+    vectors: Tensor  # of ``eligible``, (U, E)
     chosen: list[int]
     calibrating: list[Person]
-    keeping: list[Person]  # candidates who keep items back, with these alone
+    keeping_back: list[Person]  # candidates who keep items back, with these alone
 
     @property
     def anchors(self) -> list[Person]:
         """The anchors with their whole histories."""
-        return [self.able[i] for i in self.chosen]
+        return [self.eligible[i] for i in self.chosen]
 
     def members(self, secret: str) -> Members:
         """Return the members of the bank; ``secret`` makes their key."""
-        groups = [*self.task, *self.also, *self.held_out], self.able, self.anchors, self.calibrating
-        task, able, anchors, calibrating = ([person.id for person in group] for group in groups)
-        return Members.of(secret, task, able, anchors, calibrating, self.keeping)
+        pooled = [*self.task_people, *self.pooled_candidates, *self.held_out]
+        groups = pooled, self.eligible, self.anchors, self.calibrating
+        task, eligible, anchors, calibrating = ([person.id for person in group] for group in groups)
+        return Members.of(secret, task, eligible, anchors, calibrating, self.keeping_back)
 
 
 def choose_roles(
@@ -55,21 +56,21 @@ def choose_roles(
 
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
-    able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
-    anchors, left = {able[i].id for i in chosen}, run.task_lora.kept_back
+    eligible, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
+    anchors, left = {eligible[i].id for i in chosen}, run.task_lora.kept_back
     pool = [*task_people] if run.task_lora.enabled else []
     if left is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
-    others = [person for person in able if person.id not in anchors]
+    others = [person for person in eligible if person.id not in anchors]
     return Roles(
-        task=pool,
-        also=pooled_candidates(able, anchors, run.task_lora),
+        task_people=pool,
+        pooled_candidates=pooled_candidates(eligible, anchors, run.task_lora),
         held_out=[*held_out],
-        able=able,
+        eligible=eligible,
         vectors=vectors,
         chosen=chosen,
-        calibrating=_calibrating(task, able, [*pool, *held_out], anchors, run),
-        keeping=[] if left is None else [person.first(left) for person in others],
+        calibrating=_calibrating(task, eligible, [*pool, *held_out], anchors, run),
+        keeping_back=[] if left is None else [person.first(left) for person in others],
     )
 
 

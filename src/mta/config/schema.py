@@ -146,7 +146,10 @@ class StackSettings(Settings):
     """
 
     enabled: bool = Field(default=True, description="train a stack")
-    calibrated: bool = Field(default=True, description="train as the bank's calibration says, if it has one; false if stack.training is given")
+    calibrated: bool = Field(
+        default=True,
+        description="train as the bank's calibration says, if it has one; false if stack.training is given",
+    )
     lora: Lora = Lora(rank=1, alpha=16.0)
     training: Training = Training(lr=2e-4, steps=8, batch_size=64)
 

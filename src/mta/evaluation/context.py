@@ -21,7 +21,8 @@ from mta.data.tasks.prompt import Example
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.likelihoods import Evidence, Labels, ShotsJob, gather_evidence, shots_of
+from mta.personalize.evidence import Evidence, Labels, gather_evidence
+from mta.personalize.shots import ShotsJob, shots_of
 from mta.system.atomic import json_sha256, write_tensors
 from mta.system.progress import OnStep
 
@@ -32,7 +33,7 @@ ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are comp
 class Context:
     """What all panels over one bank share: a base, the bank, and the settings of a run.
 
-    ``anchors`` are the whole histories of the anchors, in the bank's order; ``pool`` are the people behind the task
+    ``anchors`` are the whole histories of the anchors, in the bank's order; ``task_people`` only train the task
     LoRA. Either is empty where the histories are not known. ``evidence_folder`` keeps evidence for later runs.
     """
 
@@ -41,7 +42,7 @@ class Context:
     encoder: Encoder
     run: Run
     anchors: Sequence[Person] = ()
-    pool: Sequence[Person] = ()
+    task_people: Sequence[Person] = ()
     on_step: OnStep | None = None
     evidence_folder: Path | None = None
 

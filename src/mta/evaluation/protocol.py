@@ -22,8 +22,9 @@ from mta.evaluation.context import Context, evidence_of
 from mta.evaluation.metrics import Answers
 from mta.model.base import BaseModel
 from mta.model.encoders import encode_people
-from mta.personalize.likelihoods import Evidence, ShotsJob, shots_of
+from mta.personalize.evidence import Evidence
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_encodings, needs_evidence
+from mta.personalize.shots import ShotsJob, shots_of
 from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
@@ -171,9 +172,9 @@ class Panel:
         return self.context.anchors
 
     @property
-    def pool(self) -> Sequence[Person]:
+    def task_people(self) -> Sequence[Person]:
         """The task people; empty if they are not known."""
-        return self.context.pool
+        return self.context.task_people
 
     @cached_property
     def jobs(self) -> list[ShotsJob]:

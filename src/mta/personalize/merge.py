@@ -18,8 +18,9 @@ from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
-from mta.personalize.likelihoods import Evidence, ShotGradients
+from mta.personalize.evidence import Evidence
 from mta.personalize.policies import Retrieved, policy_of
+from mta.personalize.shots import ShotGradients
 from mta.system.device import moved
 from mta.system.progress import Step
 from mta.training.gates import gate_gradients

@@ -27,9 +27,9 @@ from mta.errors import (
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
-from mta.personalize.likelihoods import ShotsJob, shots_of
 from mta.personalize.merge import check_merge, frozen_numbers, needs_evidence
 from mta.personalize.policies import policy_of
+from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, StateUpdate
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort

@@ -15,7 +15,8 @@ from torch import Tensor
 from mta.bank.calibration.laplace import Calibration
 from mta.config import MergeSettings
 from mta.errors import ConfigError
-from mta.personalize.likelihoods import Evidence, Labels, ShotGradients
+from mta.personalize.evidence import Evidence, Labels
+from mta.personalize.shots import ShotGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Retrieved:
         if self.evidence is None:
             raise ConfigError(
                 "this policy needs the anchors' likelihood of the shots",
-                hint="Gather it with mta.personalize.likelihoods.gather_evidence, or use merge.policy=similarity.",
+                hint="Gather it with mta.personalize.evidence.gather_evidence, or use merge.policy=similarity.",
             )
         return self.evidence
 
@@ -166,11 +167,11 @@ def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """
     if retrieved.before is None:
         prior = torch.full_like(retrieved.loglik, (1 - settings.null_prior) / retrieved.ids.shape[1])
-        null = torch.full_like(retrieved.scored.task, settings.null_prior)
+        null = torch.full_like(retrieved.scored.pooled, settings.null_prior)
     else:  # the null is never exactly 0 after rounding, so that new items can raise it again
         prior = retrieved.before
         null = (1 - prior.sum(1)).clamp_min(retrieved.rounding)
-    gain = (retrieved.loglik - retrieved.scored.task[:, None]) / settings.temperature
+    gain = (retrieved.loglik - retrieved.scored.pooled[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
 
 

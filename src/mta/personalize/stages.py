@@ -21,9 +21,10 @@ from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
-from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence, shots_of
+from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_of
+from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
 from mta.store.state import Losses, State, state_key
@@ -205,7 +206,7 @@ class Stages:
         )
         fitted = self.with_merge(merge)
         if evidence:
-            return replace(fitted, pooled_losses=(-evidence.task / evidence.tokens).tolist())
+            return replace(fitted, pooled_losses=(-evidence.pooled / evidence.tokens).tolist())
         gradients, mu = merge.gradients, bank.calibration.mu if bank.calibration else None
         if earlier or gradients is None or mu is None or mu.any():
             return fitted

@@ -25,9 +25,9 @@ import torch
 from mta.config.constants import NOTICEABLE
 from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict
 from mta.lora.batch import concatenate
-from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
 from mta.personalize.policies import policy_of
+from mta.personalize.shots import ShotsJob
 from mta.personalize.stages import Cohort, Fitted, MeasuredLosses, Stages
 from mta.store.state import Losses, State
 

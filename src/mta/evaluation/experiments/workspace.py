@@ -260,7 +260,7 @@ class Workspace:
                 bank.encoder(self.base, self._run_of(part, seed).encoder),
                 self._run_of(part, seed),
                 anchors=self._shown(part, self._in_bank(bank, "anchor")),
-                pool=self.splits.select("task", self.people),
+                task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",
             )

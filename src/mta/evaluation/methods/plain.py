@@ -38,7 +38,7 @@ class GlobalConstant(_Constant):
     name: str = "global constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        people = panel.pool or panel.among or panel.people
+        people = panel.task_people or panel.among or panel.people
         answers = _constant(panel.task, people, _shares(_counts(panel.task, people)))
         return Outcome([answers(len(items)) for items in panel.queries], 0.0, 0.0)
 
@@ -56,8 +56,8 @@ class OwnConstant(_Constant):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         task, shots = panel.task, max(len(person.items) for person in panel.people)
-        others = [person.first(shots) for person in panel.pool] or panel.among or panel.people
-        everybody = _shares(_counts(task, panel.pool or others))
+        others = [person.first(shots) for person in panel.task_people] or panel.among or panel.people
+        everybody = _shares(_counts(task, panel.task_people or others))
         pull = best_pull(torch.stack([_counts(task, [person]) for person in others]), everybody)
         own = [_constant(task, [one], _pulled(_counts(task, [one]), everybody, pull)) for one in panel.people]
         answers = [answer(len(items)) for answer, items in zip(own, panel.queries)]
