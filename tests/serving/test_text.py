@@ -6,9 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from mta.serving.api.completions import Text
 from mta.serving.model_names import Named, named
+
+
+def byte_fallback_tokenizer(strip=False):
+    """Like Gemma's and Llama's: characters that are not in the vocabulary are spelled in tokens of one byte."""
+    known = ["<unk>", "\u2581", "a", "b", "\u2581a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(
+        models.BPE({word: n for n, word in enumerate(known)}, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
+    return made
+
+
+@given(st.text(alphabet="ab\u00e9\u20ac\U0001fae8 ", max_size=20), st.booleans())
+def test_characters_spelled_in_bytes_are_those_of_the_whole_text(text, strip):
+    made = byte_fallback_tokenizer(strip)
+    shown, ids = Text(made), made.encode(text).ids
+    assert "".join([*map(shown.add, ids), shown.end()]) == made.decode(ids)
 
 
 def pieces_of(text, stops=()):

@@ -214,20 +214,24 @@ class Text:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.stopped = False
-        self._tokens: list[int] = []  # the new tokens, and the one before them
+        self._tokens: list[int] = []  # the new tokens, and those of the character before them
+        self._new = 0  # number of new tokens: their text is not in ``_pending``
         self._known = ""  # the part of their text that ``_pending`` has or had
         self._pending = ""  # text that is not returned yet
 
     def add(self, token: int) -> str:
         """Add one token; return the text that is final now."""
         self._tokens.append(token)
+        self._new += 1
         text = self._decoded()
-        if text.endswith(_HALF) and len(self._tokens) <= _BYTES:
+        half = text.endswith(_HALF)
+        if half and self._new < _BYTES:
             return ""
         self._pending += text[len(self._known) :]
         # The next tokens are decoded behind this one: some tokenizers write a word differently at the start of a text.
-        self._tokens = [token]
-        self._known = self._decoded()
+        # All tokens of a character stay together: some tokenizers decode neighboring bytes only as a whole.
+        self._tokens = [token] if half else self._tokens[-self._new :]
+        self._known, self._new = self._decoded(), 0
         return self._give(held=max((len(stop) - 1 for stop in self.stops), default=0))
 
     def end(self) -> str:
