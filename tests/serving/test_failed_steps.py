@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from functools import cache
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -115,6 +116,28 @@ def test_a_lost_row_leaves_its_slots_zeroed():
     assert not any(part.any() for part in kept)
 
 
+def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
+    base, bank, models = world()
+    scheduler = scheduler_of(base, bank, slots=3)
+    handle = fail_in_layer(base, lambda shape: shape[1] == 7)
+    long = [8] * 7
+    rows = []
+    for who, prompt in ((2, [9] * 5), (3, long), (4, [7] * 4)):
+        ask = ask_of(who, prompt, 20)
+        row = Row(ask, lambda _: None, Sampler(ask))
+        row.adapter = scheduler.adapters.adapter_of(models[who])
+        scheduler.waiting.append(row)
+        rows.append(row)
+    with torch.inference_mode():
+        while not rows[1].cancelled:  # one prompt is in each pass: chunks are smaller than two prompts
+            scheduler.step()
+    handle.remove()
+    place = scheduler.rows.index(rows[2])
+    assert rows[2].left  # its prompt is not processed yet
+    cache = scheduler.slots.cache
+    assert not any(part[place].any() for pair in cache.kept for part in pair)
+
+
 def test_a_failed_prefill_ends_only_its_own_row():
     base, bank, models = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
@@ -216,6 +239,21 @@ def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds()
     assert sick == (False, False)
     assert tokens == one_by_one(base, bank, models[2], [5, 6, 7], 3)
     assert well == (True, True)
+
+
+def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
+    base, bank, models = world()
+    scheduler = scheduler_of(base, bank, slots=2 * PATIENCE)
+    for _ in range(2 * PATIENCE):
+        ask = ask_of(2, [5, 6, 7], 3)
+        row = Row(ask, lambda _: None, SimpleNamespace(token=None))  # choosing a token fails
+        row.adapter = scheduler.adapters.adapter_of(models[2])
+        scheduler.waiting.append(row)
+    with torch.inference_mode():
+        while scheduler.busy:
+            scheduler.step()
+    assert scheduler.lost == 2 * PATIENCE
+    assert not scheduler.stuck
 
 
 @pytest.fixture

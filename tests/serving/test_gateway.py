@@ -292,6 +292,14 @@ def test_half_of_a_surrogate_pair_is_refused(world, path, body):
     assert found.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_not_json_is_explained(world):
+    with world.http("admin") as http:
+        headers = {"Content-Type": "application/json"}
+        found = http.post("/v1/completions", content=b'{"model": "task",', headers=headers)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, None)
+    assert found.json()["error"]["message"] == "the body is not JSON, at character 17"
+
+
 def test_messages_that_the_bases_template_rejects_are_refused_with_its_reason(world, monkeypatch):
     def strict(*_, **__):
         raise jinja2.TemplateError("roles must alternate")

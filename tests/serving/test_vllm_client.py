@@ -3,13 +3,15 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
+import pytest
 
 from mta.serving.api.completions import _event
-from mta.serving.engine import EngineGone, Version
+from mta.serving.engine import Ask, EngineGone, ModelRemoved, Version
 from mta.serving.model_names import wire_name
-from mta.serving.vllm.engine import _read
+from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import VllmSettings
 
@@ -108,6 +110,44 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
             return await asyncio.gather(dropping, using, return_exceptions=True)
 
     assert [type(error) for error in asyncio.run(go())] == [EngineGone, EngineGone]
+
+
+@pytest.mark.parametrize("seed", [None, 0, -1, -2, 2**63 - 1, 2**63])
+def test_every_seed_is_one_that_vllm_takes(seed):
+    """It takes -1 for no seed, and refuses larger ones; the second of two answers has the next seed."""
+    engine = SimpleNamespace(stops=frozenset(), _salted=lambda ask: "")
+    sent = VllmEngine._body(engine, Ask((1,), Version("ann", 1), 4, seed=seed), "ann")["seed"]
+    assert (sent is None) == (seed is None)
+    assert sent is None or 0 <= sent < 2**63
+
+
+def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path):
+    person = Version("ann", 1, seal="a" * 16)
+
+    def answer(request):
+        return httpx2.Response(200, json={"data": [{"id": wire_name(person)}]})
+
+    async def go():
+        begun, may_end = asyncio.Event(), asyncio.Event()
+
+        async def use():
+            async with registry.held(person):
+                begun.set()
+                await may_end.wait()
+
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=4)
+            using = asyncio.create_task(use())
+            await begun.wait()
+            dropping = asyncio.create_task(registry.drop({person}.__contains__))
+            while not registry._loaded[wire_name(person)].dropped:
+                await asyncio.sleep(0)
+            with pytest.raises(ModelRemoved):
+                await asyncio.wait_for(asyncio.create_task(use()), 5)
+            may_end.set()
+            await asyncio.gather(using, dropping)
+
+    asyncio.run(go())
 
 
 def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():

@@ -138,7 +138,7 @@ def _compared(
         hint = "Ask other questions: give the task examples (docs/how-to/add-a-task.md)."
         return Finding("served", name, "warning", "all answers are empty", hint)
     hint = "Check that the server has the same base, bank, store, and chat template."
-    if max(id for example in examples for id in example.target) >= base.model.config.vocab_size:
+    if max(id for example in examples for id in example.target) >= base.model.config.get_text_config().vocab_size:
         return Finding("served", name, "problem", "the server chose a token that the base does not have", hint)
     served = [sum(logprob for _, logprob in own) for _, own in pairs]
     count = sum(len(own) for _, own in pairs)

@@ -114,6 +114,9 @@ async def _mta_error(_: Request, error: MtaError) -> Response:
 
 async def _invalid_body(_: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"the body is not JSON, at character {first['loc'][-1]}"
+        return JSONResponse(error_body(message, "invalid_request_error"), 400)
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)

@@ -177,9 +177,10 @@ class Slots:
         cache = self.cache
         cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
         exact = (pairs[:, 0], pairs[:, 1]) if len(pairs) else None
+        for slot in self._slots[rows]:  # before the pass: one that fails may have written them
+            slot.written = max(slot.written, len(slot.tokens) + width)
         logits = self._base.next_logits(fed, valid, cache, cache.seen, last, exact)
         for slot, row in zip(self._slots[rows], tokens):
-            slot.written = max(slot.written, len(slot.tokens) + width)
             slot.tokens.extend(row)
         return logits
 

@@ -65,8 +65,9 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # row n has slot n in both caches; running rows first, then filling rows
         self.running = 0
-        self.failed = self.lost = 0  # failed steps and lost answers since the start
-        self._failures_in_a_row = 0
+        self.failed = self.lost = 0  # failures and lost answers since the start
+        self._failures_in_a_row = 0  # steps without a pass that succeeded
+        self._passed = False  # whether a pass of this step succeeded
         self.stops = frozenset(base.stop_tokens)
 
     @property
@@ -86,6 +87,7 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> None:
         """Drop cancelled rows, admit waiting rows, prefill, decode."""
+        failed, self._passed = self.failed, False
         try:
             self._drop_cancelled()
             self._admit()
@@ -95,6 +97,10 @@ class Scheduler:
                 self._pass(slice(0, self.running), 1)
         except Exception as error:
             self._restart(error)
+        if self._passed:
+            self._failures_in_a_row = 0
+        elif self.failed > failed:
+            self._failures_in_a_row += 1
 
     @torch.inference_mode()
     def end(self, error: MtaError, matches: Callable[[ServedModel], bool] = lambda _: True) -> None:
@@ -112,7 +118,6 @@ class Scheduler:
         """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
         self.failed, self.lost = self.failed + 1, self.lost + len(lost)
-        self._failures_in_a_row += 1
         log_failure("a decoding step", error)
         for row in lost:
             row.send(AnswerLost(LOST, hint=LATER))
@@ -174,7 +179,7 @@ class Scheduler:
             likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
         except Exception as error:
             return self._lose(rows, error)
-        self._failures_in_a_row = 0
+        self._passed = True
         for row in rows:
             del row.left[:width]
         ready = [n for n, row in enumerate(rows) if not row.left]

@@ -179,7 +179,7 @@ class VllmEngine(QueuedEngine):
             "stop_token_ids": sorted(self.stops),
             "temperature": ask.temperature if ask.temperature >= COLDEST else 0.0,
             "top_p": ask.top_p,
-            "seed": ask.seed,
+            "seed": None if ask.seed is None else ask.seed % 2**63,  # vLLM takes -1 for no seed
             "logprobs": ask.top_logprobs,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,

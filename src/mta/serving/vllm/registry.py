@@ -20,7 +20,7 @@ from typing import Any
 import httpx2 as httpx
 
 from mta.personalize.adapters import SharedModel
-from mta.serving.engine import EngineGone, Version
+from mta.serving.engine import EngineGone, ModelRemoved, Version
 from mta.serving.model_names import from_wire, wire_name
 from mta.serving.vllm.adapters import CUT, folder_of
 
@@ -59,7 +59,10 @@ class AdapterRegistry:
 
     @asynccontextmanager
     async def held(self, who: Version | SharedModel) -> AsyncIterator[str]:
-        """Keep an adapter loaded within the block, which needs its own task; vLLM loads it at the first request."""
+        """Keep an adapter loaded within the block, which needs its own task; vLLM loads it at the first request.
+
+        Raises ModelRemoved for a dropped one, EngineGone.
+        """
         name, task = wire_name(who), asyncio.current_task()
         assert task is not None
         while (found := self._loaded.get(name)) and found.unloading:
@@ -68,6 +71,8 @@ class AdapterRegistry:
             except EngineGone:
                 if found.dropped:
                     raise  # else it was only idle, is still loaded, and can be used
+        if found and found.dropped:
+            raise ModelRemoved("the person's model was removed", hint="Ask the pooled model: task")
         entry = self._loaded.setdefault(name, Loaded(who))
         self._loaded.move_to_end(name)
         entry.answers.add(task)
