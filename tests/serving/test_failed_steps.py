@@ -243,8 +243,9 @@ def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds()
 
 def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
     base, bank, models = world()
-    scheduler = scheduler_of(base, bank, slots=2 * PATIENCE)
-    for _ in range(2 * PATIENCE):
+    slots = 2 * PATIENCE
+    scheduler = Scheduler(base, AdapterSlots(base, [bank], slots), slots, 64, 64)  # all in one pass
+    for _ in range(slots):
         ask = ask_of(2, [5, 6, 7], 3)
         row = Row(ask, lambda _: None, SimpleNamespace(token=None))  # choosing a token fails
         row.adapter = scheduler.adapters.adapter_of(models[2])
@@ -252,7 +253,7 @@ def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
     with torch.inference_mode():
         while scheduler.busy:
             scheduler.step()
-    assert scheduler.lost == 2 * PATIENCE
+    assert scheduler.lost == slots
     assert not scheduler.stuck
 
 
