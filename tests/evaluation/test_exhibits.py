@@ -106,6 +106,27 @@ def test_a_named_comparison_does_not_depend_on_other_methods():
     assert line == whole
 
 
+def test_a_seed_that_was_interrupted_is_left_out():
+    rows = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]
+    begun = [r.model_copy(update={"seed": 1}) for r in (*everybody(TaskLora())[:5], *everybody(MergeThenAdapt())[:5])]
+    found = results([*rows, *begun], seeds=(0, 1))
+    assert found.seeds("main") == [0]
+    assert found.comparison("main").people == len(PEOPLE)
+
+
+def test_people_trained_only_to_measure_times_are_in_no_named_comparison():
+    few = 15
+    rows = [*everybody(TaskLora())[:few], *everybody(OneLora()), *everybody(MergeThenAdapt(), -0.25)]
+    (line,) = [one for one in primary([results(rows, primary=("OPPU",))]).splitlines() if "made up" in one]
+    assert f"| OPPU | {few} |" in line
+
+
+def test_few_independent_people_are_mentioned_beside_their_intervals():
+    some = [*everybody(TaskLora())[:19], *everybody(MergeThenAdapt(), -0.25)[:19]]
+    assert "Fewer than 20 independent units" in sections(results(some))[0].text
+    assert "Fewer than 20" not in sections(results([*everybody(TaskLora()), *everybody(MergeThenAdapt())]))[0].text
+
+
 def test_only_people_with_answers_of_every_method_are_compared():
     found = results([*everybody(TaskLora()), *everybody(MergeThenAdapt())[:20]]).comparison("main")
     assert [row.people["NLL"].shape[1] for row in found.rows] == [20, 20]

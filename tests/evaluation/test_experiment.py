@@ -149,6 +149,22 @@ def test_settings_that_train_no_bank_leave_it_as_it_is(world, cache, tmp_path):
     assert again.bank(MAIN.model_copy(update={"words": words}), 0).hash == main.hash
 
 
+def test_a_report_shows_the_results_of_the_settings_that_were_last_run(world, cache, tmp_path):
+    """Also where they were run before other settings, and where other settings were run with more seeds."""
+    words, plain, other = ["ablation"], "seeds=[0]", "run.merge.policy=uniform"
+
+    def run(*given):
+        run_experiment(workspace_of(world, tmp_path / "run", "run.merge.policy=posterior", *given), words)
+        found = Results.read(tmp_path / "run")
+        return found.seeds("ablation"), found.comparison("ablation").score("MTA", "NLL").mean
+
+    first = run(plain)
+    several = run("seeds=[0,1]", other)
+    assert several[0] == [0, 1]
+    assert first == run(plain)  # computes nothing
+    assert first[1] != several[1]
+
+
 def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
     with pytest.raises(InputError, match="this recipe tests people of another file"):
         workspace_of(world, tmp_path / "run", "needs_test=true")

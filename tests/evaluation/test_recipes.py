@@ -19,6 +19,13 @@ def test_every_recipe_can_be_read_and_names_its_task():
         assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
 
 
+def test_a_limit_of_people_holds_for_every_exhibit():
+    found = load_experiment("movielens").limited(16)
+    assert found.compared == 16
+    assert {part.people for parts in found.exhibits.values() for part in parts} == {None, 16}
+    assert found.limited(1000) == found
+
+
 def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
     (tmp_path / "below.yaml").write_text("over: smoke\nqueries: 1\n")
     (tmp_path / "above.yaml").write_text("over: below.yaml\nshots: 2\ntuned: {OPPU: {training: {steps: 1}}}\n")
@@ -42,6 +49,7 @@ def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
             "{methods: [base]}, {bank: a, retrieve: 1, methods: [base]}, {bank: a, methods: [task-lora]}",
             "train bank 'a'",
         ),
+        ("{methods: [mta]}, {words: [merge.policy=posterior], methods: [{method: mta, name: x}]}", "different words"),
         ("{people: 0, methods: [base]}", "people"),
         ("{shots: [0], methods: [base]}", "shots"),
     ],

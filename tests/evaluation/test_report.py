@@ -149,8 +149,8 @@ def test_json_comes_back_whole(comparison):
     assert (back["people"], back["queries_per_person"], back["primary"]) == (40, 8, "MAE")
     rows = {row["name"]: row for row in back["methods"]}
     assert list(rows) == ["global constant", "task LoRA", "OPPU", "MTA"]
-    score, paired = comparison.score("MTA", "RMSE"), comparison.difference("MTA", "OPPU", "MAE")
-    assert rows["MTA"]["metrics"]["RMSE"] == {"mean": score.mean, "low": score.low, "high": score.high}
+    score, paired = comparison.score("MTA", "accuracy"), comparison.difference("MTA", "OPPU", "MAE")
+    assert rows["MTA"]["metrics"]["accuracy"] == {"mean": score.mean, "low": score.low, "high": score.high}
     assert rows["MTA"]["differences"]["OPPU"]["MAE"]["mean"] == paired.mean
     assert rows["MTA"]["worse_off"]["task LoRA"] == {"share": 0.0, "clearly": 0.0}
     assert (rows["MTA"]["seconds"], rows["MTA"]["bytes_per_person"]) == (3.04, 1.22e6)

@@ -138,12 +138,10 @@ def evaluate(
         return _score(source, predictions, task, json)
     if kind == "a recipe":
         place = out or Path("runs") / Path(source).stem
-        given = options.as_words(
-            **{"run.device": device, "compared": people, "seeds": None if seed is None else [seed]}
-        )
+        given = options.as_words(**{"run.device": device, "seeds": None if seed is None else [seed]})
         with options.executor_at(cluster, workers) as executor:
             return _experiment(
-                source, [*(words or []), *given], place, data, test, exhibit or [], on, executor, track, json
+                source, [*(words or []), *given], place, data, test, exhibit or [], on, people, executor, track, json
             )
     columns = options.Columns(person_column, input_column, output_column, time_column)
     tracker = options.tracker_for(track, out)
@@ -231,6 +229,7 @@ def _experiment(
     test: str | None,
     exhibits: list[str],
     on: str,
+    people: int | None,
     executor: Executor,
     track: str | None,
     json: bool,
@@ -246,6 +245,7 @@ def _experiment(
         )
     tracker = options.tracker_for(track, out)
     recipe = override(load_experiment(name), words)
+    recipe = recipe.limited(people) if people else recipe
     which: Which = "test" if on == "test" else "development"
     wanted(recipe, which, exhibits)  # before anything is written or loaded
     with Screen() as screen:

@@ -99,6 +99,8 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
     if task.metric == "accuracy":  # labels that occur in neither the answers nor the golds have an F1 of 0
         labels = list(task.labels or ())
         found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
+    if task.metric == "mae":  # over all questions: a mean over people would be another number
+        found["RMSE"] = float(_distances(task, predicted, expected).square().mean().sqrt())
     return {metric: found[metric] for metric in LAMP[task.metric]}
 
 
@@ -107,11 +109,10 @@ def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, floa
     accuracy = {"accuracy": sum(text == gold for text, gold in zip(answers.texts, golds)) / len(golds)}
     if task.metric != "mae":
         return accuracy
-    errors = _distances(task, answers.texts, golds)
-    found = {"MAE": float(errors.mean())}
+    found = {"MAE": float(_distances(task, answers.texts, golds).mean())}
     if answers.scores is not None:
         found["MAE (median)"] = float(_distances(task, median_labels(task, answers.scores), golds).mean())
-    return found | {"RMSE": float(errors.square().mean().sqrt())} | accuracy
+    return found | accuracy
 
 
 def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor:

@@ -48,7 +48,7 @@ class Part(Settings):
         description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
     )
     whom: Which = "test"
-    people: int | None = Field(None, ge=1)  # only the first people, this many; overrides the experiment's ``compared``
+    people: int | None = Field(None, ge=1)  # only the first people, this many, whatever ``compared`` is
     texts: bool = True  # generate free text; otherwise only the likelihood of the true text is computed
 
     @property
@@ -86,6 +86,20 @@ class Experiment(Settings):
         {}, description="settings of the methods with these names, in every exhibit"
     )
     exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures: lists of parts, with methods")
+
+    def limited(self, people: int) -> Self:
+        """Return the experiment with at most so many tested people in every exhibit."""
+
+        def least(own: int | None) -> int:
+            return min(own or people, people)
+
+        exhibits = {
+            name: tuple(
+                part.model_copy(update={"people": least(part.people) if part.people else None}) for part in parts
+            )
+            for name, parts in self.exhibits.items()
+        }
+        return self.model_copy(update={"compared": least(self.compared), "exhibits": exhibits})
 
     def seeds_of(self, part: Part) -> tuple[int, ...]:
         """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""
@@ -126,9 +140,16 @@ class Experiment(Settings):
     @classmethod
     def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
         trained: dict[str, tuple[Any, ...]] = {}
+        words: dict[tuple[str, str], tuple[str, ...]] = {}
         for part in (part for parts in exhibits.values() for part in parts):
             if trained.setdefault(part.bank, part.trained) != part.trained:
                 raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
+            for method in part.methods:  # a report would mix their results
+                if method.of_bank and words.setdefault((part.bank, method.digest), part.words) != part.words:
+                    raise ValueError(
+                        f"two parts run {method.name!r} on bank {part.bank!r} with different words; give the method "
+                        "its own merge and stack instead"
+                    )
         return exhibits
 
 
@@ -165,7 +186,11 @@ def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[st
             f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}",
             hint=f"For example:  --exhibit {next(iter(recipe.exhibits))}",
         )
-    own = [name for name, parts in recipe.exhibits.items() if all(part.whom == which for part in parts)]
+    own = [
+        name
+        for name, parts in recipe.exhibits.items()
+        if all(part.whom == which for part in parts) and (parts or which == "test")  # of no people: the test's bank
+    ]
     if other := [name for name in exhibits if name not in own and which == "test"]:
         raise InputError(f"exhibit {other[0]!r} is for development people only", hint="Add --on development.")
     return list(exhibits) or own

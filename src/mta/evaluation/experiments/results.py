@@ -26,6 +26,7 @@ from mta.evaluation.statistics import Comparison, Row
 from mta.system.atomic import append_lines, make_folder, replacing
 from mta.tracking.run_folder import sittings
 
+CURRENT = "current.json"  # the protocols of the settings that were last run
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 Key = TypeVar("Key")
@@ -36,16 +37,17 @@ META = "meta.json"  # facts of the runs behind published scores, and of versions
 class Record(BaseModel):
     """One method on one person with one seed.
 
-    ``key`` is a hash of everything but the person that determines the result. ``person`` and ``group`` (people who
-    share items) are salted hashes. ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is
-    the NLL of each query's gold answer, None without probabilities. ``seconds`` is this person's share of the
-    preparation.
+    ``key`` is a hash of everything but the person that determines the result; ``protocol`` is the part of it that all
+    seeds of a method have in common. ``person`` and ``group`` (people who share items) are salted hashes.
+    ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is the NLL of each query's gold
+    answer, None without probabilities. ``seconds`` is this person's share of the preparation.
     ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
+    protocol: str = ""  # "": of an earlier version
     settings: str
     method: str
     bank: str
@@ -163,8 +165,10 @@ class Results:
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
+        current = read_beside(folder / CURRENT).get("protocols")
+        records = [one for one in read_records(folder) if current is None or one.protocol in ("", *current)]
         beside = read_beside(above / SIZES), meta, read_beside(folder / FACTS), read_beside(folder / CASE)
-        return cls(folder, recipe, load_task(recipe.run.task), latest(read_records(folder)), *beside)
+        return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
 
     @property
     def name(self) -> str:
@@ -205,9 +209,14 @@ class Results:
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 
     def seeds(self, name: str, shots: int | None = None, among: Collection[str] = ()) -> list[int]:
-        """Return the seeds that every method of an exhibit, or every one ``among`` them, was run with."""
-        found = [set(seeds) for method, _, seeds in self._methods(name, shots, among) if method.of_bank]
-        return sorted(set.intersection(*found)) if found else []
+        """Return the seeds that every method of an exhibit, or every one ``among`` them, was run with.
+
+        A seed with less than half of the people of another one was interrupted, and is left out.
+        """
+        found = [seeds for method, _, seeds in self._methods(name, shots, among) if method.of_bank]
+        common = set.intersection(*map(set, found)) if found else set()
+        people = {seed: len(set.intersection(*(set(seeds[seed]) for seeds in found))) for seed in common}
+        return sorted(seed for seed in common if 2 * people[seed] >= max(people.values()))
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""

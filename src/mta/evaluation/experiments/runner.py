@@ -144,9 +144,9 @@ def _missing(
     if not tested:
         say(f"{exhibit}: {shots} shots are left out, too few people have enough items")
         return
-    anchors, lacking, full = len(workspace.bank(part, seed)), [], part.texts and workspace.task.labels is None
+    bank, lacking, full = workspace.bank(part, seed), [], part.texts and workspace.task.labels is None
     for method in part.methods:
-        if not method.fits(workspace.task, anchors):
+        if not method.fits(workspace.task, len(bank), bank.calibration is not None):
             say(f"{exhibit}: {method.name} is left out, it does not fit this task or bank")
         elif records.lacks(key := workspace.key(part, method, seed, shots), tested, full):
             lacking.append((method, key))
@@ -172,6 +172,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     return [
         Record(
             key=run.key,
+            protocol=workspace.protocol(run.part, run.method),
             settings=run.method.digest,
             method=run.method.name,
             bank=run.part.bank,

@@ -28,7 +28,7 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.parts import draw_parts, on_everything, with_tested
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
-from mta.evaluation.experiments.results import RECIPE, SIZES
+from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
@@ -45,6 +45,14 @@ def batches(people: int) -> list[range]:
     """Return the numbers of people in batches of nearly equal sizes: no method gets a single person out of many."""
     count = -(-people // BATCH)
     return [range(people * n // count, people * (n + 1) // count) for n in range(count)]
+
+
+def _name_of(source: str) -> str:
+    """Return the name of a data set: its file or folder. LaMP's files have the same names in every folder."""
+    if source in ASSETS:
+        return source
+    path = Path(source).resolve()
+    return path.parent.name if path.name.endswith("_questions.json") else path.name
 
 
 @dataclass(slots=True)
@@ -106,7 +114,7 @@ class Workspace:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_parts(recipe, task, people, tested)
         named = {"data": source} | ({"tested": test} if test else {})
-        sizes = {key: name if name in ASSETS else Path(name).resolve().name for key, name in named.items()} | sizes
+        sizes = {key: _name_of(name) for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
         every = [*people, *tested]
         return cls(recipe, out, source, test, which, task, every, splits, sizes, base, say, executor, on_step)
@@ -117,8 +125,11 @@ class Workspace:
         return self.out if self.which == "test" else self.out / self.which
 
     def write_recipe(self) -> None:
-        """Write recipe and sizes beside the results."""
+        """Write recipe, sizes, and the protocols of the recipe's results beside the results."""
+        parts = [part for parts in self.recipe.exhibits.values() for part in parts]
+        protocols = {self.protocol(part, method) for part in parts for method in part.methods}
         write_json(self.out / SIZES, self.sizes)
+        write_json(self.folder / CURRENT, {"protocols": sorted(protocols)})
         write_text(self.out / RECIPE, dump_yaml(self.recipe))
 
     def elsewhere(self) -> Callable[[], Workspace]:
@@ -293,13 +304,9 @@ class Workspace:
 
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
         """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""
-        run, recipe, task = self._run_of(part, seed), self.recipe, self.task
-        parts: list[Any] = [method.digest, shots, recipe.queries, recipe.ask, self._histories]
-        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
-        parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
-        parts += [part.retrieve] if part.retrieve else []
+        parts: list[Any] = [method.digest, shots, *self._questions(part)]
         if method.of_bank:
-            parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
+            parts += [self.bank(part, seed).hash, *self._defaults(part)]
         if method.of_bank or method.seeded:
             parts.append(seed)
         if method.of_pool:
@@ -307,3 +314,21 @@ class Workspace:
         if method.of_others:
             parts += [person.id for person in self._able(shots)]
         return json_sha256([*parts])[:16]
+
+    def protocol(self, part: Part, method: Method) -> str:
+        """Return a hash of what determines the results of a method with all seeds and numbers of shots."""
+        parts = [*self._questions(part), part.bank, *(self._defaults(part) if method.of_bank else ())]
+        return json_sha256(parts)[:16]
+
+    def _questions(self, part: Part) -> list[Any]:
+        """Return what determines the questions, and how the base answers them."""
+        run, recipe, task = self.recipe.run, self.recipe, self.task
+        parts: list[Any] = [recipe.queries, recipe.ask, self._histories]
+        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
+        parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
+        return [*parts, part.retrieve] if part.retrieve else parts
+
+    def _defaults(self, part: Part) -> list[Any]:
+        """Return the settings of merges and stacks that methods without own ones take."""
+        run = override(self.recipe.run, [*part.words])
+        return [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]

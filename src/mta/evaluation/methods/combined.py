@@ -108,8 +108,8 @@ class Chosen(Method):
     def seeded(self) -> bool:
         return any(candidate.seeded for candidate in self.candidates)
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        return all(candidate.fits(task, anchors) for candidate in self.candidates)
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return all(candidate.fits(task, anchors, calibrated) for candidate in self.candidates)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         picks, seconds = self._picks(panel, seed)

@@ -11,6 +11,7 @@ import torch
 
 from mta.config import MergeSettings
 from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
@@ -24,6 +25,9 @@ class PopulationMerge(Method):
 
     method: Literal["population"] = "population"
     name: str = "population merge"
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return calibrated
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         calibration, people = panel.bank.calibration, len(panel.people)

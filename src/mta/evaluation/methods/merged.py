@@ -69,8 +69,8 @@ class Merged(Method):
             raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
         return self
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        return _fits(self.merge, task, anchors) and (self.anchors or 0) <= anchors
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return _fits(self.merge, task, anchors, calibrated) and (self.anchors or 0) <= anchors
 
     @property
     def seeded(self) -> bool:
@@ -124,8 +124,8 @@ class MergeThenAdapt(Method):
     merge: MergeSettings | None = None
     stack: StackSettings | None = None
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        return _fits(self.merge, task, anchors)
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return _fits(self.merge, task, anchors, calibrated)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings = panel.merge_settings(self.merge)
@@ -186,11 +186,11 @@ def layer_groups(names: Sequence[str], groups: int) -> list[int]:
     return [block * min(groups, depth) // depth for block in blocks]
 
 
-def _fits(settings: MergeSettings | None, task: Task, anchors: int) -> bool:
-    if settings is None:
-        return True
+def _fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
+    if settings is None or settings.k > anchors:
+        return settings is None
     kind = POLICIES.get(settings.policy)  # None: left to the bank's calibration
-    return settings.k <= anchors and (task.labelled or not (kind and kind.labels))
+    return kind is None or ((task.labelled or not kind.labels) and (calibrated or not kind.gradients))
 
 
 def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:

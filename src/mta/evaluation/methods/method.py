@@ -55,8 +55,11 @@ class Method(Settings, ABC):
         """Whether results depend on the items of the task people, and not only through the bank."""
         return False
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        """Return whether the method works for this task, and for a bank with ``anchors`` that is ``calibrated`` or not.
+
+        If not, experiments leave it out.
+        """
         return True
 
     def outcome(self, panel: Panel, seed: int) -> Outcome:
@@ -123,8 +126,8 @@ class OverMethod(Method):
     def of_bank(self) -> bool:
         return self.over.of_bank
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        return self.over.fits(task, anchors)
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return self.over.fits(task, anchors, calibrated)
 
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:

@@ -23,7 +23,7 @@ class _Constant(Method):
     of_bank: ClassVar[bool] = False
     of_pool: ClassVar[bool] = True
 
-    def fits(self, task: Task, anchors: int) -> bool:
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return task.labelled
 
 

@@ -15,7 +15,7 @@ from mta.evaluation.methods import OneLora
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
-from mta.evaluation.reports.summary import NAME, POOLED, RIVAL
+from mta.evaluation.reports.summary import FEW, NAME, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
@@ -226,16 +226,17 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
     people, independent = comparison.people, comparison.independent
     groups = f" in {independent} groups that share no items" if independent < people else ""
-    shots, queries = found.recipe.shots, found.recipe.queries
+    shots, queries = found.recipe.shots, comparison.queries_each or found.recipe.queries
     asked = {
         "last": f"The questions are each person's last {queries} items, the shots are the {shots} items before them.",
         "next": f"The shots are each person's first {shots} items, the questions are the {queries} items after them.",
     }
+    few = f" Fewer than {FEW} independent units: intervals may be too narrow." if independent < FEW else ""
     return (
         f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
         f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
         f"differences are paired. "
-        f"Worse off: people with an NLL more than {NOTICEABLE:g} above the {POOLED}'s.\n"
+        f"Worse off: people with an NLL more than {NOTICEABLE:g} above the {POOLED}'s.{few}\n"
     )
 
 

@@ -73,8 +73,9 @@ def overview(many: Sequence[Results]) -> str:
 def primary(many: Sequence[Results]) -> str:
     """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty.
 
-    Those that were not run count, too. Each is over the people and seeds that both methods have, whatever other methods
-    have, in the exhibit with most people, and then most seeds.
+    Those that were not run count, too. Each is over the people and seeds that both methods and the task LoRA have,
+    whatever other methods have, in the exhibit with most people, and then most seeds. (People who are trained only to
+    measure times have no results of the task LoRA.)
     """
     named = [(found, other) for found in many for other in found.recipe.primary]
     tests = [_widest(found, other) for found, other in named]
@@ -102,10 +103,10 @@ def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
     """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
     tried: list[tuple[Resampled, int, int]] = []
     for exhibit in ("seeds", "main"):
-        both = (NAME, other)
-        comparison = found.comparison(exhibit, among=both)
-        if comparison and (test := comparison.resampled(*both, comparison.yardstick)):
-            tried.append((test, comparison.people, len(found.seeds(exhibit, among=both))))
+        rows = (NAME, other, POOLED)
+        comparison = found.comparison(exhibit, among=rows)
+        if comparison and (test := comparison.resampled(NAME, other, comparison.yardstick)):
+            tried.append((test, comparison.people, len(found.seeds(exhibit, among=rows))))
     return max(tried, key=lambda one: one[1:], default=None)
 
 
@@ -125,15 +126,13 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
     """Print the scores, and the findings in sentences."""
     show_scores(comparison, console)
     note = f" ({meta['note']})" if meta["note"] else ""
+    queries = comparison.queries_each or meta["queries"]
     lines = [
-        f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each; "
+        f"{meta['people']} people, {meta['shots']} shots and {queries} later queries each; "
         f"{meta['base']}{note}, {meta['dtype']}, seed {meta['seed']}"
     ]
     if meta.get("left_out"):
-        few = meta["shots"] + meta["queries"]
-        lines.append(
-            f"{meta['left_out']} people left out: in the bank, sharing items with it, or fewer than {few} items"
-        )
+        lines.append(f"{meta['left_out']} people left out: in the bank, sharing items with it, or with too few items")
     lines += [f"  {sentence}" for sentence in verdict(comparison)]
     for line in lines:
         console.print(line, highlight=False, markup=False)
