@@ -43,6 +43,10 @@ class LoraBatch:
         return next(iter(self.factors.values())).a.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.factors.values())).a.device
+
+    @property
     def names(self) -> list[str]:
         """Adapted layers, in the order of the axis L of per-layer coefficients."""
         return list(self.factors)
@@ -58,8 +62,7 @@ class LoraBatch:
 
     def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
         if isinstance(index, Sequence):  # as a tensor on the device: a list would be copied there once per factor
-            device = next(iter(self.factors.values())).a.device
-            (index,) = moved(device, torch.tensor(list(index), dtype=torch.long))
+            (index,) = moved(self.device, torch.tensor(list(index), dtype=torch.long))
         return self.map(lambda t: t[index])
 
     def to(self, *place: torch.device | torch.dtype) -> LoraBatch:

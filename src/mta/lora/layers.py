@@ -81,7 +81,7 @@ class PerPerson(_OfBatch):
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
         people = _to_gather(owner, len(self.batch))
         if people is not None:
-            (people,) = moved(next(iter(self.batch.factors.values())).a.device, people)
+            (people,) = moved(self.batch.device, people)
 
         def term(a: Tensor, b: Tensor, dtype: torch.dtype) -> Term:
             scale: float | Tensor = self.batch.scale

@@ -93,8 +93,8 @@ def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
                 found.unknown.append(str(bank))
             if parts := members.parts_of(person):
                 found.needs_rebuild.extend(part for part in parts if part not in found.needs_rebuild)
-                found.published.extend(published(bank))
                 mark_stale(bank, person)
+                found.published.extend(published(bank))  # only now: publishing notes the copy, then reads the mark
         except BankError as error:
             found.unmarked[str(bank)] = error.message
     return found

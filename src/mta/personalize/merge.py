@@ -49,8 +49,7 @@ class Merge:
 
     def adapters(self, anchors: LoraBatch) -> Gated:
         """Return the merge as adapters that are computed directly from the anchors."""
-        factors = next(iter(anchors.factors.values())).a
-        return Gated(anchors, self.gates(len(anchors)).to(factors.device))
+        return Gated(anchors, self.gates(len(anchors)).to(anchors.device))
 
 
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
@@ -268,8 +267,7 @@ def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     """
     if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
         return merge.adapters(bank.device_anchors)
-    device = next(iter(bank.device_anchors.factors.values())).a.device
-    anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.device_anchors
+    anchors = bank.anchors.to(bank.device_anchors.device) if settings.mode == "svd" else bank.device_anchors
     return PerPerson(merged_factors(anchors, merge, settings))
 
 
@@ -296,8 +294,7 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
     """Return each person's merge as factors, in the mode of ``settings``; factors of an exact merge have rank K * R."""
-    device = next(iter(anchors.factors.values())).a.device
-    ids, w = merge.ids.to(device), merge.w.to(device)
+    ids, w = merge.ids.to(anchors.device), merge.w.to(anchors.device)
     if settings.mode == "factor":
         return merge_factor(anchors, ids, w)
     if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank

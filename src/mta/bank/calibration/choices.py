@@ -37,7 +37,7 @@ def surely_best(gains: Tensor, groups: Tensor) -> int:
 
 
 def best_on_average(gains: Tensor, groups: Tensor) -> int:
-    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
+    """Return the candidate with the largest mean gain (U, candidates); the first of equals. It reads no groups."""
     means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
     return int(means.argmax()) if len(gains) else 0
 
