@@ -20,7 +20,7 @@ from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.errors import BankError, ConfigError, InputError, OtherBank
+from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 from mta.training.checkpoint import Checkpoint
 
@@ -294,6 +294,21 @@ def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, bas
         calibrated(folder, base, on_step=stop)
     assert list((folder / "bank" / "work").glob("gradients-*"))
     forget_person(OTHERS[0].id, None, folder / "bank")
+    assert not (folder / "bank" / "work").exists()
+
+
+def test_forgetting_removes_what_a_killed_calibration_or_forgetting_left(folder, base):
+    left = folder / "bank" / "work" / "gradients-0.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"measured")
+    forget_person(OTHERS[0].id, None, folder / "bank")
+    assert not left.parent.exists()
+
+
+def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
+    narrow = mta.BaseModel.load(str(folder / "model"), dtype="float64", max_tokens=20)  # less than the instruction
+    with pytest.raises(DataError, match=r"^item 1 of 'other-\d+': task .* max_tokens is 20"):
+        calibrated(folder, narrow)
     assert not (folder / "bank" / "work").exists()
 
 

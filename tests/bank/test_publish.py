@@ -19,8 +19,8 @@ from publishing import logged_out as logged_out
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import file_hashes, mark_stale, published, read_info
-from mta.bank.publish import bank_folder, bank_parcel
+from mta.bank.format import INFO, file_hashes, mark_stale, published, read_info
+from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
 from mta.personalize import forget_person
@@ -143,6 +143,13 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
     assert said.startswith("a forgotten person is in the task LoRA of ")
     assert said.endswith("\n  Leave that person out, and make it anew:  mta bank build")
     assert hub.requests == []
+
+
+def test_a_bank_whose_person_is_forgotten_before_it_is_sent_is_not_published(hub, bank):
+    parcel = bank_parcel(bank.folder, NAME)
+    forget_person("t2", None, bank.folder)
+    assert "a forgotten person is in" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
+    assert not any(INFO in repo.files for repo in hub.repos.values())
 
 
 def test_a_damaged_bank_is_not_published(hub, bank):

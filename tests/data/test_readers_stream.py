@@ -21,6 +21,8 @@ from mta.errors import DataError
         ('[{"a": 1},\n{"b": "c', "2: element 2: invalid JSON: Unterminated string starting at"),
         ('[{"a": 1},\n\n', "3: element 1: the file ends inside an array: the file is incomplete"),
         ('[{"a": "\n"}]', "1: element 1: invalid JSON: Invalid control character at"),
+        ('[{"a": 1}]\n[{"b": 2}]', "2: element 1: text after the end of the array"),
+        ('[]\n{"b": 2}', "2: text after the end of the array"),
         ('[{"a": 1},\n{"b": Infinity}]', "2: element 2: invalid JSON: Infinity is not JSON"),
     ],
 )

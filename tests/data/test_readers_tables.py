@@ -171,6 +171,24 @@ def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
     assert ann.items[0].fields == {"text": "Fine.", "score": "4"}
 
 
+def test_running_numbers_are_not_taken_for_years(tmp_path):
+    def table(name, end):
+        rows = "".join(f"ann,text {n},4,{n}{end}\n" for n in range(1795, 1805))
+        return written(tmp_path / name, f"person,text,score,time\n{rows}")
+
+    path = table("a.csv", "")
+    fails(path, "lamp3", f"{path}:7: field 'time': '1800' would be a date, and '1795' a number")
+    (ann,) = read_people(table("b.csv", ".0"), "lamp3")
+    assert [item.fields["text"] for item in ann.items] == [f"text {n}" for n in range(1795, 1805)]
+
+
+def test_quotes_of_two_rows_of_a_table_with_tabs_do_not_join_them(tmp_path):
+    rows = 'ann\t"Great\t4\nbob\tthe best 5"\t5\nann\t"Two\nlines"\t3\n'
+    ann, bob = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
+    assert [item.fields["text"] for item in ann.items] == ['"Great', "Two\nlines"]
+    assert [item.fields["text"] for item in bob.items] == ['the best 5"']
+
+
 def test_quotes_in_a_tab_separated_table_need_no_escape(tmp_path):
     rows = 'ann\t"Great" film\t4\nann\t"Two\nlines"\t5\nann\tIt is "fine"\t3\nann\t"Open\t2\n'
     (ann,) = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")

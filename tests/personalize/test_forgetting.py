@@ -112,7 +112,7 @@ def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_
     else:  # as where another account's folder is closed
 
         def exists(path):
-            if path == running:
+            if path == running.parent:
                 raise PermissionError(errno.EACCES, "Permission denied")
             return os.path.lexists(path)
 

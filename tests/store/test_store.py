@@ -9,7 +9,7 @@ from files import folder_of, path_of
 from stores import ANN, everything, person, state
 from test_state import FILE
 
-from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreError
+from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import check, stats
@@ -37,6 +37,23 @@ def test_the_same_work_again_is_a_no_op(url: str) -> None:
     assert store.save(ANN, state(1)) == 2
     assert (store.versions(ANN), store.nbytes(ANN)) == ([1, 2], before)
     assert store.save(ANN, state(0)) == 3  # an earlier one is not the latest
+
+
+def test_a_state_whose_answer_was_lost_is_not_kept_of_a_person_forgotten_meanwhile(tmp_path, monkeypatch):
+    """Object stores repeat a request whose answer was lost, and then find the file that they wrote."""
+    store = Store(tmp_path)
+    create = store.files.create
+
+    def created(name, data):
+        create(name, data)
+        monkeypatch.undo()
+        Store(tmp_path).tombstones.add(ANN)
+        raise FileExistsError
+
+    monkeypatch.setattr(type(store.files), "create", lambda _, name, data: created(name, data))
+    with pytest.raises(PersonForgotten):
+        store.save(ANN, state(0), since=store.tombstones.of(ANN))
+    assert store.versions(ANN) == []
 
 
 def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:

@@ -25,7 +25,7 @@ from mta.bank.format import (
     write_info,
 )
 from mta.config import CalibrationSettings, Run, StackSettings
-from mta.data.history import Person
+from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
@@ -49,13 +49,15 @@ def calibrate_bank(
     """Calibrate a finished bank on items behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
     Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if too few people
-    are left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt,
-    BankMismatch.
+    are left or the bank has no list of members, DataError for an item that is too long, BankError if a person is
+    forgotten meanwhile, BankCorrupt, BankMismatch.
     """
     with exclusive(folder):
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
         outside = _outside(folder, info, people, run.calibration)
+        measured = {id(item) for one in outside for item in one.items}
+        base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
         found = _measured(folder, info, base, outside, run, executor or LocalExecutor(), on_step)
         _commit(folder, info, outside, run.calibration, found)
 

@@ -43,7 +43,7 @@ from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.config import Run
-from mta.data.history import Item, Person
+from mta.data.history import Item, Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError
@@ -83,8 +83,8 @@ def build_bank(
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
-    The task LoRA is trained on ``task_people`` and on the ``pooled_candidates``, while the loss of ``held_out``
-    people falls; by default a tenth of ``task_people``.
+    The task LoRA is trained on ``task_people``, and on candidates (``mta.bank.task_lora.pooled_candidates``), while the
+    loss of ``held_out`` people falls; by default a tenth of ``task_people``.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
     for fields of its task that do not affect training (``UNTRAINED``).
@@ -172,13 +172,7 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
     used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
     used |= {id(item) for one in roles.calibrating for item in one.items}
     people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
-    places = (
-        (f"item {number} of {one.id!r}", item)
-        for one in people.values()
-        for number, item in enumerate(one.items, 1)
-        if id(item) in used
-    )
-    context.base.prompts.check(context.task, places)
+    context.base.prompts.check(context.task, named_items(people.values(), used))
 
 
 def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:

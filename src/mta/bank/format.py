@@ -278,9 +278,10 @@ def stop_calibration(folder: Path) -> None:
     """
     work = folder / "work"
     try:
-        if (folder / CALIBRATING).exists():
+        if (folder / INFO).exists() and work.exists():  # without a description, it is an unfinished build's
+            (folder / CALIBRATING).unlink(missing_ok=True)  # first: then a calibration under way saves nothing more
             shutil.rmtree(work, ignore_errors=True)
-            if (folder / CALIBRATING).exists():
+            if work.exists():
                 raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
     except OSError as error:
         raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None

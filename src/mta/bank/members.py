@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -81,22 +82,34 @@ class Members(BaseModel):
         counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
+    @cached_property
+    def hashes(self) -> dict[TrainedPart, frozenset[str]]:
+        """The hashes of the people behind each part."""
+        known = self.hashed
+        if known is None:
+            return {}
+        return {
+            "task LoRA": frozenset(known.task),
+            "clusters": frozenset(known.candidates),
+            "anchor": frozenset(known.anchors),
+            "calibration": frozenset(known.calibration),
+        }
+
+    @cached_property
+    def kept_back_hashes(self) -> frozenset[str]:
+        """The hashes of candidates with the items that they kept back."""
+        return frozenset(self.hashed.kept_back if self.hashed else ())
+
     def kept_back(self, person: Person) -> bool:
         """Return whether the items of this person are those that a candidate kept back from the task LoRA."""
-        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.hashed.kept_back
+        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.kept_back_hashes
 
     def parts_of(self, person: str) -> list[TrainedPart]:
         """Return the parts of the bank that were trained on this person; none if the members are unknown."""
         if self.hashed is None:
             return []
-        mine, known = _keyed(self.hashed.key, person), self.hashed
-        places: dict[TrainedPart, tuple[str, ...]] = {
-            "task LoRA": known.task,
-            "clusters": known.candidates,
-            "anchor": known.anchors,
-            "calibration": known.calibration,
-        }
-        return [part for part, hashes in places.items() if mine in hashes]
+        mine = _keyed(self.hashed.key, person)
+        return [part for part, hashes in self.hashes.items() if mine in hashes]
 
     def trained(self, person: str, *parts: TrainedPart) -> bool:
         """Return whether one of these parts was trained on this person."""

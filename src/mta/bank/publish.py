@@ -64,12 +64,15 @@ def bank_parcel(
 
 
 def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = True, token: str | None = None) -> str:
-    """Send a parcel of ``bank_parcel`` as one commit, and return the repository's address. Raises HubError.
+    """Send a parcel of ``bank_parcel`` as one commit, and return the repository's address.
 
-    The address is noted in the bank's folder, so that ``mta forget`` can report the copy.
+    The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
+    BankError if a person in the bank was forgotten since the parcel was made.
     """
     repository = Repository.begin(place, private=private, token=token)
     note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
+    if report := stale_report(folder):  # only now: later ones find the note
+        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url
 

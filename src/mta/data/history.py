@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -98,3 +98,11 @@ class People(list[Person]):
     def __init__(self, people: Iterable[Person], task: object) -> None:
         super().__init__(people)
         self.task = task
+
+
+def named_items(people: Iterable[Person], used: Container[int]) -> Iterator[tuple[str, Item]]:
+    """Yield the items whose ``id()`` is in ``used``, each behind its number and person, for messages."""
+    for person in people:
+        for number, item in enumerate(person.items, 1):
+            if id(item) in used:
+                yield f"item {number} of {person.id!r}", item

@@ -59,6 +59,7 @@ class Cluster:
         attempts: int = 3,
     ) -> None:
         self.most, self.threads, self.attempts = most, threads, attempts
+        self._idle: PieceScheduler | None = None  # of the last run, with its workers
         self.ray = _connected(address, workers)
         found = self.ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1
@@ -76,13 +77,20 @@ class Cluster:
     ) -> Iterator[Outcome[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
+        Closing the iterator stops the workers. Otherwise they wait for a run with the same ``elsewhere``; another run
+        stops them first. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
         """
-        scheduler = PieceScheduler[P, R](self, function, elsewhere)
+        scheduler, self._idle = self._idle, None
+        if scheduler is None or scheduler.elsewhere is not elsewhere:
+            if scheduler:
+                scheduler.dismiss()
+            scheduler = PieceScheduler(self, elsewhere)
         try:
-            yield from scheduler.work_through(pieces)
+            yield from scheduler.work_through(function, pieces)
+            self._idle, scheduler = scheduler, None
         finally:
-            scheduler.dismiss()
+            if scheduler:
+                scheduler.dismiss()
 
     def hire(self) -> Any:
         """Start a worker."""
@@ -119,21 +127,23 @@ class _Task(Generic[P]):
     errors: list[str]
 
 
-class PieceScheduler(Generic[P, R]):
+class PieceScheduler:
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
-    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], elsewhere: Callable[[], C]) -> None:
+    def __init__(self, cluster: Cluster, elsewhere: Callable[[], Any]) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
-        self.function, self.made = self.ray.put(function), self.ray.put((_version(), elsewhere))
-        self.waiting: deque[_Task[P]] = deque()
+        self.elsewhere, self.made = elsewhere, self.ray.put((_version(), elsewhere))
+        self.function: Any = None
+        self.waiting: deque[_Task[Any]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
+        self.busy: dict[Any, tuple[Any, _Task[Any]]] = {}  # ref -> worker and its task
         self.any_opened, self.any_result = False, False
         self.failed_starts = 0  # workers in a row that could not open their context
 
-    def work_through(self, pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
+    def work_through(self, function: Callable[[Any, P], R], pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
         """Yield the outcomes in order of completion; a piece that was split yields the outcomes of its parts."""
+        self.function, self.any_result = self.ray.put(function), False
         self.waiting.extend(_Task(piece, self.attempts, len(piece), []) for piece in pieces)
         last = time.monotonic()
         while self.waiting or self.busy:
@@ -164,12 +174,18 @@ class PieceScheduler(Generic[P, R]):
     def _assign(self) -> None:
         """Start missing workers, and give waiting tasks to idle workers."""
         wanted = min(self.cluster.workers, len(self.waiting) + len(self.busy))
+        if self._has_lost_hope() and (self.busy or self.idle):  # for example, one of the machines is unusable
+            wanted = 0
         for _ in range(wanted - len(self.opening) - len(self.idle) - len(self.busy)):
             worker = self.cluster.hire()
             self.opening[worker.open.remote(self.made)] = worker
         while self.idle and self.waiting:
             worker, task = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.run.remote(self.function, task.piece)] = worker, task
+
+    def _has_lost_hope(self) -> bool:
+        """Return whether so many workers in a row could not start that others would not either."""
+        return self.failed_starts > self.attempts * self.cluster.workers
 
     def _opened(self, ref: Any) -> None:
         worker = self.opening.pop(ref)
@@ -180,7 +196,7 @@ class PieceScheduler(Generic[P, R]):
             self.failed_starts += 1
             if isinstance(error, self.ray.exceptions.RayTaskError) and not self.any_opened:
                 raise _cause(error) from None
-            if self.failed_starts > self.attempts * self.cluster.workers:
+            if self._has_lost_hope() and not (self.busy or self.idle):
                 raise ClusterError(
                     f"{self.failed_starts} workers in a row could not start: {_kind(error)}",
                     hint="Check that the base fits into a worker's memory, then repeat the command: results are kept.",
@@ -189,7 +205,7 @@ class PieceScheduler(Generic[P, R]):
             self.idle.append(worker)
             self.any_opened, self.failed_starts = True, 0
 
-    def _ended(self, ref: Any) -> Iterator[Outcome[P, R]]:
+    def _ended(self, ref: Any) -> Iterator[Outcome[Any, Any]]:
         worker, task = self.busy.pop(ref)
         try:
             result = self.ray.get(ref)
@@ -210,7 +226,7 @@ class PieceScheduler(Generic[P, R]):
             self.any_result = True
             yield Outcome(task.piece, result)
 
-    def _failed(self, task: _Task[P], error: str) -> Iterator[Outcome[P, R]]:
+    def _failed(self, task: _Task[Any], error: str) -> Iterator[Outcome[Any, Any]]:
         """Split a failed piece, or yield its error if it cannot be split."""
         if halves := task.piece.halves():
             for half in halves:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
@@ -38,6 +38,7 @@ from mta.store.run_checkpoints import RunCheckpoints
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.system.progress import OnStep, Step
+from mta.system.storage import in_threads
 from mta.training.plan import parameters_of, plan_cohorts
 
 
@@ -149,7 +150,8 @@ class Pipeline:
         self._keep_histories(call, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        missing = [item for item in everybody if not self._is_current(item)]
+        current = in_threads(self._is_current, everybody)
+        missing = [item for item, is_current in zip(everybody, current) if not is_current]
         checkpoints = self._checkpoints(everybody, call.since)
         if checkpoints and not resume:
             checkpoints.drop()
@@ -174,21 +176,18 @@ class Pipeline:
     ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since)
+        grown, begin, ahead, unchanged = list[WorkItem](), list[Person](), list[str](), 0
         settings = settings_of(self.base, self.run), self.run.seed
-        grown, begin, unchanged, digest = list[WorkItem](), list[Person](), 0, digest_of(*settings)
-        ahead = list[str]()
-        for person in call.people:
-            state = self._usable(person.id)
-            if state and state.shots > len(person.items) and not fewer:
+        planned = in_threads(partial(self._update_of, settings, digest_of(*settings), fewer), call.people)
+        for person, item in zip(call.people, planned):
+            if item == "ahead":
                 ahead.append(person.id)
-                continue
-            before, learned = self._to_update(person, state, digest)
-            if before is None:
+            elif item == "begin":
                 begin.append(person)
-            elif learned < len(person.items):
-                grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, learned)))
-            else:
+            elif item == "unchanged":
                 unchanged += 1
+            else:
+                grown.append(item)
         kept = {*ahead}
         call.people = [person for person in call.people if person.id not in kept]
         self._keep_histories(call, keep_histories)
@@ -322,6 +321,20 @@ class Pipeline:
     def _is_current(self, item: WorkItem) -> bool:
         state = self._usable(item.person.id)
         return state is not None and state.work == item.work
+
+    def _update_of(
+        self, settings: tuple[str, int], settings_digest: str, fewer: bool, person: Person
+    ) -> WorkItem | Literal["ahead", "begin", "unchanged"]:
+        """Return the update that a person needs; "ahead" if their state is from more items than are given."""
+        state = self._usable(person.id)
+        if state and state.shots > len(person.items) and not fewer:
+            return "ahead"
+        before, learned = self._to_update(person, state, settings_digest)
+        if before is None:
+            return "begin"
+        if learned == len(person.items):
+            return "unchanged"
+        return self._light(WorkItem.of(person, self.bank, *settings, before, learned))
 
     def _to_update(self, person: Person, state: State | None, settings_digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""

@@ -201,7 +201,7 @@ def ridge(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 
 @policy(evidence=lambda settings: settings.start == "posterior", wide=True)
 def learned(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
-    """Return the start of the gradient descent in the coefficients (``learn`` in ``mta.personalize.merge``): the posterior, or 0."""
+    """Return the posterior, or 0: ``learn`` in ``merge.py`` starts its gradient descent there."""
     return torch.zeros_like(retrieved.similarity) if settings.start == "zero" else posterior(settings, retrieved)
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from mta.errors import StoreError
-from mta.system.atomic import owner_only
+from mta.system.atomic import file_mode, owner_only
 from mta.system.storage import Storage
 
 LOCK = ".lock"
+_NO_LOCKS = "This file system cannot lock files. Put the store on a local disk."
 _WAIT = 60.0  # seconds: each holder reads and writes one small file
 
 
@@ -34,12 +35,14 @@ def locked(files: Storage) -> Iterator[None]:
     path = Path(files.at(LOCK))
     try:
         open(path, "ab", opener=owner_only).close()
-        held = FileLock(path, timeout=_WAIT)
+        held = FileLock(path, timeout=_WAIT, mode=file_mode())
         held.acquire()
+    except NotImplementedError as error:  # from older versions of filelock
+        raise StoreError(f"{path} cannot be locked", hint=_NO_LOCKS) from error
     except OSError as error:  # includes filelock's Timeout
         hint = "Check the store's permissions and free space, and that no stopped process holds the lock."
         if error.errno == errno.ENOLCK:  # NFS without a lock daemon
-            hint = "This file system cannot lock files. Put the store on a local disk."
+            hint = _NO_LOCKS
         raise StoreError(f"{path} cannot be locked: {error.strerror or error}", hint) from error
     try:
         yield

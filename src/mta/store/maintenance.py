@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 from mta.errors import MtaError
 from mta.store.exports import check_exports
@@ -22,8 +21,8 @@ from mta.store.run_checkpoints import RUN
 from mta.store.state import State, history_from_bytes
 from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER, LIFETIME
+from mta.system.storage import in_threads
 
-T = TypeVar("T")
 Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]
 
 _PERSON = "[0-9a-f]{2}/[0-9a-f]{64}"
@@ -43,7 +42,6 @@ _READERS: dict[Kind, Callable[[bytes, str], object]] = {
     "history": partial(history_from_bytes, "-"),
     "exports": check_exports,
 }
-_TOGETHER = 16  # files read at once, because remote storage answers slowly
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
     kinds = {name: _kind(name) for name in store.files.find()}
     read = [name for name, kind in kinds.items() if kind in _READERS]
     damaged: dict[str, str] = {}
-    for n, (name, wrong) in enumerate(zip(read, _together(lambda name: _wrong(store, name), read)), 1):
+    for n, (name, wrong) in enumerate(zip(read, in_threads(lambda name: _wrong(store, name), read)), 1):
         if wrong:
             damaged[name] = wrong
         on_file(n, len(read))
@@ -140,7 +138,7 @@ def collect(
             store.files.remove(name)
     numbers = Counter(_person(name) for name in sizes if _kind(name) == "state")
     many = [person for person, count in numbers.items() if keep and count > keep]
-    for n, trimmed in enumerate(_together(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
+    for n, trimmed in enumerate(in_threads(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
         removed |= trimmed
         on_person(n, len(many))
     return removed
@@ -160,13 +158,6 @@ def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
         for name in older:
             store.files.remove(name)
     return older
-
-
-def _together(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-    """Yield the result of ``work`` for each name, in order, computed in threads."""
-    with ThreadPoolExecutor(_TOGETHER, "mta-upkeep") as pool:
-        for start in range(0, len(names), 16 * _TOGETHER):
-            yield from pool.map(work, names[start : start + 16 * _TOGETHER])
 
 
 def _kind(name: str) -> Kind:

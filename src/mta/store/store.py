@@ -86,7 +86,8 @@ class Store:
             pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
             self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
         except FileExistsError:
-            if self._work(f"{path}/{version}.safetensors") == state.work:
+            if self._work(f"{path}/{version}.safetensors") == state.work:  # perhaps by an earlier attempt of this call
+                self._keep_out(id, since, f"{version}.safetensors", "latest.json")
                 return version
             raise StoreConflict(
                 f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",

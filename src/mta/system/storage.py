@@ -8,9 +8,11 @@ import os
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -18,8 +20,18 @@ from fsspec.implementations.local import LocalFileSystem
 from mta.errors import StoreError
 from mta.system.atomic import SHARED, is_shared, owner_only, replacing, sync_folder
 
+T = TypeVar("T")
+R = TypeVar("R")
+_TOGETHER = 16  # requests at once, because remote storage answers slowly
 _REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+
+
+def in_threads(work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
+    """Yield the result of ``work`` for each value, in order, computed in threads: for work that waits for storage."""
+    with ThreadPoolExecutor(_TOGETHER, "mta-storage") as pool:
+        for start in range(0, len(values), 16 * _TOGETHER):
+            yield from pool.map(work, values[start : start + 16 * _TOGETHER])
 
 
 class Storage:

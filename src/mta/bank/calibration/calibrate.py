@@ -74,7 +74,7 @@ def calibrate(
                 yield piece, saved[0]["found"]
             else:
                 missing.append(piece)
-        for outcome in chosen.run(run_probe, missing, here, elsewhere):
+        for outcome in chosen.run(run_probe, missing, here, elsewhere) if missing else ():
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mta.data.history import Item
-from mta.data.readers.rejects import Bad, Place, Rejects
+from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, short
 from mta.errors import DataError, InputError
@@ -90,10 +90,36 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
     return time
 
 
+def _is_date(digits: str) -> bool:
+    """Return whether digits are a year or a day, such as 2009 and 20090521; others count something."""
+    return len(digits) in (4, 8) and 1800 <= int(digits[:4]) <= 2100
+
+
+@dataclass(slots=True)
+class _Digits:
+    """The first times of a file that are digits of a date, and digits that count something: not both can be right."""
+
+    date: str = ""
+    number: str = ""
+
+    def check(self, place: Place, column: str, time: Any) -> None:
+        """Raise DataError for the first time that is not like the others."""
+        if not isinstance(time, str) or not (text := time.strip()).isdecimal():
+            return
+        if _is_date(text):
+            self.date = self.date or text
+        else:
+            self.number = self.number or text
+        if self.date and self.number:
+            reason = f"{self.date!r} would be a date, and {self.number!r} a number"
+            hint = f"Write all times as dates ({self.date[:4]}-01), or all with a decimal point ({self.date}.0)."
+            raise data_error(place, column, reason, hint)
+
+
 def _iso(text: str) -> float:
     text = text.strip().removesuffix(" UTC")
-    if text.isdecimal() and not (len(text) in (4, 8) and 1800 <= int(text[:4]) <= 2100):
-        return float(text)  # 2009 and 20090521 are dates, other digits count something
+    if text.isdecimal() and not _is_date(text):
+        return float(text)
     if re.fullmatch(r"\d{4}", text):
         text += "-01"
     if re.fullmatch(r"\d{4}-\d{2}", text):
@@ -184,12 +210,13 @@ def item_parts(
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
     """
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
-    (named, replaced), seen = _columns_of(task, columns), set[str]()
+    (named, replaced), seen, digits = _columns_of(task, columns), set[str](), _Digits()
     for place, record in records:
         seen |= record.keys()
         row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
+        digits.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
                 part = Part(id_in(row, "person"), (item_in(row, task),), place)

@@ -124,14 +124,14 @@ def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
         yield place, value
 
 
-def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[Place, Any]]:
-    """Yield the elements of the array that begins where ``opening`` matches, decoded one by one.
+def array_elements(path: Path, opening: str = "") -> Iterator[tuple[Place, Any]]:
+    """Yield the elements of an array, decoded one by one: of that which begins where ``opening`` matches, or the file.
 
     Raises DataError at the first fault: the start of the next element is then unknown.
     """
     with opened(path) as file:
         window = _Window(path, file)
-        window.enter(opening)
+        window.enter(opening or r"\s*\[")
         while window.peek() != "]":
             window.element += 1
             place = window.place()
@@ -143,6 +143,9 @@ def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[Place,
                 window.fail("a comma before the end of the array")
             elif window.peek() != "]":
                 window.fail("expected ',' or ']' after an element of the array")
+        window.advance(1)
+        if not opening and not window.at_end():
+            window.fail("text after the end of the array")
 
 
 class _Window:
@@ -180,13 +183,17 @@ class _Window:
 
     def peek(self) -> str:
         """Return the next character that is not a space."""
+        if self.at_end():
+            self.fail("the file ends inside an array: the file is incomplete")
+        return self.text[self.at]
+
+    def at_end(self) -> bool:
+        """Move to the next character that is not a space; return whether there is none."""
         while True:
             match = SPACE.match(self.text, self.at)
             self.advance(match.end() - self.at if match else 0)
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if self.ended:
-                self.fail("the file ends inside an array: the file is incomplete")
+            if self.at < len(self.text) or self.ended:
+                return self.at == len(self.text)
             self.grow()
 
     def value(self) -> Any:

@@ -77,18 +77,21 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
     """Yield the cells of each record, the header first; ``begin`` is its place.
 
     A line with wrong quotes is a bad row, or in a table with tabs, which often has no quoting, read as it is. If the
-    quotes span lines, the begin of the next record is unknown: raises DataError.
+    quotes span lines, the begin of the next record is unknown: raises DataError, except if each of the lines is a whole
+    record of a table with tabs.
     """
-    line = ""
+    line, taken, width = "", list[str](), 0  # the lines of the record
 
     def given() -> Iterator[str]:
         nonlocal line
         for line in lines:
+            taken.append(line)
             yield f"{line}\n"
 
     reader = csv.reader(given(), delimiter=delimiter, strict=True)
     while True:
         read = reader.line_num
+        taken.clear()
         place = begin._replace(line=begin.line + read)
         try:
             cells = next(reader, None)
@@ -102,7 +105,11 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
                 raise data_error(place, None, f"not a table: {error}", hint=f"In a table, {QUOTES}.") from None
         if cells is None:
             return
-        yield place, cells
+        width = width or len(cells)
+        if delimiter == "\t" and len(taken) > 1 and all(text.count("\t") + 1 == width for text in taken):
+            yield from ((place._replace(line=place.line + n), text.split("\t")) for n, text in enumerate(taken))
+        else:
+            yield place, cells
 
 
 def _check_distinct(names: list[str], place: Place) -> None:

@@ -1,0 +1,75 @@
+"""The scheduler of pieces with a cluster that is made up: which workers it starts, and when it gives up."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mta.distributed.executor import Piece
+from mta.distributed.ray import PieceScheduler
+from mta.errors import ClusterError
+
+
+class Died(Exception):
+    """What Ray raises when a worker died."""
+
+
+class One(Piece):
+    """A piece of one person."""
+
+    def __len__(self):
+        return 1
+
+
+class Ray:
+    """References are functions that return a result or raise."""
+
+    exceptions = SimpleNamespace(RayError=Died, RayTaskError=type("TaskError", (Died,), {}))
+
+    def put(self, value):
+        return value
+
+    def get(self, ref):
+        return ref()
+
+    def wait(self, refs, num_returns, timeout):
+        return [min(refs, key=lambda ref: ref.turn)], []
+
+    def kill(self, worker):
+        pass
+
+
+def made_up_cluster(good, workers, attempts=2):
+    """A cluster whose workers after the first ``good`` cannot start; results come after all starts."""
+    hired = []
+
+    def call(turn, result):
+        def ref():
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        ref.turn = turn
+        return ref
+
+    def hire():
+        hired.append(None)
+        fails = len(hired) > good
+        worker = SimpleNamespace(open=SimpleNamespace(), run=SimpleNamespace())
+        worker.open.remote = lambda made: call(len(hired), Died() if fails else None)
+        worker.run.remote = lambda function, piece: call(1000, "done")
+        return worker
+
+    return SimpleNamespace(ray=Ray(), workers=workers, attempts=attempts, hire=hire), hired
+
+
+def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
+    cluster, hired = made_up_cluster(good=1, workers=2)
+    found = list(PieceScheduler(cluster, None).work_through(None, [One() for _ in range(40)]))
+    assert [one.result for one in found] == ["done"] * 40
+    assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
+
+
+def test_workers_that_all_cannot_start_end_the_run():
+    cluster, _ = made_up_cluster(good=0, workers=2)
+    with pytest.raises(ClusterError, match="5 workers in a row could not start"):
+        list(PieceScheduler(cluster, None).work_through(None, [One()]))
