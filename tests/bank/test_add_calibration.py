@@ -16,7 +16,7 @@ from mta.bank import add_calibration, format
 from mta.bank.calibration.crossfit import Calibrator
 from mta.bank.calibration.people import Subject, calibration_people
 from mta.bank.calibration.probes import Measure
-from mta.bank.format import mark_stale, read_info, stale, verify
+from mta.bank.format import mark_stale, read_info, stale, stops, verify
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -284,6 +284,16 @@ def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
     after = mta.Bank.open(folder / "bank", base, full=True)
     assert (after.hash, after.calibration.info) == (before.hash, before.calibration.info)
     assert not (folder / "bank" / "work").exists()
+
+
+def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(folder, base):
+    since = stops(folder / "bank")
+    forget_person(OTHERS[0].id, None, folder / "bank")
+    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
+        calibrated(folder, base, since=since)
+    assert mta.Bank.open(folder / "bank", base).calibration is None
+    assert not (folder / "bank" / "work").exists()
+    calibrated(folder, base, OTHERS[1:])
 
 
 def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, base):

@@ -21,6 +21,7 @@ from mta.bank.format import (
     file_hashes,
     read_adapters,
     read_info,
+    stops,
     with_hash,
     write_info,
 )
@@ -43,23 +44,26 @@ def calibrate_bank(
     people: Sequence[Person],
     run: Run,
     *,
+    since: str | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Calibrate a finished bank on items behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
-    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if too few people
+    Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)`` returned before the people were read,
+    or returns now. An interrupted calibration resumes. Raises InputError if too few people
     are left or the bank has no list of members, DataError for an item that is too long, BankError if a person is
     forgotten meanwhile, BankCorrupt, BankMismatch.
     """
+    since = stops(folder) if since is None else since
     with exclusive(folder):
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
         outside = _outside(folder, info, people, run.calibration)
         measured = {id(item) for one in outside for item in one.items}
         base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
-        found = _measured(folder, info, base, outside, run, executor or LocalExecutor(), on_step)
-        _commit(folder, info, outside, run.calibration, found)
+        found = _measured(folder, info, base, outside, run, since, executor or LocalExecutor(), on_step)
+        _commit(folder, info, outside, run.calibration, found, since)
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
@@ -87,6 +91,7 @@ def _measured(
     base: BaseModel,
     people: Sequence[Person],
     run: Run,
+    since: str,
     executor: Executor,
     on_step: OnStep | None,
 ) -> Calibration:
@@ -98,13 +103,13 @@ def _measured(
     write_text(folder / CALIBRATING, work)
 
     def stepped(step: Step) -> None:
-        _check_not_stopped(folder)
+        _check_not_stopped(folder, since)
         if on_step:
             on_step("calibration", step)
 
     def saved(name: str) -> Checkpoint:
         file = folder / "work" / f"{name}.safetensors"
-        return Checkpoint(file, work, allowed=(folder / CALIBRATING).exists)  # no new file after `forget`
+        return Checkpoint(file, work, allowed=lambda: stops(folder) == since)  # no new file after `forget`
 
     found = calibrate(
         base,
@@ -124,12 +129,17 @@ def _measured(
 
 
 def _commit(
-    folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings, found: Calibration
+    folder: Path,
+    info: BankInfo,
+    people: Sequence[Person],
+    settings: CalibrationSettings,
+    found: Calibration,
+    since: str,
 ) -> None:
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
     without = with_hash(info.model_copy(update={"calibration": None, "files": files}))
-    _check_not_stopped(folder)
+    _check_not_stopped(folder, since)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
     write_tensors(folder / CALIBRATION, found.tensors(), {})
@@ -145,7 +155,7 @@ def _commit(
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:
-        _check_not_stopped(folder)  # from here on, forgetting finds the person in the bank
+        _check_not_stopped(folder, since)  # from here on, forgetting finds the person in the bank
     except BankError:
         write_info(folder, without)
         write_text(folder / CARD, card(without))
@@ -154,8 +164,8 @@ def _commit(
     remove_work(folder)
 
 
-def _check_not_stopped(folder: Path) -> None:
-    if not (folder / CALIBRATING).exists():
+def _check_not_stopped(folder: Path, since: str) -> None:
+    if stops(folder) != since:
         remove_work(folder)
         raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
 

@@ -186,15 +186,19 @@ class Bank:
         people: Sequence[Person],
         *,
         run: Run | None = None,
+        since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
         """Calibrate the bank on items that it was not trained on, and return it with its new hash.
 
         States that were made before belong to the old hash: personalize these people again. Settings are those of
-        ``run.calibration``. Raises InputError if the bank's anchors or task LoRA were trained on all of these people.
+        ``run.calibration``. ``since`` is what ``mta.bank.format.stops(folder)`` returned before the people were read:
+        the calibration is given up (BankError) if a person was forgotten after that.
+        Raises InputError if the bank's anchors or task LoRA were trained on all of these people.
         """
-        calibrate_bank(self.folder, base, people, run or self.info.run, executor=executor, on_step=on_step)
+        settings = run or self.info.run
+        calibrate_bank(self.folder, base, people, settings, since=since, executor=executor, on_step=on_step)
         return self.open(self.folder, base)
 
     def settled(self, run: Run | None = None) -> Run:

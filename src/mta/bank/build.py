@@ -30,6 +30,7 @@ from mta.bank.format import (
     PUBLISHED,
     SCHEMA,
     STALE,
+    STOPS,
     TASK_LORA,
     BankInfo,
     file_hashes,
@@ -253,7 +254,7 @@ def _finish(
 def remove_work(out: Path) -> None:
     """Remove the work folder, and temporary files of killed builds."""
     shutil.rmtree(out / "work", ignore_errors=True)
-    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
+    for name in OURS - {STALE, STOPS, PUBLISHED}:  # other processes may be writing these
         for temporary in unfinished_in(out, name):
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
-from mta.system.atomic import file_mode, file_sha256, read_json, replacing, write_json
+from mta.system.atomic import file_mode, file_sha256, read_json, replacing, write_json, write_text
 from mta.tracking import run_folder
 
 SCHEMA = 2
@@ -36,14 +38,15 @@ NEW_MEMBERS = "members.new.json"  # until bank.json is written
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
-CALIBRATING = "work/calibrating"  # while a finished bank is calibrated; forgetting a person removes it
+CALIBRATING = "work/calibrating"  # while a finished bank is calibrated
+STOPS = "stops"  # another text after each forgetting: a calibration of people who were read before is given up
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 ADAPTER = f"{TASK_LORA}/{CONFIG}"
 # The files whose hashes bank.json holds.
 HASHED_FILES = ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}"
-_FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
+_FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, STOPS, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
 UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 PERMISSIONS = "Make the folder writable, or use a host where it is, and repeat the command."
@@ -271,15 +274,29 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     return parts
 
 
+def stops(folder: Path) -> str:
+    """Return a text that every later ``stop_calibration`` changes: read it before the people of a calibration."""
+    try:
+        return (folder / STOPS).read_text(encoding="utf-8")
+    except OSError:  # there was none, or nobody can calibrate this bank here
+        return ""
+
+
 def stop_calibration(folder: Path) -> None:
-    """Remove what a calibration has measured so far, also of forgotten people; one under way ends with an error.
+    """Give up calibrations that begin with people who were read before, or are under way; remove what these measured.
 
     Raises BankError if it cannot be removed, or the folder cannot be read.
     """
     work = folder / "work"
     try:
-        if (folder / INFO).exists() and work.exists():  # without a description, it is an unfinished build's
-            (folder / CALIBRATING).unlink(missing_ok=True)  # first: then a calibration under way saves nothing more
+        if not (folder / INFO).exists():
+            return  # an unfinished build's
+        try:
+            write_text(folder / STOPS, secrets.token_hex(8))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # with these, nobody calibrates here
+                raise
+        if work.exists():
             shutil.rmtree(work, ignore_errors=True)
             if work.exists():
                 raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)

@@ -180,11 +180,14 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
+    from mta.bank.format import stops
+
     columns = options.Columns(person_column, input_column, output_column, time_column)
+    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, bank, run = options.open_bank(folder, words, device=device, config=config, open_to=frozenset({"calibration"}))
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
-        bank = bank.calibrate(base, people, run=run, executor=executor, on_step=screen.step)
+        bank = bank.calibrate(base, people, run=run, since=since, executor=executor, on_step=screen.step)
     _show(bank, json)
 
 
