@@ -5,7 +5,6 @@ A killed build resumes. The same people, base, and settings give the same tensor
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -39,7 +38,7 @@ from mta.bank.format import (
     write_info,
     write_task,
 )
-from mta.bank.keys import build_key, uncalibrated, with_old_defaults
+from mta.bank.keys import BuildKeys
 from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
@@ -100,50 +99,40 @@ def build_bank(
     )
     own_task = {"task": str(Path(run.task).resolve())} if Path(run.task).is_file() else {}
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-    groups = (task_people, candidates, *([held_out] if held_out else []))
-    histories = [[[person.id, person.digest()] for person in group] for group in groups]
-
-    def key(settings: Run) -> str:
-        return build_key(base, task, encoder, histories, settings, task_lora)
-
-    work, training_key = key(run), key(uncalibrated(run))  # training_key: of stages 0 and 1
-    keys = work, training_key, key(with_old_defaults(run))
-    if _is_finished(out, *keys):
+    groups = [task_people, candidates, *([held_out] if held_out else [])]
+    keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
+    if _is_finished(out, keys, resume):
         return write_task(out, task)
-    if resume:
-        _check_begun(out, training_key)
     record = RunFolder(
         folder=out,
         kind="bank",
         base=base,
         settings=run.model_dump(mode="json") | own_task,
         about={"seeds": [run.seed]},
-        work=work,
+        work=keys.whole,
         command=command,
         track=track,
         on_step=on_step,
         locked=True,
     )
-    context = BuildContext(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
+    context = BuildContext(base, task, run, out, keys.whole, keys.training, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])
     jobs, plan = _anchor_jobs(context, roles)
     with exclusive(out):  # another process may have finished or begun a build since the first look
-        if _is_finished(out, *keys):
+        if _is_finished(out, keys, resume):
             return write_task(out, task)
         if not resume:
             shutil.rmtree(out / "work", ignore_errors=True)
             (out / run_folder.METRICS).unlink(missing_ok=True)
-        _check_begun(out, training_key)
         with record:
             record.begin()
-            write_text(out / BEGUN, training_key)
+            write_text(out / BEGUN, keys.training)
             trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
             calibration = _train(context, roles, jobs, plan, trained)
-            secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-            _finish(context, encoder, plan, roles, roles.members(secret), calibration)
+            _finish(context, encoder, plan, roles, roles.members(keys.secret), calibration)
         remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
@@ -155,16 +144,6 @@ def _train(
     write_tensors(context.out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
     write_tensors(context.out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
     return _calibrate(context, anchors, task_lora, roles.calibrating)
-
-
-def _check_begun(out: Path, training_key: str) -> None:
-    """Raise BankError for an interrupted build with another key: its finished work would be overwritten."""
-    if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != training_key:
-        raise BankError(
-            f"{out} holds an interrupted build from other people, another base or other settings",
-            hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
-            f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
-        )
 
 
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
@@ -262,14 +241,15 @@ def remove_work(out: Path) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _is_finished(out: Path, work: str, *older: str) -> bool:
-    """Return whether a bank with one of these work keys is complete; ``older`` are those without a calibration.
+def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
+    """Return whether the bank is complete, perhaps without its calibration.
 
-    Raises BankError for another bank, or foreign files.
+    Raises BankError for another bank, foreign files, and if the build may ``resume``, for an interrupted build with
+    other keys: its finished work would be overwritten.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (work, *older):
-            if info.work != work and info.calibration is None:
+        if (info := read_info(out)).work in (keys.whole, keys.training, keys.older):
+            if info.work != keys.whole and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
             if not (out / CALIBRATING).exists():
                 remove_work(out)
@@ -282,5 +262,11 @@ def _is_finished(out: Path, work: str, *older: str) -> bool:
         raise BankError(
             f"{out} holds {other[0]}, which does not belong to a bank",
             hint="Choose an empty or a new folder with --out.",
+        )
+    if resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
+        raise BankError(
+            f"{out} holds an interrupted build from other people, another base or other settings",
+            hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
+            f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
         )
     return False

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mta.bank.format import UNKNOWN_TO_0_1_0, as_before, file_hashes
 from mta.config import Run, TaskLoraSettings
+from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.lora.peft import CONFIG, WEIGHTS
 from mta.model.base import BaseModel
@@ -14,6 +18,39 @@ from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
 _NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildKeys:
+    """The keys of one build. ``histories`` are the ids and item digests of each group of people."""
+
+    histories: list[list[list[str]]]
+    whole: str  # of the bank with its calibration
+    training: str  # of stages 0 and 1
+    older: str  # as the defaults of 0.1.0 gave
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        task: Task,
+        encoder: Encoder,
+        groups: Sequence[Sequence[Person]],
+        run: Run,
+        task_lora: Path | None,
+    ) -> BuildKeys:
+        """Return the keys for groups of people, each in the order of ids, and settings."""
+        histories = [[[person.id, person.digest()] for person in group] for group in groups]
+        whole, training, older = (
+            build_key(base, task, encoder, histories, settings, task_lora)
+            for settings in (run, uncalibrated(run), with_old_defaults(run))
+        )
+        return cls(histories, whole, training, older)
+
+    @property
+    def secret(self) -> str:
+        """What only the people's histories give: the key of the whole bank is in ``bank.json``."""
+        return json.dumps([self.whole, self.histories])
 
 
 def build_key(
