@@ -48,7 +48,7 @@ def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
         "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
-        "`--config`. A bank holds the settings it was built with. For a bank that exists you can change:\n\n"
+        "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists you can change:\n\n"
         "- `merge.…` and `stack.…` (`mta personalize`, `evaluate`, `serve`);\n"
         "- `calibration.…` (`mta bank calibrate`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
@@ -82,7 +82,7 @@ def _rows(kind: type[Settings], before: str = "", default: Settings | None = Non
 
 def _plain(value: object) -> str:
     return (
-        "none"
+        "null"
         if value is None
         else yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
         .removesuffix("...\n")
@@ -121,8 +121,9 @@ def errors() -> str:
     drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
     said = rest.partition("To add one")[0].strip().replace("``", "`")
     text = (
-        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 where "
-        "`mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C. In Python each error is a "
+        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for unknown options, 3 "
+        "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
+        "signal's number after SIGTERM and SIGHUP. In Python each error is a "
         "class of `mta.errors`, those of the server of `mta.serving`.\n\n"
         f"```text\n{drawing}\n```\n\n{said}\n\n"
     )

@@ -126,7 +126,7 @@ def rollback(
 ) -> None:
     """Restore an earlier version: save its content as a new version, and keep all versions.
 
-    Personalizing again with other shots or settings makes a newer version.
+    The next mta personalize makes a newer version, unless its items and settings are those of the restored version.
 
     Example:  mta person rollback ann 2 --store people/
     """

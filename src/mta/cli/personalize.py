@@ -55,8 +55,8 @@ def personalize(
 
     People whose states are up to date are skipped, so the command can be repeated. With --update, states are
     continued from the new items alone. By laplace, the default, coefficients become those of all items; by other
-    policies they change where the new items show a need. A stack is kept, or trained further. A state made from more
-    items than the file has is kept as it is, unless --latest is given.
+    policies they change where the new items show a need. A stack is kept, or trained further. With --update, a state
+    made from more items than the file has is kept, unless --latest is given; without it, the file alone counts.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001

@@ -47,7 +47,7 @@ class Training(Settings):
     """
 
     lr: float = Field(default=2e-4, gt=0, description="learning rate of AdamW")
-    steps: int | None = Field(default=None, ge=0, description="optimizer steps; none: use epochs")
+    steps: int | None = Field(default=None, ge=0, description="optimizer steps; null: use epochs")
     epochs: float = Field(default=1.0, gt=0, description="passes over the examples, if steps is not set")
     batch_size: int = Field(default=8, ge=1, description="examples of one person per step")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="learning rate schedule")
@@ -77,7 +77,7 @@ class TaskLoraSettings(Settings):
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
     per_person: int = Field(default=64, ge=1, description="maximum number of examples of one person")
     unseen: int | None = Field(
-        default=16, ge=2, description="first items that candidates keep back; none: they do not train the task LoRA"
+        default=16, ge=2, description="first items that candidates keep back; null: they do not train the task LoRA"
     )
     rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
 
@@ -136,7 +136,7 @@ class MergeSettings(Settings):
     learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
     scale: float = Field(default=1.0, gt=0, description="multiplies all coefficients")
     mode: MergeMode = Field(default="exact", description="concatenate factors, compress with SVD, or average A and B")
-    rank: int | None = Field(default=None, ge=1, description="rank of the svd mode; none: the bank's rank")
+    rank: int | None = Field(default=None, ge=1, description="rank of the svd mode; null: the bank's rank")
 
 
 class StackSettings(Settings):
@@ -205,7 +205,7 @@ class Evaluation(Settings):
     queries: int = Field(default=12, ge=1, description="next items, to answer")
     seeds: tuple[Seed, ...] = Field(default=(), description="empty: the run's seed")
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; none: as the run's stack")
+    adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; null: as the run's stack")
     policies: tuple[Policy, ...] = Field(
         default=("uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned"),
         description="policies of the merge-only methods",

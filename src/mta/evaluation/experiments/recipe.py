@@ -69,7 +69,7 @@ class Experiment(Settings):
     """All comparisons on one set of people. Exhibits share banks, splits and scores."""
 
     about: str = Field("", description="one line about the data and the task")
-    data: str | None = Field(None, description="people, as for --data; none: --data has to be given")
+    data: str | None = Field(None, description="people, as for --data; null: --data has to be given")
     needs_test: bool = Field(False, description="the tested people come from another file, --test")
     people: Sizes = Sizes()
     ask: QueryOrder = Field(
