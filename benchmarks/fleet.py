@@ -80,6 +80,10 @@ def main() -> None:
     parse.add_argument("--together", type=int, default=16)
     parse.add_argument("--out", type=Path)
     args = parse.parse_args()
+    if (fewest := -(-min(args.people) // args.together)) <= args.workers + 1:
+        parse.error(
+            f"{min(args.people)} people are {fewest} cohorts, too few for {args.workers} workers: lower --workers"
+        )
     base = BaseModel.of(read_info(args.bank).run)
     bank, rows = Bank.open(args.bank, base), []
     for count in args.people:

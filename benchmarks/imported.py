@@ -46,7 +46,7 @@ def trained(base: BaseModel, person: Person, settings: dict[str, int | bool], ou
         adam.zero_grad()
         for item in items[start : start + 8]:
             example = base.prompts.example(TASK, item)
-            tokens = torch.tensor([example.tokens])
+            tokens = torch.tensor([example.tokens], device=base.device)
             labels = tokens.clone()
             labels[:, : example.target_start] = -100
             (model(input_ids=tokens, labels=labels).loss / 8).backward()

@@ -48,7 +48,8 @@ def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
         "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
-        "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists you can change:\n\n"
+        "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists "
+        "you can change:\n\n"
         "- `merge.…` and `stack.…` (`mta personalize`, `evaluate`, `serve`);\n"
         "- `calibration.…` (`mta bank calibrate`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.site import Site, release
 from benchmarks.speed import limit, multi_lora
 from benchmarks.speed.adaptation import against_peer, trained
-from benchmarks.speed.peers import FREE, PRECISIONS, TOKENS, PlainPeft
+from benchmarks.speed.peers import FREE, PRECISIONS, TOKENS, PlainPeft, fastest
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, agreed, oppu, stack
 from mta.config import Training
@@ -59,7 +59,8 @@ class Step:
         some = cohort.typical(min(4, len(jobs)))
         if site.device.type == "cuda":
             plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
-        precision = fastest(plain, some)
+        work = some.jobs[:1], some.start, some.training
+        precision = fastest(plain, lambda: fitted(plain, lambda: plain.prepare(*work)), PRECISIONS)
         difference = compared(site, cohort, plain)
         fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
 
@@ -168,23 +169,6 @@ def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
     release(site.device)
     plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
     return float(difference)
-
-
-def fastest(plain: PlainPeft, some: Cohort) -> str:
-    """Let the peer compute with the faster of its precisions; return which."""
-    speeds = dict[str, float]()
-
-    def one() -> float:
-        plain.train()
-        return 1.0
-
-    for precision in PRECISIONS:
-        plain.compute_with(precision)
-        fitted(plain, lambda: plain.prepare(some.jobs[:1], some.start, some.training))
-        speeds[precision] = rate(one)
-    best = max(PRECISIONS, key=lambda precision: speeds[precision])
-    plain.compute_with(best)
-    return best
 
 
 def _others(precision: str) -> str:

@@ -37,7 +37,7 @@ UNASKED = 24  # people who are asked for the first time when that is timed
 def server(args: Any, *, vllm: bool, alone: bool) -> Iterator[str]:
     """Its address, for as long as the block lasts."""
     with tempfile.TemporaryDirectory() as store:
-        sizes = {"bank": args.bank, "store": store, "people": args.clients + UNASKED, "slots": args.slots}
+        sizes = {"bank": args.bank, "store": store, "people": args.clients + UNASKED + 1, "slots": args.slots}
         words = [f"--{name}={value}" for name, value in (sizes | {"dtype": args.dtype}).items()]
         words += [f"--vllm={args.vllm}"] * vllm + ["--alone"] * alone
         running = subprocess.Popen(
@@ -63,7 +63,8 @@ def measured(args: Any, *, vllm: bool, alone: bool) -> dict[str, Any]:
         asyncio.run(load(url, models, 2, args.tokens))
         found: dict[str, Any] = {"load": asyncio.run(load(url, models, args.seconds, args.tokens)).as_dict()}
         found["first use"] = asyncio.run(cold(url, unasked))
-        found["newcomer"] = asyncio.run(delay(url, models[: args.slots - 1], unasked[0]))
+        newcomer = base if alone else f"person:{args.clients + UNASKED}"
+        found["newcomer"] = asyncio.run(delay(url, models[: max(args.slots - 1, 1)], newcomer))
     return found
 
 

@@ -96,14 +96,15 @@ async def cold(url: str, models: Sequence[str]) -> dict[str, float]:
 async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, float]:
     """How long everybody waits for a token while somebody with a prompt of 400 tokens comes in."""
     draw, gaps = random.Random(0), {"quiet": [], "newcomer": []}
-    now_is = ["quiet"]
+    now_is, answered = ["quiet"], asyncio.Event()
 
     async def runs(model: str) -> None:
-        last = None
-        async for now, count in pieces(http, model, prompt(draw, 40), 128):
-            if last is not None and count == 1:
-                gaps[now_is[0]].append(now - last)
-            last = now
+        while not answered.is_set():
+            last = None
+            async for now, count in pieces(http, model, prompt(draw, 40), 128):
+                if last is not None and count == 1:
+                    gaps[now_is[0]].append(now - last)
+                last = now
 
     async def comes() -> None:
         await asyncio.sleep(3)
@@ -111,12 +112,13 @@ async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, flo
         async for _ in pieces(http, newcomer, prompt(draw, 400), 1):
             pass
         now_is[0] = "quiet"
+        answered.set()
 
     async with connected(url) as http:
         await asyncio.gather(comes(), *map(runs, models))
     return {
         "quiet p50 (ms)": round(1000 * statistics.median(gaps["quiet"]), 1),
-        "longest while 400 tokens are read (ms)": round(1000 * max(gaps["newcomer"], default=0.0), 1),
+        "longest while 400 tokens are read (ms)": round(1000 * max(gaps["newcomer"]), 1),
     }
 
 

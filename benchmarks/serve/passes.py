@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.server import LENGTH, made_up, opened
+from benchmarks.speed.timing import settle
 from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.kv_cache import Slots
 from mta.system.device import cores, in_passing, processor
@@ -30,9 +31,11 @@ def milliseconds(slots: Slots, adapters: AdapterSlots, rows: slice, tokens: int,
     for _ in range(TIMES):
         for slot in slots._slots:
             slot.tokens = list(PROMPT)
+        settle()
         start = time.perf_counter()
         with torch.inference_mode(), nullcontext() if alone else adapters.opened(rows):
             slots.logits(rows, [[20] * tokens] * (rows.stop - rows.start))
+        settle()
         found.append(time.perf_counter() - start)
     return round(1000 * statistics.median(found), 1)
 

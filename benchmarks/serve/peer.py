@@ -30,6 +30,7 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
     base, bank = opened(Path(folder), dtype)
     made = LoraExporter(bank.anchors, bank.task_lora, bank.hash, RANK)
     plain = AutoModelForCausalLM.from_pretrained(local_folder(base.name), dtype=base.dtype, trust_remote_code=False)
+    plain = plain.to(base.device)
     model: Any = None
     with tempfile.TemporaryDirectory() as place:
         for person in map(str, range(people)):
@@ -46,7 +47,7 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
     with torch.inference_mode():
         while count == 0 or time.monotonic() - start < seconds:
             texts = [prompt(draw, draw.randrange(40, 120)) for _ in names]
-            rows = tokenizer(texts, return_tensors="pt", padding=True)
+            rows = tokenizer(texts, return_tensors="pt", padding=True).to(base.device)
             model.generate(**rows, adapter_names=names, max_new_tokens=most, min_new_tokens=most, do_sample=False)
             if start == 0.0:  # the first batch warms up
                 start, count = time.monotonic(), 1

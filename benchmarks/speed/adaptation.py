@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
-from benchmarks.speed.peers import FREE, PlainPeft, peer, peer_here
+from benchmarks.speed.peers import AS_IT_COMES, FREE, PRECISIONS, PlainPeft, fastest, peer, peer_here
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
@@ -82,6 +82,7 @@ def headline(case: Case, settings: Settings) -> Row:
         return _MINUTE * people
 
     with peer(case.peer_dtype, cohort.start) as plain:
+        precision = of_its_best(plain, theirs, case.peer_dtype)
         difference = agreed(against_peer(cohort, plain, 2 if case.prompts == "short" else 1), rough)
         plain.prepare(theirs.jobs, theirs.start, theirs.training)
         cohort.train()  # warm, whole: memory that a process touches first is slow
@@ -96,9 +97,17 @@ def headline(case: Case, settings: Settings) -> Row:
         case.target,
         difference,
         "losses and gradients",
-        "; ".join([_said(settings), *([FREE] if cohort.pooled else [])]),
+        "; ".join([_said(settings), *precision, *([FREE] if cohort.pooled else [])]),
         more=_more(cohort, len(theirs.jobs)),
     )
+
+
+def of_its_best(plain: PlainPeft, some: Cohort, dtype: str) -> list[str]:
+    """Let a bfloat16 peer compute with the fastest of its precisions; return what a row says of it."""
+    if dtype != "bfloat16":
+        return []
+    work = some.jobs[:1], some.start, some.training
+    return [f"PEFT with {fastest(plain, lambda: plain.prepare(*work), (AS_IT_COMES, *PRECISIONS))}, its fastest"]
 
 
 def trained(plain: PlainPeft, some: Cohort, cohort: Cohort) -> float:

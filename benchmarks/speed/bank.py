@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.speed import data
-from benchmarks.speed.adaptation import against_peer, trained
+from benchmarks.speed.adaptation import against_peer, of_its_best, trained
 from benchmarks.speed.peers import FREE, peer
 from benchmarks.speed.processor import best_dtype
 from benchmarks.speed.settings import Settings
@@ -41,6 +41,7 @@ def building(name: str, dtype: str, settings: Settings) -> Row:
         return _MINUTE * anchors
 
     with peer(dtype, cohort.start) as plain:
+        precision = of_its_best(plain, theirs, dtype)
         difference = agreed(against_peer(shorter, plain), dtype)
         plain.prepare(theirs.jobs, theirs.start, theirs.training)
         replace(cohort, training=cohort.training.model_copy(update={"steps": 1})).train()
@@ -55,7 +56,7 @@ def building(name: str, dtype: str, settings: Settings) -> Row:
         None,
         difference,
         "losses and gradients of two anchors",
-        f"short prompts, {ITEMS} items an anchor, {STEPS} steps of {BATCH}; {FREE}",
+        "; ".join([f"short prompts, {ITEMS} items an anchor, {STEPS} steps of {BATCH}", *precision, FREE]),
         more={"anchors": anchors, "peer_anchors": peers, "steps": STEPS},
     )
 

@@ -7,7 +7,7 @@ is frozen in ours (task LoRA, merged anchors) is folded into its base weights be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from benchmarks.speed.adapters import lora_config, plain_model
 from benchmarks.speed.apart import apart
+from benchmarks.speed.timing import rate
 from mta.config import Training
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
 from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
-PRECISIONS = ("autocast", "adapters in bfloat16")  # of a bfloat16 base, beside adapters in float32
+PRECISIONS = ("autocast", "adapters in bfloat16")  # of a bfloat16 base
+AS_IT_COMES = "adapters in float32"  # what PEFT makes of a bfloat16 base by default
 TOKENS = 2048  # padded tokens of one forward pass on CPUs; batches of long texts are split and their gradients added up
 
 
@@ -52,12 +54,12 @@ class PlainPeft:
         self.unfolded: dict[str, Tensor] = {}
 
     def compute_with(self, precision: str) -> None:
-        """Compute a bfloat16 base with one of ``PRECISIONS``; before that, adapters are float32 without autocast.
+        """Compute a bfloat16 base with one of ``PRECISIONS`` or ``AS_IT_COMES``.
 
-        With autocast, their factors stay float32.
+        With autocast, the adapters' factors stay float32.
         """
         self.autocast = precision == "autocast"
-        kind = torch.float32 if self.autocast else torch.bfloat16
+        kind = torch.bfloat16 if precision == "adapters in bfloat16" else torch.float32
         for tensor in self.parameters:
             tensor.data = tensor.data.to(kind)
 
@@ -130,6 +132,23 @@ class PlainPeft:
 
     def _factors(self) -> dict[str, tuple[Any, Any]]:
         return {n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()}
+
+
+def fastest(plain: PlainPeft, prepare: Callable[[], Any], among: Sequence[str]) -> str:
+    """Let the peer compute with the fastest of some precisions; return which. ``prepare`` gives it work for one."""
+    speeds = dict[str, float]()
+
+    def one() -> float:
+        plain.train()
+        return 1.0
+
+    for precision in among:
+        plain.compute_with(precision)
+        prepare()
+        speeds[precision] = rate(one)
+    best = max(among, key=lambda precision: speeds[precision])
+    plain.compute_with(best)
+    return best
 
 
 def padded(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from mta.kernels.compile import obstacle
+
 # In the order of the table.
 MODULES = (
     "adaptation",
@@ -51,4 +55,4 @@ class Settings:
         """As the JSON keeps it, and what a kept row must agree in."""
         values = asdict(self)
         del values["done"]
-        return values
+        return values | {"threads": torch.get_num_threads(), "kernels": obstacle() or "all"}

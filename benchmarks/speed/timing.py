@@ -76,14 +76,15 @@ def turns(
 
 def rate(work: Callable[[], float]) -> float:
     """Work done per second. Kernels that a GPU has still to run count as work."""
-    _settle()
+    settle()
     start = time.perf_counter()
     done = work()
-    _settle()
+    settle()
     return done / (time.perf_counter() - start)
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Wait for the kernels that a GPU has still to run."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

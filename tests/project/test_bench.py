@@ -77,6 +77,19 @@ class TestTiming:
         assert measured.verdict == verdict
 
 
+def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch):
+    def measure(*rows):
+        monkeypatch.setattr(command, "_measured", lambda *_: iter(rows))
+        monkeypatch.setattr(command, "draw", lambda *_: None)
+        command.main(["--only", "multi_lora", "--out", str(tmp_path), "--again"])
+        (path,) = tmp_path.glob("bench-*.json")
+        return {one["name"]: one["rates"] for one in record.kept(path)}
+
+    before = measure(row(5.0), Row("another", "mta", "peer", rates=(1.0,), peer_rates=(1.0,)))
+    missing = Row("multi_lora", "mta", "", skipped="no peer"), Row("another", "mta", "", skipped="no data")
+    assert measure(*missing) == before | {"multi_lora": []}
+
+
 def test_rows_against_another_trainer_say_what_is_missing(monkeypatch):
     monkeypatch.delenv(multi_lora.PYTHON, raising=False)
     with pytest.raises(Absent, match="does not name the Python of an environment with MoE-PEFT"):

@@ -16,9 +16,9 @@ from benchmarks.gpu.__main__ import keep, left_out, main, passes, planned, recor
 from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
-from benchmarks.gpu.steps import fastest, fitted, planned_bytes, rates_by_batch
+from benchmarks.gpu.steps import fitted, planned_bytes, rates_by_batch
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import PRECISIONS, PlainPeft, _parts
+from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, _parts, fastest
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from benchmarks.speed.training import Cohort, apart, oppu, small, stack
@@ -196,7 +196,8 @@ def test_the_peer_is_measured_with_the_batches_that_fit():
     plain.prepare(jobs, cohort.start, cohort.training)
     assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8), 1)] == [2, 4]
     assert plain.tokens == 150
-    assert fastest(plain, cohort) in PRECISIONS
+    work = cohort.jobs[:1], cohort.start, cohort.training
+    assert fastest(plain, lambda: plain.prepare(*work), PRECISIONS) in PRECISIONS
 
 
 def test_precisions_of_the_peer_give_its_gradients():
@@ -206,7 +207,8 @@ def test_precisions_of_the_peer_give_its_gradients():
     start = small(cohort.start, 7)
     plain = PlainPeft(site.plain(), start)
     _, expected = plain.gradient(jobs, start)
-    for precision, kind in zip(PRECISIONS, (torch.float32, torch.bfloat16)):
+    kinds = torch.float32, torch.bfloat16, torch.float32
+    for precision, kind in zip((*PRECISIONS, AS_IT_COMES), kinds):
         plain.compute_with(precision)
         assert {tensor.dtype for tensor in plain.parameters} == {kind}
         assert apart(plain.gradient(jobs, start)[1], expected) < 0.05

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
+from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from mta.cli.app import app
@@ -39,6 +40,14 @@ def test_a_shape_is_read_from_a_config_alone(kind, tmp_path):
     )
     head = base.model.get_output_embeddings()
     assert shape.head == head.weight.numel()
+
+
+def test_the_chosen_experts_of_a_token_count():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=50, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=4, **sizes)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    assert Sums.of(model).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
 
 
 def test_the_well_known_shapes_are_what_their_makers_say():
@@ -152,6 +161,9 @@ def test_the_command_prints_tables_and_json(tmp_path):
     with pytest.raises(ConfigError, match="no such hardware"):
         hardware("abacus")
     with pytest.raises(ConfigError, match="cannot read the shapes of"):
+        Shape.of(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 8}')
+    with pytest.raises(ConfigError, match="not a model with attention layers only"):
         Shape.of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ConfigError, match="not a causal language model"):

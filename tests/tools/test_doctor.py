@@ -140,6 +140,25 @@ def test_files_that_the_kernel_caches_count_as_free_memory(monkeypatch, tmp_path
     assert doctor._free_memory() == 3500
     (tmp_path / "memory.max").write_text("max\n")
     assert doctor._free_memory() > 1 << 20
+    older = tmp_path / "memory"  # of cgroups v1
+    older.mkdir()
+    parts = "inactive_file 1\ntotal_inactive_file 300"
+    for name, text in (("limit_in_bytes", "9000"), ("usage_in_bytes", "8000"), ("stat", parts)):
+        (older / f"memory.{name}").write_text(f"{text}\n")
+    assert doctor._free_memory() == 1300
+
+
+def test_a_cache_in_a_closed_folder_is_reported_like_other_findings(monkeypatch, tmp_path):
+    """As with the HOME of another account."""
+
+    def closed(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(doctor, "is_present", lambda name: True)
+    monkeypatch.setattr(doctor, "cache_dir", lambda: tmp_path / "closed" / "cache")
+    for name in ("exists", "is_dir", "rglob"):
+        monkeypatch.setattr(Path, name, closed)
+    assert [one.name for one in doctor._cache()] == ["folder", "disk free", "assets"]
 
 
 @pytest.mark.parametrize(

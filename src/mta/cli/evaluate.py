@@ -118,8 +118,9 @@ def evaluate(
     SOURCE holds people to test on a bank; each is personalized anew from their shots. People in the bank, and people
     with fewer than shots + queries items, are left out. key=value sets the evaluation (shots=4 queries=10) and
     overrides merge.…, stack.…, memory and dtype of the bank.
-    Or SOURCE is a recipe (lamp1 to lamp5, lamp2n, lamp7, movielens, or a .yaml file): an experiment that builds its own banks and runs
-    all methods and the paper's exhibits. An interrupted experiment resumes. Draw its exhibits with mta report.
+    Or SOURCE is a recipe (lamp1 to lamp5, lamp2n, lamp7, movielens, or a .yaml file): an experiment that builds its own
+    banks and runs all methods and the paper's exhibits. An interrupted experiment resumes. Draw its exhibits with mta
+    report.
     With --predictions, a file of answers in LaMP's format is scored as in the benchmark, and nothing is computed.
     With --privacy, the bank, its merges and personal models are attacked: does the loss separate their training items
     from other items? SOURCE then holds the people of the bank and other people; shots=8 targets=16 items=16.

@@ -62,7 +62,10 @@ BankDir = Annotated[Path, Option("--bank", help="Folder or hub id of a bank.", c
 StoreUrl = Annotated[str, Option("--store", help="Store of people's states: a folder or an fsspec URL.")]
 Config = Annotated[Path | None, Option("--config", help="YAML file with settings.", dir_okay=False)]
 Task = Annotated[
-    str | None, Option(help="A built-in task (lamp1 to lamp5, lamp2n, lamp7, movielens-rating, text) or a YAML file; default: text.")
+    str | None,
+    Option(
+        help="A built-in task (lamp1 to lamp5, lamp2n, lamp7, movielens-rating, text) or a YAML file; default: text."
+    ),
 ]
 Seed = Annotated[int | None, Option(help="Seed of all random draws.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, or auto.")]

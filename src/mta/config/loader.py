@@ -85,7 +85,9 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
     if isinstance(field.default, Settings):
         return f"Set a key of the group, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
     about = f"{name}: {field.description}. " if field.description else ""
-    return about + (f"Give {name} another value." if field.is_required() else f"The default:  {key}={_written(field.default)}")
+    return about + (
+        f"Give {name} another value." if field.is_required() else f"The default:  {key}={_written(field.default)}"
+    )
 
 
 def _written(value: object) -> object:

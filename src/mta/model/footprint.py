@@ -71,6 +71,7 @@ class Sums:
     outputs: int = 0  # O of adapted layers
     adapted: int = 0  # adapted layers
     routed: int = 0  # inputs (and outputs) of the experts of a token
+    experts: int = 0  # weights of the experts of a token
 
     @classmethod
     def of(cls, model: Any, exchanged: Collection[str] = ()) -> Sums:
@@ -105,10 +106,14 @@ class Sums:
             if _norm(norm):  # applied per head, but `of` counts the norm as one head
                 self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())
 
-    def _add_experts(self, parent: nn.Module, hidden: int, inner: int) -> None:
-        """Add experts computed in Python, which keep the gate, its activation, the other factor, and the outputs."""
+    def _add_experts(self, parent: nn.Module, hidden: int, inner: int, count: int) -> None:
+        """Add ``count`` experts of a token, computed in Python; ``hidden`` and ``inner`` are the sums of their sizes.
+
+        They keep the gate, its activation, the other factor, and the outputs.
+        """
         gated = hasattr(parent, "gate_up_proj")
         self.routed += hidden
+        self.experts += (2 + gated) * hidden * inner // count
         self.inner, self.outer = self.inner + (1 + gated) * inner, self.outer + (1 + gated) * inner
         self.python += gated * inner
 
@@ -218,8 +223,10 @@ def _norm(module: nn.Module) -> str:
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
 
 
-def _routed(module: nn.Module, config: Any) -> tuple[int, int] | None:
-    """Return how many inputs all experts of a token have, and their last layers; None for modules without experts.
+def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:
+    """Return how many inputs all experts of a token have, and their last layers, and the number of these experts.
+
+    None for modules without experts.
 
     Experts are stored as one parameter of three dimensions per layer, not as linear layers. A module whose forward has
     no argument for the chosen experts computes all of them.
@@ -230,4 +237,4 @@ def _routed(module: nn.Module, config: Any) -> tuple[int, int] | None:
     given = any(name.startswith("top_k") for name in inspect.signature(type(module).forward).parameters)
     count = getattr(config, "num_experts_per_tok", None) if given else None
     experts, hidden = count or len(last), config.hidden_size
-    return experts * hidden, experts * (last[0].numel() // hidden)
+    return experts * hidden, experts * (last[0].numel() // hidden), experts

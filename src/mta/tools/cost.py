@@ -67,14 +67,19 @@ class Shape:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+            return cls._of(name, model)
         except ValueError:
-            raise ConfigError(
-                f"{name!r} is not a causal language model: {config.model_type}",
-                hint=f"Give another --base, such as {next(iter(KNOWN))}.",
-            ) from None
-        head = model.get_output_embeddings()
+            found = "not a causal language model"
+        except AttributeError:
+            found = "not a model with attention layers only"
+        raise ConfigError(
+            f"{name!r} is {found}: {config.model_type}", hint=f"Give another --base, such as {next(iter(KNOWN))}."
+        )
+
+    @classmethod
+    def _of(cls, name: str, model: Any) -> Shape:
+        head, text = model.get_output_embeddings(), model.config.get_text_config()
         shapes = [shape_of(m) for m in model.modules() if is_linear(m) and m is not head]
-        text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
@@ -260,7 +265,8 @@ def _task_rank(run: Run) -> int:
 
 def _scored(shape: Shape, data: DataSizes, examples: float, ranks: float) -> float:
     """Return the forward operations: layers, adapters of total rank ``ranks``, and LM head at targets."""
-    per_token = 2 * (shape.linear + ranks * shape.width + shape.head * data.targets / data.computed)
+    weights = shape.linear + shape.footprint.sums.experts
+    per_token = 2 * (weights + ranks * shape.width + shape.head * data.targets / data.computed)
     return examples * data.computed * per_token
 
 

