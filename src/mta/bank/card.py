@@ -155,7 +155,7 @@ def in_words(found: CalibrationInfo) -> str:
     """Return what a calibration found, in one paragraph."""
     notes = [f"{note[0].upper()}{note[1:]}." for note in found.notes]
     if not found.gains:
-        return " ".join(["No gain could be measured.", *notes])
+        return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
         f"Measured on {found.people} people, on items that the bank was not trained on: the decrease of the true "
         "answer's NLL per token against the pooled model, in nats, with 95% intervals."

@@ -154,7 +154,7 @@ class Calibrator:
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
         few = f"{len(self.subjects)} people are too few to measure anything, or too many of them share items"
-        note = f"{few}; {ENOUGH} are needed: merges are made by the policy posterior"
+        note = f"{few}; {ENOUGH} are needed"
         info = DEFAULTS.model_copy(update={"people": len(self.subjects), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
