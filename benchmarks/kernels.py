@@ -153,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> None:
     about = {"machine": f"{processor()}, {cores()} cores", "torch": torch.__version__, "sizes": asdict(sizes)}
     kept = read_json(args.out)
     found: dict[str, Any] = kept["rows"] if isinstance(kept, dict) and kept.get("about") == about else {}
-    for name, row in rows(args.only, list(found), sizes):
+    for name, row in rows(args.only, list(found), sizes):  # rows of an earlier run count, too
         found[name] = row
         write_json(args.out, {"about": about, "rows": found})
         low, high = row["spread"]

@@ -122,7 +122,7 @@ def errors() -> str:
     drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
     said = rest.partition("To add one")[0].strip().replace("``", "`")
     text = (
-        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for unknown options, 3 "
+        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 "
         "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
         "signal's number after SIGTERM and SIGHUP. In Python each error is a "
         "class of `mta.errors`, those of the server of `mta.serving`.\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -118,7 +119,7 @@ async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, flo
         await asyncio.gather(comes(), *map(runs, models))
     return {
         "quiet p50 (ms)": round(1000 * statistics.median(gaps["quiet"]), 1),
-        "longest while 400 tokens are read (ms)": round(1000 * max(gaps["newcomer"]), 1),
+        "longest while 400 tokens are read (ms)": round(1000 * max(gaps["newcomer"], default=math.nan), 1),
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def main() -> None:
     for person in map(str, range(args.people)):
         store.save(person, made_up(base, bank, person))
     lora = "--no-enable-lora" if args.alone else ""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM is stopped, too
     with vllm_of(args.vllm or None, None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
         service = service_of(base, bank, Run(), args.store, Keys(), slots=args.slots, vllm=vllm)
         if vllm:

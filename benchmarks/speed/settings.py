@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mta.kernels.compile import obstacle
+from mta.kernels.compile import obstacle, switched_off
 
 # In the order of the table.
 MODULES = (
@@ -55,4 +55,7 @@ class Settings:
         """As the JSON keeps it, and what a kept row must agree in."""
         values = asdict(self)
         del values["done"]
-        return values | {"threads": torch.get_num_threads(), "kernels": obstacle() or "all"}
+        return values | {
+            "threads": torch.get_num_threads(),
+            "kernels": obstacle() or f"without {sorted(switched_off())}",
+        }

@@ -150,6 +150,7 @@ def test_a_bank_whose_person_is_forgotten_before_it_is_sent_is_not_published(hub
     forget_person("t2", None, bank.folder)
     assert "a forgotten person is in" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
     assert not any(INFO in repo.files for repo in hub.repos.values())
+    assert published(bank.folder) == []
 
 
 def test_a_damaged_bank_is_not_published(hub, bank):

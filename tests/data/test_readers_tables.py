@@ -189,6 +189,12 @@ def test_quotes_of_two_rows_of_a_table_with_tabs_do_not_join_them(tmp_path):
     assert [item.fields["text"] for item in bob.items] == ['the best 5"']
 
 
+def test_an_open_quote_of_a_table_with_tabs_is_text_if_every_line_is_a_row(tmp_path):
+    rows = 'ann\t"Great\t4\nbob\tfine\t5\n'
+    ann, bob = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
+    assert (ann.items[0].fields["text"], bob.items[0].fields["text"]) == ('"Great', "fine")
+
+
 def test_quotes_in_a_tab_separated_table_need_no_escape(tmp_path):
     rows = 'ann\t"Great" film\t4\nann\t"Two\nlines"\t5\nann\tIt is "fine"\t3\nann\t"Open\t2\n'
     (ann,) = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")

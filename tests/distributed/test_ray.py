@@ -112,20 +112,6 @@ def test_every_piece_is_done_once_by_workers_that_made_their_own_context(here):
     assert not any(out.error for out in found.values())
 
 
-def pid(_, piece):
-    return os.getpid()
-
-
-def test_runs_with_one_context_have_the_same_workers(here):
-    numbers = [Numbers((n,)) for n in range(4)]
-    with Cluster(here, workers=1) as cluster:
-        first, again, other = (
-            {out.result for out in run(cluster, pid, numbers, made).values()} for made in (context, context, list)
-        )
-    assert first == again
-    assert len(first | other) == 2
-
-
 def shared(_, piece):
     return os.environ.get("MTA_SHARED")
 

@@ -64,7 +64,7 @@ def made_up_cluster(good, workers, attempts=2):
 
 def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     cluster, hired = made_up_cluster(good=1, workers=2)
-    found = list(PieceScheduler(cluster, None).work_through(None, [One() for _ in range(40)]))
+    found = list(PieceScheduler(cluster, None, None).work_through([One() for _ in range(40)]))
     assert [one.result for one in found] == ["done"] * 40
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
@@ -72,4 +72,4 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
 def test_workers_that_all_cannot_start_end_the_run():
     cluster, _ = made_up_cluster(good=0, workers=2)
     with pytest.raises(ClusterError, match="5 workers in a row could not start"):
-        list(PieceScheduler(cluster, None).work_through(None, [One()]))
+        list(PieceScheduler(cluster, None, None).work_through([One()]))

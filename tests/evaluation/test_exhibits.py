@@ -114,6 +114,12 @@ def test_a_seed_that_was_interrupted_is_left_out():
     assert found.comparison("main").people == len(PEOPLE)
 
 
+def test_a_seed_of_fewer_people_stays_if_no_more_were_asked_for():
+    rows = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]
+    few = [r.model_copy(update={"seed": 1}) for r in (*everybody(TaskLora())[:5], *everybody(MergeThenAdapt())[:5])]
+    assert results([*rows, *few], seeds=(0, 1), compared=5).seeds("main") == [0, 1]
+
+
 def test_people_trained_only_to_measure_times_are_in_no_named_comparison():
     few = 15
     rows = [*everybody(TaskLora())[:few], *everybody(OneLora()), *everybody(MergeThenAdapt(), -0.25)]

@@ -6,8 +6,8 @@ import pytest
 
 from mta.config import override
 from mta.config.loader import checked
-from mta.errors import ConfigError
-from mta.evaluation.experiments.recipe import Experiment, load_experiment, names
+from mta.errors import ConfigError, InputError
+from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
 
 
 def test_every_recipe_can_be_read_and_names_its_task():
@@ -17,6 +17,16 @@ def test_every_recipe_can_be_read_and_names_its_task():
     for name in names():
         recipe = load_experiment(name)
         assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
+
+
+def test_one_method_with_two_merges_on_one_bank_is_refused_before_it_runs():
+    def parts(words):
+        given = f"exhibits.main=[{{methods: [mta]}}, {{words: [{words}], methods: [{{method: mta, name: x}}]}}]"
+        return override(load_experiment("smoke"), [given, "exhibits.ablation=[]"])
+
+    with pytest.raises(InputError, match="two parts run 'x' on bank 'main' with different words"):
+        wanted(parts("merge.policy=posterior"), "test", ["main"])
+    assert wanted(parts("memory=2GiB"), "test", ["main"]) == ["main"]
 
 
 def test_a_limit_of_people_holds_for_every_exhibit():
@@ -49,7 +59,6 @@ def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
             "{methods: [base]}, {bank: a, retrieve: 1, methods: [base]}, {bank: a, methods: [task-lora]}",
             "train bank 'a'",
         ),
-        ("{methods: [mta]}, {words: [merge.policy=posterior], methods: [{method: mta, name: x}]}", "different words"),
         ("{people: 0, methods: [base]}", "people"),
         ("{shots: [0], methods: [base]}", "shots"),
     ],

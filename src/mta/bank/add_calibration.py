@@ -50,10 +50,10 @@ def calibrate_bank(
 ) -> None:
     """Calibrate a finished bank on items behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
-    Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)`` returned before the people were read,
-    or returns now. An interrupted calibration resumes. Raises InputError if too few people
-    are left or the bank has no list of members, DataError for an item that is too long, BankError if a person is
-    forgotten meanwhile, BankCorrupt, BankMismatch.
+    Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)`` returned before the people were read;
+    None: ask it now. An interrupted calibration resumes. Raises InputError if too few people are left or the bank has
+    no list of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile,
+    BankCorrupt, BankMismatch.
     """
     since = stops(folder) if since is None else since
     with exclusive(folder):

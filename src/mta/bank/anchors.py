@@ -30,15 +30,15 @@ def choose_anchors(
     task: Task, encoder: Encoder, candidates: Sequence[Person], settings: BankSettings, seed: int
 ) -> tuple[list[Person], Tensor, list[int]]:
     """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
-    able = [person for person in candidates if len(person.items) >= settings.min_items]
-    if len(able) < SHARE:
+    eligible = [person for person in candidates if len(person.items) >= settings.min_items]
+    if len(eligible) < SHARE:
         raise InputError(
-            f"{len(able)} of {len(candidates)} candidates for anchors have {settings.min_items} items or more; "
+            f"{len(eligible)} of {len(candidates)} candidates for anchors have {settings.min_items} items or more; "
             f"at least {SHARE} such people are needed, and {SHARE * settings.anchors} for {settings.anchors} anchors",
             hint="Give more people, or people with more items, or lower  bank.min_items=…",
         )
-    vectors = encode_people(encoder, task, able, settings.encode)
-    return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
+    vectors = encode_people(encoder, task, eligible, settings.encode)
+    return eligible, vectors, select_anchors(eligible, vectors, settings.anchors, seed, choose=settings.choose)
 
 
 def select_anchors(

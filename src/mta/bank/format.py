@@ -162,7 +162,8 @@ def read_info(folder: Path) -> BankInfo:
     except (OSError, ValueError, RecursionError) as error:
         raise BankCorrupt(f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=REBUILD) from None
     hashed = hashed or _read_members(folder, info.members.sha256)
-    return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
+    counts = info.members.model_dump()
+    return info.model_copy(update={"members": Members(**counts, hashed=hashed)})
 
 
 def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> None:
@@ -275,11 +276,15 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
 
 
 def stops(folder: Path) -> str:
-    """Return a text that every later ``stop_calibration`` changes: read it before the people of a calibration."""
+    """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
+
+    It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
+    """
     try:
-        return (folder / STOPS).read_text(encoding="utf-8")
-    except OSError:  # there was none, or nobody can calibrate this bank here
+        found = (folder / STOPS).stat()
+    except FileNotFoundError:
         return ""
+    return f"{found.st_ino} {found.st_mtime_ns}"
 
 
 def stop_calibration(folder: Path) -> None:
@@ -291,17 +296,23 @@ def stop_calibration(folder: Path) -> None:
     try:
         if not (folder / INFO).exists():
             return  # an unfinished build's
-        try:
-            write_text(folder / STOPS, secrets.token_hex(8))
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # with these, nobody calibrates here
-                raise
-        if work.exists():
+        _note_stop(folder)
+        for _ in range(2):  # a calibration under way may be writing its last file
             shutil.rmtree(work, ignore_errors=True)
-            if work.exists():
-                raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
+        if work.exists():
+            raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
     except OSError as error:
         raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
+
+
+def _note_stop(folder: Path) -> None:
+    """Write a new file ``stops``. Raises BankError, except for a folder that only others may write."""
+    try:
+        write_text(folder / STOPS, secrets.token_hex(8))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            found = f"{folder / STOPS} cannot be written: {error.strerror or error}"
+            raise BankError(found, hint=PERMISSIONS) from None
 
 
 def stale(folder: Path) -> list[str]:
@@ -331,6 +342,11 @@ def stale_report(folder: Path) -> StaleReport | None:
 def note_published(folder: Path, where: str) -> None:
     """Note the address that a bank was published to, so that ``forget`` can report the copy."""
     _note(folder, PUBLISHED, [where])
+
+
+def drop_note_of_publishing(folder: Path, where: str) -> None:
+    """Remove an address to which nothing was sent. Raises BankError if the note cannot be written."""
+    _note(folder, PUBLISHED, (), without=where)
 
 
 def published(folder: Path) -> list[str]:

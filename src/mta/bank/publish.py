@@ -18,7 +18,9 @@ from mta.bank.format import (
     INFO,
     MEMBERS,
     BankInfo,
+    drop_note_of_publishing,
     note_published,
+    published,
     read_description,
     read_info,
     seal,
@@ -70,8 +72,11 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
     BankError if a person in the bank was forgotten since the parcel was made.
     """
     repository = Repository.begin(place, private=private, token=token)
+    before = published(folder)
     note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
     if report := stale_report(folder):  # only now: later ones find the note
+        if repository.url not in before:
+            drop_note_of_publishing(folder, repository.url)
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url

@@ -59,7 +59,6 @@ class Cluster:
         attempts: int = 3,
     ) -> None:
         self.most, self.threads, self.attempts = most, threads, attempts
-        self._idle: PieceScheduler | None = None  # of the last run, with its workers
         self.ray = _connected(address, workers)
         found = self.ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1
@@ -77,20 +76,13 @@ class Cluster:
     ) -> Iterator[Outcome[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Closing the iterator stops the workers. Otherwise they wait for a run with the same ``elsewhere``; another run
-        stops them first. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
+        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
         """
-        scheduler, self._idle = self._idle, None
-        if scheduler is None or scheduler.elsewhere is not elsewhere:
-            if scheduler:
-                scheduler.dismiss()
-            scheduler = PieceScheduler(self, elsewhere)
+        scheduler = PieceScheduler[P, R](self, function, elsewhere)
         try:
-            yield from scheduler.work_through(function, pieces)
-            self._idle, scheduler = scheduler, None
+            yield from scheduler.work_through(pieces)
         finally:
-            if scheduler:
-                scheduler.dismiss()
+            scheduler.dismiss()
 
     def hire(self) -> Any:
         """Start a worker."""
@@ -127,23 +119,21 @@ class _Task(Generic[P]):
     errors: list[str]
 
 
-class PieceScheduler:
+class PieceScheduler(Generic[P, R]):
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
-    def __init__(self, cluster: Cluster, elsewhere: Callable[[], Any]) -> None:
+    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], elsewhere: Callable[[], C]) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
-        self.elsewhere, self.made = elsewhere, self.ray.put((_version(), elsewhere))
-        self.function: Any = None
-        self.waiting: deque[_Task[Any]] = deque()
+        self.function, self.made = self.ray.put(function), self.ray.put((_version(), elsewhere))
+        self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, _Task[Any]]] = {}  # ref -> worker and its task
+        self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
         self.any_opened, self.any_result = False, False
         self.failed_starts = 0  # workers in a row that could not open their context
 
-    def work_through(self, function: Callable[[Any, P], R], pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
+    def work_through(self, pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
         """Yield the outcomes in order of completion; a piece that was split yields the outcomes of its parts."""
-        self.function, self.any_result = self.ray.put(function), False
         self.waiting.extend(_Task(piece, self.attempts, len(piece), []) for piece in pieces)
         last = time.monotonic()
         while self.waiting or self.busy:
@@ -205,7 +195,7 @@ class PieceScheduler:
             self.idle.append(worker)
             self.any_opened, self.failed_starts = True, 0
 
-    def _ended(self, ref: Any) -> Iterator[Outcome[Any, Any]]:
+    def _ended(self, ref: Any) -> Iterator[Outcome[P, R]]:
         worker, task = self.busy.pop(ref)
         try:
             result = self.ray.get(ref)
@@ -226,7 +216,7 @@ class PieceScheduler:
             self.any_result = True
             yield Outcome(task.piece, result)
 
-    def _failed(self, task: _Task[Any], error: str) -> Iterator[Outcome[Any, Any]]:
+    def _failed(self, task: _Task[P], error: str) -> Iterator[Outcome[P, R]]:
         """Split a failed piece, or yield its error if it cannot be split."""
         if halves := task.piece.halves():
             for half in halves:

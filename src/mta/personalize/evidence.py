@@ -31,7 +31,7 @@ class Labels:
 class Evidence:
     """The likelihood of each shot under each anchor.
 
-    Shapes: loglik (U, M, 1 + N), log-likelihood of a shot's target under the task LoRA alone and under each anchor;
+    Shapes: loglik (U, M, 1 + N), log-likelihood of a shot's target under the pooled model and under each anchor;
     counts (U, M), number of target tokens. Both are 0 for missing shots. ``labels`` is None for free-text answers.
     """
 
@@ -80,7 +80,7 @@ def gather_evidence(
     tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Evidence:
-    """Score all shots under the task LoRA alone and under every anchor: N + 1 passes.
+    """Score all shots under the pooled model and under every anchor: N + 1 passes.
 
     The anchors were not trained on these shots, so the likelihoods are unbiased.
     """

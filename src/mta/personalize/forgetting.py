@@ -88,13 +88,18 @@ def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
     for bank in banks:
         try:
             stop_calibration(bank)  # first: a calibration that ends before this has its people among the members
+        except BankError as error:
+            found.unmarked[str(bank)] = error.message
+        try:
             members = read_info(bank).members
             if members.hashed is None:
                 found.unknown.append(str(bank))
             if parts := members.parts_of(person):
                 found.needs_rebuild.extend(part for part in parts if part not in found.needs_rebuild)
-                mark_stale(bank, person)
-                found.published.extend(published(bank))  # only now: publishing notes the copy, then reads the mark
+                try:
+                    mark_stale(bank, person)
+                finally:  # only now: publishing notes the copy, then reads the mark
+                    found.published.extend(published(bank))
         except BankError as error:
             found.unmarked[str(bank)] = error.message
     return found

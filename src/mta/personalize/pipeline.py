@@ -151,7 +151,7 @@ class Pipeline:
         settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
         current = in_threads(self._is_current, everybody)
-        missing = [item for item, is_current in zip(everybody, current) if not is_current]
+        missing = [item for done, item in zip(current, everybody) if not done]  # in this order, the threads end
         checkpoints = self._checkpoints(everybody, call.since)
         if checkpoints and not resume:
             checkpoints.drop()
@@ -179,7 +179,7 @@ class Pipeline:
         grown, begin, ahead, unchanged = list[WorkItem](), list[Person](), list[str](), 0
         settings = settings_of(self.base, self.run), self.run.seed
         planned = in_threads(partial(self._update_of, settings, digest_of(*settings), fewer), call.people)
-        for person, item in zip(call.people, planned):
+        for item, person in zip(planned, call.people):
             if item == "ahead":
                 ahead.append(person.id)
             elif item == "begin":

@@ -158,7 +158,7 @@ def loss(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 
 @policy(evidence=True, wide=True)
 def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
-    """Return the probability of each anchor given the shots; the null anchor is the task LoRA alone.
+    """Return the probability of each anchor given the shots; the null anchor is the pooled model.
 
     w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), and the null anchor takes the
     rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.

@@ -221,7 +221,7 @@ class Stages:
         """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""
         settings, start, first = self.run.stack, fitted.stacks, list[Tensor]()
         if not settings.enabled:
-            return fitted
+            return replace(fitted, stacks=None)
         stacks = adapt(
             self.base,
             jobs,

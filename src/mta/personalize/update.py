@@ -24,11 +24,11 @@ import torch
 
 from mta.config.constants import NOTICEABLE
 from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict
-from mta.lora.batch import concatenate
+from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.merge import Earlier
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob
-from mta.personalize.stages import Cohort, Fitted, MeasuredLosses, Stages
+from mta.personalize.stages import Cohort, MeasuredLosses, Stages
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "merge", "retrain", "refresh"]
@@ -68,7 +68,8 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     jobs, befores = stages.jobs(cohort), cohort.befores
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
-    measured = stages.losses(jobs, _fitted_before(stages, cohort), cohort.tokens_per_batch)
+    before = stages.with_merge(stages.merge_before(cohort), _stacks(stages, cohort))
+    measured = stages.losses(jobs, before, cohort.tokens_per_batch)
     found = [_decided(state, losses) for state, losses in zip(befores, measured)]
     actions = [one.action for one in found]
     for action in ("merge", "retrain", "refresh"):
@@ -97,18 +98,18 @@ def _new_states(
     stages: Stages, cohort: Cohort, jobs: Sequence[ShotsJob], action: Action, pooled: Sequence[float] | None = None
 ) -> list[State | Diverged]:
     """Make new states from the earlier ones and ``jobs``, which hold the new items only."""
-    fitted = _fitted_before(stages, cohort)
-    if action != "retrain":
+    before, stacks = stages.merge_before(cohort), _stacks(stages, cohort)
+    if action == "retrain":
+        fitted = stages.with_merge(before, stacks)
+    else:
         tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.befores]
-        earlier = Earlier(fitted.merge, torch.tensor(tokens).double())
-        fitted = replace(stages.merge(cohort, jobs, earlier), stacks=fitted.stacks)
+        fitted = replace(stages.merge(cohort, jobs, Earlier(before, torch.tensor(tokens).double())), stacks=stacks)
     if action != "merge":
         fitted = stages.stack(cohort, jobs, fitted)
     return stages.as_states(cohort, jobs, replace(fitted, pooled_losses=pooled))
 
 
-def _fitted_before(stages: Stages, cohort: Cohort) -> Fitted:
-    """Return the merges and stacks that an update starts from. Files give a stack's layers in any order."""
+def _stacks(stages: Stages, cohort: Cohort) -> LoraBatch | None:
+    """Return the stacks that an update starts from; None if there are none. Files give their layers in any order."""
     stacks = [state.stack for state in cohort.befores if state.stack]
-    put = concatenate(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None
-    return stages.with_merge(stages.merge_before(cohort), put)
+    return concatenate(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from itertools import chain
@@ -80,36 +80,44 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
     quotes span lines, the begin of the next record is unknown: raises DataError, except if each of the lines is a whole
     record of a table with tabs.
     """
-    line, taken, width = "", list[str](), 0  # the lines of the record
+    taken, width = list[str](), 0  # the lines of the record
 
     def given() -> Iterator[str]:
-        nonlocal line
         for line in lines:
             taken.append(line)
             yield f"{line}\n"
 
     reader = csv.reader(given(), delimiter=delimiter, strict=True)
     while True:
-        read = reader.line_num
-        taken.clear()
+        read, cells, wrong = reader.line_num, list[str](), ""
         place = begin._replace(line=begin.line + read)
+        taken.clear()
         try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            if delimiter == "\t" and reader.line_num == read + 1:
-                cells = line.split("\t")
-            elif read and reader.line_num == read + 1:
-                rejects.add(place, None, f"not a table: {error}; {QUOTES}", line)
-                continue
-            else:
-                raise data_error(place, None, f"not a table: {error}", hint=f"In a table, {QUOTES}.") from None
-        if cells is None:
+            cells = next(reader)
+        except StopIteration:
             return
+        except csv.Error as error:
+            wrong = f"not a table: {error}"
         width = width or len(cells)
-        if delimiter == "\t" and len(taken) > 1 and all(text.count("\t") + 1 == width for text in taken):
-            yield from ((place._replace(line=place.line + n), text.split("\t")) for n, text in enumerate(taken))
-        else:
+        if delimiter == "\t" and (rows := _unquoted(taken, width, bool(wrong))):
+            yield from ((place._replace(line=place.line + n), row) for n, row in enumerate(rows))
+        elif not wrong:
             yield place, cells
+        elif read and len(taken) == 1:
+            rejects.add(place, None, f"{wrong}; {QUOTES}", taken[0])
+        else:
+            raise data_error(place, None, wrong, hint=f"In a table, {QUOTES}.")
+
+
+def _unquoted(lines: Sequence[str], width: int, wrong: bool) -> list[list[str]]:
+    """Return the cells of lines with tabs where quotes are no quotes; empty where they are.
+
+    They are none in a line that is ``wrong``, and in several lines of which each has all cells.
+    """
+    rows = [line.split("\t") for line in lines]
+    if len(rows) == 1:
+        return rows if wrong else []
+    return rows if all(len(row) == width for row in rows) else []
 
 
 def _check_distinct(names: list[str], place: Place) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mta.config import Run
+from mta.config import Run, override
 from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
 from mta.errors import ConfigError, InputError
@@ -140,16 +140,9 @@ class Experiment(Settings):
     @classmethod
     def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
         trained: dict[str, tuple[Any, ...]] = {}
-        words: dict[tuple[str, str], tuple[str, ...]] = {}
         for part in (part for parts in exhibits.values() for part in parts):
             if trained.setdefault(part.bank, part.trained) != part.trained:
                 raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
-            for method in part.methods:  # a report would mix their results
-                if method.of_bank and words.setdefault((part.bank, method.digest), part.words) != part.words:
-                    raise ValueError(
-                        f"two parts run {method.name!r} on bank {part.bank!r} with different words; give the method "
-                        "its own merge and stack instead"
-                    )
         return exhibits
 
 
@@ -179,6 +172,20 @@ def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> d
     return merged_over(_values(below, path.parent, above), values)
 
 
+def _check_words(recipe: Experiment) -> None:
+    """Raise InputError if two parts run one method with different merges or stacks: a report would mix the results."""
+    known: dict[tuple[str, str], object] = {}
+    for part in (part for parts in recipe.exhibits.values() for part in parts):
+        run = override(recipe.run, [word for word in part.words if word.startswith(FREE)])
+        for method in part.methods:
+            settings = run.merge, run.stack
+            if method.of_bank and known.setdefault((part.bank, method.digest), settings) != settings:
+                raise InputError(
+                    f"two parts run {method.name!r} on bank {part.bank!r} with different words",
+                    hint="Give the method its own merge and stack instead.",
+                )
+
+
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:
     """Return the exhibits to run: the named ones, or all exhibits for these people. Raises InputError."""
     if unknown := [name for name in exhibits if name not in recipe.exhibits]:
@@ -186,10 +193,11 @@ def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[st
             f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}",
             hint=f"For example:  --exhibit {next(iter(recipe.exhibits))}",
         )
+    _check_words(recipe)
     own = [
         name
         for name, parts in recipe.exhibits.items()
-        if all(part.whom == which for part in parts) and (parts or which == "test")  # of no people: the test's bank
+        if all(part.whom == which for part in parts) and (parts or which == "test")  # without parts: about the banks
     ]
     if other := [name for name in exhibits if name not in own and which == "test"]:
         raise InputError(f"exhibit {other[0]!r} is for development people only", hint="Add --on development.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -211,12 +212,13 @@ class Results:
     def seeds(self, name: str, shots: int | None = None, among: Collection[str] = ()) -> list[int]:
         """Return the seeds that every method of an exhibit, or every one ``among`` them, was run with.
 
-        A seed with less than half of the people of another one was interrupted, and is left out.
+        A seed with less than half of the people of another one, or of those asked for, was interrupted: it is left out.
         """
         found = [seeds for method, _, seeds in self._methods(name, shots, among) if method.of_bank]
         common = set.intersection(*map(set, found)) if found else set()
         people = {seed: len(set.intersection(*(set(seeds[seed]) for seeds in found))) for seed in common}
-        return sorted(seed for seed in common if 2 * people[seed] >= max(people.values()))
+        most = min(max(people.values(), default=0), self.recipe.compared or math.inf)
+        return sorted(seed for seed in common if 2 * people[seed] >= most)
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""

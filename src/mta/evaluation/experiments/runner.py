@@ -31,6 +31,7 @@ class MethodRun(Piece):
     shots: int
     method: Method
     key: str
+    protocol: str
     batch: range
     full: bool  # texts are generated, too
 
@@ -154,7 +155,8 @@ def _missing(
     for batch in batches(len(tested)):
         for method, key in lacking:
             if records.lacks(key, tested[batch.start : batch.stop], full):
-                run = MethodRun(exhibit, part, seed, shots, method, key, batch, full)
+                protocol = workspace.protocol(part, method)
+                run = MethodRun(exhibit, part, seed, shots, method, key, protocol, batch, full)
                 if workspace.executor.in_process:
                     minutes = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
                     left = f", about {minutes:.0f} min left" if done else ""
@@ -172,7 +174,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     return [
         Record(
             key=run.key,
-            protocol=workspace.protocol(run.part, run.method),
+            protocol=run.protocol,
             settings=run.method.digest,
             method=run.method.name,
             bank=run.part.bank,

@@ -309,7 +309,7 @@ class Workspace:
             parts += [self.bank(part, seed).hash, *self._defaults(part)]
         if method.of_bank or method.seeded:
             parts.append(seed)
-        if method.of_pool:
+        if method.of_task_people:
             parts += [person.digest() for person in self.splits.select("task", self.people)]
         if method.of_others:
             parts += [person.id for person in self._able(shots)]

@@ -51,7 +51,7 @@ class Method(Settings, ABC):
         return False
 
     @property
-    def of_pool(self) -> bool:
+    def of_task_people(self) -> bool:
         """Whether results depend on the items of the task people, and not only through the bank."""
         return False
 
