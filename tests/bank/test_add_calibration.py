@@ -16,7 +16,8 @@ from mta.bank import add_calibration, format
 from mta.bank.calibration.crossfit import Calibrator
 from mta.bank.calibration.people import Subject, calibration_people
 from mta.bank.calibration.probes import Measure
-from mta.bank.format import mark_stale, read_info, stale, stops, verify
+from mta.bank.format import read_info, verify
+from mta.bank.notes import mark_stale, stale, stops
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task

@@ -16,8 +16,9 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import PUBLISHED, file_hashes, mark_stale, note_published, read_info, stale
+from mta.bank.format import PUBLISHED, file_hashes, read_info
 from mta.bank.members import Members
+from mta.bank.notes import mark_stale, note_published, stale
 from mta.config import Lora
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.model.encoders import encode_people

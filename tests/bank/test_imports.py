@@ -13,7 +13,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.card import card
-from mta.bank.format import mark_stale
+from mta.bank.notes import mark_stale
 from mta.config import Evaluation, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task

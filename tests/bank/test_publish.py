@@ -19,7 +19,8 @@ from publishing import logged_out as logged_out
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import INFO, file_hashes, mark_stale, published, read_info
+from mta.bank.format import INFO, file_hashes, read_info
+from mta.bank.notes import mark_stale, published
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError

@@ -14,7 +14,8 @@ from conftest import people_of, personalizer
 from stores import state
 
 from mta.bank.bank import Bank
-from mta.bank.format import CALIBRATING, INFO, STALE, mark_stale, note_published, published, read_info, stale
+from mta.bank.format import CALIBRATING, INFO, STALE, read_info
+from mta.bank.notes import mark_stale, note_published, published, stale
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft
 from mta.personalize import Personalizer, forget_person
@@ -108,7 +109,7 @@ def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_
     running.parent.mkdir()
     running.touch()
     if closed == "work":  # as on a read-only disk
-        monkeypatch.setattr("mta.bank.format.shutil.rmtree", lambda *_, **how: None)
+        monkeypatch.setattr("mta.bank.notes.shutil.rmtree", lambda *_, **how: None)
     else:  # as where another account's folder is closed
 
         def exists(path):

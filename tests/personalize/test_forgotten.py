@@ -16,7 +16,7 @@ from traces import traces
 from mta import TASK
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import stale
+from mta.bank.notes import stale
 from mta.config import Evaluation
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound

@@ -17,14 +17,13 @@ from mta.bank.format import (
     MEMBERS,
     BankInfo,
     check_base,
-    clear_stale,
     file_hashes,
     read_adapters,
     read_info,
-    stops,
     with_hash,
     write_info,
 )
+from mta.bank.notes import clear_stale, stops
 from mta.config import CalibrationSettings, Run, StackSettings
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task

@@ -193,7 +193,7 @@ class Bank:
         """Calibrate the bank on items that it was not trained on, and return it with its new hash.
 
         States that were made before belong to the old hash: personalize these people again. Settings are those of
-        ``run.calibration``. ``since`` is what ``mta.bank.format.stops(folder)`` returned before the people were read:
+        ``run.calibration``. ``since`` is what ``mta.bank.notes.stops(folder)`` returned before the people were read:
         the calibration is given up (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people.
         """

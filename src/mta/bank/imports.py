@@ -26,11 +26,11 @@ from mta.bank.format import (
     file_hashes,
     read_adapters,
     read_info,
-    stale_report,
     with_hash,
     write_info,
 )
 from mta.bank.members import Members
+from mta.bank.notes import stale_report
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task

@@ -12,21 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.card import card, table_of
-from mta.bank.format import (
-    ADAPTER,
-    HASHED_FILES,
-    INFO,
-    MEMBERS,
-    BankInfo,
-    drop_note_of_publishing,
-    note_published,
-    published,
-    read_description,
-    read_info,
-    seal,
-    stale_report,
-    verify,
-)
+from mta.bank.format import ADAPTER, HASHED_FILES, INFO, MEMBERS, BankInfo, read_description, read_info, seal, verify
+from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS

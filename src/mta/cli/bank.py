@@ -180,7 +180,7 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
-    from mta.bank.format import stops
+    from mta.bank.notes import stops
 
     columns = options.Columns(person_column, input_column, output_column, time_column)
     since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
@@ -216,7 +216,8 @@ def show(
     Example:  mta bank show bank/
     """
     from mta.bank.card import body
-    from mta.bank.format import read_info, stale, stale_report, verify
+    from mta.bank.format import read_info, verify
+    from mta.bank.notes import stale, stale_report
 
     info = read_info(folder)
     verify(folder, info, full=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mta.bank.format import mark_stale, published, read_info, stop_calibration
+from mta.bank.format import read_info
+from mta.bank.notes import mark_stale, published, stop_calibration
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export

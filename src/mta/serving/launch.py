@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
-from mta.bank.format import stale_report
+from mta.bank.notes import stale_report
 from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel

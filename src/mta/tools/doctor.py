@@ -22,7 +22,8 @@ from typing import Literal
 
 import torch
 
-from mta.bank.format import read_info, stale_report, verify
+from mta.bank.format import read_info, verify
+from mta.bank.notes import stale_report
 from mta.config import Run, parse_size
 from mta.errors import ModelError, MtaError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off

@@ -19,7 +19,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mta.bank.format import INFO, stale
+from mta.bank.format import INFO
+from mta.bank.notes import stale
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, OtherBank
 from mta.model.base import BaseModel

@@ -1,0 +1,126 @@
+"""What is noted beside a bank: forgotten people, calibrations that are given up, and published copies."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, STALE, STOPS, read_info
+from mta.bank.members import TrainedPart
+from mta.errors import BankError
+from mta.system.atomic import file_mode, read_json, write_json, write_text
+
+_WAIT = 60.0  # seconds for another process to write one small file
+
+
+def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
+    """Note that the parts trained on this person need a rebuild, and return them. Raises BankError, BankCorrupt."""
+    parts = read_info(folder).members.parts_of(person)
+    if not set(parts) <= set(stale(folder)):
+        _note(folder, STALE, parts)
+    return parts
+
+
+def stops(folder: Path) -> str:
+    """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
+
+    It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
+    """
+    try:
+        found = (folder / STOPS).stat()
+    except FileNotFoundError:
+        return ""
+    return f"{found.st_ino} {found.st_mtime_ns}"
+
+
+def stop_calibration(folder: Path) -> None:
+    """Give up calibrations that begin with people who were read before, or are under way; remove what these measured.
+
+    Raises BankError if it cannot be removed, or the folder cannot be read.
+    """
+    work = folder / "work"
+    try:
+        if not (folder / INFO).exists():
+            return  # an unfinished build's
+        _note_stop(folder)
+        for _ in range(2):  # a calibration under way may be writing its last file
+            shutil.rmtree(work, ignore_errors=True)
+        if work.exists():
+            raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
+    except OSError as error:
+        raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
+
+
+def _note_stop(folder: Path) -> None:
+    """Write a new file ``stops``. Raises BankError, except for a folder that only others may write."""
+    try:
+        write_text(folder / STOPS, secrets.token_hex(8))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            found = f"{folder / STOPS} cannot be written: {error.strerror or error}"
+            raise BankError(found, hint=PERMISSIONS) from None
+
+
+def stale(folder: Path) -> list[str]:
+    """Return the parts that were trained on people who asked to be forgotten."""
+    noted = read_json(folder / STALE)
+    if isinstance(noted, dict):
+        return list(noted.get("needs_rebuild", []))
+    return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
+
+
+class StaleReport(NamedTuple):
+    """Message and hint for a bank that was trained on a forgotten person."""
+
+    found: str
+    hint: str
+
+
+def stale_report(folder: Path) -> StaleReport | None:
+    """Return what to say of a bank with a forgotten person; None without one."""
+    if not (parts := stale(folder)):
+        return None
+    command = "calibrate" if parts == ["calibration"] else "build"
+    found = f"a forgotten person is in the {' and the '.join(parts)} of {folder}"
+    return StaleReport(found, f"Leave that person out, and make it anew:  mta bank {command}")
+
+
+def note_published(folder: Path, where: str) -> None:
+    """Note the address that a bank was published to, so that ``forget`` can report the copy."""
+    _note(folder, PUBLISHED, [where])
+
+
+def drop_note_of_publishing(folder: Path, where: str) -> None:
+    """Remove an address to which nothing was sent. Raises BankError if the note cannot be written."""
+    _note(folder, PUBLISHED, (), without=where)
+
+
+def published(folder: Path) -> list[str]:
+    """Return the addresses that a bank was published to from this folder."""
+    noted = read_json(folder / PUBLISHED)
+    return list(noted.get("published", [])) if isinstance(noted, dict) else []
+
+
+def clear_stale(folder: Path, part: str) -> None:
+    """Note that a part was made anew. Raises BankError if the note cannot be written."""
+    if part in stale(folder):
+        _note(folder, STALE, (), without=part)
+
+
+def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:
+    """Add entries to a list of a bank, or remove one; threads and processes wait for each other. Raises BankError."""
+    key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
+    try:
+        with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
+            write_json(folder / name, {key: sorted({*listed(folder), *entries} - {without})})
+    except OSError as error:  # also if the lock is not free in time
+        raise BankError(
+            f"{folder / name} cannot be written: {error.strerror or error}",
+            hint=PERMISSIONS,
+        ) from None
