@@ -160,7 +160,7 @@ def loss(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return the probability of each anchor given the shots; the null anchor is the pooled model.
 
-    w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), and the null anchor takes the
+    w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - pooled[u]) / T), and the null anchor takes the
     rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.
     ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is that of all
     items, as far as float32 can tell the earlier null anchor from 0.
