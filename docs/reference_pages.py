@@ -50,15 +50,15 @@ def settings() -> str:
         "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
         "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists "
         "you can change:\n\n"
-        "- `merge.…` and `stack.…` (`mta personalize`, `evaluate`, `serve`);\n"
+        "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `attack`, `serve`);\n"
         "- `calibration.…` (`mta bank calibrate`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
         "Other changes are an error: build another bank.\n\n"
     )
     for title, kind in {
         "A run": Run,
-        "A comparison: `mta evaluate`": Evaluation,
-        "An attack: `--privacy`": Privacy,
+        "A comparison: `mta compare`": Evaluation,
+        "An attack: `mta attack`": Privacy,
         "A recipe: `mta evaluate RECIPE`": Experiment,
         "A demo: `mta demo`": DemoRecipe,
     }.items():

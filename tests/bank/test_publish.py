@@ -288,7 +288,7 @@ def results_of(bank, **meta) -> dict:
         {"name": "task LoRA", "metrics": {"NLL": interval, "MAE": interval}, "differences": {}},
         {"name": "constant", "metrics": {"MAE": interval}, "differences": {}},
     ]
-    about = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
+    about = {"command": "mta compare Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
     return {"meta": about, "people": 16, "queries_per_person": 8, "methods": methods}
 
 
@@ -327,7 +327,7 @@ def test_results_that_are_none_are_refused(bank, tmp_path, written):
     (tmp_path / "r.json").write_text(written)
     said = refused(InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json")
     assert said.startswith(f"{tmp_path / 'r.json'} cannot be shown on the card: ")
-    assert said.endswith("\n  Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/")
+    assert said.endswith("\n  Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/")
 
 
 def test_results_of_another_bank_are_refused(bank, tmp_path):

@@ -93,7 +93,7 @@ def test_predictions_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     paths = [tmp_path / name for name in ("dev_outputs.json", "mine.json")]
     for path, rows in zip(paths, (golds, said)):
         path.write_text(json.dumps({"task": "LaMP_3", "golds": rows}))
-    words = ["evaluate", paths[0], "--predictions", paths[1], "--task", "lamp3"]
+    words = ["score", paths[1], "--true", paths[0], "--task", "lamp3"]
     assert mta(*words).out == "MAE 2.0000  RMSE 2.2361  questions 2\n"
     assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
 

@@ -81,7 +81,7 @@ def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     assert "This bank came without its members: these people may have helped to train it." in said.err
     assert "that were trained on them: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
     assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
-    said = run("evaluate", world.members, base, "--bank", NAME, "--privacy")
+    said = run("attack", world.members, base, "--bank", NAME)
     assert "InputError: this bank came without its members: the people it was trained on are unknown\n" in said.err
 
 

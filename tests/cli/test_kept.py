@@ -18,7 +18,7 @@ def sitting(folder: Path) -> dict:
 def compared(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     words = ["shots=2", "queries=2", "policies=[uniform, posterior]", "merge.policy=uniform"]
-    return mta("evaluate", world.new, "--bank", world.bank, *words, "--out", out, "--json").json, out
+    return mta("compare", world.new, "--bank", world.bank, *words, "--out", out, "--json").json, out
 
 
 def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_path):
@@ -50,14 +50,14 @@ def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(wor
     assert entry["outcome"]["people"] == 4
     nll = {method["name"]: method["metrics"]["NLL"] for method in found["methods"] if "NLL" in method["metrics"]}
     assert entry["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
-    again = mta("evaluate", world.new, "--bank", world.bank, "--config", out / "config.yaml", "--json").json
+    again = mta("compare", world.new, "--bank", world.bank, "--config", out / "config.yaml", "--json").json
     strip = [{name: value for name, value in method.items() if name != "seconds"} for method in found["methods"]]
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 
 
 def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
     (tmp_path / "config.yaml").write_text("shotz: 2\nmerge: {policy: uniform}\n")
-    said = run("evaluate", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")
+    said = run("compare", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")
     assert said.code == 1
     assert f"ConfigError: {tmp_path}/config.yaml: shotz: " in said.err
 
@@ -79,8 +79,8 @@ def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
 def test_an_attack_writes_a_run_folder(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
-    words = ["--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
-    mta("evaluate", everybody, *words)
+    words = ["--bank", world.bank, "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
+    mta("attack", everybody, *words)
     entry = sitting(tmp_path / "out")
     assert entry["kind"] == "privacy"
     assert all(0 <= auc <= 1 for auc in entry["outcome"]["AUC"].values())
@@ -99,7 +99,7 @@ def test_runs_of_every_kind_have_reports(world, compared, tmp_path):
     ("words", "expected"),
     [
         (
-            ["evaluate", "{new}", "--bank", "{bank}", "--track", "wandb"],
+            ["compare", "{new}", "--bank", "{bank}", "--track", "wandb"],
             "--track needs a folder for the run",
         ),
         (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track needs a folder"),

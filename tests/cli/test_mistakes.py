@@ -136,63 +136,39 @@ MISTAKES = {
         "PersonNotFound: 'new-00-quispe' has no version 7; expected one of: 1",
     ),
     "an evaluation of the bank's own people": (
-        "evaluate {members} --bank {bank} --out {root}/r shots=2 queries=2",
+        "compare {members} --bank {bank} --out {root}/r shots=2 queries=2",
         "InputError: none of 18 people can be tested",
     ),
     "an evaluation with an unknown key": (
-        "evaluate {new} --bank {bank} --out {root}/r shot=2",
+        "compare {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
     ),
     "an attack without people of the bank": (
-        "evaluate {new} --bank {bank} --privacy --out {root}/r shots=2",
+        "attack {new} --bank {bank} --out {root}/r shots=2",
         "InputError: 0 of the bank's 2 anchors are among the 4 people given",
     ),
     "an attack without people outside the bank": (
-        "evaluate {members} --bank {bank} --privacy --out {root}/r",
+        "attack {members} --bank {bank} --out {root}/r",
         "InputError: 0 of 18 people are outside the bank",
     ),
     "an attack with an unknown key": (
-        "evaluate {members} --bank {bank} --privacy queries=2",
+        "attack {members} --bank {bank} queries=2",
         "ConfigError: the command line: queries: ",
     ),
-    "an attack on a recipe": (
-        "evaluate movielens --bank {bank} --privacy",
-        "InputError: --bank, --privacy: not for a recipe",
-    ),
-    "predictions without --task": (
-        "evaluate {new} --predictions {new}",
-        "InputError: --predictions needs the task",
-    ),
-    "predictions with --out": (
-        "evaluate {new} --predictions {new} --task lamp3 --out {root}/r",
-        "InputError: --out: not for a file of answers",
-    ),
-    "an attack on some people": (
-        "evaluate {members} --bank {bank} --privacy --people 2",
-        "InputError: --people: not for an attack",
+    "an evaluation of a file of people": (
+        "evaluate {new} --out {root}/r",
+        "ConfigError: no recipe '{new}'",
     ),
     "a date for a seed in a file": (
-        "evaluate {new} --bank {bank} --config {dated}",
+        "compare {new} --bank {bank} --config {dated}",
         "ConfigError: the command line: seed: ",
-    ),
-    "a comparison with --task": (
-        "evaluate {new} --bank {bank} --task lamp3",
-        "InputError: --task: not for a comparison",
-    ),
-    "a comparison with an option of recipes": (
-        "evaluate {new} --bank {bank} --exhibit main",
-        "InputError: --exhibit: not for a comparison",
-    ),
-    "a recipe with an option of comparisons": (
-        "evaluate movielens --skip-bad {root}/bad.jsonl --out {root}/runs",
-        "InputError: --skip-bad: not for a recipe",
     ),
     "a question with half of a surrogate pair": (
         "generate Great-\ud83d --bank {bank} --store {store}",
         "DataError: the question's field 'question': holds half of a surrogate pair",
     ),
     "predictions that are no answers": (
-        "evaluate {new} --predictions {new} --task lamp3",
+        "score {new} --true {new} --task lamp3",
         "DataError: ",
     ),
     "personalize with a setting of the bank": (
@@ -212,7 +188,7 @@ MISTAKES = {
         "AnchorNotFound: merge.k is 9, but the bank has 2 anchors",
     ),
     "an evaluation into a file": (
-        "evaluate {new} --bank {bank} --out {new} shots=2 queries=2",
+        "compare {new} --bank {bank} --out {new} shots=2 queries=2",
         "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
     "forgetting in a store that is not there": (
@@ -359,9 +335,9 @@ def test_true_answers_must_be_labels(tmp_path):
     for name, answers in (("true.json", ["4", "I think 4"]), ("mine.json", ["4", "5"])):
         golds = [{"id": str(n), "output": answer} for n, answer in enumerate(answers)]
         (tmp_path / name).write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
-    said = run("evaluate", tmp_path / "true.json", "--predictions", tmp_path / "mine.json", "--task", "lamp3")
+    said = run("score", tmp_path / "mine.json", "--true", tmp_path / "true.json", "--task", "lamp3")
     assert (said.code, "'I think 4' is no label of task 'lamp3'" in said.err) == (1, True), said.err
-    said = run("evaluate", tmp_path / "mine.json", "--predictions", tmp_path / "true.json", "--task", "lamp3")
+    said = run("score", tmp_path / "true.json", "--true", tmp_path / "mine.json", "--task", "lamp3")
     assert (said.code, said.out[:3]) == (0, "MAE"), said.err
 
 

@@ -318,10 +318,10 @@ def test_the_table_fits_eighty_columns_and_shows_counts(found):
 
 
 def test_files_hold_no_ids_or_texts(found, tmp_path):
-    privacy_report.write(found, tmp_path, "mta evaluate everybody.jsonl --privacy")
+    privacy_report.write(found, tmp_path, "mta attack everybody.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "privacy.svg", "privacy.png"}
     text = (tmp_path / "results.json").read_text()
-    assert json.loads(text)["meta"]["command"].startswith("mta evaluate")
+    assert json.loads(text)["meta"]["command"].startswith("mta attack")
     assert len(json.loads(text)["rows"]) == len(found.rows)
     everything = text + (tmp_path / "privacy.svg").read_text()
     assert not any(word in everything for word in ("stranger-", "candidate-", "task-", "Film"))

@@ -67,7 +67,7 @@ def written(tiny, comparison, tmp_path):
             "bank": tiny[1],
             "asked": ASKED,
             "meta": {
-                "command": "mta evaluate x.jsonl --bank bank/",
+                "command": "mta compare x.jsonl --bank bank/",
                 "seed": 3,
                 "note": "dequantized from Q4_1",
                 "data": "made up <b>here</b>",
@@ -102,7 +102,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     for sentence in verdict(comparison):
         assert sentence in text
     for part in (
-        "mta evaluate x.jsonl --bank bank/",
+        "mta compare x.jsonl --bank bank/",
         "dequantized from Q4_1",
         "tiny-llama",
         "protocol reconstructed",

@@ -84,7 +84,7 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     evaluation = Evaluation(shots=2, queries=2, policies=("posterior",))
     found = study(base, bank, TINY_RUN, everybody, evaluation, encoder=HashEncoder())
     found.asked = interview(personal, everybody, [{"title": "Film 7", "genres": "Drama"}])
-    found.write(tmp_path / "results", "mta evaluate people.jsonl")
+    found.write(tmp_path / "results", "mta compare people.jsonl")
     stopped(personalizer(base, bank, store=tmp_path / "people", seed=1), everybody, monkeypatch)
     leftovers(personal.store, EVE.id)
     before = {what for _, what in traces(places, EVE, personal.store)}

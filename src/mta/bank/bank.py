@@ -225,7 +225,7 @@ class Bank:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
         A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
-        members is sent only ``with_members``. ``results`` is the results.json of ``mta evaluate --out``.
+        members is sent only ``with_members``. ``results`` is the results.json of ``mta compare --out``.
         Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
         """
         path = Path(results) if results else None

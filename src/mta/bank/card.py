@@ -67,7 +67,7 @@ personal.generate([("ann", "...")])
 
 ## Results
 
-{results or "No results were given. To measure: `mta evaluate` on people who are not in the bank."}
+{results or "No results were given. To measure: `mta compare` on people who are not in the bank."}
 
 ## Limits
 
@@ -173,7 +173,7 @@ def in_words(found: CalibrationInfo) -> str:
 
 
 def table_of(results: Mapping[str, Any]) -> str:
-    """Return a table of each method's NLL from the results.json of ``mta evaluate --out``.
+    """Return a table of each method's NLL from the results.json of ``mta compare --out``.
 
     Settings and commands are not quoted, because they may name people and folders. Raises KeyError, TypeError,
     ValueError.

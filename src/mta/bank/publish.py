@@ -145,7 +145,7 @@ def _results_table(path: Path, info: BankInfo) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be shown on the card: {type(error).__name__}: {str(error) or 'the file is empty'}",
-            hint="Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/",
+            hint="Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/",
         ) from None
     if seconds != info.seconds or evaluated != info.hash:
         raise InputError(f"{path} holds the results of another bank", hint="Evaluate this bank, and give its results.")

@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from mta import __version__
-from mta.cli import bank, data, evaluate, machine, person, personalize, serve, store
+from mta.cli import bank, compare, data, evaluate, machine, person, personalize, serve, store
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
@@ -24,20 +24,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(evaluate.demo)
-app.add_typer(data.app, name="data")
-app.add_typer(bank.app, name="bank")
-app.command()(personalize.personalize)
-app.command()(serve.generate)
-app.command()(evaluate.evaluate)
-app.command()(evaluate.report)
-app.command()(serve.serve)
-app.command()(machine.size)
-app.add_typer(store.app, name="store")
-app.add_typer(person.app, name="person")
-app.command()(person.export)
-app.command()(person.forget)
-app.command()(machine.doctor)
+START, BUILD, MEASURE, MANAGE = "Start here", "Build and use", "Measure", "Manage"
+app.command(rich_help_panel=START)(evaluate.demo)
+app.command(rich_help_panel=START)(machine.doctor)
+app.add_typer(data.app, name="data", rich_help_panel=BUILD)
+app.add_typer(bank.app, name="bank", rich_help_panel=BUILD)
+app.command(rich_help_panel=BUILD)(personalize.personalize)
+app.command(rich_help_panel=BUILD)(serve.generate)
+app.command(rich_help_panel=BUILD)(serve.serve)
+app.command(rich_help_panel=MEASURE)(compare.compare)
+app.command(rich_help_panel=MEASURE)(compare.attack)
+app.command(rich_help_panel=MEASURE)(evaluate.evaluate)
+app.command(rich_help_panel=MEASURE)(evaluate.report)
+app.command(rich_help_panel=MEASURE)(evaluate.score)
+app.command(rich_help_panel=MEASURE)(machine.size)
+app.add_typer(person.app, name="person", rich_help_panel=MANAGE)
+app.command(rich_help_panel=MANAGE)(person.export)
+app.command(rich_help_panel=MANAGE)(person.forget)
+app.add_typer(store.app, name="store", rich_help_panel=MANAGE)
 
 
 @app.callback(invoke_without_command=True)

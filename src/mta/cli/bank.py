@@ -235,7 +235,7 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
     results: Annotated[
-        Path | None, Option(help="results.json of mta evaluate, to show on the card.", dir_okay=False)
+        Path | None, Option(help="results.json of mta compare, to show on the card.", dir_okay=False)
     ] = None,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
     with_members: Annotated[

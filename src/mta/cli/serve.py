@@ -44,7 +44,7 @@ def generate(
 ) -> None:
     """Ask several people's models the same question, in one batch.
 
-    If the task has labels, every label is scored, as in mta evaluate: the answer is the most likely label, and the
+    If the task has labels, every label is scored, as in mta compare: the answer is the most likely label, and the
     shares of all labels are shown. Otherwise the answer is generated token by token.
 
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --shared

@@ -152,7 +152,7 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
                 gold.place,
                 "output",
                 f"{gold.output!r} is no label of task {task.name!r}; expected one of {', '.join(task.labels)}",
-                hint="Give the true answers as SOURCE, and the model's as --predictions; or another --task.",
+                hint="Give the model's answers first, and the true ones with --true; or another --task.",
             )
     return {id: gold.output for id, gold in found.items()}
 

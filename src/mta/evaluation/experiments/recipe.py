@@ -160,7 +160,8 @@ def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> d
     """Return a recipe's settings merged over those of its ``over`` recipe; file names are relative to ``folder``."""
     path = folder / name if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {', '.join(names())}.")
+        hint = f"Give the path of a .yaml, or one of: {', '.join(names())}. For a file of people:  mta compare"
+        raise ConfigError(f"no recipe {name!r}", hint=hint)
     if path.resolve() in above:
         raise ConfigError(f"recipe {above[0].name} is over itself", hint="Remove one of the lines  over: …")
     values = read_yaml(path)

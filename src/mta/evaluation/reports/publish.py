@@ -196,7 +196,7 @@ def _sessions(folder: Path) -> list[dict[str, Any]]:
         return runs
     raise DataError(
         f"{folder} is not a run's folder: it contains no {RUN}",
-        hint="Give the --out of mta bank build, mta evaluate or mta demo, or the --run of mta personalize.",
+        hint="Give the --out of mta bank build, compare, evaluate or demo, or the --run of mta personalize.",
     )
 
 
@@ -216,7 +216,7 @@ def _methods(path: Path) -> list[Section]:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path} contains no results of a comparison: {error}", hint="Repeat  mta evaluate --out"
+            f"{path} contains no results of a comparison: {error}", hint="Repeat  mta compare --out"
         ) from None
     table = markdown(["method", measure], [[name, str(score)] for name, score in scores.items()])
     text = f"{people} people; means over people, 95% intervals in brackets.\n\n{table}"

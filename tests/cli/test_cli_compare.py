@@ -1,4 +1,4 @@
-"""``mta evaluate``, from a saved bank and a file of ratings."""
+"""``mta compare`` and ``mta attack``, from a saved bank and a file of ratings."""
 
 import json
 
@@ -8,60 +8,60 @@ from world import world as world  # the fixture
 
 
 @pytest.fixture(scope="module")
-def evaluated(world, tmp_path_factory):
+def compared(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     words = ["shots=2", "queries=2", "policies=[uniform, posterior]"]
-    return mta("evaluate", world.new, "--bank", world.bank, *words, "--out", out, "--json"), out
+    return mta("compare", world.new, "--bank", world.bank, *words, "--out", out, "--json"), out
 
 
-def test_evaluate_compares_every_method_on_people_who_are_not_in_the_bank(evaluated):
-    found = evaluated[0].json
+def test_compare_compares_every_method_on_people_who_are_not_in_the_bank(compared):
+    found = compared[0].json
     assert (found["people"], found["queries_per_person"]) == (4, 2)
     methods = [method["name"] for method in found["methods"]]
     assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, posterior", "MTA"} <= set(methods)
 
 
-def test_evaluate_json_records_settings_and_command(evaluated):
-    meta = evaluated[0].json["meta"]
+def test_compare_json_records_settings_and_command(compared):
+    meta = compared[0].json["meta"]
     assert (meta["shots"], meta["task"], meta["dtype"]) == (2, "movielens-rating", "float32")
-    assert meta["command"].startswith("mta evaluate ")
+    assert meta["command"].startswith("mta compare ")
     assert "shots=2 queries=2 'policies=[uniform, posterior]'" in meta["command"]
 
 
-def test_evaluate_writes_a_report_and_its_numbers(evaluated):
-    said, out = evaluated
+def test_compare_writes_a_report_and_its_numbers(compared):
+    said, out = compared
     assert json.loads((out / "results.json").read_text())["methods"] == said.json["methods"]
     page = (out / "report.html").read_text()
     assert "MTA" in page
     assert "quispe" not in page
 
 
-def test_evaluate_prints_a_table_on_stderr(world):
-    said = mta("evaluate", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
+def test_compare_prints_a_table_on_stderr(world):
+    said = mta("compare", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
     assert said.out == ""
     assert "2 people, 2 shots and 1 later queries each" in said.err
 
 
-def test_evaluate_privacy_attacks_the_bank(world, tmp_path):
+def test_attack_attacks_the_bank(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
-    words = ["evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=3"]
+    words = ["attack", everybody, "--bank", world.bank, "shots=2", "targets=2", "items=3"]
     said = mta(*words, "merge.policy=learned", "merge.k=1", "--out", tmp_path / "out", "--json")
     rows = {(row["about"], row["model"]): row for row in said.json["rows"]}
     assert ("the anchors' items", "learned, K = 1") in rows
     own = rows["the anchors' items", "the anchor's own"]
     assert (own["models"], own["members"], own["others"]) == (2, 6, 12)
     assert set(own["attacks"]) == {"loss", "over base", "over task LoRA"}
-    assert said.json["meta"]["command"].startswith("mta evaluate ")
+    assert said.json["meta"]["command"].startswith("mta attack ")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == said.json
     assert (tmp_path / "out" / "privacy.png").stat().st_size > 1000
     assert not any(word in said.out for word in ("quispe", "hoxha", "Zorblax"))
 
 
-def test_evaluate_privacy_prints_a_table_on_stderr(world, tmp_path):
+def test_attack_prints_a_table_on_stderr(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
-    said = mta("evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "stack.enabled=no")
+    said = mta("attack", everybody, "--bank", world.bank, "shots=2", "stack.enabled=no")
     assert said.out == ""
     assert "Membership inference by loss" in said.err
     assert "Warning: only 12 items of others" in said.err

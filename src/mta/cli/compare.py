@@ -1,0 +1,163 @@
+"""``mta compare`` and ``mta attack``: what a bank gains for people, and what it reveals about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Generic, NamedTuple, TypeVar
+
+from typer import Option
+
+import mta
+from mta.cli import options
+from mta.cli.screen import Screen, console, show_json
+from mta.config import Evaluation, Privacy, Run, load_settings
+from mta.config.loader import read_yaml
+from mta.data.history import Person
+from mta.system.extras import require
+
+if TYPE_CHECKING:
+    from mta.tracking.run_folder import RunFolder
+
+Kind = TypeVar("Kind", Evaluation, Privacy)
+RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
+Out = Annotated[Path | None, Option(help="Folder for report.html, results.json and the run's settings.")]
+
+
+def compare(
+    source: options.Source,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    out: Out = None,
+    config: options.Config = None,
+    people: Annotated[
+        int | None, Option(min=1, help="Compare on at most this many people, drawn with the seed.")
+    ] = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
+    skip_bad: options.SkipBad = None,
+    track: options.Track = None,
+    json: options.Json = False,
+) -> None:
+    """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only on people outside a bank.
+
+    Each person of SOURCE is personalized anew from their shots. People in the bank, and people with fewer than shots +
+    queries items, are left out. key=value sets the comparison (shots=4 queries=10) and overrides merge.…, stack.…,
+    memory and dtype of the bank.
+
+    Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
+    """
+    require("eval")  # before a model is loaded
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    given = _Given(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
+    command = options.command_line()
+    with _open(given, "comparison", Evaluation) as at:
+        step, say = at.folder.step, at.screen.say
+        study = mta.study(at.base, at.bank, at.run, at.people, at.chosen, limit=people, on_step=step, on_method=say)
+        at.folder.outcome = study.outcome()
+        if out:
+            study.write(out, command)
+    from mta.evaluation.reports import tables
+    from mta.evaluation.reports.html import to_json
+
+    if json:
+        return show_json(to_json(study.comparison, **study.meta, command=command))
+    tables.show(study.comparison, study.meta, console)
+
+
+def attack(
+    source: options.Source,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    out: Out = None,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
+    skip_bad: options.SkipBad = None,
+    track: options.Track = None,
+    json: options.Json = False,
+) -> None:
+    """Attack a bank, its merges and personal models by their losses on training items and other items.
+
+    Do they reveal which items a model was trained on? SOURCE holds the people of the bank and other people. key=value
+    sets the attack (shots=8 targets=16 items=16; fewer targets take less time) and overrides merge.…, stack.…, memory
+    and dtype of the bank.
+
+    Example:  mta attack everybody.jsonl --bank bank/ --out privacy/
+    """
+    from mta.evaluation.privacy import report
+    from mta.evaluation.privacy.runner import privacy
+
+    require("eval")  # before a model is loaded
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    given = _Given(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
+    command = options.command_line()
+    with _open(given, "privacy", Privacy) as at:
+        found = privacy(at.base, at.bank, at.run, at.people, at.chosen, on_step=at.folder.step, say=at.screen.say)
+        at.folder.outcome = found.outcome()
+        if out:
+            report.write(found, out, command)
+    show_json(report.to_json(found, command)) if json else report.show(found, console)
+
+
+class _Given(NamedTuple):
+    """The options of both commands."""
+
+    source: str
+    words: list[str]
+    bank: Path
+    out: Path | None
+    config: Path | None
+    seed: int | None
+    device: str | None
+    columns: options.Columns
+    skip_bad: Path | None
+    track: str | None
+
+
+@dataclass
+class _Open(Generic[Kind]):
+    """A bank and people, ready to be measured."""
+
+    base: mta.BaseModel
+    bank: mta.Bank
+    run: Run
+    people: list[Person]
+    chosen: Kind
+    screen: Screen
+    folder: RunFolder
+
+
+@contextmanager
+def _open(given: _Given, name: str, kind: type[Kind]) -> Iterator[_Open[Kind]]:
+    """Read the people and the settings, open the bank, and yield all with the folder of the run."""
+    tracker = options.tracker_for(given.track, given.out)
+    people = options.people_in(given.source, options.task_of(given.bank), given.columns, given.skip_bad)
+    chosen, run_words = _settings(kind, given.config, given.words)
+    base, bank, run = options.open_bank(
+        given.bank, run_words, seed=given.seed, device=given.device, open_to=options.MERGE_AND_STACK
+    )
+    used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
+    with Screen() as screen, options.run_folder(name, given.out, base, bank, used, tracker, screen.step) as folder:
+        yield _Open(base, bank, run, people, chosen, screen, folder)
+
+
+def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str]]:
+    """Return the settings of a comparison or an attack, and the settings of the run as key=value."""
+    given = read_yaml(config).items()
+    run_words = [f"{key}={dumps(value, default=str)}" for key, value in given if key in RUN_SETTINGS]
+    run_words += [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
+    own_words = [word for word in words if word not in run_words]
+    return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words
