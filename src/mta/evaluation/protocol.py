@@ -24,6 +24,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import encode_people
 from mta.personalize.evidence import Evidence
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_encodings, needs_evidence
+from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.training.plan import Plan, plan_cohorts
 
@@ -229,7 +230,7 @@ class Panel:
         if self.plain:
             return self.plain.merge(settings, seed)
         settings = self.merge_settings(settings)
-        key = (settings.model_dump_json(), seed if settings.policy == "learned" else 0)
+        key = (settings.model_dump_json(), seed if policy_of(settings).learns else 0)
         if key not in self.merges:
             evidence, gathering = self._evidence if needs_evidence(settings) else (None, 0.0)
             start = time.monotonic()

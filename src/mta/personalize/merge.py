@@ -55,11 +55,12 @@ class Merge:
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
     """Return whether stage 2 reads the anchors' losses (``gather_evidence``).
 
-    ``grown`` says that earlier merges are known: the learned policy then starts from these.
+    ``grown`` says that earlier merges are known: policies that learn then start from these.
     """
-    if policy_of(settings).gradients or (grown and settings.policy == "learned"):
+    policy = policy_of(settings)
+    if policy.gradients or (grown and policy.learns):
         return False
-    return settings.retrieve == "loss" or policy_of(settings).evidence(settings)
+    return settings.retrieve == "loss" or policy.evidence(settings)
 
 
 def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
@@ -67,9 +68,15 @@ def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
 
     ``grown`` as above: where earlier merges are continued, their anchors stay.
     """
-    if policy_of(settings).gradients or (grown and (settings.policy == "learned" or needs_evidence(settings, grown))):
+    policy = policy_of(settings)
+    if policy.gradients or (grown and (policy.learns or needs_evidence(settings, grown))):
         return False
-    return policy_of(settings).by_content(settings)
+    return policy.by_content(settings)
+
+
+def keeps_gradients(settings: MergeSettings, calibration: Calibration | None) -> bool:
+    """Return whether merges hold gradients: not where a person's own shots do not change the coefficients."""
+    return policy_of(settings).gradients and calibration is not None and calibration.personal
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool = True) -> None:
@@ -151,7 +158,7 @@ def fit_merge(
     seed: int = 0,
     **passes: Unpack[Passes],
 ) -> Merge:
-    """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy is ``learned``.
+    """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy learns.
 
     ``similarity`` (U, N) is the cosine of person and anchor, required if ``needs_encodings``.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
@@ -162,7 +169,7 @@ def fit_merge(
     """
     if policy_of(settings).gradients:
         return _from_gradients(base, jobs, anchors, task_adapters, settings, calibration, earlier, **passes)
-    learns = settings.policy == "learned"
+    learns = policy_of(settings).learns
     if earlier and learns:
         found = earlier.merge
     elif earlier and evidence:
@@ -286,7 +293,7 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
     # Gradients of coefficients go through gates; ``auto`` may have them.
-    gated = direct or settings.policy in ("auto", "learned") or policy_of(settings).gradients
+    gated = direct or settings.policy == "auto" or policy_of(settings).learns or policy_of(settings).gradients
     return ParameterCounts(
         frozen=0 if direct else own * width, task_lora=task_lora, shared=gated * len(bank) * rank * width
     )

@@ -27,8 +27,7 @@ from mta.errors import (
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
-from mta.personalize.merge import check_merge, frozen_numbers, needs_evidence
-from mta.personalize.policies import policy_of
+from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients, needs_evidence
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, StateUpdate
@@ -340,9 +339,7 @@ class Pipeline:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
         if state is None or state.settings != settings_digest or not state.losses:
             return None, 0
-        calibration = self.bank.calibration
-        personal = policy_of(self.run.merge).gradients and calibration is not None and calibration.personal
-        if personal and not state.gradient:  # it would miss the earlier items
+        if keeps_gradients(self.run.merge, self.bank.calibration) and not state.gradient:  # it would miss earlier items
             return None, 0
         learned = person.grown_from(state.history)
         return (state, learned) if learned else (None, 0)

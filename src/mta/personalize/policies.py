@@ -67,6 +67,7 @@ class Policy:
     labels: bool  # whether the policy needs the scores of a closed set of labels
     wide: bool  # whether the policy is meant for all anchors, or only for the nearest
     cosines: bool  # whether the policy reads the cosines of people and anchors
+    learns: bool  # whether gradient descent on the shots goes on from the policy's coefficients (``learn`` in merge.py)
 
     def by_content(self, settings: MergeSettings) -> bool:
         """Return whether anchors are retrieved or weighted by content, which needs their encodings."""
@@ -85,12 +86,13 @@ def policy(
     labels: bool = False,
     wide: bool = False,
     cosines: bool = False,
+    learns: bool = False,
 ) -> Callable[[Weigh], Weigh]:
     """Register a function as a policy under the function's name; arguments as in ``Policy``."""
 
     def register(weigh: Weigh) -> Weigh:
         reads = evidence if callable(evidence) else lambda _: evidence
-        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide, cosines)
+        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide, cosines, learns)
         return weigh
 
     return register
@@ -199,9 +201,9 @@ def ridge(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     return fit_labels(retrieved.scored.labels, retrieved.ids, settings.ridge, before=retrieved.before)
 
 
-@policy(evidence=lambda settings: settings.start == "posterior", wide=True)
+@policy(evidence=lambda settings: settings.start == "posterior", wide=True, learns=True)
 def learned(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
-    """Return the posterior, or 0: ``learn`` in ``merge.py`` starts its gradient descent there."""
+    """Return the posterior, or 0, where the gradient descent starts."""
     return torch.zeros_like(retrieved.similarity) if settings.start == "zero" else posterior(settings, retrieved)
 
 

@@ -22,8 +22,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_encodings, needs_evidence
-from mta.personalize.policies import policy_of
+from mta.personalize.merge import Earlier, Merge, fit_merge, keeps_gradients, merged, needs_encodings, needs_evidence
 from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
@@ -286,7 +285,7 @@ class Stages:
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""
         befores, gradients = cohort.befores, None
-        if policy_of(self.run.merge).gradients and self.bank.calibration and self.bank.calibration.personal:
+        if keeps_gradients(self.run.merge, self.bank.calibration):
             sums = torch.tensor([state.gradient for state in befores], dtype=torch.float64)
             loglik = torch.tensor([state.loglik for state in befores], dtype=torch.float64)
             gradients = ShotGradients(sums, loglik, torch.tensor([state.shots for state in befores]))

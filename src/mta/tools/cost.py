@@ -224,7 +224,7 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)
-    if run.merge.policy == "learned":
+    if policy_of(run.merge).learns:
         merge += trained(_examples(run.merge.learned, shots), merged, 0)
     if policy_of(run.merge).gradients:
         merge += trained(shots, merged, 0)

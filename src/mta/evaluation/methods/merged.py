@@ -22,7 +22,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, coefficients, learn, merged, needs_evidence
-from mta.personalize.policies import POLICIES
+from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
 from mta.training.plan import parameters_of
 
@@ -63,7 +63,7 @@ class Merged(Method):
         if self.anchors is None:
             return self
         kind = POLICIES.get(self.merge.policy) if self.merge else None
-        if self.merge is None or kind is None or kind.gradients or self.merge.policy == "learned":
+        if self.merge is None or kind is None or kind.gradients or kind.learns:
             raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
         if self.merge.k > self.anchors:
             raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
@@ -74,7 +74,7 @@ class Merged(Method):
 
     @property
     def seeded(self) -> bool:
-        return self.merge is None or self.merge.policy == "learned"
+        return self.merge is None or (self.merge.policy != "auto" and policy_of(self.merge).learns)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings = panel.merge_settings(self.merge)
