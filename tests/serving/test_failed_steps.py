@@ -20,7 +20,7 @@ from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
 from mta.serving.embedded.adapter_slots import AdapterSlots
-from mta.serving.embedded.scheduler import PATIENCE, Row, Scheduler
+from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Scheduler
 from mta.serving.engine import AnswerLost
 from mta.serving.sampling import Sampler
 from mta.store.state import State
@@ -64,7 +64,7 @@ def answered(scheduler, models, asks, mode=None):
     found = [[] for _ in asks]
     for ask, pieces in zip(asks, found):
         who = models[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
-        row = Row(ask, pieces.append, Sampler(ask))
+        row = AnswerRow(ask, pieces.append, Sampler(ask))
         row.adapter = scheduler.adapters.adapter_of(who)
         scheduler.waiting.append(row)
     with mode or torch.inference_mode():
@@ -124,7 +124,7 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
     rows = []
     for who, prompt in ((2, [9] * 5), (3, long), (4, [7] * 4)):
         ask = ask_of(who, prompt, 20)
-        row = Row(ask, lambda _: None, Sampler(ask))
+        row = AnswerRow(ask, lambda _: None, Sampler(ask))
         row.adapter = scheduler.adapters.adapter_of(models[who])
         scheduler.waiting.append(row)
         rows.append(row)
@@ -247,7 +247,7 @@ def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
     scheduler = Scheduler(base, AdapterSlots(base, [bank], slots), slots, 64, 64)  # all in one pass
     for _ in range(slots):
         ask = ask_of(2, [5, 6, 7], 3)
-        row = Row(ask, lambda _: None, SimpleNamespace(token=None))  # choosing a token fails
+        row = AnswerRow(ask, lambda _: None, SimpleNamespace(token=None))  # choosing a token fails
         row.adapter = scheduler.adapters.adapter_of(models[2])
         scheduler.waiting.append(row)
     with torch.inference_mode():

@@ -26,7 +26,7 @@ P = TypeVar("P", bound=Piece)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[P, R]):
+class PieceResult(Generic[P, R]):
     """Result of a piece, or the ``error`` that remained after all attempts."""
 
     piece: P
@@ -47,7 +47,7 @@ class Executor(Protocol):
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
-    ) -> Iterator[Outcome[P, R]]:
+    ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in any order.
 
         The context is ``here`` in this process. A worker creates its own context once, with ``elsewhere``. Function,
@@ -66,7 +66,7 @@ class LocalExecutor:
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
-    ) -> Iterator[Outcome[P, R]]:
+    ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(here, piece)`` for each piece, in order; pieces are consumed lazily."""
         for piece in pieces:
-            yield Outcome(piece, function(here, piece))
+            yield PieceResult(piece, function(here, piece))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from mta.distributed.executor import C, Outcome, P, R
+from mta.distributed.executor import C, P, PieceResult, R
 from mta.errors import ClusterError, MtaError, StoreError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
@@ -73,7 +73,7 @@ class Cluster:
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
-    ) -> Iterator[Outcome[P, R]]:
+    ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
         Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
@@ -132,7 +132,7 @@ class PieceScheduler(Generic[P, R]):
         self.any_opened, self.any_result = False, False
         self.failed_starts = 0  # workers in a row that could not open their context
 
-    def work_through(self, pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
+    def work_through(self, pieces: Iterable[P]) -> Iterator[PieceResult[P, R]]:
         """Yield the outcomes in order of completion; a piece that was split yields the outcomes of its parts."""
         self.waiting.extend(_Task(piece, self.attempts, len(piece), []) for piece in pieces)
         last = time.monotonic()
@@ -195,7 +195,7 @@ class PieceScheduler(Generic[P, R]):
             self.idle.append(worker)
             self.any_opened, self.failed_starts = True, 0
 
-    def _ended(self, ref: Any) -> Iterator[Outcome[P, R]]:
+    def _ended(self, ref: Any) -> Iterator[PieceResult[P, R]]:
         worker, task = self.busy.pop(ref)
         try:
             result = self.ray.get(ref)
@@ -214,9 +214,9 @@ class PieceScheduler(Generic[P, R]):
         else:
             self.idle.append(worker)
             self.any_result = True
-            yield Outcome(task.piece, result)
+            yield PieceResult(task.piece, result)
 
-    def _failed(self, task: _Task[P], error: str) -> Iterator[Outcome[P, R]]:
+    def _failed(self, task: _Task[P], error: str) -> Iterator[PieceResult[P, R]]:
         """Split a failed piece, or yield its error if it cannot be split."""
         if halves := task.piece.halves():
             for half in halves:
@@ -229,7 +229,7 @@ class PieceScheduler(Generic[P, R]):
                 f"no person of a cohort of {task.size} could be computed: {error}",
                 hint="The same error for every person is not caused by their data. Fix it, then repeat the command.",
             )
-        yield Outcome(task.piece, None, error)
+        yield PieceResult(task.piece, None, error)
 
 
 class Worker:

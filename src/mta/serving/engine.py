@@ -1,4 +1,4 @@
-"""The engine protocol: the gateway passes an ``Ask`` and receives the answer as a stream of ``Piece``."""
+"""The engine protocol: the gateway passes an ``Ask`` and receives the answer as a stream of ``AnswerPiece``."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerPiece:
     """One token, or with ``finish`` the end of the answer. ``cached`` counts prompt tokens reused from the cache.
 
     The only piece of a request with labels has the log probability of each label in ``scores``.
@@ -126,7 +126,7 @@ class Piece:
 class Engine(Protocol):
     """Answers requests for different people from one base. Closing an answer's iterator cancels the answer."""
 
-    def answer(self, ask: Ask) -> AsyncIterator[Piece]:
+    def answer(self, ask: Ask) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, ModelRemoved, EngineGone."""
 
     async def forget(self, person: str) -> None:
@@ -164,7 +164,7 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-Pieces = asyncio.Queue[Piece | MtaError]
+Pieces = asyncio.Queue[AnswerPiece | MtaError]
 
 
 class QueuedEngine(ABC):
@@ -178,7 +178,7 @@ class QueuedEngine(ABC):
         self._open: dict[Any, Pieces] = {}  # answers in progress
         self._closing = False  # no new request is accepted
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def answer(self, ask: Ask) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer; closing the iterator cancels the answer.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, ModelRemoved,

@@ -41,7 +41,7 @@ OnTime = Callable[[float, float], None]
 """Called with the share of the demo that is done, and the seconds that are left."""
 
 
-class People(Settings):
+class PartSizes(Settings):
     """Number of people in each part; the rest are candidates for anchors."""
 
     task: int
@@ -57,7 +57,7 @@ class DemoRecipe(Settings):
     """
 
     data: str
-    people: People
+    people: PartSizes
     run: Run
     evaluation: Evaluation
     minutes: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=2)

@@ -24,7 +24,7 @@ from mta.system.device import moved
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TreeRow:
     """A token tree in depth-first order, and its targets.
 
     The logits at place ``sources[i]`` of the row predict token ``targets[i]`` of example ``examples[i]``;
@@ -67,7 +67,7 @@ class Rows:
         return table[self.source, self.target]
 
 
-def tree(examples: Sequence[Example], chosen: Iterable[int]) -> Row:
+def tree(examples: Sequence[Example], chosen: Iterable[int]) -> TreeRow:
     """Return one row that holds the examples with the numbers ``chosen``."""
     tokens, positions, ends = list[int](), list[int](), list[int]()
     predicted = list[tuple[int, int, int]]()
@@ -90,7 +90,7 @@ def tree(examples: Sequence[Example], chosen: Iterable[int]) -> Row:
     for place in path:
         ends[place] = len(tokens)
     sources, targets, owners = zip(*predicted)
-    return Row(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners, len(set(sources)))
+    return TreeRow(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners, len(set(sources)))
 
 
 def pack(
@@ -100,7 +100,7 @@ def pack(
     blocked: bool = False,
     budget: int = 2048,
     weight: float = 0.0,
-) -> list[Row]:
+) -> list[TreeRow]:
     """Return the cheapest rows for one person's examples.
 
     A row of several examples has at most ``budget`` tokens (0: no row has several); a target token counts as
@@ -132,13 +132,13 @@ def pack(
     return rows[::-1]
 
 
-def pack_for(base: BaseModel, examples: Sequence[Example], budget: int) -> list[Row]:
+def pack_for(base: BaseModel, examples: Sequence[Example], budget: int) -> list[TreeRow]:
     """Return the cheapest rows of one person's examples for a base; one row per example if it cannot take trees."""
     budget, weight = budget if base.packable else 0, base.footprint.target_weight
     return pack(examples, base.attention_price, blocked=base.blocked, budget=budget, weight=weight)
 
 
-def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
+def fitting(rows: Iterable[TreeRow], width: int, budget: int, weight: float) -> int:
     """Return how many of the first ``rows``, padded to ``width``, fit into one pass of ``budget``: at least one."""
     count, size = 0, 0.0
     for row in rows:
@@ -149,7 +149,7 @@ def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
     return count
 
 
-def collate(rows: Sequence[Row], pad: int, device: torch.device, owners: Sequence[int] | None = None) -> Rows:
+def collate(rows: Sequence[TreeRow], pad: int, device: torch.device, owners: Sequence[int] | None = None) -> Rows:
     """Return rows as padded tensors on ``device``; positions and ends, which describe the trees, stay on the CPU.
 
     ``owners`` are the numbers that predicted tokens get from their rows; by default, rows are numbered in order. The

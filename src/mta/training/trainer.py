@@ -28,7 +28,7 @@ from mta.system.malloc import give_back_memory
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
-from mta.training.packing import Row, collate, fitting, pack_for
+from mta.training.packing import TreeRow, collate, fitting, pack_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +163,9 @@ class _Batches:
     training: Training
     seed: int
     budget: int
-    _whole: dict[int, list[Row]] = field(default_factory=dict)
+    _whole: dict[int, list[TreeRow]] = field(default_factory=dict)
 
-    def rows(self, j: int, step: int) -> list[Row]:
+    def rows(self, j: int, step: int) -> list[TreeRow]:
         """Return the rows of job ``j`` at ``step``."""
         if j in self._whole:
             return self._whole[j]
@@ -270,14 +270,14 @@ class _Pass:
     """Rows of one pass: those of a slice ``people`` of the cohort, or a part of one person's rows."""
 
     people: slice
-    rows: list[Row]
+    rows: list[TreeRow]
     owners: list[int]  # places in the cohort
 
 
 def _accumulate(
     base: BaseModel,
     cohort: _Cohort,
-    rows: Sequence[Sequence[Row]],
+    rows: Sequence[Sequence[TreeRow]],
     adapters: Build,
     frozen: Sequence[Adapters],
     dtype: torch.dtype,
@@ -302,12 +302,12 @@ def _accumulate(
     return losses
 
 
-def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterator[_Pass]:
+def _passes(rows: Sequence[Sequence[TreeRow]], budget: int, weight: float) -> Iterator[_Pass]:
     """Yield passes of neighboring people with up to ``budget`` padded tokens; a person with more gets several passes.
 
     A place that needs logits counts as ``weight`` tokens more.
     """
-    first, chosen, owners, width, logits = 0, list[Row](), list[int](), 0, 0
+    first, chosen, owners, width, logits = 0, list[TreeRow](), list[int](), 0, 0
     for person, added in enumerate(rows):
         width = max([width, *(len(row.tokens) for row in added)])
         logits += sum(row.logit_count for row in added)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
-from mta.data.readers.rows import Part, id_in, item_in, list_in, text_in
+from mta.data.readers.rows import RecordPart, id_in, item_in, list_in, text_in
 from mta.data.readers.stream import array_elements, object_in, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
@@ -37,7 +37,7 @@ def outputs_beside(questions: Path) -> Path | None:
 
 def lamp_parts(
     records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects
-) -> Iterator[Part]:
+) -> Iterator[RecordPart]:
     """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
     Without an outputs file beside the questions, queries have no target: they can be answered, but not scored.
@@ -52,13 +52,15 @@ def lamp_parts(
             named = record.get("user_id") is not None
             person = id_in(record, "user_id") if named else id
             items = _profile(record, task, place, rejects)
-            yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
+            yield RecordPart(
+                person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named
+            )
     for id, gold in (golds or {}).items():
         if id not in seen:
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
 
 
-def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
+def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[RecordPart]:
     """Yield one person per record, with any number of questions and their gold answers where known."""
     seen: set[str] = set()
     for place, record in records:
@@ -66,7 +68,7 @@ def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, re
             person = _new_id(record, "user_id", seen, "person")
             seen.add(person)
             items, questions = _profile(record, task, place, rejects), list_in(record, "query")
-            yield Part(person, items, place, _queries(questions, None, task, place, rejects))
+            yield RecordPart(person, items, place, _queries(questions, None, task, place, rejects))
 
 
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:

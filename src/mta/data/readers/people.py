@@ -14,7 +14,7 @@ from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
-from mta.data.readers.rows import Part, item_parts
+from mta.data.readers.rows import RecordPart, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
@@ -67,7 +67,9 @@ def read_people(
     return People(people, task)
 
 
-def iter_parts(path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None) -> Iterator[Part]:
+def iter_parts(
+    path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None
+) -> Iterator[RecordPart]:
     """Yield people's items in the order of the file; a person may come in many parts. Raises DataError, InputError."""
     if path.is_dir() and any(path.glob("*.inter")):
         if columns:
@@ -107,7 +109,7 @@ class _Gathered:
         self.queries: list[Item] = []
         self.by_id: dict[str, Item] = {}
 
-    def take(self, part: Part, rejects: Rejects) -> None:
+    def take(self, part: RecordPart, rejects: Rejects) -> None:
         """Add a part. An item id may occur again only if parts repeat items, and then with the same content."""
         here: set[str] = set()
         new: list[Item] = []

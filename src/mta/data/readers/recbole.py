@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
-from mta.data.readers.rows import Part, id_in, item_in
+from mta.data.readers.rows import RecordPart, id_in, item_in
 from mta.data.readers.stream import only_file, text_lines
 from mta.data.tasks.task import Task
 from mta.errors import DataError
@@ -20,7 +20,7 @@ COLUMNS = {  # field -> names of its column in different data sets
 }
 
 
-def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
+def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[RecordPart]:
     """Yield one part per rating. Fields: title with its year, genres with commas, rating; time is the timestamp."""
     if set(task.fields()) != set(FIELDS):
         raise DataError(
@@ -41,7 +41,7 @@ def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
             rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
             if "timestamp" in row:
                 rating["timestamp"] = _number(row["timestamp"])
-            yield Part(id_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
+            yield RecordPart(id_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
 
 def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:

@@ -25,7 +25,7 @@ _COLUMNS = "Name a column of the file, for example:  --time-column date"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RecordPart:
     """The items and queries of one person in one record of a file.
 
     ``repeats``: another record may hold the same items again, as the records of one LaMP user do.
@@ -204,7 +204,7 @@ def item_parts(
     task: Task,
     rejects: Rejects,
     columns: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[Part]:
+) -> Iterator[RecordPart]:
     """Yield one item per record: ``person``, the task's fields, and where known ``time`` and ``id``.
 
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
@@ -219,7 +219,7 @@ def item_parts(
         digits.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
-                part = Part(id_in(row, "person"), (item_in(row, task),), place)
+                part = RecordPart(id_in(row, "person"), (item_in(row, task),), place)
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), _other_names(task).get(field)

@@ -20,7 +20,7 @@ Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SharedItems:
     """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
 
     Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold; and ``judged`` inputs, to which
@@ -154,7 +154,7 @@ class Copies:
         return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
 
 
-def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Shared]:
+def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], SharedItems]:
     """Return the people with their groups, and counts of what they share.
 
     People who hold a copy of one item, directly or through others, are in one group, named by its smallest person id.
@@ -168,7 +168,7 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     names = _names(people, sets)
     sizes = Counter(names.values())
     counts = {"people": len(names), "groups": len(sizes), "largest": max(sizes.values(), default=0)}
-    found = Shared(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
+    found = SharedItems(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
     return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
 
 

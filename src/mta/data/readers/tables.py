@@ -20,14 +20,14 @@ from mta.data.readers.stream import first_bytes, opened, text_lines
 from mta.errors import DataError
 from mta.system.extras import require
 
-Row = tuple[Place, dict[str, Any]]
+PlacedRow = tuple[Place, dict[str, Any]]
 CSV = (".csv", ".tsv")
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 QUOTES = "close the quotes around a cell, and double those in it"
 
 
-def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
+def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[PlacedRow]] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -40,7 +40,7 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
     return None if is_json else csv_rows
 
 
-def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
+def csv_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     """Yield the rows of a table with a header, separated by commas, semicolons, tabs, or bars.
 
     Excel's first line ``sep=;`` names another separator. Blank cells are None, and rows of blank cells are skipped.
@@ -125,7 +125,7 @@ def _check_distinct(names: list[str], place: Place) -> None:
         raise data_error(place, twice, "two columns have this name", hint="Rename one of them.")
 
 
-def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
+def parquet_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     """Yield the rows of a Parquet file. A place counts rows, not lines."""
     require("tables")
     from pyarrow.parquet import ParquetFile
@@ -140,7 +140,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
 
 
-def folder_rows(folder: Path, rejects: Rejects) -> Iterator[Row]:
+def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     """Yield the rows of the only table in a folder: a CSV file, or the Parquet files of one split.
 
     Raises DataError if there are several tables or none.
@@ -170,7 +170,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
 
 
-def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
+def arrow_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``, or of the only one in a folder of them.
 
     A place counts rows, not lines.
@@ -194,7 +194,7 @@ def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
             yield from _rows(file, stream.schema, stream)
 
 
-def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Iterator[Row]:
+def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Iterator[PlacedRow]:
     names, classes = schema.names, _classes(schema.metadata)
     _check_distinct(names, Place(file, 1))
     rows = (row for batch in batches for row in zip(*(_values(file, *column) for column in zip(names, batch.columns))))

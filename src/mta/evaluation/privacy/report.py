@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mta.evaluation.privacy.membership import FPR, Attack
-from mta.evaluation.privacy.runner import Findings, Row
+from mta.evaluation.privacy.runner import AttackRow, Findings
 from mta.evaluation.privacy.sampling import AT_LEAST
 from mta.evaluation.reports.figures import forest
 from mta.evaluation.statistics import Interval
@@ -79,7 +79,7 @@ def write(found: Findings, out: Path, command: str = "") -> None:
     forest(rows, "AUC - 0.5: 0 is guessing (95% intervals)").save(out / "privacy")
 
 
-def _strongest(row: Row) -> Attack:
+def _strongest(row: AttackRow) -> Attack:
     """Return the attack relative to the highest model below."""
     return list(row.attacks.values())[-1]
 

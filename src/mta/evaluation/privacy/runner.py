@@ -37,7 +37,7 @@ KS = (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AttackRow:
     """One kind of attacked model, asked about one kind of items: numbers of models and items, and each attack by name.
 
     Attacks are ``loss``, and ``over base`` and ``over task LoRA``: the loss minus that of the reference model.
@@ -55,7 +55,7 @@ class Row:
 class Findings:
     """All rows, and how they were made."""
 
-    rows: list[Row]
+    rows: list[AttackRow]
     meta: dict[str, Any]
 
     def outcome(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Findings:
         best = {f"{row.about}: {row.model}": max(a.auc.mean for a in row.attacks.values()) for row in self.rows}
         return {"AUC": {name: round(auc, 4) for name, auc in best.items()}}
 
-    def row(self, about: str, model: str) -> Row:
+    def row(self, about: str, model: str) -> AttackRow:
         """Return the row of a kind of model about a kind of items."""
         return next(row for row in self.rows if (row.about, row.model) == (about, model))
 
@@ -145,7 +145,7 @@ class MembershipEvaluator:
     items_each: int
     say: Callable[[str], None] = lambda _: None
     references: dict[str, Losses] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[AttackRow] = field(default_factory=list)
 
     def attack_references(self) -> None:
         """Attack the base, which was not trained on the items of anchors, and the task LoRA, which may have been."""
@@ -231,7 +231,7 @@ class MembershipEvaluator:
             scores[f"over {reference}"] = np.array([known[n] for _, n, _ in entries]) - loss
         trials = Trials(number, person, member == 1)
         attacks = {name: attack(trials, values) for name, values in scores.items()}
-        self.rows.append(Row(about, model, len(losses), *counts, attacks))
+        self.rows.append(AttackRow(about, model, len(losses), *counts, attacks))
 
 
 def _joined(*parts: Sets) -> Sets:

@@ -20,7 +20,7 @@ from mta.serving.api.auth import Key
 from mta.serving.api.completions import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.engine import Ask, Engine, Piece, Refused, ServedModel, together
+from mta.serving.engine import AnswerPiece, Ask, Engine, Refused, ServedModel, together
 
 router = APIRouter()
 
@@ -67,7 +67,7 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, k
     return ask
 
 
-async def _scored(service: Service, asks: Sequence[Ask], key: Key, *, falls_back: bool) -> list[Piece]:
+async def _scored(service: Service, asks: Sequence[Ask], key: Key, *, falls_back: bool) -> list[AnswerPiece]:
     """Return the piece with the scores of each request, and record metrics.
 
     A key that may have only some answers at once gets them in turn.
@@ -81,6 +81,6 @@ async def _scored(service: Service, asks: Sequence[Ask], key: Key, *, falls_back
     return found
 
 
-async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> Piece:
+async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> AnswerPiece:
     async with places, aclosing(engine.answer(ask)) as pieces:  # type: ignore[type-var]
         return [piece async for piece in pieces][-1]

@@ -23,7 +23,7 @@ from mta.errors import DataError, MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.errors import error_of
-from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, ResponseFormatter, usage_of
+from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, ServedModel, Token
 from mta.serving.model_names import person_name
@@ -94,7 +94,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
         return StreamingResponse(_events(formatter, ask, request, first, parts), media_type="text/event-stream")
-    complete: list[list[Part]] = [[] for _ in range(request.n)]
+    complete: list[list[AnswerText]] = [[] for _ in range(request.n)]
     async for part in parts:
         complete[part.index].append(part)
     tokens = sum(len(part.tokens) for answer in complete for part in answer)
@@ -159,7 +159,7 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
 
 
 async def _events(
-    formatter: ResponseFormatter, ask: Ask, request: Request, first: Part, parts: AsyncIterator[Part]
+    formatter: ResponseFormatter, ask: Ask, request: Request, first: AnswerText, parts: AsyncIterator[AnswerText]
 ) -> AsyncIterator[str]:
     """Yield server-sent events in OpenAI's format."""
     started: set[int] = set()
@@ -177,7 +177,7 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _after(first: Part, rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
+async def _after(first: AnswerText, rest: AsyncIterator[AnswerText]) -> AsyncIterator[AnswerText]:
     yield first
     async for part in rest:
         yield part
@@ -187,7 +187,7 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients split lines at U+2028, too
 
 
-async def _measured(service: Service, kind: str, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
+async def _measured(service: Service, kind: str, ask: Ask, request: Request, key: Key) -> AsyncIterator[AnswerText]:
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
@@ -251,12 +251,14 @@ class Text:
         return str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
 
 
-async def answers(engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str]) -> AsyncIterator[Part]:
+async def answers(
+    engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str]
+) -> AsyncIterator[AnswerText]:
     """Stream the parts of ``count`` answers as they come, each until its first stop text.
 
     Closing the iterator cancels all answers.
     """
-    parts: asyncio.Queue[Part | BaseException] = asyncio.Queue()
+    parts: asyncio.Queue[AnswerText | BaseException] = asyncio.Queue()
 
     async def answer(index: int) -> None:
         seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
@@ -269,7 +271,7 @@ async def answers(engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: S
                     held += [piece.token] if piece.token else []
                     finish: Finish | None = "stop" if text.stopped else piece.finish
                     if shown or finish:
-                        parts.put_nowait(Part(index, shown, tuple(held), finish, piece.cached))
+                        parts.put_nowait(AnswerText(index, shown, tuple(held), finish, piece.cached))
                         held = []
                     if finish:
                         return

@@ -111,7 +111,7 @@ Request = ChatRequest | CompletionRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AnswerText:
     """A piece of answer ``index``: text that is final, its tokens, and the reason if the answer ended."""
 
     index: int
@@ -136,13 +136,13 @@ class ResponseFormatter:
         """Return a complete answer, or one event of a stream."""
         return self._head | {"choices": list(choices)} | ({"usage": usage} if usage else {})
 
-    def choice(self, parts: Sequence[Part]) -> dict[str, Any]:
+    def choice(self, parts: Sequence[AnswerText]) -> dict[str, Any]:
         """Return the complete choice that consists of ``parts``."""
         text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
         message = {"role": "assistant", "content": text, "refusal": None}
         return self._choice(parts[-1].index, {"message": message}, text, tokens, parts[-1].finish)
 
-    def events(self, part: Part, first: bool) -> list[dict[str, Any]]:
+    def events(self, part: AnswerText, first: bool) -> list[dict[str, Any]]:
         """Return the stream events of a part: its text, then, if the answer ended, the reason."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": part.text} if part.text or first else {})
         choices = [self._choice(part.index, {"delta": delta}, part.text, part.tokens, None)]

@@ -19,7 +19,7 @@ from mta.model.base import BaseModel
 from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
-from mta.serving.embedded.scheduler import Row, Scheduler
+from mta.serving.embedded.scheduler import AnswerRow, Scheduler
 from mta.serving.engine import LATER, Ask, EngineGone, Pieces, QueuedEngine, ServedModel, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
@@ -81,7 +81,7 @@ class EmbeddedEngine(QueuedEngine):
 
     def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
-        row = Row(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
+        row = AnswerRow(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
         self._put(partial(self._enter, row))
         self._open[row] = pieces
 
@@ -157,7 +157,7 @@ class EmbeddedEngine(QueuedEngine):
                 raise EngineGone("the engine has stopped", hint=LATER)
             self._calls.put(call)
 
-    def _load(self, row: Row, since: int) -> None:
+    def _load(self, row: AnswerRow, since: int) -> None:
         """Load a row's adapter from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception | None = None
         who, adapters = row.ask.who, self.scheduler.adapters
@@ -197,7 +197,7 @@ class EmbeddedEngine(QueuedEngine):
                 self._calls.get(block=wait)()
                 wait = False
 
-    def _enter(self, row: Row) -> None:
+    def _enter(self, row: AnswerRow) -> None:
         """Queue a row for a slot, at once if its adapter is cached."""
         if adapter := self.activated.get(row.ask.who):
             self.activated.move_to_end(row.ask.who)
@@ -207,7 +207,7 @@ class EmbeddedEngine(QueuedEngine):
             self._loading += 1
             self._loaders.submit(self._load, row, self._forgotten)
 
-    def _enter_loaded(self, row: Row, adapter: RowAdapter | Exception | None, since: int) -> None:
+    def _enter_loaded(self, row: AnswerRow, adapter: RowAdapter | Exception | None, since: int) -> None:
         """Cache a row's adapter and queue the row, or end the row if loading failed; without an adapter do nothing."""
         self._loading -= 1
         if adapter is None:

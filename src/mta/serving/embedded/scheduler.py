@@ -30,7 +30,7 @@ from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
 from mta.serving.embedded.label_walk import LabelWalk
-from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, ServedModel, log_failure
+from mta.serving.engine import LATER, LOST, AnswerLost, AnswerPiece, Ask, Finish, ServedModel, log_failure
 from mta.serving.sampling import Sampler
 
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
@@ -38,11 +38,11 @@ log = logging.getLogger("mta")
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class AnswerRow:
     """One answer in progress: ``left`` holds tokens that are not processed yet, ``count`` counts generated tokens."""
 
     ask: Ask
-    send: Callable[[Piece | MtaError], None]
+    send: Callable[[AnswerPiece | MtaError], None]
     sampler: Sampler
     adapter: RowAdapter = field(init=False)  # set before the row waits for a slot
     number: int = field(default_factory=itertools.count().__next__)  # in order of arrival
@@ -62,8 +62,8 @@ class Scheduler:
     def __init__(self, base: BaseModel, adapters: AdapterSlots, slots: int, length: int, chunk: int) -> None:
         self.adapters, self.chunk = adapters, chunk
         self.slots = Slots(base, slots, length, chunk, adapters)
-        self.waiting: deque[Row] = deque()
-        self.rows: list[Row] = []  # row n has slot n in both caches; running rows first, then filling rows
+        self.waiting: deque[AnswerRow] = deque()
+        self.rows: list[AnswerRow] = []  # row n has slot n in both caches; running rows first, then filling rows
         self.running = 0
         self.failed = self.lost = 0  # failures and lost answers since the start
         self._failures_in_a_row = 0  # steps without a pass that succeeded
@@ -111,7 +111,7 @@ class Scheduler:
         except Exception as failure:
             self._restart(failure)
 
-    def fail(self, rows: Sequence[Row], error: Exception) -> None:
+    def fail(self, rows: Sequence[AnswerRow], error: Exception) -> None:
         """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
         self.failed, self.lost = self.failed + 1, self.lost + len(lost)
@@ -122,7 +122,7 @@ class Scheduler:
             row.send(AnswerLost(LOST, hint=LATER))
             row.cancelled = True
 
-    def _lose(self, rows: Sequence[Row], error: Exception) -> None:
+    def _lose(self, rows: Sequence[AnswerRow], error: Exception) -> None:
         """End ``rows`` because of ``error``, and empty their slots."""
         self.fail(rows, error)
         for row in rows:
@@ -192,7 +192,7 @@ class Scheduler:
             else:
                 self._next(rows[n], logits[n], likeliest[n])
 
-    def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
+    def _next(self, row: AnswerRow, logits: Tensor, likeliest: int) -> None:
         """Sample one more token of an answer; remove the row when the answer ends."""
         finish: Finish | None = None
         try:
@@ -203,15 +203,15 @@ class Scheduler:
             finish = "stop"
         else:
             row.left, row.count = [token.id], row.count + 1
-            row.send(Piece(token, cached=row.cached))
+            row.send(AnswerPiece(token, cached=row.cached))
             if row.count >= row.ask.max_tokens:
                 finish = "length"
         if finish:
-            row.send(Piece(finish=finish, cached=row.cached))
+            row.send(AnswerPiece(finish=finish, cached=row.cached))
             row.cancelled = True
             self._leave(row)
 
-    def _next_label(self, row: Row, logits: Tensor) -> None:
+    def _next_label(self, row: AnswerRow, logits: Tensor) -> None:
         """Score the labels' next tokens, and go on to the next beginning of a label; end after the last one."""
         try:
             step = row.walk.next(logits)
@@ -222,11 +222,11 @@ class Scheduler:
             self.slots.rewind(self.rows.index(row), len(row.ask.prompt) + keep)
             row.left = [token]
         else:
-            row.send(Piece(finish="stop", cached=row.cached, scores=tuple(row.walk.scores)))
+            row.send(AnswerPiece(finish="stop", cached=row.cached, scores=tuple(row.walk.scores)))
             row.cancelled = True
             self._leave(row)
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: AnswerRow) -> None:
         place = self.rows.index(row)
         if place < self.running:  # swap with the last running row: running rows stay contiguous
             self.running -= 1

@@ -19,10 +19,10 @@ from mta.serving.engine import (
     LATER,
     LOST,
     AnswerLost,
+    AnswerPiece,
     Ask,
     EngineGone,
     Finish,
-    Piece,
     Pieces,
     QueuedEngine,
     Token,
@@ -147,7 +147,7 @@ class VllmEngine(QueuedEngine):
         found = {steps[0]: await self._forced(ask, name, *steps[0])}  # first, so that the others find a cached prompt
         found |= dict(zip(steps[1:], await together(self._forced(ask, name, *step) for step in steps[1:])))
         scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in ask.labels)
-        queue.put_nowait(Piece(finish="stop", scores=tuple(scores)))
+        queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
     async def _forced(self, ask: Ask, name: str, start: tuple[int, ...], token: int) -> float:
         """Return the log probability of a token behind the prompt and the beginning of a label."""
@@ -216,7 +216,7 @@ async def _opened(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
         raise
 
 
-async def _read(response: httpx.Response, stops: Collection[int], most: int) -> AsyncIterator[Piece]:
+async def _read(response: httpx.Response, stops: Collection[int], most: int) -> AsyncIterator[AnswerPiece]:
     """Convert server-sent events to pieces; the last piece has the number of cached prompt tokens.
 
     Raises EngineGone if the events end too early.
@@ -236,11 +236,11 @@ async def _read(response: httpx.Response, stops: Collection[int], most: int) -> 
         for choice in event["choices"]:
             for token in _tokens(choice, most):
                 if token.id not in stops:
-                    yield Piece(token)
+                    yield AnswerPiece(token)
             finish = choice.get("finish_reason") or finish
     if finish not in get_args(Finish):
         raise EngineGone("vLLM ended the answer too early", hint=LATER)
-    yield Piece(finish=finish, cached=cached)
+    yield AnswerPiece(finish=finish, cached=cached)
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
