@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
@@ -17,6 +18,17 @@ def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = 
     task = load_task("movielens-rating")
     build_bank(base_of(), task, HashEncoder(), task_people, candidates, run, out, **how)
     return out
+
+
+def stopped_among_anchors(out: Path) -> None:
+    """Stop a build while its anchors train."""
+
+    def stop(stage, step):
+        if stage == "anchors":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(out, on_step=stop)
 
 
 def changed(group: str, **values) -> Run:

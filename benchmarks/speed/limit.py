@@ -12,7 +12,7 @@ from benchmarks.speed.data import Absent
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, base_of
-from mta.training.packing import Row as Packed
+from mta.training.packing import TreeRow
 from mta.training.packing import pack_for
 
 SIZE = 4096
@@ -21,7 +21,7 @@ _PRODUCTS = {"float32": 6, "bfloat16": 24}  # of one turn: a few seconds
 
 
 def operations(
-    rows: Sequence[Packed], shapes: Mapping[str, tuple[int, int]], rank: int, hidden: int, vocabulary: int
+    rows: Sequence[TreeRow], shapes: Mapping[str, tuple[int, int]], rank: int, hidden: int, vocabulary: int
 ) -> int:
     """Operations (multiplications and additions) that one training step of packed rows cannot do without.
 

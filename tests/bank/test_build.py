@@ -11,23 +11,17 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-import yaml
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, trained
-from conftest import TINY_RUN, HashEncoder, memory_for
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped_among_anchors, trained
+from conftest import TINY_RUN, memory_for
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.build import build_bank
-from mta.bank.calibration.info import Gain
-from mta.bank.card import body
-from mta.bank.format import ANCHORS, CALIBRATING, read_info, seal, with_hash
-from mta.config import Run, Training
-from mta.data.history import Item, Person
-from mta.data.tasks import load_task
+from mta.bank.format import CALIBRATING, read_info, seal, with_hash
+from mta.data.history import Item
 from mta.distributed.executor import LocalExecutor
-from mta.errors import BankError, DataError, Diverged, InputError
+from mta.errors import BankError, DataError, InputError
 from mta.lora.batch import fresh
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import sittings
@@ -107,15 +101,6 @@ def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
     assert asked["work"] == plain["work"] == read_info(built).work[:12]
     assert asked["plan"] == read_info(built).plan
     assert asked["outcome"] == {"anchors": 3, "items": 18, "items left out": 6, "texts shortened": 0}
-
-
-def stopped_among_anchors(out):
-    def stop(stage, step):
-        if stage == "anchors":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(out, on_step=stop)
 
 
 def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
@@ -348,84 +333,3 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     with pytest.raises(BankError, match=r"holds thesis.txt, which does not belong to a bank\n  Choose an empty"):
         build(tmp_path, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-# -- what it says of itself --------------------------------------------------------------------------------------------
-
-
-def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
-    info, text = read_info(built), (built / "README.md").read_text()
-    assert text.startswith("---\nlibrary_name: merge-then-adapt\n")
-    assert "\n# A bank of 3 anchors for `movielens-rating`\n" in text
-    assert f"| base fingerprint | `{info.base_fingerprint}` |" in text
-    assert "| people behind the task LoRA / candidates for anchors | 7 / 12 |" in text
-    assert "| cut | 6 items left out, 0 texts shortened |" in text
-    recipe = text.partition("```yaml\n")[2].partition("```")[0]
-    assert Run.model_validate(yaml.safe_load(recipe)) == TINY_RUN == info.run
-
-
-def test_the_card_draws_gains_with_their_intervals_on_one_axis(built):
-    gains = [Gain(shots=n, people=9, mean=m, low=m - 0.01, high=m + 0.02, worse=0.0) for n, m in ((1, 0.0), (8, 0.02))]
-    info = read_info(built)
-    text = body(info.model_copy(update={"calibration": info.calibration.model_copy(update={"gains": tuple(gains)})}))
-    drawn = [line.split("`")[1] for line in text.splitlines() if " | merge | " in line]
-    assert drawn == ["━━━━━━●━━━━━━━━━━━············", "······┊·····━━━━━●━━━━━━━━━━━━"]
-
-
-def test_every_line_of_the_metrics_is_a_step(built):
-    rows = [json.loads(line) for line in (built / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if row["stage"] != "calibration"]
-    assert [(row["stage"], row["step"]) for row in trained] == [
-        (stage, n) for stage in ("task LoRA", "anchors") for n in (1, 2, 3, 4)
-    ]
-    assert all(row["loss"] > 0 for row in trained)
-    assert all(0 < row["examples"] <= row["examples_total"] for row in rows)
-    assert read_info(built).seconds == {
-        stage: round(sum(row["seconds"] for row in rows if row["stage"] == stage), 1)
-        for stage in ("task LoRA", "anchors", "calibration")
-    }
-
-
-def test_the_time_of_a_build_that_was_killed_counts_too(tmp_path):
-    stopped_among_anchors(tmp_path / "bank")
-    metrics = tmp_path / "bank" / "metrics.jsonl"
-    rows = [json.loads(line) | {"seconds": 7.0} for line in metrics.read_text().splitlines()]
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "anch')
-    assert read_info(build(tmp_path / "bank")).seconds["task LoRA"] == 28.0
-
-
-def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_path):
-    asked = [Person(person.id, person.items, person.items[:1]) for person in CANDIDATES]
-    assert trained(build(tmp_path / "bank", candidates=asked)) == trained(built)
-
-
-def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
-    """Without a training step, every A keeps its initial value."""
-    still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
-    for start in ("same", "own"):
-        folder = build(tmp_path / start, run=changed("bank", start=start, **still))
-        factors = [a for name, a in load_file(folder / ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
-        assert factors
-        assert all(torch.equal(a[0], a[1]) == (start == "same") for a in factors)
-
-
-def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_bank(built, tmp_path):
-    shutil.copytree(built, tmp_path / "bank")
-    before, base = read_info(built), base_of()
-    limited = load_task("movielens-rating").model_copy(update={"answer_tokens": 40})
-    build_bank(base, limited, HashEncoder(), TASK_PEOPLE, CANDIDATES, TINY_RUN, tmp_path / "bank")
-    after = read_info(tmp_path / "bank")
-    assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
-    assert Bank.open(tmp_path / "bank", base).task == limited
-    assert "answer_tokens" not in before.task
-    assert with_hash(after).hash == before.hash
-
-
-@pytest.mark.parametrize(("group", "stage"), [("task_lora", "task LoRA"), ("bank", "anchors")])
-def test_a_bank_whose_training_diverges_is_not_written_and_its_checkpoint_is_removed(tmp_path, group, stage):
-    steep = Training(lr=1e250, steps=4, batch_size=4)
-    with pytest.raises(Diverged, match=f"training of the {stage} diverged") as raised:
-        build(tmp_path / "bank", run=changed(group, training=steep))
-    assert raised.value.hint == f"Lower {group}.training.lr."
-    assert not (tmp_path / "bank" / "bank.json").exists()
-    assert not list((tmp_path / "bank").rglob("*.checkpoint"))

@@ -8,95 +8,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from world import ANN, BOB, MEMBER, QUESTION, TASK, mta, ratings, run, tree, written
+from world import ANN, BOB, MEMBER, QUESTION, mta, ratings, run, tree, written
 from world import world as world  # the fixture
 
 from mta.bank.format import seal
 from mta.cli.options import open_bank
 from mta.personalize import Personalizer
-
-# data
-
-
-def test_data_describe_counts(world):
-    assert mta("data", "describe", world.new, *TASK).out.startswith("people 4  items 24  min 6  median 6")
-
-
-def test_data_describe_counts_in_json(world):
-    found = mta("data", "describe", world.new, *TASK, "--json").json
-    assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
-    splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
-    assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
-    assert splits["people with times"] == 4
-    assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
-
-
-def test_data_describe_counts_people_with_enough_items(world):
-    said = mta("data", "describe", world.new, *TASK, "--queries", 2).out
-    assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
-    assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
-    assert "people with a time on every item: 4" in said
-
-
-def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
-    text = "A review so long that nobody else writes it by coincidence, word for word, about hoxha."
-    rows = [{"person": person, "text": text, "score": "4"} for person in ("ann", "bob")]
-    path = tmp_path / "data.jsonl"
-    path.write_text(
-        "".join(json.dumps(row) + "\n" for row in (*rows, {"person": "eve", "text": "Fine.", "score": "5"}))
-    )
-    said = mta("data", "describe", path, "--task", "lamp3")
-    held = "1 items belong to more than one person and connect 2 people in 1 groups of at most 2"
-    assert f"shared items: {held}" in said.out
-    assert not re.search("hoxha|ann|bob", said.out)
-    found = mta("data", "describe", path, "--task", "lamp3", "--json").json["shared"]
-    assert found == {"items": 1, "people": 2, "groups": 1, "largest": 2, "crowded": 0, "judged": 0}
-
-
-def test_data_describe_reports_that_no_items_are_shared(world):
-    assert "shared items: none" in mta("data", "describe", world.new, *TASK).out
-
-
-def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
-    with monkeypatch.context() as patched:  # a prompt needs no weights
-        patched.setattr("mta.model.base.BaseModel.of", None)
-        said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
-    assert said.startswith("<|start|>user\nHow many stars")
-    assert '"Zorblax 31" (Drama)' in said
-    assert "<|start|>assistant\n⟦2<|end|>⟧\n" in said
-    assert re.search(r"-- \d+ tokens, 2 in the target, 0 cut", said)
-
-
-def test_data_show_counts_the_cut_tokens(world):
-    said = mta("data", "show", world.new, *world.settings, "--items", 1, "max_tokens=125").out
-    assert "-- 125 tokens, 2 in the target, 4 cut" in said
-
-
-def test_data_show_gives_tokens_and_mask_in_json(world):
-    shown = mta("data", "show", world.new, *world.settings, "--items", 2, "--json").json
-    assert len(shown) == 2
-    assert [mask for mask in shown[0]["target_mask"] if mask] == [1, 1]
-    assert len(shown[0]["tokens"]) == len(shown[0]["target_mask"])
-
-
-def test_bad_rows_can_be_skipped(tmp_path):
-    rows = ratings("a", "b", 1)
-    path = written(tmp_path / "h.jsonl", [*rows, {**rows[0], "rating": "9"}])
-    said = mta("data", "describe", path, *TASK, "--skip-bad", tmp_path / "bad.jsonl", "--json")
-    assert said.json["items"] == 6
-    assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
-
-
-def test_predictions_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
-    golds = [{"id": "1", "output": "4"}, {"id": "2", "output": "2"}]
-    said = [{"id": "2", "output": "nothing"}, {"id": "1", "output": "3"}]
-    paths = [tmp_path / name for name in ("dev_outputs.json", "mine.json")]
-    for path, rows in zip(paths, (golds, said)):
-        path.write_text(json.dumps({"task": "LaMP_3", "golds": rows}))
-    words = ["score", paths[1], "--true", paths[0], "--task", "lamp3"]
-    assert mta(*words).out == "MAE 2.0000  RMSE 2.2361  questions 2\n"
-    assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
-
 
 # bank
 

@@ -5,17 +5,11 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from world import QUESTION, ratings, run, tree, written
 from world import world as world  # the fixture
-
-from mta.cli import main
 
 MISTAKES = {
     "a file that is not there": ("data describe {root}/no.jsonl", "DataError: no such file: "),
@@ -312,13 +306,6 @@ def test_another_base_is_refused(world, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_path):
-    words = ["data", "describe", str(tmp_path / "no.jsonl")]
-    done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("DataError: no such file: ")
-
-
 def test_a_recipe_of_wrong_types_is_a_mistake(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     for text, message in (
@@ -339,70 +326,3 @@ def test_true_answers_must_be_labels(tmp_path):
     assert (said.code, "'I think 4' is no label of task 'lamp3'" in said.err) == (1, True), said.err
     said = run("score", tmp_path / "true.json", "--true", tmp_path / "mine.json", "--task", "lamp3")
     assert (said.code, said.out[:3]) == (0, "MAE"), said.err
-
-
-@pytest.mark.timeout(120, func_only=True)
-def test_a_pipe_is_read_once(tmp_path):
-    """A file can be opened several times, a pipe cannot."""
-    rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
-    os.mkfifo(tmp_path / "pipe")
-    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "pipe"), "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "pipe", "w") as pipe:
-        pipe.write("\n".join(rows))
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
-
-
-@pytest.mark.timeout(120, func_only=True)
-def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
-    words = [sys.executable, "-m", "mta", "data", "describe", "-"]
-    where = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, env=where, stderr=subprocess.PIPE, text=True)
-    while not any(path.name == "stdin" for path in tmp_path.rglob("*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == -signal.SIGTERM
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_process_that_survives_its_own_signal_exits_as_a_shell_would_say(monkeypatch):
-    """As the first process of a container does."""
-    before, sent = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr("sys.argv", ["mta", "--version"])
-    monkeypatch.setattr("mta.cli.app.app", lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("os.kill", lambda _, number: sent.append(number))
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (end.value.code, sent) == (128 + signal.SIGTERM, [signal.SIGTERM])
-
-
-def test_windows_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["mta", "--version"])
-    monkeypatch.setattr("sys.platform", "win32")
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
-    assert capsys.readouterr() == ("", "mta does not run on Windows. Install and run it in WSL 2.\n")
-
-
-@pytest.mark.timeout(120, func_only=True)
-def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
-    os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
-    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    )
-    with (tmp_path / "slow.jsonl").open("w"):
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate()  # the closed pipe ends a read that began just after the signal
-    assert (process.returncode, out) == (130, "")
-    assert err.strip() == "Interrupted. Nothing is half written; repeat the command."

@@ -5,24 +5,19 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import people_of, personalizer
-from stores import state
 
 from mta.bank.bank import Bank
 from mta.bank.format import CALIBRATING, INFO, STALE, read_info
 from mta.bank.notes import mark_stale, note_published, published, stale
-from mta.errors import PersonForgotten, StoreError
-from mta.lora.peft import write_peft
+from mta.errors import StoreError
 from mta.personalize import Personalizer, forget_person
-from mta.store import Store, exports, tombstones
-from mta.store.maintenance import check, collect
+from mta.store import exports
 from mta.system.storage import Storage
-from mta.training.checkpoint import Checkpoint
 
 MEMBER = people_of(1, prefix="t")[0]  # the task LoRA learnt from this person
 
@@ -256,180 +251,3 @@ def test_marks_that_an_earlier_version_wrote_are_added_to(own_bank):
     (folder / STALE).write_text('{"needs_rebuild": ["anchor"]}')
     mark_stale(folder, MEMBER.id)
     assert stale(folder) == ["anchor", "task LoRA"]
-
-
-# -- processes at work -------------------------------------------------------------------------------------------------
-
-
-PEOPLE = people_of(3, items=4, prefix="x", seed=5)
-
-
-def nothing_of(id: str, store: Store) -> bool:
-    """Whether a person has no state, no history, no exports, and not even an empty folder."""
-    empty = (store.latest(id), store.history(id), store.exports.of(id)) == (None, None, [])
-    return empty and not Path(store.files.at(store._path(id))).exists()
-
-
-def elsewhere(store: Store, id: str) -> Store:
-    """Forget a person as another process does."""
-    other = Store(store.files.url)
-    forget_person(id, other)
-    return other
-
-
-@pytest.mark.parametrize("stage", ["evidence", "stack"])
-def test_a_person_who_is_forgotten_while_a_run_is_under_way_is_not_saved_by_it(tiny, tmp_path, stage):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-
-    def forget(at: str, step: object) -> None:
-        if at == stage and "x0" not in gone:
-            gone.append("x0")
-            elsewhere(personal.store, "x0")
-
-    gone = []
-    done = personal.personalize(PEOPLE, keep_histories=True, on_step=forget)
-    assert (done.trained, done.failed, done.forgotten) == (2, {}, ("x0",))
-    assert nothing_of("x0", personal.store)
-    assert all(id in personal.store for id in ("x1", "x2"))
-    assert not (tmp_path / "people" / "work").exists()
-    assert personal.personalize(PEOPLE).trained == 1  # a call that begins later takes the items for new ones
-    assert "x0" in personal.store
-
-
-def test_a_person_who_is_forgotten_after_their_items_were_read_is_not_begun(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.store.identity(write=True)
-    known = personal.store.tombstones.names()
-    elsewhere(personal.store, "x0")
-    for make in (personal.personalize, personal.update):
-        done = make(PEOPLE, since=known, keep_histories=True)
-        assert done.forgotten == ("x0",)
-        assert nothing_of("x0", personal.store)
-    assert all(id in personal.store for id in ("x1", "x2"))
-
-
-def test_an_update_goes_on_for_the_others_when_a_person_is_forgotten(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize([person.first(2) for person in PEOPLE])
-
-    def forget(at: str, step: object) -> None:
-        if "x0" in personal.store:
-            elsewhere(personal.store, "x0")
-
-    done = personal.update(PEOPLE, on_step=forget)
-    assert (done.forgotten, done.failed, done.kept + done.retrained + done.refreshed) == (("x0",), {}, 2)
-    assert nothing_of("x0", personal.store)
-
-
-@pytest.mark.parametrize("when", ["before the state is created", "after"])
-def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(url, monkeypatch, when):
-    store, create = Store(url), Storage.create
-    store.save("bob", state())
-    known = store.tombstones.of("bob")
-
-    def meanwhile(storage: Storage, name: str, data: bytes) -> None:
-        if when == "after":
-            create(storage, name, data)
-        monkeypatch.undo()
-        forget_person("bob", Store(url))
-        if when != "after":
-            create(storage, name, data)
-
-    monkeypatch.setattr(Storage, "create", meanwhile)
-    with pytest.raises(PersonForgotten):
-        store.save("bob", state(1), known)
-    assert (store.versions("bob"), check(store).people, store.files.sizes(store._path("bob"))) == ([], 0, {})
-    assert store.save("bob", state(1), store.tombstones.of("bob")) == 1  # of items that came in afterwards
-
-
-def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny, tmp_path, monkeypatch):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-
-    def late(*words: object, **how: object) -> None:
-        elsewhere(personal.store, "x0")
-        write_peft(*words, **how)
-
-    monkeypatch.setattr("mta.personalize.personalizer.write_peft", late)
-    with pytest.raises(PersonForgotten):
-        personal.export("x0", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert nothing_of("x0", personal.store)
-
-
-def test_a_rollback_does_not_bring_back_a_person_who_is_forgotten_meanwhile(tmp_path, monkeypatch):
-    store, load = Store(tmp_path), Store.load
-    for seed in range(2):
-        store.save("bob", state(seed))
-
-    def slow(self: Store, id: str, version: int | None = None) -> object:
-        found = load(self, id, version)
-        elsewhere(store, id)
-        return found
-
-    monkeypatch.setattr(Store, "load", slow)
-    with pytest.raises(PersonForgotten):
-        store.rollback("bob", 1)
-    assert nothing_of("bob", store)
-
-
-def test_a_checkpoint_that_a_run_writes_after_one_of_its_people_was_forgotten_does_not_stay(
-    tiny, tmp_path, monkeypatch
-):
-    personal, written = personalizer(*tiny, store=tmp_path / "people"), []
-    save = Checkpoint.save
-
-    def killed_afterwards(self: Checkpoint, *what: object) -> None:
-        elsewhere(personal.store, "x0")
-        save(self, *what)
-        written.append(self.path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    monkeypatch.setattr(Checkpoint, "save", killed_afterwards)
-    with pytest.raises(KeyboardInterrupt):
-        personal.personalize(PEOPLE)
-    assert written
-    assert not written[0].exists()
-
-
-# -- tombstones --------------------------------------------------------------------------------------------------------
-
-
-def test_a_tombstone_holds_no_id_and_no_name_that_a_person_had_in_the_store(tmp_path):
-    store = Store(tmp_path)
-    store.save("bob", state())
-    folder = store._path("bob").partition("/")[2]
-    forget_person("bob", store)
-    notes = list((tmp_path / "forgotten").iterdir())
-    assert [note.read_bytes() for note in notes] == [b"", b""]
-    assert not [note for note in notes if "bob" in note.name or folder in note.name]
-    assert store.tombstones.of("bob") == {note.name for note in notes}
-    assert store.tombstones.of("ann") == frozenset()
-    found = check(store)
-    assert (found.people, found.strangers, found.leftovers) == (0, [], [])
-
-
-def test_tombstones_go_after_a_week_with_the_next_forgetting_or_by_gc(tmp_path, monkeypatch):
-    store = Store(tmp_path)
-    store.save("bob", state())
-    for id in ("bob", "ann"):
-        forget_person(id, store)
-    assert collect(store) == {}
-    now, wait = time.time(), tombstones.LIFETIME + 60
-    for note in (tmp_path / "forgotten").iterdir():
-        os.utime(note, (now - wait, now - wait))
-    monkeypatch.setattr(tombstones.time, "time", lambda: now + wait)
-    assert len(collect(store, dry=True)) == 4
-    forget_person("cem", store)
-    assert [store.tombstones.among(store.tombstones.names(), id) != frozenset() for id in ("bob", "ann", "cem")] == [
-        False,
-        False,
-        True,
-    ]
-    assert collect(store) == {}
-
-
-def test_forgetting_in_a_store_that_is_not_there_begins_none(tmp_path):
-    assert not forget_person("ann", Store(tmp_path / "people")).states_removed
-    assert not (tmp_path / "people").exists()

@@ -70,6 +70,11 @@ class World:
         """The version as the gateway passes it to an engine."""
         return Version(person, number, stacked, self.store.seal(person, number) or "")
 
+    def expected(self, ask: Ask) -> tuple[list[int], str]:
+        """The tokens that the plain model answers with, and why the answer ends."""
+        tokens = self.alone(ask.who, list(ask.prompt), ask.max_tokens)
+        return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
+
     def alone(self, who: Version | SharedModel, prompt: list[int], count: int) -> list[int]:
         """The answer of one row, computed without any engine code."""
         state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)

@@ -54,11 +54,6 @@ def run(engines, use, **how):
     return asyncio.run(go())
 
 
-def expected(world, ask):
-    tokens = world.alone(ask.who, list(ask.prompt), ask.max_tokens)
-    return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
-
-
 def test_batched_answers_equal_single_answers(engines, world):
     people = [world.version(str(n), 1, stacked) for n in range(5) for stacked in (True, False)]
     asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n, who in enumerate([BASE, TASK, *people])]
@@ -67,7 +62,7 @@ def test_batched_answers_equal_single_answers(engines, world):
         return await asyncio.gather(*(collect(engine, ask) for ask in asks))
 
     found = run(engines, all_at_once)
-    assert found == [expected(world, ask) for ask in asks]
+    assert found == [world.expected(ask) for ask in asks]
     assert len({tuple(tokens) for tokens, _ in found}) > 8
 
 
@@ -143,7 +138,7 @@ def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
         return await asyncio.gather(collect(engine, beside), *(pieces(engine, ask) for ask in scored))
 
     answer, *found = run(engines, all_at_once)
-    assert answer == expected(world, beside)
+    assert answer == world.expected(beside)
     for ask, (piece,) in zip(scored, found, strict=True):
         assert piece.finish == "stop"
         assert piece.scores == pytest.approx(world.scored(ask.who, list(ask.prompt), LABELS), abs=1e-3)
@@ -198,7 +193,7 @@ def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines
         assert all(isinstance(end, list | ModelRemoved | PersonNotFound) for end in ended)
         return await collect(engine, beside)
 
-    assert run(engines, forgotten) == expected(world, beside)
+    assert run(engines, forgotten) == world.expected(beside)
 
 
 def test_an_answer_after_scored_labels_of_the_same_prompt_is_the_models(engines, world):
@@ -211,7 +206,7 @@ def test_an_answer_after_scored_labels_of_the_same_prompt_is_the_models(engines,
         )
 
     (first, second), answer = run(engines, in_turn)
-    assert answer == expected(world, Ask(prompt, who, COUNT))
+    assert answer == world.expected(Ask(prompt, who, COUNT))
     assert first == pytest.approx(second, abs=1e-3)
 
 
@@ -222,7 +217,7 @@ def test_sampling_with_a_seed_is_reproducible(engines, world):
         return [await collect(engine, ask), await collect(engine, ask)]
 
     first, second = run(engines, twice)
-    assert first == second != expected(world, ask)
+    assert first == second != world.expected(ask)
 
 
 def test_a_cancelled_answer_frees_its_slot_and_others_continue(engines, world):
@@ -240,7 +235,7 @@ def test_a_cancelled_answer_frees_its_slot_and_others_continue(engines, world):
         return found, engine.facts()["running"][0]
 
     found, running = run(engines, left)
-    assert found == expected(world, Ask(tuple(prompt_of(0)), world.version("0", 1), 40))
+    assert found == world.expected(Ask(tuple(prompt_of(0)), world.version("0", 1), 40))
     assert running == 0
 
 
@@ -265,7 +260,7 @@ def test_an_error_of_one_person_reaches_only_that_request(engines, world):
         return await asyncio.gather(collect(engine, fine), *(failing(engine, who) for who in (other, broken, unknown)))
 
     answer, *errors = run(engines, all_at_once)
-    assert answer == expected(world, fine)
+    assert answer == world.expected(fine)
     assert errors == [OtherBank, StateCorrupt, PersonNotFound]
 
 
@@ -282,8 +277,8 @@ def test_a_running_answer_keeps_its_version_after_an_update(engines, world):
 
     new, after, before = run(engines, updated)
     assert new.number == old.number + 1
-    assert before == expected(world, Ask(tuple(prompt_of(4)), old, 60))
-    assert after == expected(world, Ask(tuple(prompt_of(4)), new, COUNT))
+    assert before == world.expected(Ask(tuple(prompt_of(4)), old, 60))
+    assert after == world.expected(Ask(tuple(prompt_of(4)), new, COUNT))
     assert before[0][:COUNT] != after[0]
 
 
@@ -314,7 +309,7 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
         return again, await collect(engine, Ask(tuple(prompt_of(5)), again, COUNT))
 
     again, found = run(engines, forgotten)
-    assert found == expected(world, Ask(tuple(prompt_of(5)), again, COUNT))
+    assert found == world.expected(Ask(tuple(prompt_of(5)), again, COUNT))
 
 
 def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_on(engines, world):
@@ -331,13 +326,13 @@ def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_
             await asyncio.sleep(0)
         await dropping
         (ended,) = await asyncio.gather(ending, return_exceptions=True)
-        in_time = not hasattr(engine, "scheduler") and ended == expected(world, Ask(tuple(prompt_of(6)), old, 60))
+        in_time = not hasattr(engine, "scheduler") and ended == world.expected(Ask(tuple(prompt_of(6)), old, 60))
         assert isinstance(ended, ModelRemoved) or in_time  # nothing paces vLLM, which may have ended the answer before
         found = await going_on
         assert {who.number for who in await engine.versions() if who.person == "moved"} == {new.number}
         return found
 
-    assert run(engines, dropped) == expected(world, ask)
+    assert run(engines, dropped) == world.expected(ask)
 
 
 def test_more_people_than_the_adapter_cache_holds_are_answered_correctly(engines, world):
@@ -350,7 +345,7 @@ def test_more_people_than_the_adapter_cache_holds_are_answered_correctly(engines
         return found, engine.facts()["activated"][0]
 
     found, held = run(engines, in_turn, activated=2)
-    assert found == [expected(world, ask) for ask in asks]
+    assert found == [world.expected(ask) for ask in asks]
     assert held <= 2
 
 
@@ -399,4 +394,4 @@ def test_a_closing_engine_finishes_running_answers_and_accepts_no_new_ones(engin
         assert not engine.ready
         return await running
 
-    assert run(engines, closed) == expected(world, Ask(tuple(prompt_of(8)), TASK, 100))
+    assert run(engines, closed) == world.expected(Ask(tuple(prompt_of(8)), TASK, 100))
