@@ -12,8 +12,7 @@ from benchmarks.speed.data import Absent
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, base_of
-from mta.training.packing import TreeRow
-from mta.training.packing import pack_for
+from mta.training.packing import TreeRow, pack_for
 
 SIZE = 4096
 _TARGETS = {"float32": 0.75, "bfloat16": 0.50}

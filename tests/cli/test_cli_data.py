@@ -77,7 +77,7 @@ def test_bad_rows_can_be_skipped(tmp_path):
     assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
 
 
-def test_predictions_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
+def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     golds = [{"id": "1", "output": "4"}, {"id": "2", "output": "2"}]
     said = [{"id": "2", "output": "nothing"}, {"id": "1", "output": "3"}]
     paths = [tmp_path / name for name in ("dev_outputs.json", "mine.json")]

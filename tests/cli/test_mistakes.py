@@ -129,11 +129,11 @@ MISTAKES = {
         "person rollback new-00-quispe 7 --store {store}",
         "PersonNotFound: 'new-00-quispe' has no version 7; expected one of: 1",
     ),
-    "an evaluation of the bank's own people": (
+    "a comparison on the bank's own people": (
         "compare {members} --bank {bank} --out {root}/r shots=2 queries=2",
         "InputError: none of 18 people can be tested",
     ),
-    "an evaluation with an unknown key": (
+    "a comparison with an unknown key": (
         "compare {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
     ),
@@ -149,7 +149,7 @@ MISTAKES = {
         "attack {members} --bank {bank} queries=2",
         "ConfigError: the command line: queries: ",
     ),
-    "an evaluation of a file of people": (
+    "an experiment on a file of people": (
         "evaluate {new} --out {root}/r",
         "ConfigError: no recipe '{new}'",
     ),
@@ -161,7 +161,7 @@ MISTAKES = {
         "generate Great-\ud83d --bank {bank} --store {store}",
         "DataError: the question's field 'question': holds half of a surrogate pair",
     ),
-    "predictions that are no answers": (
+    "answers that are no answers": (
         "score {new} --true {new} --task lamp3",
         "DataError: ",
     ),
@@ -181,7 +181,7 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store {root}/s merge.k=9",
         "AnchorNotFound: merge.k is 9, but the bank has 2 anchors",
     ),
-    "an evaluation into a file": (
+    "a comparison into a file": (
         "compare {new} --bank {bank} --out {new} shots=2 queries=2",
         "InputError: {new} cannot be written: {new} is not a writable folder",
     ),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mta.cli.evaluate import demo, evaluate, report
+from mta.cli.compare import attack, compare
+from mta.cli.evaluate import demo, evaluate, report, score
 from mta.cli.serve import serve
 from mta.data.bm25 import retrieve
 from mta.data.readers import read_people
@@ -54,7 +55,10 @@ def test_without_extras_a_bank_is_built_and_people_are_personalized_answered_and
 
 FEATURES = {
     "a gateway": ("serve", "fastapi", lambda: serve()),
-    "an evaluation": ("eval", "cma", lambda: evaluate("people.jsonl")),
+    "an experiment": ("eval", "cma", lambda: evaluate("lamp3")),
+    "a comparison": ("eval", "cma", lambda: compare("people.jsonl")),
+    "an attack": ("eval", "cma", lambda: attack("people.jsonl")),
+    "scores": ("eval", "cma", lambda: score(Path("mine.json"), "true.json", "lamp3")),
     "a report": ("eval", "matplotlib", lambda: report([Path("runs")])),
     "a demo": ("eval", "rouge-score", lambda: demo()),
     "ROUGE": ("eval", "rouge-score", lambda: measure(load_task("lamp4"), Answers(["a"]), ["b"])),

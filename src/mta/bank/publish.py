@@ -137,7 +137,7 @@ def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
 
 
 def _results_table(path: Path, info: BankInfo) -> str:
-    """Return the results.json of an evaluation as a table for the card. Raises InputError."""
+    """Return the results.json of a comparison as a table for the card. Raises InputError."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         table, meta = table_of(results), results.get("meta", {})
@@ -148,5 +148,7 @@ def _results_table(path: Path, info: BankInfo) -> str:
             hint="Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/",
         ) from None
     if seconds != info.seconds or evaluated != info.hash:
-        raise InputError(f"{path} holds the results of another bank", hint="Evaluate this bank, and give its results.")
+        raise InputError(
+            f"{path} holds the results of another bank", hint="Compare on this bank, and give its results."
+        )
     return table

@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from mta import __version__
-from mta.cli import bank, compare, data, evaluate, machine, person, personalize, serve, store
+from mta.cli import bank, compare, data, evaluate, machine, person, personalize, predict, serve, store
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
@@ -31,6 +31,7 @@ app.add_typer(data.app, name="data", rich_help_panel=BUILD)
 app.add_typer(bank.app, name="bank", rich_help_panel=BUILD)
 app.command(rich_help_panel=BUILD)(personalize.personalize)
 app.command(rich_help_panel=BUILD)(serve.generate)
+app.command(rich_help_panel=BUILD)(predict.predict)
 app.command(rich_help_panel=BUILD)(serve.serve)
 app.command(rich_help_panel=MEASURE)(compare.compare)
 app.command(rich_help_panel=MEASURE)(compare.attack)

@@ -129,7 +129,7 @@ def score(
 
 def report(
     folders: Annotated[
-        list[Path], Argument(help="Folders of --out (mta compare, evaluate, bank build, demo) or --run.")
+        list[Path], Argument(help="Folders of --out (mta compare, attack, evaluate, bank build, demo) or --run.")
     ],
     out: Annotated[Path, Option(help="Folder for tables, figures and pages.")] = Path("report"),
     texts: Annotated[
@@ -139,9 +139,9 @@ def report(
 ) -> None:
     """Draw finished exhibits and runs as Markdown, HTML, SVG and PNG. Loads no model.
 
-    For a recipe's folder, draws all exhibits that have been run. For a bank, comparison, personalization or demo, draws
-    its results and losses. Each gets a folder in --out. The report can be published: it contains scores without texts,
-    and people as salted hashes. A report with --texts must not be published.
+    For a recipe's folder, draws all exhibits that have been run. For a bank, comparison, attack, personalization or
+    demo, draws its results and losses. Each gets a folder in --out. The report can be published: it contains scores
+    without texts, and people as salted hashes. A report with --texts must not be published.
 
     Example:  mta report runs/lamp3 runs/movielens --out results/
     Example:  mta report bank/ --out report/

@@ -114,19 +114,22 @@ class Columns(NamedTuple):
     time: str | None = None
 
 
-def people_in(source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None) -> list[Person]:
-    """Return all people of a file, a folder, a data asset, or standard input."""
+def people_in(
+    source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None, questions: bool = False
+) -> list[Person]:
+    """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
     named = {name: column for name, column in columns._asdict().items() if column}
+    read = partial(read_people, task=task, columns=named, skip_bad=skip_bad, questions=questions)
     path = Path(fetch(source) if source in ASSETS else os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        return read_people(path, task, columns=named, skip_bad=skip_bad)
+        return read(path)
     if source == "-" and sys.stdin is None:
         raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
     with TemporaryDirectory() as folder:  # only its owner may read it
         place = Stdin(folder, "stdin")
         with open(place, "wb") as file, nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as pipe:
             shutil.copyfileobj(pipe, file)  # a pipe can be read once, a file as often as the reader likes
-        return read_people(place, task, columns=named, skip_bad=skip_bad)
+        return read(place)
 
 
 def task_of(folder: Path) -> TaskType:

@@ -70,6 +70,10 @@ class Personalizer:
         self._encoder = encoder
         self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
+    def __contains__(self, person: str) -> bool:
+        """Return whether a person has a state."""
+        return person in self._pipeline.unsaved or bool(self.store and person in self.store)
+
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""

@@ -36,9 +36,11 @@ def read_people(
     *,
     columns: Mapping[str, str] | None = None,
     skip_bad: str | Path | None = None,
+    questions: bool = False,
 ) -> People:
     """Return the people of a file or folder in order of appearance, each with their items in time order.
 
+    With ``questions``, the rows of a table are questions: they need no answer, and become the people's ``queries``.
     ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
     called otherwise.
     LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
@@ -51,7 +53,7 @@ def read_people(
     rejects_file = _rejects_path(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
     with Rejects.to(rejects_file) as rejects:
-        for part in iter_parts(source, task, rejects, columns):
+        for part in iter_parts(source, task, rejects, columns, questions):
             gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
@@ -59,6 +61,8 @@ def read_people(
     if not people:
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
+    if questions:
+        return _asked(people, source, task)
     if copies := repeated(people):
         log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
     people, shared = connected(people, task)
@@ -67,8 +71,17 @@ def read_people(
     return People(people, task)
 
 
+def _asked(people: Sequence[Person], source: Path, task: Task) -> People:
+    """Return the people who have questions. Raises DataError if there are none."""
+    if asked := [person for person in people if person.queries]:
+        return People(asked, task)
+    raise DataError(
+        f"{source} holds no questions", hint="Give rows with person and input, or LaMP's or Per-Pcs's questions."
+    )
+
+
 def iter_parts(
-    path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None
+    path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None, questions: bool = False
 ) -> Iterator[RecordPart]:
     """Yield people's items in the order of the file; a person may come in many parts. Raises DataError, InputError."""
     if path.is_dir() and any(path.glob("*.inter")):
@@ -87,13 +100,13 @@ def iter_parts(
     every = chain([first], records)
     keys = first[1].keys()
     if columns:
-        yield from item_parts(every, task, rejects, columns)
+        yield from item_parts(every, task, rejects, columns, questions)
     elif isinstance(first[1].get("profile"), list) and "query" in keys:
         yield from perpcs_parts(every, task, rejects)
     elif isinstance(first[1].get("profile"), list) and "input" in keys:
         yield from lamp_parts(every, file, task, rejects)
     elif keys & {"person", "input", "output", *task.fields()}:
-        yield from item_parts(every, task, rejects)
+        yield from item_parts(every, task, rejects, questions=questions)
     else:
         got = ", ".join(map(str, keys)) or "nothing"
         raise data_error(first[0], None, f"unknown format: the first record has {got}", hint=FORMATS)

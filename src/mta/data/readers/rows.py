@@ -133,12 +133,7 @@ def _iso(text: str) -> float:
 
 def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
-    target, other, keys = task.item.target, _other_names(task), {}
-    for name in task.fields():
-        there = [key for key in (name, other.get(name, name)) if key in row]
-        if not there:
-            raise Bad(name, _missing(row, task))
-        keys[name] = next((key for key in there if row[key] is not None), there[0])
+    target, keys = task.item.target, _keys(row, task, task.fields())
     fields = {name: text_in(row, key) for name, key in keys.items()}
     if labels := task.labels_of(Item(fields)):
         fields[target] = _label(fields[target].strip(), labels)
@@ -147,6 +142,24 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
         name, reason = found
         raise Bad(keys[name], reason)
     return item
+
+
+def question_in(row: Mapping[str, Any], task: Task) -> Item:
+    """Return the question of a row, which needs no answer; an answer is not read. Raises Bad."""
+    keys = _keys(row, task, (task.query or task.item).inputs)
+    fields = {name: text_in(row, key) for name, key in keys.items()}
+    return Item(fields, id=text_in(row, "id") if row.get("id") is not None else None, is_query=True)
+
+
+def _keys(row: Mapping[str, Any], task: Task, names: Sequence[str]) -> dict[str, str]:
+    """Return the fields -> their columns in a row. Raises Bad for a missing one."""
+    other, keys = _other_names(task), {}
+    for name in names:
+        there = [key for key in (name, other.get(name, name)) if key in row]
+        if not there:
+            raise Bad(name, _missing(row, task, names))
+        keys[name] = next((key for key in there if row[key] is not None), there[0])
+    return keys
 
 
 def _other_names(task: Task) -> dict[str, str]:
@@ -163,14 +176,16 @@ def _label(text: str, labels: Sequence[str]) -> str:
     return text
 
 
-def _missing(row: Mapping[str, Any], task: Task, named: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the reason for a row without one of the task's fields. ``named``: field -> its column in the file."""
+def _missing(
+    row: Mapping[str, Any], task: Task, fields: Sequence[str], named: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return the reason for a row without one of ``fields``. ``named``: field -> its column in the file."""
     also = {name: key for name, key in _other_names(task).items() if name != key}
     known = {name: f"{name} (or {key})" for name, key in also.items()} | dict(named)
-    names = ", ".join(known.get(name, name) for name in task.fields())
+    names = ", ".join(known.get(name, name) for name in fields)
     if "input" in row and len(task.item.inputs) > 1:
-        fields = ", ".join(task.item.inputs)
-        return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
+        inputs = ", ".join(task.item.inputs)
+        return f"missing; 'input' stands for one field, but task {task.name!r} has {inputs}: give each under its name"
     given = {key for key, value in row.items() if value is not None}
     got = ", ".join(sorted(given - {"person", "time", "id"})) or "none of them"
     hint = "" if also else "; if this is the wrong task, give another --task"
@@ -204,11 +219,14 @@ def item_parts(
     task: Task,
     rejects: Rejects,
     columns: Mapping[str, str] = MappingProxyType({}),
+    questions: bool = False,
 ) -> Iterator[RecordPart]:
     """Yield one item per record: ``person``, the task's fields, and where known ``time`` and ``id``.
 
+    With ``questions``, a record is a question and needs no answer.
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
     """
+    fields = (task.query or task.item).inputs if questions else task.fields()
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
     (named, replaced), seen, digits = _columns_of(task, columns), set[str](), _Digits()
     for place, record in records:
@@ -219,7 +237,9 @@ def item_parts(
         digits.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
-                part = RecordPart(id_in(row, "person"), (item_in(row, task),), place)
+                person = id_in(row, "person")
+                items = () if questions else (item_in(row, task),)
+                part = RecordPart(person, items, place, (question_in(row, task),) if questions else ())
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), _other_names(task).get(field)
@@ -227,7 +247,7 @@ def item_parts(
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
-                    reason = has if needed else _missing(record, task, named)
+                    reason = has if needed else _missing(record, task, fields, named)
                     hint = _COLUMNS if needed else hint
                 raise Bad(column, reason, bad.place, hint) from None
             yield part

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -275,6 +275,10 @@ class Task(Settings):
         if output is not None:
             fields[form.target] = output
         return Item(fields, id=id, is_query=True)
+
+    def outputs(self, answers: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """Return (question id, answer) in LaMP's format of outputs, which LaMP's own script scores."""
+        return {"task": self.lamp or self.name, "golds": [{"id": id, "output": text} for id, text in answers]}
 
     def asked(self, question: str | Mapping[str, str]) -> Item:
         """Return a caller's question as an item. It is a mapping of fields, the only field, or a benchmark's text.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mta.data.tasks.task import Task
 from mta.errors import DataError
 from mta.evaluation.experiments.results import (
     CASE,
@@ -93,7 +94,7 @@ def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Sectio
     return [section.title for section in made]
 
 
-def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
+def lamp_answers(records: Sequence[Record], task: Task, folder: Path) -> None:
     """Write each method's answers in LaMP's format: one file per method, bank, seed, and number of shots.
 
     A number tells methods with the same name apart. ``golds-<shots>.json`` contains the true answers to the same
@@ -113,8 +114,7 @@ def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
         ):
             files.setdefault(called, {}).update(zip(record.ids, texts))
     for name, rows in files.items():
-        ordered = [{"id": id, "output": text} for id, text in sorted(rows.items())]
-        write_json(folder / f"{name}.json", {"task": lamp, "golds": ordered})
+        write_json(folder / f"{name}.json", task.outputs(sorted(rows.items())))
 
 
 def _slug(name: str) -> str:
@@ -134,7 +134,7 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
         if (found.folder / name).exists():
             copy_file(found.folder / name, folder / name)
     if texts:
-        lamp_answers(found.records, found.task.lamp or found.task.name, folder / ANSWERS)
+        lamp_answers(found.records, found.task, folder / ANSWERS)
 
 
 def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _sessions(folder: Path) -> list[dict[str, Any]]:
         return runs
     raise DataError(
         f"{folder} is not a run's folder: it contains no {RUN}",
-        hint="Give the --out of mta bank build, compare, evaluate or demo, or the --run of mta personalize.",
+        hint="Give the --out of mta bank build, compare, attack, evaluate or demo, or the --run of mta personalize.",
     )
 
 

@@ -1,0 +1,94 @@
+"""``mta predict``: answer the questions of a file with people's own models."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+import mta
+from mta.cli import options
+from mta.cli.screen import Screen, show_json
+from mta.errors import InputError
+from mta.system.atomic import write_json, write_text
+
+
+class Fallback(Enum):
+    """Models that can answer for a person without a model."""
+
+    TASK = "task"
+    BASE = "base"
+
+
+def predict(
+    source: options.Source,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    out: Annotated[
+        Path | None,
+        Option(help="File of answers: JSON lines, or LaMP's outputs if it ends in .json. Default: standard output."),
+    ] = None,
+    fallback: Annotated[
+        Fallback | None, Option(help="Who answers for people without a model: the pooled model (task), or the base.")
+    ] = None,
+    write: Annotated[bool, Option("--write", help="Generate text even if the task has labels.")] = False,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
+    ] = None,
+    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    skip_bad: options.SkipBad = None,
+    json: options.Json = False,
+) -> None:
+    """Answer all questions of a file with the models of the people who ask them.
+
+    A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
+    file gives its own questions. Each line of the answers names person, question, and answer, and for a task with
+    labels the share of every label.
+
+    Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
+    Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
+    """
+    from mta.personalize.adapters import SharedModel
+    from mta.tools import predict as tool
+
+    if out and out.is_dir():
+        raise InputError(f"{out} is a folder", hint="Give the name of a file:  --out answers.jsonl")
+    options.check_out(out and out.parent)
+    columns = options.Columns(person_column, input_column)
+    people = options.people_in(source, options.task_of(bank), columns, skip_bad, questions=True)
+    lamp = out is not None and out.suffix == ".json"
+    if lamp:
+        tool.check_ids(people)
+    base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
+    personal = mta.Personalizer(base, opened, store, run=run)
+    with Screen("questions") as screen:
+        found = list(
+            tool.predict(
+                personal,
+                people,
+                fallback=fallback and SharedModel(fallback.value),
+                write=write,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                on_step=screen.step,
+            )
+        )
+    lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in found)
+    if out is None:
+        sys.stdout.write(lines)
+    elif lamp:
+        write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in found))
+    else:
+        write_text(out, lines)
+    if out and json:
+        show_json({"out": str(out), "answers": len(found), "people": len(people)})

@@ -1,0 +1,87 @@
+"""``mta predict``: the questions of a file, each answered by its person's model."""
+
+import json
+import stat
+
+import pytest
+from world import ANN, BOB, mta, run, written
+from world import world as world  # the fixture
+
+from mta.cli.options import open_bank
+from mta.personalize import Personalizer
+from mta.tools import predict as tool
+
+FILMS = ["Zorblax", "Quorn", "Vexil"]
+
+
+def question(person, film, **more):
+    return {"person": person, "title": film, "genres": "Drama", **more}
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Questions of two people in turn; one row has an answer, which is not read."""
+    rows = [question(who, film) for film in FILMS for who in (ANN, BOB)]
+    rows[0] |= {"rating": "no label", "id": "first"}
+    return written(tmp_path / "questions.jsonl", rows)
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_answers_are_those_of_the_library_one_by_one(world, asked, monkeypatch):
+    monkeypatch.setattr(tool, "TOGETHER", 4)
+    found = lines(mta("predict", asked, *world.at).out)
+    assert [(one["person"], one["question"]["title"]) for one in found] == [(w, f) for w in (ANN, BOB) for f in FILMS]
+    assert [one["id"] for one in found] == ["first", *[None] * 5]
+    base, bank, settings = open_bank(world.bank)
+    personal = Personalizer(base, bank, world.store, run=settings)
+    for one in found:
+        (shares,) = personal.shares([(one["person"], one["question"])])
+        assert one["shares"] == pytest.approx(shares, abs=1e-5)
+        assert (one["answer"], one["model"]) == (next(iter(shares)), "person")
+
+
+def test_people_without_a_model_are_refused_or_answered_by_the_pooled_model(world, tmp_path):
+    path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn"), question("eve", "Quorn")])
+    said = run("predict", path, *world.at, "--out", tmp_path / "answers.jsonl")
+    assert (said.code, "1 of 2 people have no model, 'eve' first" in said.err) == (1, True), said.err
+    assert not (tmp_path / "answers.jsonl").exists()
+    words = ["--fallback", "task", "--out", tmp_path / "answers.jsonl", "--json"]
+    assert mta("predict", path, *world.at, *words).json["answers"] == 2
+    assert [one["model"] for one in lines((tmp_path / "answers.jsonl").read_text())] == ["person", "task"]
+    assert stat.S_IMODE((tmp_path / "answers.jsonl").stat().st_mode) == 0o600  # it holds people's questions
+
+
+def test_columns_and_written_answers(world, tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_text(f"who,title,genres\n{ANN},Quorn,Drama\n")
+    (one,) = lines(mta("predict", path, *world.at, "--person-column", "who", "--write", "--max-new-tokens", 2).out)
+    assert "shares" not in one
+
+
+def test_answers_in_the_benchmarks_format_can_be_scored(world, tmp_path):
+    rows = [question(who, film, id=f"{who} {film}") for who in (ANN, BOB) for film in FILMS]
+    path, out, true = written(tmp_path / "questions.jsonl", rows), tmp_path / "mine.json", tmp_path / "outputs.json"
+    mta("predict", path, *world.at, "--out", out)
+    task = json.loads(out.read_text())["task"]
+    true.write_text(json.dumps({"task": task, "golds": [{"id": row["id"], "output": "4"} for row in rows]}))
+    said = mta("score", out, "--true", true, "--task", "movielens-rating", "--json").json
+    assert (said["questions"], 0 <= said["MAE"] <= 4) == (6, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        ([{"person": ANN, "title": "Quorn"}], [], "field 'genres': missing"),
+        ([question(ANN, "Quorn")], ["--out", "{root}/mine.json"], "some questions have no id"),
+        ([question(ANN, "Quorn", id="1")] * 2, ["--out", "{root}/mine.json"], "several questions have the id '1'"),
+        ([question(ANN, "Quorn")], ["--out", "{root}"], "is a folder"),
+    ],
+)
+def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeypatch, rows, words, message):
+    monkeypatch.setattr("mta.cli.options.open_bank", pytest.fail)
+    path = written(tmp_path / "questions.jsonl", rows)
+    said = run("predict", path, *world.at, *(word.format(root=tmp_path) for word in words))
+    assert (said.code, message in said.err) == (1, True), said.err
