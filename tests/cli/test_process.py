@@ -25,6 +25,14 @@ def test_a_pipe_is_read_once(tmp_path):
     assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
 
 
+def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
+    (tmp_path / "stars.yaml").write_text('name: stars\nitem: {prompt: "{text}", target: stars}\nlabels: ["★", "★★"]\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps({"person": "ann", "text": "Fine.", "stars": "★"}))
+    words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "stars.yaml"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, cwd=tmp_path)
+    assert (done.returncode, b"labels: \\u2605 100.0%" in done.stdout) == (0, True), done
+
+
 @pytest.mark.timeout(120, func_only=True)
 def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
     words = [sys.executable, "-m", "mta", "data", "describe", "-"]

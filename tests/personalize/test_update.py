@@ -30,6 +30,7 @@ from mta.store import Store
 from mta.store.state import Losses
 
 U, N, C = 2, 4, 3
+UNIFORM = override(TINY_RUN, ["merge.policy=uniform"]).merge  # reads nothing of the shots: its stacks can be retrained
 
 
 def evidence(shots: int, seed: int) -> Evidence:
@@ -134,7 +135,7 @@ def test_a_state_of_more_items_is_kept_with_its_history_unless_fewer_are_wanted(
 @pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
 def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
-    personal = started(tiny, tmp_path)
+    personal = started(tiny, tmp_path, merge=UNIFORM if action == "retrain" else TINY_RUN.merge)
     before, steps = {p.id: personal.state(p.id) for p in GROWN}, []
     done = personal.update(GROWN, on_step=lambda stage, step: steps.append((stage, step.examples_total)))
     assert {"keep": done.kept, "retrain": done.retrained, "refresh": done.refreshed}[action] == 4
@@ -157,7 +158,7 @@ def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
 def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "retrain")
     base, bank = tiny
-    personal = started(tiny, tmp_path)
+    personal = started(tiny, tmp_path, merge=UNIFORM)
     before = [personal.state(person.id) for person in GROWN]
     personal.update(GROWN)
     for person, state in zip(GROWN, before):
@@ -189,15 +190,19 @@ def test_the_order_of_layers_in_a_file_does_not_decide_how_an_update_is_rounded(
     assert all(order == list(tiny[0].targets) for order in orders)
 
 
-def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "refresh")
-    personal = started(tiny, tmp_path / "grown")
-    personal.update(GROWN)
-    whole = started(tiny, tmp_path / "whole", GROWN)
-    young = started(tiny, tmp_path / "young")
+@pytest.mark.parametrize("policy", ["posterior", "loss"])
+@pytest.mark.parametrize("actions", [["refresh"], ["retrain", "refresh"], ["keep", "refresh"]])
+def test_updated_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, policy, actions):
+    merge, cuts = override(TINY_RUN, [f"merge.policy={policy}", "merge.k=0"]).merge, {1: [6], 2: [5, 6]}
+    personal = started(tiny, tmp_path / "grown", merge=merge)
+    for action, cut in zip(actions, cuts[len(actions)]):
+        monkeypatch.setattr("mta.personalize.update.decide", lambda before, new, action=action: action)
+        personal.update([person.first(cut) for person in GROWN])
+    whole = started(tiny, tmp_path / "whole", GROWN, merge=merge)
+    young = started(tiny, tmp_path / "young", merge=merge)
     for person in GROWN:
         found, expected, before = (by_anchor(one.state(person.id)) for one in (personal, whole, young))
-        assert found == pytest.approx(expected, abs=1e-9)
+        assert found == pytest.approx(expected, abs=1e-7)
         assert found != pytest.approx(before, abs=1e-6)
 
 
@@ -221,6 +226,21 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(trusting, t
         assert found.history == person.digest()
         unchanged = all(torch.equal(t, before.stack.tensors()[name]) for name, t in found.stack.tensors().items())
         assert unchanged == (action == "keep")
+
+
+def test_items_that_a_stack_was_kept_for_do_not_lower_its_later_rates(trusting, tmp_path, monkeypatch):
+    """The rates of a stack's updates add up to that of the items that it was trained on."""
+    known, merge = [], override(TINY_RUN, ["merge.policy=laplace"]).merge
+    personal = started(trusting, tmp_path, [person.first(2) for person in GROWN], merge=merge)
+    monkeypatch.setattr(
+        stages, "adapt", lambda base, jobs, *more, **how: known.append(jobs) or adapt(base, jobs, *more, **how)
+    )
+    for action, cut in (("keep", 3), ("keep", 4), ("refresh", 5), ("refresh", 6)):
+        monkeypatch.setattr("mta.personalize.update.decide", lambda before, new, action=action: action)
+        personal.update([person.first(cut) for person in GROWN])
+    assert [{job.known for job in jobs} for jobs in known] == [{2}, {3}]
+    assert {(personal.state(p.id).shots, personal.state(p.id).untrained) for p in GROWN} == {(6, 2)}
+    assert all(personal.state(p.id).from_bytes(personal.state(p.id).to_bytes()) == personal.state(p.id) for p in GROWN)
 
 
 def test_coefficients_from_gradients_without_a_stack_are_updated_without_a_choice(tiny, tmp_path, monkeypatch):
@@ -366,6 +386,23 @@ def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
     assert done.failed["p0"].message.startswith("a newer version of 'p0' was saved meanwhile")
     assert personal.state("p0") == other.state("p0")
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_state_that_another_process_made_meanwhile_is_not_replaced(tiny, tmp_path, update):
+    """The run was planned when the person had no state, or one of another bank."""
+    other = personalizer(*tiny, tmp_path, seed=1)
+
+    class Slow(LocalExecutor):
+        def run(self, *given):
+            other.personalize(GROWN[:1])
+            return super().run(*given)
+
+    personal = Personalizer(*tiny, other.store, run=TINY_RUN, encoder=HashEncoder(), executor=Slow())
+    done = personal.update(YOUNG[:2]) if update else personal.personalize(YOUNG[:2])
+    assert list(done.failed) == ["p0"]
+    assert personal.state("p0") == other.state("p0")
+    assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1]]
 
 
 def test_a_state_that_is_damaged_after_planning_fails_alone(tiny, tmp_path):

@@ -175,7 +175,7 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
         done = update(personal, *args, **how)
         forget_person("eve", Store(gateway.store.files.url))
         if swept:
-            gateway.service.jobs.drop_forgotten(gateway.store.tombstones.names())
+            gateway.service.jobs.drop_forgotten()
             assert gateway.service.jobs.status("eve") is None
         return done
 

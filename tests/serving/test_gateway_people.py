@@ -15,8 +15,9 @@ from gateway import world as world  # the fixture
 from served import waited
 from traces import spellings
 
+from mta.distributed.executor import LocalExecutor
 from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
-from mta.personalize import forget_person, stages
+from mta.personalize import Personalizer, forget_person, stages
 from mta.personalize.pipeline import Updated
 from mta.personalize.shots import shots_of
 from mta.store.state import State
@@ -125,6 +126,27 @@ def test_a_state_is_not_replaced_by_one_of_fewer_items_unless_the_request_says_s
         assert http.post(f"{where}/personalize", json={"latest": 1}).status_code == 202
         assert waited(lambda: http.get(f"{where}/personalize").json())["version"] == 2
         http.delete(where)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_state_of_more_items_that_another_process_saves_meanwhile_stays(world, monkeypatch, running):
+    """It is saved while the person waits in the queue, or while the job runs."""
+    jobs, store = world.service.jobs, world.service.store
+    (person,) = people_of(1, items=2, prefix=f"meanwhile-{running}")
+    newer = State(jobs.personal.bank.hash, (0,), (1.0,), "posterior", "", "work", 0, shots=8)
+    where, name = (LocalExecutor, "run") if running else (Personalizer, "update")
+    original = getattr(where, name)
+
+    def late(*given, **how):
+        store.save(person.id, newer)
+        return original(*given, **how)
+
+    monkeypatch.setattr(where, name, late)
+    jobs.put(person)
+    waited(lambda: {"status": jobs.status(person.id).state})
+    assert jobs.status(person.id).state == "failed"
+    assert "meanwhile" in jobs.status(person.id).message
+    assert store.load(person.id) == newer
 
 
 @pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])

@@ -128,7 +128,8 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
     going_on = threading.Event()
     jobs = Jobs(
         SimpleNamespace(
-            update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()), store=None
+            update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
+            store=None,
         ),
         most=8,
     )
@@ -157,7 +158,7 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
 def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
     going_on, forgotten = threading.Event(), []
     personal = SimpleNamespace(
-        update=lambda people, **how: going_on.wait(60) and SimpleNamespace(failed={}, forgotten=()),
+        update=lambda people, **how: going_on.wait(60) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
         forget=lambda person, keep_exports: forgotten.append(person),
         store=None,
     )

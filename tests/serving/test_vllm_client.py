@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
+from mta.errors import ConfigError
 from mta.serving.api.completions import _event
 from mta.serving.engine import Ask, EngineGone, ModelRemoved, Version
+from mta.serving.launch import remote_of
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
@@ -57,7 +59,7 @@ def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_
 
     async def go():
         async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            await AdapterRegistry(client, tmp_path, 4).drop({old}.__contains__)
+            await AdapterRegistry(client, tmp_path, 4).drop({old}.__contains__, asyncio.Task.cancel)
 
     asyncio.run(go())
     assert unloaded == names[:1]
@@ -102,7 +104,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
 
         async with httpx2.AsyncClient(transport=httpx2.MockTransport(refuse), base_url="http://vllm") as client:
             registry = AdapterRegistry(client, tmp_path, count=4)
-            dropping = asyncio.create_task(registry.drop({person}.__contains__))
+            dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
             await asked.wait()
             using = asyncio.create_task(use())
             await asyncio.sleep(0)
@@ -139,7 +141,7 @@ def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path
             registry = AdapterRegistry(client, tmp_path, count=4)
             using = asyncio.create_task(use())
             await begun.wait()
-            dropping = asyncio.create_task(registry.drop({person}.__contains__))
+            dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
             while not registry._loaded[wire_name(person)].dropped:
                 await asyncio.sleep(0)
             with pytest.raises(ModelRemoved):
@@ -148,6 +150,42 @@ def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path
             await asyncio.gather(using, dropping)
 
     asyncio.run(go())
+
+
+def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_path):
+    person = Version("ann", 1, seal="a" * 16)
+
+    async def go():
+        listing, may_list, begun = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def answer(request):
+            if request.method == "GET":
+                listing.set()
+                await may_list.wait()
+            return httpx2.Response(200, json={"data": []})
+
+        async def use():
+            async with registry.held(person):
+                begun.set()
+                await asyncio.Event().wait()  # an answer that would never end
+
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=4)
+            dropping = asyncio.create_task(registry.drop({person}.__contains__, asyncio.Task.cancel))
+            await listing.wait()
+            using = asyncio.create_task(use())
+            await begun.wait()
+            may_list.set()
+            await asyncio.wait_for(dropping, 5)
+            return using.cancelled(), len(registry)
+
+    assert asyncio.run(go()) == (True, 0)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "http://127.0.0.1:80x0", "http://", "unix:socket"])
+def test_an_address_that_no_client_can_use_is_a_mistake(url, tmp_path):
+    with pytest.raises(ConfigError, match="--vllm-url is"):
+        remote_of(url, tmp_path)
 
 
 def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 
 import typer
@@ -58,16 +59,7 @@ def main() -> None:
     if sys.platform == "win32":  # writing files needs flags of POSIX: system/atomic.py
         typer.echo("mta does not run on Windows. Install and run it in WSL 2.", err=True)
         sys.exit(1)
-    if sys.stderr is None or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ending) is not signal.SIG_IGN:  # which nohup sets
-            signal.signal(ending, _end)
-    log = logging.getLogger("mta")
-    log.handlers[:], log.propagate = [logging.StreamHandler()], False
-    log.setLevel(logging.INFO)
-    limit_threads()
-    keep_freed_memory()  # allowed because this process is ours; a library must not do this
+    _prepare()
     try:
         app()
     except (MtaError, OSError) as error:  # OSError: for example a full disk or a read-only folder
@@ -81,6 +73,23 @@ def main() -> None:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
+
+
+def _prepare() -> None:
+    """Set up signals, streams, logging, threads, and memory for a process that is ours: a library must not do this."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # which nohup sets
+            signal.signal(ending, _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("mta")
+    log.handlers[:], log.propagate = [logging.StreamHandler()], False
+    log.setLevel(logging.INFO)
+    limit_threads()
+    keep_freed_memory()
 
 
 class Terminated(SystemExit):

@@ -148,9 +148,21 @@ class Pipeline:
         call = self._begin(people, since)
         self._keep_histories(call, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
-        everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        current = in_threads(self._is_current, everybody)
-        missing = [item for done, item in zip(current, everybody) if not done]  # in this order, the threads end
+        found = list(in_threads(self._stored, [person.id for person in call.people]))
+        works = [WorkItem.of(person, self.bank, *settings) for person in call.people]
+        everybody = [replace(item, version=version) for item, (_, version) in zip(works, found)]
+        missing = [item for item, (state, _) in zip(everybody, found) if not state or state.work != item.work]
+        return self._personalize(call, everybody, missing, resume, on_step)
+
+    def _personalize(
+        self,
+        call: _Call,
+        everybody: Sequence[WorkItem],
+        missing: Sequence[WorkItem],
+        resume: bool = True,
+        on_step: OnStep | None = None,
+    ) -> Personalized:
+        """Make the states of ``missing`` people anew; the others of ``everybody`` are up to date."""
         checkpoints = self._checkpoints(everybody, call.since)
         if checkpoints and not resume:
             checkpoints.drop()
@@ -175,24 +187,27 @@ class Pipeline:
     ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since)
-        grown, begin, ahead, unchanged = list[WorkItem](), list[Person](), list[str](), 0
+        grown, begin, ahead, unchanged = list[WorkItem](), list[WorkItem](), list[str](), 0
         settings = settings_of(self.base, self.run), self.run.seed
         planned = in_threads(partial(self._update_of, settings, digest_of(*settings), fewer), call.people)
         for item, person in zip(planned, call.people):
             if item == "ahead":
                 ahead.append(person.id)
-            elif item == "begin":
-                begin.append(person)
             elif item == "unchanged":
                 unchanged += 1
             else:
-                grown.append(item)
+                (grown if item.before else begin).append(item)
         kept = {*ahead}
         call.people = [person for person in call.people if person.id not in kept]
         self._keep_histories(call, keep_histories)
         cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
         actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
-        first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
+        first = Personalized(0, 0, 0)
+        if begin:
+            again = self._begin([item.person for item in begin], call.since)
+            here = {person.id for person in again.people}
+            items = [item for item in begin if item.person.id in here]
+            first = self._personalize(again, items, items, on_step=on_step)
         refreshed = actions["merge"] + actions["refresh"]
         done = actions["keep"], actions["retrain"], refreshed, first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
@@ -310,30 +325,36 @@ class Pipeline:
                         self.unsaved[item.person.id] = made.state
         return actions
 
-    def _usable(self, person: str) -> State | None:
-        """Return a person's state, or None if it has to be computed anew."""
+    def _stored(self, person: str) -> tuple[State | None, int]:
+        """Return a person's state, or None if it has to be computed anew; and its version in the store, or 0."""
+        if self.store is None:
+            return self.unsaved.get(person), 0
+        version = self.store.latest(person) or 0
         try:
-            return self.state(person)
+            state = self.store.load(person, version) if version else None
+            if state:
+                check_bank(state, self.bank.hash)
         except (PersonNotFound, StateCorrupt, OtherBank):
-            return None
-
-    def _is_current(self, item: WorkItem) -> bool:
-        state = self._usable(item.person.id)
-        return state is not None and state.work == item.work
+            state = None
+        return state, version
 
     def _update_of(
         self, settings: tuple[str, int], settings_digest: str, fewer: bool, person: Person
-    ) -> WorkItem | Literal["ahead", "begin", "unchanged"]:
-        """Return the update that a person needs; "ahead" if their state is from more items than are given."""
-        state = self._usable(person.id)
+    ) -> WorkItem | Literal["ahead", "unchanged"]:
+        """Return the work that a person needs, an update or a beginning.
+
+        "ahead" if their state is from more items than are given.
+        """
+        state, version = self._stored(person.id)
         if state and state.shots > len(person.items) and not fewer:
             return "ahead"
         before, learned = self._to_update(person, state, settings_digest)
-        if before is None:
-            return "begin"
-        if learned == len(person.items):
+        if before and learned == len(person.items):
             return "unchanged"
-        return self._light(WorkItem.of(person, self.bank, *settings, before, learned))
+        item = replace(WorkItem.of(person, self.bank, *settings, before, learned), version=version)
+        if not (self.store and before):
+            return item
+        return replace(item, before=replace(before, stack=None))  # stacks of everybody would fill a driver's memory
 
     def _to_update(self, person: Person, state: State | None, settings_digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
@@ -343,10 +364,3 @@ class Pipeline:
             return None, 0
         learned = person.grown_from(state.history)
         return (state, learned) if learned else (None, 0)
-
-    def _light(self, item: WorkItem) -> WorkItem:
-        """Drop the stack if a worker can load it from the store: all stacks together would fill a driver's memory."""
-        if not (self.store and item.before):
-            return item
-        version = self.store.latest(item.person.id) or 0
-        return replace(item, before=replace(item.before, stack=None), version=version)

@@ -43,7 +43,7 @@ class WorkItem:
     work: str
     before: State | None = None  # the state that an update starts from
     known: int = 0  # number of first items that ``before`` was made from
-    version: int = 0  # of ``before`` in the store, if ``before`` has no stack here
+    version: int = 0  # the person's newest in the store when the work was planned; 0: none
 
     @classmethod
     def of(
@@ -57,6 +57,11 @@ class WorkItem:
     def new_items(self) -> Person:
         """The person with only the items that their state does not hold yet."""
         return Person(self.person.id, self.person.items[self.known :])
+
+    @property
+    def trained(self) -> int:
+        """The number of items that the stack was trained on before."""
+        return self.known - (self.before.untrained if self.before else 0)
 
     @property
     def name(self) -> str:
@@ -143,12 +148,13 @@ class MeasuredLosses(NamedTuple):
 class Fitted:
     """Merges and stacks of a cohort, and its shots' losses under the pooled model and the merges where these are known.
 
-    ``stacks`` is None before stage 3, and where stacks are switched off.
+    ``stacks`` is None before stage 3, and where stacks are switched off; ``kept`` says that an earlier state had them.
     """
 
     merge: Merge
     merged: Adapters  # the model's adapters for ``merge``
     stacks: LoraBatch | None = None
+    kept: bool = False
     pooled_losses: Sequence[float] | None = None
     merged_losses: Sequence[float] | None = None
 
@@ -180,7 +186,7 @@ class Stages:
         """Return the training examples of each person: the items that their state does not hold yet."""
         alternatives = needs_evidence(self.run.merge)
         jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
-        return [replace(job, known=item.known) for job, item in zip(jobs, cohort.items)]
+        return [replace(job, known=item.trained) for job, item in zip(jobs, cohort.items)]
 
     def merge(self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None) -> Fitted:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any."""
@@ -245,6 +251,7 @@ class Stages:
         here = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
         def made(i: int, item: WorkItem) -> State | Diverged:
+            untrained = item.before.untrained if item.before else 0
             try:
                 return State(
                     bank=self.bank.hash,
@@ -262,6 +269,7 @@ class Stages:
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
                     loglik=float(merge.gradients.loglik[i]) if merge.gradients else 0.0,
                     shots=len(item.person.items),
+                    untrained=untrained + fitted.kept * len(jobs[i].examples),
                 )
             except Diverged as error:
                 return error

@@ -11,6 +11,9 @@ refreshed instead of retrained, and instead of "keep" there is
 
     merge     solve the coefficients again, and keep the stack
 
+Policies that read the anchors' losses refresh instead of retraining, too: otherwise the items of a retraining would be
+missing from their coefficients. So "retrain" is for policies that read neither.
+
 Source: our choice; docs/decisions/015 has the measurements.
 """
 
@@ -70,7 +73,8 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
     before = stages.with_merge(stages.merge_before(cohort), _stacks(stages, cohort))
     measured = stages.losses(jobs, before, cohort.tokens_per_batch)
-    found = [_decided(state, losses) for state, losses in zip(befores, measured)]
+    reads = policy_of(stages.run.merge).evidence(stages.run.merge)
+    found = [_decided(state, losses, reads) for state, losses in zip(befores, measured)]
     actions = [one.action for one in found]
     for action in ("merge", "retrain", "refresh"):
         if chosen := [i for i, one in enumerate(actions) if one == action]:
@@ -82,8 +86,11 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     return found
 
 
-def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
-    """Return the action for a person from the losses on their new items; without a new state yet."""
+def _decided(before: State, measured: MeasuredLosses, reads_evidence: bool) -> StateUpdate:
+    """Return the action for a person from the losses on their new items; without a new state yet.
+
+    Where the policy reads evidence, coefficients that skipped items would not be those of the whole history.
+    """
     try:
         new = Losses(*measured)
     except Diverged as error:
@@ -91,6 +98,8 @@ def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
     action = decide(before.losses, new) if before.losses else "refresh"
     if before.gradient:
         action = "merge" if action == "keep" else "refresh"
+    elif reads_evidence and action == "retrain":
+        action = "refresh"
     return StateUpdate(action)
 
 
@@ -104,8 +113,7 @@ def _new_states(
     else:
         tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.befores]
         fitted = replace(stages.merge(cohort, jobs, Earlier(before, torch.tensor(tokens).double())), stacks=stacks)
-    if action != "merge":
-        fitted = stages.stack(cohort, jobs, fitted)
+    fitted = replace(fitted, kept=True) if action == "merge" else stages.stack(cohort, jobs, fitted)
     return stages.as_states(cohort, jobs, replace(fitted, pooled_losses=pooled))
 
 

@@ -24,6 +24,7 @@ from mta.personalize.stages import Cohort, Stages, WorkItem
 from mta.personalize.update import NotSaved, StateUpdate, update_states
 from mta.store import Store
 from mta.store.state import State
+from mta.store.store import overtaken
 from mta.store.tombstones import NOTHING, forgotten_meanwhile
 
 
@@ -85,29 +86,19 @@ def _before(store: Store, item: WorkItem) -> State | NotSaved:
         state = store.load(item.person.id, item.version)
     except (PersonNotFound, StateCorrupt) as error:
         return error
-    return _overtaken(item) if item.before is None or state.work != item.before.work else state
-
-
-def _overtaken(item: WorkItem) -> StoreConflict:
-    return StoreConflict(
-        f"a newer version of {item.person.id!r} was saved meanwhile; what was made from the one before was not",
-        hint="Update again: it goes on from the newer one.",
-    )
+    return overtaken(item.person.id) if item.before is None or state.work != item.before.work else state
 
 
 def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:
     """Save the new state, if there is a store; the update is returned without it, or with the error of saving.
 
-    Errors: the store holds a newer or a damaged version, or the person was forgotten.
+    Errors: another process saved a newer version, or the person was forgotten.
     """
     store, id = stages.store, item.person.id
     if store is None or made.state is None:
         return made
     try:
-        store.tombstones.check(id, stages.since)
-        if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
-            raise _overtaken(item)
-        store.save(id, made.state, stages.since)
-    except (PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict) as error:
+        store.save(id, made.state, stages.since, after=item.version)
+    except (PersonForgotten, StoreConflict) as error:
         return replace(made, state=None, error=error)
     return replace(made, state=None)

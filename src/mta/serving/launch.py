@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -181,6 +182,10 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
     """
     if started:
         raise ConfigError("--vllm starts a server, --vllm-url names a running one", hint="Give only one of the two.")
+    if not (url.startswith("unix:/") or _is_http(url)):
+        raise ConfigError(
+            f"--vllm-url is {url!r}", hint="Give the server's address:  http://127.0.0.1:8001  or  unix:/path/to/socket"
+        )
     if folder is None:
         raise ConfigError(
             "--vllm-url also needs the folder of the vLLM plugin", hint="Pass its MTA_VLLM_FOLDER:  --vllm-folder DIR"
@@ -194,6 +199,14 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
             hint="Stop the other gateway first: each would unload adapters that the other one uses.",
         ) from None
     return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""), lock=lock)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        found = urlsplit(url)
+        return found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:  # of a port that is no number
+        return False
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -92,6 +92,7 @@ class State:
     gradient: tuple[float, ...] = ()
     loglik: float = 0.0
     shots: int = 0  # number of items behind the state
+    untrained: int = 0  # of ``shots``: those that an update kept the stack for, instead of training it on them
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w):
@@ -136,6 +137,8 @@ class State:
             fields |= {"gradient": self.gradient, "loglik": self.loglik}
         if self.shots:
             fields["shots"] = self.shots
+        if self.untrained:
+            fields["untrained"] = self.untrained
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -175,6 +178,7 @@ class State:
         if "loglik" in fields:
             kept |= {"gradient": tuple(fields["gradient"]), "loglik": fields["loglik"]}
         kept |= {"settings": fields.get("settings", ""), "shots": fields.get("shots", 0)}
+        kept |= {"untrained": fields.get("untrained", 0)}
         return cls(**kept, stack=stack, losses=losses)
 
 

@@ -70,16 +70,19 @@ class Store:
             )
         self._open(write=False)
 
-    def save(self, id: str, state: State, since: Collection[str] | None = None) -> int:
+    def save(self, id: str, state: State, since: Collection[str] | None = None, after: int | None = None) -> int:
         """Save a state as the next version and return its number; if the latest has the same work, do nothing.
 
-        ``since`` are the tombstones that existed when the person's items were received. Raises PersonForgotten if the
-        person was forgotten after that, and StoreConflict if another writer created that version with other work.
+        ``since`` are the tombstones that existed when the person's items were received; ``after`` is the version that
+        was the latest when the work began, 0 for none. Raises PersonForgotten if the person was forgotten since then,
+        and StoreConflict if another writer saved other work since then.
         """
         self.tombstones.check(id, since)
         path, last = self._path(id, write=True), self.latest(id) or 0
         if last and self._work(f"{path}/{last}.safetensors") == state.work:
             return last
+        if after is not None and last != after:
+            raise overtaken(id)
         version = last + 1
         try:
             self.files.create(f"{path}/{version}.safetensors", state.to_bytes())
@@ -289,3 +292,11 @@ class Store:
 def version_of(name: str) -> int:
     """Return the version in a state file's name; 0 for other files."""
     return int(match[1]) if (match := _VERSION.fullmatch(name)) else 0
+
+
+def overtaken(id: str) -> StoreConflict:
+    """Return the error for a state that was made while another writer saved a newer one."""
+    return StoreConflict(
+        f"a newer version of {id!r} was saved meanwhile; what was made from the one before was not",
+        hint="Repeat the command: it goes on from the newer one.",
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -33,10 +34,14 @@ class Tombstones:
     keyed: Callable[[str], str]
 
     def add(self, id: str) -> None:
-        """Add a tombstone for a person, and remove expired tombstones."""
+        """Add a tombstone for a person; remove those that the person had, and expired ones.
+
+        The new name is unknown to every process that holds items of the person, so the earlier ones say nothing more.
+        """
         if keyed := self.keyed(id):
+            before = self.of(id)
             self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
-            for name in self.expired():
+            for name in (*(f"{FOLDER}/{name}" for name in before), *self.expired()):
                 self.files.remove(name)
 
     def expired(self, dry: bool = False) -> list[str]:
@@ -62,14 +67,15 @@ class Tombstones:
         return frozenset(filter(_NAME.fullmatch, self.files.sizes(FOLDER)))
 
     def of(self, id: str) -> frozenset[str]:
-        return self.among(self.names(), id)
+        """Return the names of a person's tombstones."""
+        return next(iter(self.of_each([id]).values()))
 
-    def among(self, names: Iterable[str], id: str) -> frozenset[str]:
-        """Return those of ``names`` that belong to one person."""
-        if not names:
-            return NOTHING
-        keyed = self.keyed(id)
-        return frozenset(name for name in names if name.startswith(f"{keyed}-"))
+    def of_each(self, ids: Iterable[str]) -> dict[str, frozenset[str]]:
+        """Return the names of each person's tombstones, from one listing."""
+        named = defaultdict[str, set[str]](set)
+        for name in self.names():
+            named[name.partition("-")[0]].add(name)
+        return {id: frozenset(named.get(self.keyed(id), ())) if named else NOTHING for id in ids}
 
     def since(self, ids: Iterable[str], known: Collection[str]) -> set[str]:
         """Return the people among ``ids`` with tombstones that are not in ``known``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
@@ -109,10 +109,10 @@ class Histories:
         found = self._of(id, self._store.tombstones.of(id))
         return len(found.items) if found else 0
 
-    def drop_forgotten(self, names: Collection[str]) -> None:
-        """Drop items in memory that are older than tombstones of these ``names``."""
-        for id in list(self._since):
-            self._of(id, self._store.tombstones.among(names, id))
+    def drop_forgotten(self) -> None:
+        """Drop items in memory that are older than a tombstone."""
+        for id, names in self._store.tombstones.of_each(list(self._since)).items():
+            self._of(id, names)
 
     def forget(self, id: str) -> bool:
         """Drop a person's items from memory; return whether there were any."""

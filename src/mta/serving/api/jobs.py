@@ -29,6 +29,7 @@ from mta.system.device import compute_with
 log = logging.getLogger("mta")
 TOGETHER = 32  # people per job
 REMEMBERED = 4096  # finished people whose status is still reported
+_AHEAD = "meanwhile another process made the person's model from more items: append these first"
 _PATIENCE = 20.0  # seconds that a running job has once the gateway stops
 
 
@@ -48,6 +49,7 @@ class _Entry:
     person: Person | None
     share: str  # of the key that put the person; "" is the operator
     since: frozenset[str]  # the person's tombstones from before the items were read
+    fewer: bool = False  # whether the new state may replace one of more items
     status: Status = Status("waiting")
 
 
@@ -70,9 +72,10 @@ class Jobs:
         self._thread = threading.Thread(target=self._run, name="mta-personalize", daemon=True)
         self._thread.start()
 
-    def put(self, person: Person, key: Key = LOCAL, since: frozenset[str] = NOTHING) -> Status:
+    def put(self, person: Person, key: Key = LOCAL, since: frozenset[str] = NOTHING, fewer: bool = False) -> Status:
         """Queue a person for personalization; a person already waiting gets the new items.
 
+        Only with ``fewer``, the state may replace one that was made from more items.
         ``since`` are the person's tombstones from before the items were read. Raises QueueFull: one prefix key's people
         fill at most a quarter of the queue, all prefix keys' people three quarters.
         """
@@ -81,7 +84,7 @@ class Jobs:
                 if self._full(key.share):
                     raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
                 self._entries.pop(person.id, None)  # a new entry goes to the end of the queue
-            entry = self._entries[person.id] = _Entry(person, key.share, since)
+            entry = self._entries[person.id] = _Entry(person, key.share, since, fewer)
             self._changed.notify_all()
             return entry.status
 
@@ -118,15 +121,19 @@ class Jobs:
                 self._forgetting -= 1
                 self._changed.notify_all()
 
-    def drop_forgotten(self, names: Collection[str]) -> None:
-        """Drop waiting people and statuses that are older than tombstones of these ``names``.
+    def drop_forgotten(self) -> None:
+        """Drop waiting people and statuses that are older than a tombstone.
 
         For running people, ``Personalizer.update`` saves nothing and no status is set.
         """
-        store = self.personal.store
+        if not (store := self.personal.store):
+            return
         with self._changed:
-            for id, entry in list(self._entries.items()):
-                if store and not store.tombstones.among(names, id) <= entry.since:
+            known = list(self._entries)
+        tombstones = store.tombstones.of_each(known)  # may take seconds: nothing waits for it
+        with self._changed:
+            for id, names in tombstones.items():
+                if (entry := self._entries.get(id)) and not names <= entry.since:
                     del self._entries[id]
 
     async def close(self, patience: float = _PATIENCE) -> None:
@@ -152,9 +159,11 @@ class Jobs:
                 chosen = list(self._waiting().items())[:TOGETHER]
                 self._running = {id: replace(entry, status=Status("running")) for id, entry in chosen}
                 self._entries |= self._running
-            people = [entry.person for entry in self._running.values() if entry.person]
             since = NOTHING.union(*(entry.since for entry in self._running.values()))
-            results, store = self._personalize(people, since), self.personal.store
+            results, store = dict[str, Status](), self.personal.store
+            for fewer in (False, True):
+                people = [one.person for one in self._running.values() if one.person and one.fewer == fewer]
+                results |= self._personalize(people, since, fewer) if people else {}
             forgotten: Collection[str] = ()  # possibly after the state was saved
             with contextlib.suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
                 forgotten = store.tombstones.since(results, since) if store else ()
@@ -172,17 +181,19 @@ class Jobs:
                     del self._entries[id]
                 self._changed.notify_all()
 
-    def _personalize(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
+    def _personalize(self, people: list[Person], since: frozenset[str], fewer: bool) -> dict[str, Status]:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""
         try:
             self._trainer = self._trainer or self._load()
-            done = self._trainer.update(people, fewer=True, since=since)  # grown histories cost only the new items
+            done = self._trainer.update(people, fewer=fewer, since=since)  # grown histories cost only the new items
         except Exception as error:
             if len(people) > 1 and self._trainer:  # one person's items must not fail the others
-                return {id: status for person in people for id, status in self._personalize([person], since).items()}
+                each = [self._personalize([person], since, fewer) for person in people]
+                return {id: status for one in each for id, status in one.items()}
             return {person.id: _failed(error) for person in people}
         done_ids = [person.id for person in people if person.id not in done.forgotten]
         failed = {id: _failed(error) for id, error in done.failed.items()}
+        failed |= {id: Status("failed", message=_AHEAD) for id in done.ahead}
         return {id: Status("done", self._latest(id)) for id in done_ids} | failed
 
     def _latest(self, person: str) -> int | None:

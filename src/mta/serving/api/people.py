@@ -71,7 +71,8 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
             raise Refused("this person has no items", hint="Append some first: POST …/history")
         if latest is None:
             await run_in_threadpool(_check_not_fewer, service.store, person)
-        return _status_body(service.jobs.put(person.latest(latest) if latest else person, key, since))
+        chosen = person.latest(latest) if latest else person
+        return _status_body(await run_in_threadpool(service.jobs.put, chosen, key, since, fewer=latest is not None))
 
 
 @router.get("/{id:path}/personalize")

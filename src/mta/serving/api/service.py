@@ -35,7 +35,6 @@ from mta.serving.api.schemas import ClassifyRequest, Request
 from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import Named, named
 from mta.store import Store
-from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")
 _FALLBACKS = {"task": TASK, "base": BASE}
@@ -66,7 +65,6 @@ class Service:
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
-    _seen: frozenset[str] = field(default=NOTHING, init=False)  # tombstones at the last sweep
 
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
@@ -191,11 +189,8 @@ class Service:
         The engine's versions are compared with the store: the person may have a new state already. Raises StoreError,
         EngineGone.
         """
-        names = await run_in_threadpool(self.store.tombstones.names)
-        if names != self._seen:
-            await run_in_threadpool(self.histories.drop_forgotten, names)
-            await run_in_threadpool(self.jobs.drop_forgotten, names)
-            self._seen = names
+        await run_in_threadpool(self.histories.drop_forgotten)
+        await run_in_threadpool(self.jobs.drop_forgotten)
         if removed := await run_in_threadpool(self._removed, await self.engine.versions()):
             await self.engine.drop(removed)
 

@@ -92,10 +92,12 @@ class VllmEngine(QueuedEngine):
 
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
         """Unload the adapters, too, and delete their files. Raises EngineGone."""
-        for task in self.adapters.answers(matches):
-            self._open[task].put_nowait(error)
-            task.cancel()
-        await self.adapters.drop(matches)
+
+        def end(answer: asyncio.Task[None]) -> None:
+            self._open[answer].put_nowait(error)
+            answer.cancel()
+
+        await self.adapters.drop(matches, end)
 
     async def versions(self) -> set[Version]:
         """Return the person versions that vLLM may have loaded. Raises EngineGone."""

@@ -84,11 +84,13 @@ class AdapterRegistry:
             for name in idle[: max(len(idle) - self.count, 0)]:
                 self._start_unloading(name).add_done_callback(_note_failure)
 
-    async def drop(self, matches: Callable[[Version], bool]) -> None:
-        """Wait until no answer uses these adapters, unload them, and delete their files. Raises EngineGone.
+    async def drop(self, matches: Callable[[Version], bool], end: Callable[[asyncio.Task[None]], None]) -> None:
+        """``end`` all answers that use these adapters, unload them, and delete their files. Raises EngineGone.
 
-        Also covers adapters that vLLM loaded before this gateway started.
+        Also covers adapters that vLLM loaded before this gateway started, and answers that begin meanwhile.
         """
+        for answer in self.answers(matches):
+            end(answer)
         for name in await self._listed():
             who = from_wire(name)
             if isinstance(who, Version) and matches(who):
@@ -96,6 +98,8 @@ class AdapterRegistry:
         for entry in self._of(matches).values():
             entry.dropped = True
         while answers := self.answers(matches):
+            for answer in answers:
+                end(answer)
             await asyncio.wait(answers)
         await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(matches)))
 
