@@ -39,7 +39,10 @@ def same(found: State, expected: State, tolerance: float = 1e-10) -> None:
 def in_cohorts_of(base, bank, people: int, store=None, **changes) -> Personalizer:
     """A Personalizer with so little memory that only that many of PEOPLE are trained together."""
     jobs = [Job(p.id, [base.prompts.example(bank.task, item) for item in p.items]) for p in PEOPLE]
-    numbers, below = sum(d + o for d, o in base.targets.values()), frozen_numbers(bank, TINY_RUN.merge)
+    numbers, below = (
+        sum(d + o for d, o in base.targets.values()),
+        frozen_numbers(bank, changes.get("merge", TINY_RUN.merge)),
+    )
     memory = memory_for(base, jobs, numbers, people, below=below)
     return personalizer(base, bank, store=store, memory=memory, **changes)
 

@@ -24,8 +24,8 @@ from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, InputError
-from mta.lora.batch import LoraBatch, fresh
-from mta.lora.peft import read_peft
+from mta.lora.batch import LoraBatch, fresh, join
+from mta.lora.peft import read_peft, write_peft
 from mta.tracking.run_folder import sittings
 from mta.training.trainer import Job, train_loras
 
@@ -272,3 +272,15 @@ def test_a_folder_without_a_task_lora_is_refused(built, tmp_path):
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
         build(tmp_path / "bank", task_lora=given)
     assert not (tmp_path / "bank").exists()
+
+
+def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):
+    """Joined with an anchor, it would hide the anchor's other layers."""
+    whole = read_peft(built / "task_lora")
+    some = dict(list(whole.factors.items())[:2])
+    write_peft(tmp_path / "given", replace(whole, factors=some), "tiny")
+    with pytest.raises(InputError, match="does not change exactly the"):
+        build(tmp_path / "bank", task_lora=tmp_path / "given")
+    assert not (tmp_path / "bank").exists()
+    with pytest.raises(InputError, match="adapters of different layers"):
+        join([whole, replace(whole, factors=some)])

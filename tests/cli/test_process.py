@@ -26,7 +26,8 @@ def test_a_pipe_is_read_once(tmp_path):
 
 
 def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
-    (tmp_path / "stars.yaml").write_text('name: stars\nitem: {prompt: "{text}", target: stars}\nlabels: ["★", "★★"]\n')
+    form = 'item: {prompt: "{text}", target: stars}\ntext: "{text}"\n'
+    (tmp_path / "stars.yaml").write_text(f'name: stars\nversion: 1\nmetric: accuracy\n{form}labels: ["★", "★★"]\n')
     (tmp_path / "a.jsonl").write_text(json.dumps({"person": "ann", "text": "Fine.", "stars": "★"}))
     words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "stars.yaml"]
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, cwd=tmp_path)

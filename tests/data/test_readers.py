@@ -22,12 +22,15 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         {"person": "ann", "input": "Second.", "output": 5, "time": "2024-05-31", "id": 7},
         {"person": 12, "text": "Bob's.", "score": "1 "},
         "",
-        {"person": "ann", "text": "First.", "output": 4.0, "time": 1000, "colour": "red"},
+        {"person": "ann", "text": "First.", "output": 4.0, "time": 1700000000, "colour": "red"},
     )
     ann, bob = read_people(path, "lamp3")
     assert ann == Person(
         "ann",
-        (Item({"text": "First.", "score": "4"}, 1000.0), Item({"text": "Second.", "score": "5"}, 1717113600.0, "7")),
+        (
+            Item({"text": "First.", "score": "4"}, 1700000000.0),
+            Item({"text": "Second.", "score": "5"}, 1717113600.0, "7"),
+        ),
     )
     assert bob == Person("12", (Item({"text": "Bob's.", "score": "1"}),))
     assert read_people(path, load_task("lamp3")) == [ann, bob]

@@ -165,6 +165,21 @@ def test_a_report_shows_the_results_of_the_settings_that_were_last_run(world, ca
     assert first[1] != several[1]
 
 
+def test_a_report_never_mixes_the_results_of_two_banks(world, cache, tmp_path):
+    def run(exhibit, *given):
+        run_experiment(workspace_of(world, tmp_path / "run", "seeds=[0]", *given), [exhibit])
+
+    run("ablation")
+    run("main")
+    before = Results.read(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "banks")
+    run("ablation", "run.bank.max_items=3")
+    found = Results.read(tmp_path / "run")
+    assert found.comparison("ablation").score("MTA", "NLL") != before.comparison("ablation").score("MTA", "NLL")
+    trained = {record.trained for record in found.records if record.bank == "main"} - {""}
+    assert len(trained) == 1
+
+
 def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
     with pytest.raises(InputError, match="this recipe tests people of another file"):
         workspace_of(world, tmp_path / "run", "needs_test=true")

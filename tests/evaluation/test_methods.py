@@ -1,8 +1,10 @@
 """Each method against a plain computation or an example computed by hand."""
 
+import time
+
 import pytest
 import torch
-from conftest import people_of
+from conftest import HashEncoder, people_of
 from panels import PEOPLE, POSTERIOR, QUERIES, panel_of, same
 from panels import panel as panel  # the fixture
 
@@ -138,6 +140,22 @@ def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
     assert torch.equal(again.evidence.loglik, found.loglik)
     assert torch.equal(again.evidence.labels.scores, found.labels.scores)
     assert again.evidence_seconds == seconds
+
+
+def test_every_method_that_reads_encodings_takes_their_seconds(tiny, monkeypatch):
+    """Whichever method is first."""
+    encode = HashEncoder.encode
+
+    def slow(self, *given):
+        time.sleep(0.2)
+        return encode(self, *given)
+
+    monkeypatch.setattr(HashEncoder, "encode", slow)
+    nearest = [Merged(merge=MergeSettings(policy="similarity", k=k)) for k in (1, 2)]
+    few = Merged(merge=MergeSettings(policy="similarity", k=1), anchors=2)
+    panel = panel_of(tiny)
+    assert min(method.run(panel, 0).seconds for method in (*nearest, few)) >= 0.2
+    assert Merged(merge=MergeSettings(policy="uniform", k=0)).run(panel, 0).seconds < 0.2
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,15 @@ def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
         load_experiment(tmp_path / "missing.yaml")
 
 
+def test_tuned_settings_reach_methods_within_others(tmp_path):
+    """A control, for example, must have the settings of the method that it controls."""
+    (tmp_path / "mine.yaml").write_text("over: smoke\ntuned: {MTA: {merge: {policy: uniform}}}\n")
+    methods = {m.name: m for m in load_experiment(tmp_path / "mine.yaml").exhibits["main"][0].methods}
+    tuned = [methods["MTA"], methods["MTA, other person's shots"].over, methods["MTA + RAG"].over]
+    tuned += [one for one in methods["MTA, chosen"].candidates if one.name == "MTA"]
+    assert [one.merge.policy for one in tuned] == ["uniform"] * 4
+
+
 @pytest.mark.parametrize(
     ("part", "reason"),
     [

@@ -6,6 +6,7 @@ import json
 import pytest
 from pages import ROOT
 
+from mta.data.tasks import load_task
 from mta.errors import DataError
 from mta.evaluation.experiments.results import Record, Records, latest, publish, read_beside, read_records
 from mta.evaluation.reports.publish import lamp_answers
@@ -69,7 +70,7 @@ def test_answers_of_methods_with_one_name_are_in_different_files_and_those_not_w
         record(texts={"settings": kind, "ids": ("q",), "answers": (text,), "golds": ("gold",)}, **metrics)
         for kind, text, metrics in (("a", "one", {"ROUGE-L": 1}), ("b", "two", {"ROUGE-L": 1}), ("c", "", {"NLL": 1}))
     )
-    lamp_answers([one, other, unwritten], "LaMP_4", tmp_path)
+    lamp_answers([one, other, unwritten], load_task("lamp4"), tmp_path)
     found = {path.stem: json.loads(path.read_text())["golds"][0]["output"] for path in tmp_path.iterdir()}
     assert found == {"m-main-8-0": "one", "m-main-8-0-2": "two", "golds-8": "gold"}
 

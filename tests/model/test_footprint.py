@@ -27,6 +27,7 @@ from mta.lora.batch import fresh
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
+from mta.training.gates import gate_gradients
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
 from mta.training.scoring import log_likelihood
@@ -119,6 +120,20 @@ def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype
     planned = base.footprint.training(*sizes(base, jobs), numbers) + 4 * 4 * width * len(jobs)  # AdamW's buffers
     assert training.peak == pytest.approx(planned, rel=0.15)
     assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), numbers), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_a_pass_with_gradients_of_gates_takes_the_planned_memory(shape, dtype):
+    base, jobs = base_of(shape, dtype), jobs_of(3)
+    width, (tokens, targets, people, texts) = sum(d + o for d, o in base.targets.values()), sizes(base, jobs)
+    bank, mu = random_loras(base, 16, 4).to(dtype), torch.zeros(16)
+    with TensorMemory(held(base, bank)) as found:
+        gate_gradients(base, jobs, bank, mu, [], tokens_per_batch=2**20)
+    numbers = ParameterCounts(shared=64 * width, gated=64 * width)
+    planned = base.footprint.training(tokens, targets, people, texts, numbers)
+    planned += tokens * (base.footprint.gate_token(texts, numbers) - base.footprint.token(texts))
+    assert found.peak == pytest.approx(planned, rel=0.15)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])

@@ -46,7 +46,7 @@ from mta.config import Run
 from mta.data.history import Item, Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError
+from mta.errors import BankError, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.model.base import BaseModel
@@ -92,8 +92,11 @@ def build_bank(
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
-    if task_lora:
-        read_peft(task_lora)  # raises InputError for a folder without an adapter
+    if task_lora and read_peft(task_lora).shapes != base.targets:
+        raise InputError(
+            f"{task_lora} does not change exactly the {len(base.targets)} layers that a bank of {base.name} changes",
+            hint="Give the task_lora/ folder of a bank, or leave it out.",
+        )
     task_people, candidates, held_out = (
         sorted(people, key=lambda person: person.id) for people in (task_people, candidates, held_out)
     )

@@ -195,11 +195,22 @@ class Panel:
     # -- stage 2, computed once for all methods ------------------------------------------------------------------------
 
     @cached_property
+    def _vectors(self) -> tuple[Tensor, float]:
+        if self.plain:
+            return self.plain._vectors
+        start, how = time.monotonic(), self.bank.info.run.bank.encode
+        vectors = encode_people(self.context.encoder, self.bank.task, self.people, how)
+        return vectors, time.monotonic() - start
+
+    @property
     def vectors(self) -> Tensor:
         """Each person's shots as one vector, (U, E)."""
-        if self.plain:
-            return self.plain.vectors
-        return encode_people(self.context.encoder, self.bank.task, self.people, self.bank.info.run.bank.encode)
+        return self._vectors[0]
+
+    @property
+    def encoding_seconds(self) -> float:
+        """Seconds that the vectors took."""
+        return self._vectors[1]
 
     @cached_property
     def similarity(self) -> Tensor:
@@ -226,13 +237,18 @@ class Panel:
         return self._evidence[1]
 
     def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
-        """Return everybody's merge, and the seconds that fitting it took, evidence included."""
+        """Return everybody's merge, and the seconds that fitting it took, with those of evidence and encodings.
+
+        Each method takes them, whichever method gathered them first.
+        """
         if self.plain:
             return self.plain.merge(settings, seed)
         settings = self.merge_settings(settings)
         key = (settings.model_dump_json(), seed if policy_of(settings).learns else 0)
         if key not in self.merges:
             evidence, gathering = self._evidence if needs_evidence(settings) else (None, 0.0)
+            similarity = self.similarity if needs_encodings(settings) else None
+            gathering += self.encoding_seconds if similarity is not None else 0.0
             start = time.monotonic()
             merge = fit_merge(
                 self.base,
@@ -240,7 +256,7 @@ class Panel:
                 self.bank.device_anchors,
                 self.bank.task_adapters,
                 settings,
-                similarity=self.similarity if needs_encodings(settings) else None,
+                similarity=similarity,
                 evidence=evidence,
                 calibration=self.bank.calibration,
                 seed=seed,

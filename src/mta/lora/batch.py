@@ -138,6 +138,8 @@ def concatenate(batches: Iterable[LoraBatch]) -> LoraBatch:
 
 def _concatenated(parts: Sequence[LoraBatch], a: int, b: int) -> LoraBatch:
     """Concatenate batches of equal scale on axis ``a`` of A and axis ``b`` of B."""
+    if any(part.factors.keys() != parts[0].factors.keys() for part in parts):
+        raise InputError("adapters of different layers cannot be joined", hint="Give each a factor for every layer.")
     pairs = {name: tuple(zip(*(part.factors[name] for part in parts))) for name in parts[0].factors}
     return LoraBatch({n: Factors(torch.cat(x, a), torch.cat(y, b)) for n, (x, y) in pairs.items()}, parts[0].scale)
 

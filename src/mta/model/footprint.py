@@ -30,6 +30,7 @@ class ParameterCounts:
     frozen: int = 0  # per person: the merge
     task_lora: int = 0  # the task LoRA, stored once; layers with adapters per person copy it for each person
     shared: int = 0  # a gated bank, copied once per pass
+    gated: int = 0  # of ``shared``, if a pass computes gradients of the gates
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,15 @@ class Footprint:
         if self.checkpointed:
             return kept // self.layers + self.itemsize * self.hidden * self.layers
         return kept
+
+    def gate_token(self, texts: TextLengths, numbers: ParameterCounts) -> int:
+        """Return the bytes that a pass with gradients of gates keeps for one token.
+
+        It keeps x A' of all ranks in each layer, but not the inputs x of linear layers.
+        """
+        ranks = numbers.gated // self.sums.width
+        kept = self.itemsize * (self.sums.adapted * ranks - self.sums.linear)
+        return self.token(texts) + (kept // self.layers if self.checkpointed else kept)
 
     def person(self, numbers: ParameterCounts) -> int:
         """Return the bytes of the copies that a training pass makes of one person's adapters."""

@@ -293,9 +293,13 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
     # Gradients of coefficients go through gates; ``auto`` may have them.
-    gated = direct or settings.policy == "auto" or policy_of(settings).learns or policy_of(settings).gradients
+    gated = settings.policy == "auto" or policy_of(settings).learns or policy_of(settings).gradients
+    every = len(bank) * rank * width
     return ParameterCounts(
-        frozen=0 if direct else own * width, task_lora=task_lora, shared=gated * len(bank) * rank * width
+        frozen=0 if direct else own * width,
+        task_lora=task_lora,
+        shared=every if direct or gated else 0,
+        gated=every if gated else 0,
     )
 
 

@@ -62,11 +62,14 @@ class BatchedAdamW:
             values.mul_(decay).sub_((size * mean).div_(spread))
         self.gradient.zero_()
 
-    def keep(self, rows: Tensor) -> BatchedAdamW:
-        """Return the optimizer of ``rows``, numbers on the CPU, only."""
+    def keep(self, rows: Tensor) -> None:
+        """Keep only ``rows``, numbers on the CPU. One buffer is copied at a time: memory is planned for no more."""
         (there,) = moved(self.values.device, rows)
-        values, gradient, mean, square = (buffer[there].clone() for buffer in self._buffers)
-        return BatchedAdamW(values, gradient, mean, square, self.step[rows])
+        self.values = self.values[there]
+        self.gradient = self.gradient[there]
+        self.mean = self.mean[there]
+        self.square = self.square[there]
+        self.step = self.step[rows]
 
     @property
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

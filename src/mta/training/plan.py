@@ -90,6 +90,7 @@ def plan_cohorts(
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))
     token = max(token, footprint.scoring(1, 0, 0, lengths.texts, ParameterCounts()))  # larger only with checkpointing
+    token = max(token, footprint.gate_token(lengths.texts, numbers)) if numbers.gated else token
     person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     copies, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * token + person + copies + shared

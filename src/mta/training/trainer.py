@@ -237,7 +237,7 @@ class _Cohort:
             return
         self.finished |= {j: self.optimizer.values[i].clone() for i, j in enumerate(self.active) if done[i]}
         kept = [i for i in range(len(done)) if not done[i]]
-        self.optimizer = self.optimizer.keep(torch.tensor(kept, dtype=torch.long))
+        self.optimizer.keep(torch.tensor(kept, dtype=torch.long))
         self.active = [self.active[i] for i in kept]
 
     def result(self) -> dict[str, Tensor]:

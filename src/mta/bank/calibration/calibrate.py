@@ -99,7 +99,8 @@ def calibrate(
 def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run) -> Plan:
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
     width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
-    sizes = ParameterCounts(task_lora=pooled * width, shared=anchors * run.bank.lora.rank * width)
+    every = anchors * run.bank.lora.rank * width
+    sizes = ParameterCounts(task_lora=pooled * width, shared=every, gated=every)
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     if not jobs:

@@ -120,20 +120,22 @@ class _Gathered:
         self.records = 0
         self.items: list[Item] = []
         self.queries: list[Item] = []
-        self.by_id: dict[str, Item] = {}
+        self.ids: set[str] = set()
 
     def take(self, part: RecordPart, rejects: Rejects) -> None:
-        """Add a part. An item id may occur again only if parts repeat items, and then with the same content."""
+        """Add a part. An item id may occur again only in another part, and only if parts repeat items."""
         here: set[str] = set()
         new: list[Item] = []
         for item in part.items:
-            known = item.id is not None and item.id in self.by_id
-            if known and (not part.repeats or item.id in here or item != self.by_id[str(item.id)]):
+            known = item.id is not None and item.id in self.ids
+            if known and (
+                not part.repeats or item.id in here
+            ):  # other records of LaMP may reuse an id for another item
                 reason = f"duplicate item id {item.id!r} of person {part.person!r}"
                 rejects.add(part.place, "id", reason, dict(item.fields))
                 continue
             if item.id is not None:
-                self.by_id[item.id] = item
+                self.ids.add(item.id)
                 here.add(item.id)
             new.append(item)
         self.add(new, part.queries, repeats=part.repeats)
@@ -212,16 +214,21 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
     """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
 
     ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
-    items if they are answered like the history.
+    items if they are answered like the history; otherwise a person needs m items and one such query.
     """
     answered = [sum(task.has_target(query) for query in person.queries) for person in people]
-    lengths = [len(p.items) + (own if task.asks_as_items else 0) for p, own in zip(people, answered)]
+
+    def able(shots: int) -> int:
+        if not task.asks_as_items:  # a person's own queries are asked
+            return sum(len(person.items) >= shots and own > 0 for person, own in zip(people, answered))
+        return sum(len(person.items) + own >= shots + queries for person, own in zip(people, answered))
+
     times = [[item.time for item in person.items] for person in people]
     known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
         "asked": queries,
-        "shots": {m: sum(length >= m + queries for length in lengths) for m in SHOTS},
+        "shots": {m: able(m) for m in SHOTS},
         "people with times": sum(None not in each for each in times),
         "oldest": min(known, default=None),
         "newest": max(known, default=None),

@@ -16,7 +16,7 @@ from typing import Any
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.stream import kind_of
-from mta.data.tasks.task import Task, as_text, short
+from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
@@ -97,23 +97,28 @@ def _is_date(digits: str) -> bool:
 
 @dataclass(slots=True)
 class _Digits:
-    """The first times of a file that are digits of a date, and digits that count something: not both can be right."""
+    """The first times of a file that are dates, and numbers that count something: not both can be right.
+
+    Large numbers, such as seconds since 1970, can stand beside dates.
+    """
 
     date: str = ""
     number: str = ""
 
     def check(self, place: Place, column: str, time: Any) -> None:
         """Raise DataError for the first time that is not like the others."""
-        if not isinstance(time, str) or not (text := time.strip()).isdecimal():
-            return
-        if _is_date(text):
+        text = as_text(time).strip() if isinstance(time, str | int | float) and not isinstance(time, bool) else ""
+        if isinstance(time, str) and text.isdecimal() and _is_date(text):
             self.date = self.date or text
-        else:
-            self.number = self.number or text
+        elif is_number(text):
+            self.number = self.number or (text if abs(float(text)) < 1e8 else "")
+        elif re.match(r"\d{4}-\d{2}", text):
+            self.date = self.date or text
         if self.date and self.number:
             reason = f"{self.date!r} would be a date, and {self.number!r} a number"
-            hint = f"Write all times as dates ({self.date[:4]}-01), or all with a decimal point ({self.date}.0)."
-            raise data_error(place, column, reason, hint)
+            digits = f" ({self.date[:4]}-01)", f" with a decimal point ({self.date}.0)"
+            dates, numbers = digits if self.date.isdecimal() else ("", " as numbers")
+            raise data_error(place, column, reason, f"Write all times as dates{dates}, or all{numbers}.")
 
 
 def _iso(text: str) -> float:

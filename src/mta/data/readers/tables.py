@@ -22,6 +22,7 @@ from mta.system.extras import require
 
 PlacedRow = tuple[Place, dict[str, Any]]
 CSV = (".csv", ".tsv")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # names of files that are tables of their own
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 QUOTES = "close the quotes around a cell, and double those in it"
@@ -147,7 +148,9 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     """
     tables = defaultdict[Path, list[Path]](list)
     for file in files_in(folder):
-        suffix, split = file.suffix.lower(), file.name.partition("-")[0] + "-" if "-of-" in file.name else ""
+        suffix, word = file.suffix.lower(), re.split("[^A-Za-z]", file.stem)[0]
+        sharded = "-of-" in file.name
+        split = file.name.partition("-")[0] + "-" if sharded else word if word.lower() in SPLITS else ""
         if suffix in (*CSV, ".parquet"):
             name = file if suffix in CSV else file.with_name(f"{split}*.parquet")
             tables[name.relative_to(folder)].append(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +13,7 @@ from mta.config import Run, override
 from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
 from mta.errors import ConfigError, InputError
-from mta.evaluation.methods import AnyMethod
+from mta.evaluation.methods import METHODS, AnyMethod, Method
 from mta.evaluation.protocol import QueryOrder
 
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
@@ -120,8 +120,7 @@ class Experiment(Settings):
             methods = part.get("methods", ())
             if not isinstance(methods, list | tuple):
                 raise ValueError("methods is a list, such as [base, task-lora]")
-            made = [merged_over(m, tuned.get(str(m.get("name")), {})) if isinstance(m, dict) else m for m in methods]
-            return part | {"methods": made}
+            return part | {"methods": [_tuned(method, tuned) for method in methods]}
 
         if not exhibits:
             raise ValueError("exhibits are missing: a name for each, then below it '- methods: [...]'")
@@ -144,6 +143,29 @@ class Experiment(Settings):
             if trained.setdefault(part.bank, part.trained) != part.trained:
                 raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
         return exhibits
+
+
+def _tuned(method: Any, tuned: Mapping[str, Any]) -> Any:
+    """Return a method of a recipe, and the methods within it, with the settings that are tuned for their names."""
+    values = {"method": method} if isinstance(method, str) else method
+    kind = METHODS.get(str(values.get("method"))) if isinstance(values, dict) else None
+    if kind is None:
+        return method  # an error that the check of the methods reports
+
+    def default(name: str) -> Any:
+        return kind.model_fields[name].get_default() if name in kind.model_fields else None
+
+    found = merged_over(values, tuned.get(str(values.get("name", default("name"))), {}))
+    if over := found.get("over", default("over")):
+        found["over"] = _tuned(_as_values(over), tuned)
+    if isinstance(candidates := found.get("candidates", default("candidates")), list | tuple):
+        found["candidates"] = [_tuned(_as_values(one), tuned) for one in candidates]
+    return found
+
+
+def _as_values(method: Any) -> Any:
+    """Return a method as it stands in a recipe."""
+    return method.model_dump(mode="json") if isinstance(method, Method) else method
 
 
 def names() -> tuple[str, ...]:

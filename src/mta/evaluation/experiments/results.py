@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from mta.evaluation.statistics import Comparison, Row
 from mta.system.atomic import append_lines, make_folder, replacing
 from mta.tracking.run_folder import sittings
 
-CURRENT = "current.json"  # the protocols of the settings that were last run
+CURRENT = "current.json"  # the protocols of the settings that were last run, and the banks
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 Key = TypeVar("Key")
@@ -40,6 +40,7 @@ class Record(BaseModel):
 
     ``key`` is a hash of everything but the person that determines the result; ``protocol`` is the part of it that all
     seeds of a method have in common. ``person`` and ``group`` (people who share items) are salted hashes.
+    ``trained`` is the hash of the bank, if the result depends on it.
     ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is the NLL of each query's gold
     answer, None without probabilities. ``seconds`` is this person's share of the preparation.
     ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
@@ -49,6 +50,7 @@ class Record(BaseModel):
 
     key: str
     protocol: str = ""  # "": of an earlier version
+    trained: str = ""
     settings: str
     method: str
     bank: str
@@ -129,6 +131,18 @@ def latest(records: Sequence[Record]) -> list[Record]:
     return [*_fullest(((where(one), one.person), one) for one in records if one.key == keys[where(one)]).values()]
 
 
+def _current(
+    records: Sequence[Record], protocols: Collection[str] | None = None, banks: Mapping[str, str] | None = None
+) -> list[Record]:
+    """Return the records with the settings, and of the banks, that were used last. Older records do not name these."""
+    return [
+        one
+        for one in records
+        if (protocols is None or one.protocol in ("", *protocols))
+        and one.trained in ("", (banks or {}).get(f"{one.bank}-{one.seed}", one.trained))
+    ]
+
+
 def _fullest(records: Iterable[tuple[Key, Record]]) -> dict[Key, Record]:
     """Return the first record of each key, or the first with more than likelihoods."""
     found: dict[Key, Record] = {}
@@ -166,8 +180,7 @@ class Results:
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
-        current = read_beside(folder / CURRENT).get("protocols")
-        records = [one for one in read_records(folder) if current is None or one.protocol in ("", *current)]
+        records = _current(read_records(folder), **read_beside(folder / CURRENT))
         beside = read_beside(above / SIZES), meta, read_beside(folder / FACTS), read_beside(folder / CASE)
         return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
 

@@ -145,6 +145,7 @@ def _missing(
     if not tested:
         say(f"{exhibit}: {shots} shots are left out, too few people have enough items")
         return
+    workspace.note_bank(part, seed)
     bank, lacking, full = workspace.bank(part, seed), [], part.texts and workspace.task.labels is None
     for method in part.methods:
         if not method.fits(workspace.task, len(bank), bank.calibration is not None):
@@ -168,6 +169,7 @@ def _missing(
 def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     """Return a record for each person of the batch."""
     panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
+    _ = panel.jobs  # no method's seconds include tokenizing
     outcome, scores = run.method.scored(panel, run.seed)
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None
@@ -175,6 +177,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
         Record(
             key=run.key,
             protocol=run.protocol,
+            trained=panel.bank.hash if run.method.of_bank else "",
             settings=run.method.digest,
             method=run.method.name,
             bank=run.part.bank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,7 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.parts import draw_parts, on_everything, with_tested
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
-from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES
+from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
@@ -77,12 +78,14 @@ class Workspace:
     executor: Executor
     on_step: OnStep | None
     _histories: str = field(init=False, repr=False)
+    _ids: Counter[str | None] = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
     _panel: tuple[object, Panel] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tested = self.splits.select(self.which, self.people)
+        self._ids = Counter(query.id for person in tested for query in person.queries)
         self._histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
 
     @classmethod
@@ -129,8 +132,13 @@ class Workspace:
         parts = [part for parts in self.recipe.exhibits.values() for part in parts]
         protocols = {self.protocol(part, method) for part in parts for method in part.methods}
         write_json(self.out / SIZES, self.sizes)
-        write_json(self.folder / CURRENT, {"protocols": sorted(protocols)})
+        write_json(self.folder / CURRENT, read_beside(self.folder / CURRENT) | {"protocols": sorted(protocols)})
         write_text(self.out / RECIPE, dump_yaml(self.recipe))
+
+    def note_bank(self, part: Part, seed: int) -> None:
+        """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""
+        found, bank = read_beside(self.folder / CURRENT), {f"{part.bank}-{seed}": self.bank(part, seed).hash}
+        write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
 
     def elsewhere(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
@@ -158,8 +166,12 @@ class Workspace:
         return hashlib.sha256(f"{self.splits.digest}/{id}".encode()).hexdigest()[:12]
 
     def question_id(self, person: Person, item: Item, number: int) -> str:
-        """Return the id of a question in LaMP's files: the benchmark's own, or the person's hash and a number."""
-        return item.id if item.is_query and item.id is not None else f"{self.hashed(person.id)}-{number}"
+        """Return the id of a question in LaMP's files: the benchmark's own, or the person's hash and a number.
+
+        In Per-Pcs's files, questions of several people may have the same id.
+        """
+        own = item.id if item.is_query and item.id is not None else None
+        return own if own and self._ids[own] == 1 else f"{self.hashed(person.id)}-{own or number}"
 
     def _task_of(self, part: Part) -> Task:
         """Return the task in the wording of the part's prompts."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -21,7 +22,7 @@ from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, coefficients, learn, merged, needs_evidence
+from mta.personalize.merge import Merge, coefficients, learn, merged, needs_encodings, needs_evidence
 from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
 from mta.training.plan import parameters_of
@@ -173,10 +174,17 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
 
 
 def bytes_of(merge: Merge) -> float:
-    """Return the bytes of one person's merge as JSON: anchors, coefficients once per group of layers, and gradients."""
-    w = merge.w[0] if merge.w.ndim == 2 else torch.unique(merge.w[0], dim=0)
-    gradients = [part[0].tolist() for part in merge.gradients] if merge.gradients else []
-    return len(json.dumps([merge.ids[0].tolist(), w.tolist(), *gradients]))
+    """Return the mean bytes of a person's merge as JSON: anchors, coefficients of each group of layers, and gradients.
+
+    The other fields of a state are the same for every method.
+    """
+
+    def one(u: int) -> int:
+        w = merge.w[u] if merge.w.ndim == 2 else torch.unique(merge.w[u], dim=0)
+        gradients = [part[u].tolist() for part in merge.gradients] if merge.gradients else []
+        return len(json.dumps([merge.ids[u].tolist(), w.tolist(), *gradients]))
+
+    return fmean(map(one, range(len(merge.ids))))
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:
@@ -200,9 +208,10 @@ def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, fl
     actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
     chosen = select_anchors(actives, bank.vectors, count, 0, share=1)
     reads = needs_evidence(settings)
-    evidence = panel.evidence.among(chosen) if reads else None
+    evidence, similarity = panel.evidence.among(chosen) if reads else None, panel.similarity[:, chosen]
     start = time.monotonic()
-    found = coefficients(settings, panel.similarity[:, chosen], evidence)
+    found = coefficients(settings, similarity, evidence)
     merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))
     share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
+    share += panel.encoding_seconds if needs_encodings(settings) else 0.0
     return merge, time.monotonic() - start + share

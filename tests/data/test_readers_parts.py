@@ -1,0 +1,57 @@
+"""Files and times that do not belong together, and question ids that say nothing about content."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from files import jsonl
+
+from mta.data.history import Item, Person
+from mta.data.readers import describe_for_evaluation, read_people
+from mta.data.tasks import load_task
+from mta.errors import DataError
+
+
+def parquet(path, *texts):
+    rows = {"person": ["ann"] * len(texts), "text": list(texts), "score": ["4"] * len(texts)}
+    pq.write_table(pa.table(rows), path)
+
+
+def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
+    parquet(tmp_path / "train.parquet", "one", "two")
+    parquet(tmp_path / "test.parquet", "three")
+    with pytest.raises(DataError, match=r"expected one table, found test\*\.parquet, train\*\.parquet"):
+        read_people(tmp_path, "lamp3")
+    (tmp_path / "test.parquet").rename(tmp_path / "train-2.parquet")
+    (ann,) = read_people(tmp_path, "lamp3")
+    assert sorted(item.fields["text"] for item in ann.items) == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (["0.5", "1.25", "1850", "1900.5"], "'1850' would be a date, and '0.5' a number"),
+        ([2009, "2009-05"], "'2009-05' would be a date, and '2009' a number"),
+        (["2009-05", 3], "'2009-05' would be a date, and '3' a number"),
+    ],
+)
+def test_times_that_count_something_do_not_stand_beside_dates(tmp_path, times, message):
+    rows = [{"person": "ann", "text": str(n), "score": "4", "time": time} for n, time in enumerate(times)]
+    path = jsonl(tmp_path, *rows)
+    with pytest.raises(DataError) as error:
+        read_people(path, "lamp3")
+    assert message in str(error.value)
+
+
+def test_seconds_since_1970_can_stand_beside_dates(tmp_path):
+    rows = [("b", 1717113600), ("c", "2024-06-01"), ("a", "2009"), ("", None)]
+    rows = [{"person": "ann", "text": f"text {name}", "score": "4", "time": time} for name, time in rows]
+    (ann,) = read_people(jsonl(tmp_path, *rows), "lamp3")
+    assert [item.fields["text"] for item in ann.items] == ["text ", "text a", "text b", "text c"]
+
+
+def test_a_person_whose_own_question_is_asked_needs_no_items_for_it():
+    task = load_task("lamp1")
+    asked = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[2]"}, is_query=True)
+    items = tuple(Item({"title": f"T{n}", "abstract": "We."}) for n in range(8))
+    people = [Person("ann", items, (asked,)), Person("bob", items)]
+    assert describe_for_evaluation(people, task, 4)["shots"] == {1: 1, 4: 1, 8: 1, 16: 0}
