@@ -18,6 +18,7 @@ def test_data_describe_counts_in_json(world):
     splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
     assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
     assert splits["people with times"] == 4
+    assert (splits["anchors"], splits["compared"]) == ({"items": 11, "people": 0}, {"items": 20, "people": 0})
     assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
 
 

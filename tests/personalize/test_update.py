@@ -238,7 +238,7 @@ def test_items_that_a_stack_was_kept_for_do_not_lower_its_later_rates(trusting, 
     for action, cut in (("keep", 3), ("keep", 4), ("refresh", 5), ("refresh", 6)):
         monkeypatch.setattr("mta.personalize.update.decide", lambda before, new, action=action: action)
         personal.update([person.first(cut) for person in GROWN])
-    assert [{job.known for job in jobs} for jobs in known] == [{2}, {3}]
+    assert [{job.before for job in jobs} for jobs in known] == [{2}, {3}]
     assert {(personal.state(p.id).shots, personal.state(p.id).untrained) for p in GROWN} == {(6, 2)}
     assert all(personal.state(p.id).from_bytes(personal.state(p.id).to_bytes()) == personal.state(p.id) for p in GROWN)
 

@@ -33,6 +33,7 @@ from mta.bank.format import (
     TASK_LORA,
     BankInfo,
     file_hashes,
+    has_task,
     read_info,
     with_hash,
     write_info,
@@ -104,8 +105,8 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     groups = [task_people, candidates, *([held_out] if held_out else [])]
     keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
-    if _is_finished(out, keys, resume):
-        return write_task(out, task)
+    if _is_finished(out, keys, resume) and has_task(read_info(out), task):
+        return  # without the lock, which a calibration may hold
     record = RunFolder(
         folder=out,
         kind="bank",

@@ -136,10 +136,14 @@ def _unset(info: BankInfo) -> dict[str, Any]:
     return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 
+def has_task(info: BankInfo, task: Task) -> bool:
+    """Return whether a bank has this task in every field."""
+    return as_today(Task.model_validate(info.task)) == task
+
+
 def write_task(folder: Path, task: Task) -> None:
     """Replace a finished bank's task by one that differs in ``UNTRAINED`` only; the bank's hash does not change."""
-    info = read_info(folder)
-    if as_today(Task.model_validate(info.task)) != task:
+    if not has_task(info := read_info(folder), task):
         write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
 
 

@@ -44,6 +44,8 @@ def describe(
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})
     lines = ["  ".join(f"{name} {value:,.12g}" for name, value in found.items())]
+    for name, use in (("anchors", "to become anchors of a bank"), ("compared", "for mta compare")):
+        lines.append("with {items} items or more, enough {use}: {people} people".format(use=use, **splits[name]))
     for shots, able in splits["shots"].items():
         lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
     timed = splits["people with times"]

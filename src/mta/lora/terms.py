@@ -192,11 +192,11 @@ def joined(terms: Sequence[Term]) -> list[Term]:
         alike = [term for term in terms if term.trained == trained]
         shared += _joined_shared([term for term in alike if isinstance(term, SharedTerm)])
         rows += _joined_rows([term for term in alike if isinstance(term, RowTerm)])
-    people = {len(term.a) for term in rows}
-    if len(people) == 1:  # frozen updates without gates cost least in the row term
+    blocks = {len(term.a) for term in rows}
+    if len(blocks) == 1:  # frozen updates without gates cost least in the row term
         movable = [term for term in shared if term.gate is None and not term.trained]
         shared = [term for term in shared if term.gate is not None or term.trained]
-        moved = [RowTerm(term.a.expand(*people, -1, -1), term.b.expand(*people, -1, -1)) for term in movable]
+        moved = [RowTerm(term.a.expand(*blocks, -1, -1), term.b.expand(*blocks, -1, -1)) for term in movable]
         frozen = [term for term in rows if not term.trained]
         rows = [*_joined_rows([*frozen, *moved]), *(term for term in rows if term.trained)]
     return [*shared, *rows]

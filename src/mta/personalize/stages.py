@@ -42,26 +42,26 @@ class WorkItem:
     person: Person
     work: str
     before: State | None = None  # the state that an update starts from
-    known: int = 0  # number of first items that ``before`` was made from
+    held: int = 0  # number of first items that ``before`` was made from
     version: int = 0  # the person's newest in the store when the work was planned; 0: none
 
     @classmethod
     def of(
-        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, known: int = 0
+        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, held: int = 0
     ) -> WorkItem:
         """Return the work for a person's items with this bank and ``settings_of`` a run, anew or from ``before``."""
         how = settings + (f"after: {before.work}\n" if before else "")
-        return cls(person, state_key(bank.hash, person.digest(), how, seed), before, known)
+        return cls(person, state_key(bank.hash, person.digest(), how, seed), before, held)
 
     @property
     def new_items(self) -> Person:
         """The person with only the items that their state does not hold yet."""
-        return Person(self.person.id, self.person.items[self.known :])
+        return Person(self.person.id, self.person.items[self.held :])
 
     @property
     def trained(self) -> int:
         """The number of items that the stack was trained on before."""
-        return self.known - (self.before.untrained if self.before else 0)
+        return self.held - (self.before.untrained if self.before else 0)
 
     @property
     def name(self) -> str:
@@ -186,7 +186,7 @@ class Stages:
         """Return the training examples of each person: the items that their state does not hold yet."""
         alternatives = needs_evidence(self.run.merge)
         jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
-        return [replace(job, known=item.trained) for job, item in zip(jobs, cohort.items)]
+        return [replace(job, before=item.trained) for job, item in zip(jobs, cohort.items)]
 
     def merge(self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None) -> Fitted:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any."""

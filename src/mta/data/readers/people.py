@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mta.config import Evaluation, Run
 from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
@@ -214,7 +215,8 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
     """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
 
     ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
-    items if they are answered like the history; otherwise a person needs m items and one such query.
+    items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
+    ``compared``: people with enough items for an anchor of ``mta bank build``, and for ``mta compare``, by default.
     """
     answered = [sum(task.has_target(query) for query in person.queries) for person in people]
 
@@ -223,12 +225,17 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
             return sum(len(person.items) >= shots and own > 0 for person, own in zip(people, answered))
         return sum(len(person.items) + own >= shots + queries for person, own in zip(people, answered))
 
+    def with_items(least: int) -> dict[str, int]:
+        return {"items": least, "people": sum(len(person.items) >= least for person in people)}
+
     times = [[item.time for item in person.items] for person in people]
     known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
         "asked": queries,
         "shots": {m: able(m) for m in SHOTS},
+        "anchors": with_items(Run().bank.min_items),
+        "compared": with_items(Evaluation().shots + Evaluation().queries),
         "people with times": sum(None not in each for each in times),
         "oldest": min(known, default=None),
         "newest": max(known, default=None),
