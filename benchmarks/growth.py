@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
@@ -28,9 +27,8 @@ from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
-from mta.personalize.pipeline import Pipeline
-from mta.personalize.stages import Stages, WorkItem, settings_of
-from mta.personalize.update import Action, StateUpdate, decide, update_states
+from mta.personalize.pipeline import Updated
+from mta.personalize.update import Action, decide
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
@@ -58,18 +56,17 @@ def made(base: BaseModel, bank: Bank, run: Run, people: list[Person]) -> tuple[l
     return [personal.state(person.id) for person in people], time.perf_counter() - start
 
 
-def gone_on(
-    stages: Stages, people: list[Person], befores: list[State], always: Action | None
-) -> tuple[list[StateUpdate], float]:
-    """What became of the states, and the seconds that took."""
-    settings = settings_of(stages.base, stages.run)
-    start, how = time.perf_counter(), (stages.bank, settings, stages.run.seed)
-    items = [WorkItem.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
-    pipeline = Pipeline(stages.base, stages.bank, stages.run, lambda: stages.encoder)
-    cohorts, _, _ = pipeline.plan(items, items)
+def updated(
+    base: BaseModel, bank: Bank, run: Run, young: list[Person], grown: list[Person], always: Action | None
+) -> tuple[list[State], Updated, float]:
+    """States that were updated, what became of them, and the seconds that the update took."""
+    personal = Personalizer(base, bank, run=run)
+    personal.personalize(young)
+    start = time.perf_counter()
     with patch("mta.personalize.update.decide", (lambda *_: always) if always else decide):
-        found = [update for cohort in cohorts for update in update_states(stages, cohort)]
-    return found, time.perf_counter() - start
+        done = personal.update(grown)
+    seconds = time.perf_counter() - start
+    return [personal.state(person.id) for person in grown], done, seconds
 
 
 def losses(base: BaseModel, bank: Bank, people: list[Person], states: list[State]) -> Tensor:
@@ -99,7 +96,6 @@ def main() -> None:
     befores, took = made(base, bank, run, young)
     kept, rows = losses(base, bank, people, befores), {}
     rows["keep"] = {"nll": float(kept.mean()), "seconds a person": 0.0, "at first": took / len(people)}
-    stages = Stages(base, bank, run, lambda: bank.encoder(base, run.encoder))
 
     def tell(name: str, states: list[State], seconds: float) -> None:
         found: Interval = bootstrap(losses(base, bank, people, states) - kept)
@@ -108,9 +104,9 @@ def main() -> None:
 
     print(f"keep       {rows['keep']['nll']:.3f} nats; at first {took / len(people):.2f} s a person")
     for name in ("retrain", "refresh", None):
-        found, seconds = gone_on(stages, grown, befores, name)
-        tell(name or "decided", [one.state or before for one, before in zip(found, befores)], seconds)
-    rows["decided"]["actions"] = dict(Counter(one.action for one in found))
+        states, done, seconds = updated(base, bank, run, young, grown, name)
+        tell(name or "decided", states, seconds)
+    rows["decided"]["actions"] = {"keep": done.kept, "retrain": done.retrained, "refresh": done.refreshed}
     print(rows["decided"]["actions"])
     tell("anew", *made(base, bank, run, grown))
     if args.out:

@@ -15,7 +15,7 @@ from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
 from mta.config import MergeSettings
 from mta.lora.batch import LoraBatch, Shapes, fresh
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.merge import Merge, merge_loras
 
 PEOPLE = 256
 _CHUNK = 16  # people whose merges are made at once, used, and let go, as those of a cohort are
@@ -52,7 +52,7 @@ class Work:
         people = len(self.merge.ids)
         for start in range(0, people, _CHUNK):
             some = self.merge.select(range(start, min(start + _CHUNK, people)))
-            yield merged_factors(self.bank, some, self.how)
+            yield merge_loras(self.bank, some, self.how)
 
     def run(self) -> float:
         """All of them; returns how many people."""

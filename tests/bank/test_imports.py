@@ -22,7 +22,7 @@ from mta.evaluation.compare import standard_methods
 from mta.evaluation.methods import Merged
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.model.encoders import encode_people
-from mta.personalize.merge import Merge, coefficients, merged_factors
+from mta.personalize.merge import Merge, coefficients, merge_loras
 
 TASK = load_task("movielens-rating")
 KINDS = {  # settings of PEFT by the person's id
@@ -78,7 +78,7 @@ def imported(out, folders, base=None, **how) -> Bank:
 def check_merge(bank, dense, ids, start=0):
     w = torch.linspace(-0.7, 1.1, len(ids), dtype=torch.float64)
     merge = Merge(torch.arange(start, start + len(ids))[None], w[None])
-    found = merged_factors(bank.anchors, merge, MergeSettings(policy="uniform"))
+    found = merge_loras(bank.anchors, merge, MergeSettings(policy="uniform"))
     for layer in found.names:
         expected = sum(share * dense[name][layer] for share, name in zip(w, ids))
         assert (found.delta(layer)[0] - expected).abs().max() < 1e-9, layer

@@ -19,7 +19,7 @@ from mta.evaluation.methods.controls import givers_of
 from mta.evaluation.methods.method import answer
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Shared
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.merge import Merge, merge_loras
 
 PEOPLE = people_of(4, prefix="x", seed=7)
 
@@ -80,7 +80,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     panel = panel_of(base, replace(bank, calibration=known))
     found = PopulationMerge().run(panel, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
-    dense = merged_factors(bank.device_anchors, merge, MergeSettings(policy="uniform"))
+    dense = merge_loras(bank.device_anchors, merge, MergeSettings(policy="uniform"))
     expected = answer(panel, range(len(panel.people)), [*bank.task_adapters, Shared(dense)])
     assert found.bytes_per_person == 0
     for one, other in zip(found.answers, expected):

@@ -40,7 +40,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Merge, learn, merged_factors
+from mta.personalize.merge import Merge, learn, merge_loras
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
@@ -342,8 +342,8 @@ def test_with_one_shot_chosen_keeps_the_default(tiny):
 def test_relative_error_equals_the_error_of_dense_updates(panel):
     bank = panel.bank
     merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
-    exact = merged_factors(bank.anchors, merge, MergeSettings())
-    factor = merged_factors(bank.anchors, merge, MergeSettings(mode="factor"))
+    exact = merge_loras(bank.anchors, merge, MergeSettings())
+    factor = merge_loras(bank.anchors, merge, MergeSettings(mode="factor"))
 
     def dense(batch: LoraBatch):
         return [batch.scale * (b @ a) for a, b in batch.factors.values()]

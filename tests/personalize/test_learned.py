@@ -12,7 +12,7 @@ from tiny import random_examples, random_loras
 from mta.config import MergeSettings, Training
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Merge, fit_merge, learn, merged
+from mta.personalize.merge import Merge, fit_merge, learn, merge_adapters
 from mta.training.scoring import log_likelihood
 
 START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], [0.1, 0.6], [0.3, 0.3]]).double())
@@ -119,7 +119,7 @@ def same_model(base, bank, merge, adapters) -> None:
 @pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
 def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
     base, bank = bank_of_eight
-    found = merged(bank, merge, MergeSettings(mode="exact"))
+    found = merge_adapters(bank, merge, MergeSettings(mode="exact"))
     assert isinstance(found, way)  # whichever is less to move
     same_model(base, bank, merge, found)
 
@@ -131,18 +131,18 @@ def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
 
 def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
     base, bank = bank_of_eight
-    same_model(base, bank, WAYS, merged(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
+    same_model(base, bank, WAYS, merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
 
 
 def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
     _, bank = bank_of_eight
-    assert merged(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
-    assert merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2
+    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
+    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2
 
 
 def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
     _, bank = bank_of_eight
-    found = merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch
+    found = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch
     for u in range(2):
         for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
             left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
@@ -151,7 +151,7 @@ def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
 
 def test_factor_averages_both_factors_apart(bank_of_eight):
     _, bank = bank_of_eight
-    found = merged(bank, WAYS, MergeSettings(mode="factor")).batch
+    found = merge_adapters(bank, WAYS, MergeSettings(mode="factor")).batch
     for u in range(2):
         for name, (a, b) in bank.anchors.factors.items():
             mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))

@@ -19,9 +19,9 @@ from mta.data.history import Person
 from mta.distributed.executor import LocalExecutor
 from mta.errors import DataError
 from mta.personalize import Personalizer, stages
-from mta.personalize.adapters import merge_of
+from mta.personalize.adapters import stored_merges
 from mta.personalize.evidence import Evidence, Labels
-from mta.personalize.merge import Merge, merged, updated_coefficients
+from mta.personalize.merge import Merge, merge_adapters, updated_coefficients
 from mta.personalize.policies import POLICIES, Retrieved
 from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
@@ -163,7 +163,10 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     personal.update(GROWN)
     for person, state in zip(GROWN, before):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
-        over = [*bank.task_adapters, merged(bank, merge_of([state], base.master_dtype), personal.run.merge)]
+        over = [
+            *bank.task_adapters,
+            merge_adapters(bank, stored_merges([state], base.master_dtype), personal.run.merge),
+        ]
         stack = personal.run.stack
         alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():
@@ -238,7 +241,7 @@ def test_items_that_a_stack_was_kept_for_do_not_lower_its_later_rates(trusting, 
     for action, cut in (("keep", 3), ("keep", 4), ("refresh", 5), ("refresh", 6)):
         monkeypatch.setattr("mta.personalize.update.decide", lambda before, new, action=action: action)
         personal.update([person.first(cut) for person in GROWN])
-    assert [{job.before for job in jobs} for jobs in known] == [{2}, {3}]
+    assert [{job.examples_before for job in jobs} for jobs in known] == [{2}, {3}]
     assert {(personal.state(p.id).shots, personal.state(p.id).untrained) for p in GROWN} == {(6, 2)}
     assert all(personal.state(p.id).from_bytes(personal.state(p.id).to_bytes()) == personal.state(p.id) for p in GROWN)
 

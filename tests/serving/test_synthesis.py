@@ -17,7 +17,7 @@ from mta.lora.merge import truncate
 from mta.lora.peft import read_peft
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.merge import Merge, merge_loras
 from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
@@ -38,7 +38,7 @@ def state_of(mode="exact", rank=None, stacked=True, w=(0.4, -1.0, 2.0), bank="ba
 def merge_of(state):
     """Task LoRA and merge without truncation."""
     merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
-    return join([POOLED, merged_factors(ANCHORS, merge, MergeSettings(mode=state.mode, rank=state.rank))])
+    return join([POOLED, merge_loras(ANCHORS, merge, MergeSettings(mode=state.mode, rank=state.rank))])
 
 
 def differ(one, other):
@@ -81,7 +81,7 @@ def test_the_randomized_svd_for_many_anchors_is_as_accurate():
     made = LoraExporter(anchors, None, "bank", 2)
     found, error = made.adapter(state)
     again, _ = made.adapter(state)
-    whole = merged_factors(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
+    whole = merge_loras(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
     best, least = truncate(whole, 2)
     assert error == pytest.approx(float(least), rel=1e-4)
     assert differ(found, best) < 1e-2

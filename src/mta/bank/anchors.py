@@ -95,7 +95,7 @@ def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_l
     # Not by the whole plan: threads and the size of passes only affect rounding, and a build may move to a machine with
     # others.
     members = json_sha256(plan.cohorts)
-    results = {piece.name: context.checkpoint(members, piece.name, "safetensors") for piece in pieces}
+    results = {piece.name: context.result(members, piece.name) for piece in pieces}
     found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
     done = sum(len(piece) for piece in pieces if piece.name in found)
     missing = [piece for piece in pieces if piece.name not in found]

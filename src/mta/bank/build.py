@@ -119,7 +119,7 @@ def build_bank(
         on_step=on_step,
         locked=True,
     )
-    context = BuildContext(base, task, run, out, keys.whole, keys.training, executor or LocalExecutor(), record)
+    context = BuildContext(base, task, run, out, keys, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
@@ -187,7 +187,7 @@ def _calibrate(
         people,
         context.run,
         executor=context.executor,
-        checkpoint=partial(context.checkpoint, "calibration", kind="safetensors"),
+        checkpoint=context.calibration_result,
         on_step=partial(context.record.step, "calibration"),
     )
     write_tensors(context.out / CALIBRATION, found.tensors(), {})
@@ -219,11 +219,11 @@ def _finish(
         encoder=context.run.encoder,
         encoder_fingerprint=encoder.fingerprint,
         run=context.run,
-        work=context.work,
+        work=context.keys.whole,
         plan=plan.digest,
         items=tuple(items),
         cut=cut,
-        seconds=run_folder.seconds_of(context.out, context.work),
+        seconds=run_folder.seconds_of(context.out, context.keys.whole),
         members=members,
         files=file_hashes(context.out, names),
         hash="",  # set below: a hash of the other fields

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mta.bank.keys import BuildKeys
 from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item
@@ -34,8 +35,7 @@ class BuildContext:
     task: Task
     run: Run
     out: Path
-    work: str
-    training_key: str  # the work key of stages 0 and 1, which do not depend on the calibration
+    keys: BuildKeys
     executor: Executor
     record: RunFolder
 
@@ -59,15 +59,25 @@ class BuildContext:
         self.record.stage_begins()
         local = BankWorker(self.base, self.run, task_lora, partial(self.checkpoint, plan), on_step or self.record.step)
         on_cpu = task_lora and task_lora.to(torch.device("cpu"))
-        remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
-        for found in self.executor.run(train_piece, pieces, local, remote):
+        open_remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
+        for found in self.executor.run(train_piece, pieces, local, open_remote):
             if found.result is None:
                 hint = "Fix this, and build again: it resumes."
                 raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)
             yield found.piece, found.result
 
-    def checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
-        """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
-        key = self.work if plan == "calibration" else self.training_key
+    def checkpoint(self, plan: str, name: str) -> Checkpoint:
+        """Return the checkpoint of a piece in training, of a plan of stage 0 or 1."""
+        return self._file(f"{name}.checkpoint", self.keys.training, plan, name)
+
+    def result(self, plan: str, name: str) -> Checkpoint:
+        """Return the file with the result of a finished piece of stage 0 or 1."""
+        return self._file(f"{name}.safetensors", self.keys.training, plan, name)
+
+    def calibration_result(self, name: str) -> Checkpoint:
+        """Return the file with the result of a finished piece of the calibration."""
+        return self._file(f"{name}.safetensors", self.keys.whole, "calibration", name)
+
+    def _file(self, file: str, key: str, plan: str, name: str) -> Checkpoint:
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
-        return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
+        return Checkpoint(self.out / "work" / file, work)

@@ -46,12 +46,12 @@ class Executor(Protocol):
     in_process: bool
 
     def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
+        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
     ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in any order.
 
-        The context is ``here`` in this process. A worker creates its own context once, with ``elsewhere``. Function,
-        pieces and ``elsewhere`` must be picklable.
+        The context is ``local`` in this process. A worker creates its own context once, with ``open_remote``.
+        Function, pieces and ``open_remote`` must be picklable.
         """
 
 
@@ -65,8 +65,8 @@ class LocalExecutor:
         self.most = most
 
     def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
+        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
     ) -> Iterator[PieceResult[P, R]]:
-        """Yield the outcome of ``function(here, piece)`` for each piece, in order; pieces are consumed lazily."""
+        """Yield the outcome of ``function(local, piece)`` for each piece, in order; pieces are consumed lazily."""
         for piece in pieces:
-            yield PieceResult(piece, function(here, piece))
+            yield PieceResult(piece, function(local, piece))

@@ -72,13 +72,13 @@ class Cluster:
             )
 
     def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
+        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
     ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
+        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``open_remote`` in a worker.
         """
-        scheduler = PieceScheduler[P, R](self, function, elsewhere)
+        scheduler = PieceScheduler[P, R](self, function, open_remote)
         try:
             yield from scheduler.work_through(pieces)
         finally:
@@ -122,9 +122,9 @@ class _Task(Generic[P]):
 class PieceScheduler(Generic[P, R]):
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
-    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], elsewhere: Callable[[], C]) -> None:
+    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], open_remote: Callable[[], C]) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
-        self.function, self.made = self.ray.put(function), self.ray.put((_version(), elsewhere))
+        self.function, self.made = self.ray.put(function), self.ray.put((_version(), open_remote))
         self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.idle: list[Any] = []
@@ -240,13 +240,13 @@ class Worker:
 
     def open(self, made: tuple[str, Callable[[], Any]]) -> None:
         """Create the context. Raises ClusterError if this node has another version of mta."""
-        version, elsewhere = made
+        version, open_remote = made
         if version != _version():
             raise ClusterError(
                 f"a worker has mta {_version()}, expected {version}", hint="Install the same version on all machines."
             )
         keep_freed_memory()  # allowed: an actor is its own process
-        self.context = elsewhere()
+        self.context = open_remote()
 
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:
         """Return ``function(context, piece)``."""

@@ -18,7 +18,7 @@ from mta.errors import OtherBank
 from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
-from mta.personalize.merge import Merge, merged, merged_factors
+from mta.personalize.merge import Merge, merge_adapters, merge_loras
 from mta.store.state import State
 
 
@@ -55,7 +55,7 @@ def adapter_parts(
     check_bank(owner, bank_hash)
     stack = owner.stack if stacked else None
     if owner.mode == "exact":
-        return AdapterParts(True, gates=merge_of([owner], dtype).gates(len(anchors))[0], stack=stack)
+        return AdapterParts(True, gates=stored_merges([owner], dtype).gates(len(anchors))[0], stack=stack)
     return AdapterParts(True, merge=merge_as_lora(anchors, owner, dtype), stack=stack)
 
 
@@ -79,8 +79,8 @@ def row_adapters(
     adapters: list[Adapters] = []
     for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):
         alike = [one if isinstance(one, State) and (one.mode, one.rank) == (mode, rank) else TASK for one in owners]
-        merge = merge_of(alike, base.master_dtype)
-        adapters.append(merged(bank, merge, MergeSettings(mode=mode, rank=rank)))
+        merge = stored_merges(alike, base.master_dtype)
+        adapters.append(merge_adapters(bank, merge, MergeSettings(mode=mode, rank=rank)))
     if bank.task_lora:
         on = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
         adapters.append(Gated(bank.task_lora, on))
@@ -92,7 +92,7 @@ def row_adapters(
     return adapters
 
 
-def merge_of(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> Merge:
+def stored_merges(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> Merge:
     """Return the merges of all owners. Coefficients of rows without a person, and beyond a shorter merge, are 0."""
     states = [one if isinstance(one, State) else None for one in owners]
     k = max((len(state.anchors) for state in states if state), default=1)
@@ -107,9 +107,9 @@ def merge_of(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> Merge
 def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
     """Return one person's merge as one LoRA, in the state's mode. The rank of an exact merge is R per anchor used."""
     used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
-    merge = merge_of([state], dtype)
+    merge = stored_merges([state], dtype)
     settings = MergeSettings(mode=state.mode, rank=state.rank)
-    return merged_factors(anchors, Merge(merge.ids[:, used], merge.w[:, used]), settings)
+    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]), settings)
 
 
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:

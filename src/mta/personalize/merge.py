@@ -267,7 +267,7 @@ def learn(
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
-def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
+def merge_adapters(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     """Return a merge as adapters, in the mode of ``settings``.
 
     An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
@@ -275,7 +275,7 @@ def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
         return merge.adapters(bank.device_anchors)
     anchors = bank.anchors.to(bank.device_anchors.device) if settings.mode == "svd" else bank.device_anchors
-    return PerPerson(merged_factors(anchors, merge, settings))
+    return PerPerson(merge_loras(anchors, merge, settings))
 
 
 def _is_direct(k: int, anchors: int) -> bool:
@@ -303,7 +303,7 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     )
 
 
-def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
+def merge_loras(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
     """Return each person's merge as factors, in the mode of ``settings``; factors of an exact merge have rank K * R."""
     ids, w = merge.ids.to(anchors.device), merge.w.to(anchors.device)
     if settings.mode == "factor":

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
@@ -29,8 +29,9 @@ from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
 from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients, needs_evidence
 from mta.personalize.shots import ShotsJob, shots_of
-from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
+from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
+from mta.personalize.work import Cohort, WorkItem, settings_digest, settings_text
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
@@ -96,6 +97,14 @@ def counts(done: Personalized | Updated) -> dict[str, int]:
     return {name: value if isinstance(value, int) else len(value) for name, value in values.items()}
 
 
+class CohortPlan(NamedTuple):
+    """The cohorts to compute, a digest of the plan, and the number of texts that were shortened to fit."""
+
+    cohorts: Sequence[Cohort] = ()
+    digest: str = ""
+    shortened: int = 0
+
+
 @dataclass(slots=True)
 class _Call:
     """The people of a call, and the tombstones when their items were read.
@@ -147,7 +156,7 @@ class Pipeline:
         """See ``Personalizer.personalize``."""
         call = self._begin(people, since)
         self._keep_histories(call, keep_histories)
-        settings = settings_of(self.base, self.run), self.run.seed
+        settings = settings_text(self.base, self.run), self.run.seed
         found = list(in_threads(self._stored, [person.id for person in call.people]))
         works = [WorkItem.of(person, self.bank, *settings) for person in call.people]
         everybody = [replace(item, version=version) for item, (_, version) in zip(works, found)]
@@ -166,16 +175,21 @@ class Pipeline:
         checkpoints = self._checkpoints(everybody, call.since)
         if checkpoints and not resume:
             checkpoints.drop()
-        cohorts, plan, cut = self.plan(everybody, missing, call, checkpoints) if missing else ([], "", 0)
-        if missing:
-            self._compute(personalize_cohort, cohorts, call, on_step, checkpoints)
+        plan = self.plan(everybody, missing, call, checkpoints)
+        self._compute(personalize_cohort, plan.cohorts, call, on_step, checkpoints)
         if checkpoints and not call.crashed:  # diverged training would diverge again: no cohort is kept for it
             checkpoints.finish()  # even without missing people: a run killed after its last state may have left files
-        asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
-        failed = {id: error for id, error in (call.crashed | call.errors).items() if id in asked}
-        forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in asked}
-        trained, unchanged = len(asked - failed.keys() - forgotten), len(everybody) - len(missing)
-        return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
+        wanted = {item.person.id for item in missing}  # a resumed cohort has people who are up to date, too
+        failed = {id: error for id, error in (call.crashed | call.errors).items() if id in wanted}
+        forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in wanted}
+        return Personalized(
+            trained=len(wanted - failed.keys() - forgotten),
+            unchanged=len(everybody) - len(missing),
+            shortened=plan.shortened,
+            failed=failed,
+            plan=plan.digest,
+            forgotten=tuple(sorted(forgotten)),
+        )
 
     def update(
         self,
@@ -187,31 +201,37 @@ class Pipeline:
     ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since)
-        grown, begin, ahead, unchanged = list[WorkItem](), list[WorkItem](), list[str](), 0
-        settings = settings_of(self.base, self.run), self.run.seed
-        planned = in_threads(partial(self._update_of, settings, digest_of(*settings), fewer), call.people)
-        for item, person in zip(planned, call.people):
-            if item == "ahead":
-                ahead.append(person.id)
-            elif item == "unchanged":
-                unchanged += 1
-            else:
-                (grown if item.before else begin).append(item)
-        kept = {*ahead}
-        call.people = [person for person in call.people if person.id not in kept]
+        settings = settings_text(self.base, self.run), self.run.seed
+        planned = in_threads(partial(self._work_for, settings, settings_digest(*settings), fewer), call.people)
+        works = {person.id: work for person, work in zip(call.people, planned)}
+        items = [work for work in works.values() if isinstance(work, WorkItem)]
+        grown = [item for item in items if item.earlier]
+        ahead = [id for id, work in works.items() if work == "ahead"]
+        call.people = [person for person in call.people if works[person.id] != "ahead"]
         self._keep_histories(call, keep_histories)
-        cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
-        actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
-        first = Personalized(0, 0, 0)
-        if begin:
-            again = self._begin([item.person for item in begin], call.since)
-            here = {person.id for person in again.people}
-            items = [item for item in begin if item.person.id in here]
-            first = self._personalize(again, items, items, on_step=on_step)
-        refreshed = actions["merge"] + actions["refresh"]
-        done = actions["keep"], actions["retrain"], refreshed, first.trained, unchanged + first.unchanged
-        gone = tuple(sorted({*call.forgotten, *first.forgotten}))
-        return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone, tuple(ahead))
+        plan = self.plan(grown, grown, call)
+        actions = self._compute(update_cohort, plan.cohorts, call, on_step)
+        begun = self._begin_anew([item for item in items if not item.earlier], call.since, on_step)
+        return Updated(
+            kept=actions["keep"],
+            retrained=actions["retrain"],
+            refreshed=actions["merge"] + actions["refresh"],
+            begun=begun.trained,
+            unchanged=sum(work == "unchanged" for work in works.values()),
+            failed=call.crashed | call.errors | begun.failed,
+            plan=plan.digest or begun.plan,
+            forgotten=tuple(sorted({*call.forgotten, *begun.forgotten})),
+            ahead=tuple(ahead),
+        )
+
+    def _begin_anew(self, items: Sequence[WorkItem], since: Collection[str], on_step: OnStep | None) -> Personalized:
+        """Make the states of people who have none to continue from, except of people forgotten meanwhile."""
+        if not items:
+            return Personalized(0, 0, 0)
+        call = self._begin([item.person for item in items], since)
+        ids = {person.id for person in call.people}
+        left = [item for item in items if item.person.id in ids]
+        return self._personalize(call, left, left, on_step=on_step)
 
     def plan(
         self,
@@ -219,13 +239,15 @@ class Pipeline:
         missing: Sequence[WorkItem],
         call: _Call,
         checkpoints: RunCheckpoints | None = None,
-    ) -> tuple[list[Cohort], str, int]:
-        """Return the cohorts that hold ``missing`` people, the digest of the plan, and the number of shortened texts.
+    ) -> CohortPlan:
+        """Return the cohorts that hold ``missing`` people.
 
         People with an item that does not fit the model's tokens are noted in ``call`` and left out. If a run over
         ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run equals an
         uninterrupted one. Otherwise only the missing people are planned.
         """
+        if not missing:
+            return CohortPlan()
         named = {item.name: item for item in everybody}
         begun = checkpoints.plan() if checkpoints else None
         names = begun if begun and set(begun) <= set(named) else []
@@ -233,7 +255,7 @@ class Pipeline:
         trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         jobs = self._jobs(chosen, call)
         if (first := next(jobs, None)) is None:
-            return [], "", 0
+            return CohortPlan()
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
         memory = parse_size(self.run.memory)
         plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
@@ -243,7 +265,8 @@ class Pipeline:
         wanted = {item.name for item in missing}
         planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
-        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, plan.shortened
+        cohorts = [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed]
+        return CohortPlan(cohorts, plan.digest, plan.shortened)
 
     def _jobs(self, items: Sequence[WorkItem], call: _Call) -> Iterator[ShotsJob]:
         """Yield the jobs of people whose items fit; note the errors of the others in ``call``."""
@@ -301,13 +324,15 @@ class Pipeline:
 
         Keeps the states that are in no store, and notes the people without a new state in ``call``.
         """
+        if not cohorts:
+            return Counter()
         store = self.store
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
-        elsewhere = partial(open_stages, self.base.as_loaded(self.run), *where)
-        here = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, call.since)
+        open_remote = partial(open_stages, self.base.as_loaded(self.run), *where)
+        local = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, call.since)
         actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
-        for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
+        for n, outcome in enumerate(self.executor.run(function, cohorts, local, open_remote), 1):
             done += len(outcome.piece)
             if outcome.error:
                 error = ClusterError(outcome.error, hint="The log of the cluster's workers says more:  ray logs")
@@ -338,7 +363,7 @@ class Pipeline:
             state = None
         return state, version
 
-    def _update_of(
+    def _work_for(
         self, settings: tuple[str, int], settings_digest: str, fewer: bool, person: Person
     ) -> WorkItem | Literal["ahead", "unchanged"]:
         """Return the work that a person needs, an update or a beginning.
@@ -348,13 +373,13 @@ class Pipeline:
         state, version = self._stored(person.id)
         if state and state.shots > len(person.items) and not fewer:
             return "ahead"
-        before, learned = self._to_update(person, state, settings_digest)
-        if before and learned == len(person.items):
+        earlier, known_items = self._to_update(person, state, settings_digest)
+        if earlier and known_items == len(person.items):
             return "unchanged"
-        item = replace(WorkItem.of(person, self.bank, *settings, before, learned), version=version)
-        if not (self.store and before):
+        item = replace(WorkItem.of(person, self.bank, *settings, earlier, known_items), version=version)
+        if not (self.store and earlier):
             return item
-        return replace(item, before=replace(before, stack=None))  # stacks of everybody would fill a driver's memory
+        return replace(item, earlier=replace(earlier, stack=None))  # stacks of everybody would fill a driver's memory
 
     def _to_update(self, person: Person, state: State | None, settings_digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
@@ -362,5 +387,5 @@ class Pipeline:
             return None, 0
         if keeps_gradients(self.run.merge, self.bank.calibration) and not state.gradient:  # it would miss earlier items
             return None, 0
-        learned = person.grown_from(state.history)
-        return (state, learned) if learned else (None, 0)
+        known_items = person.grown_from(state.history)
+        return (state, known_items) if known_items else (None, 0)

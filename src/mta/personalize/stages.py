@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,104 +12,32 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import Lora, Run, Training
-from mta.config.loader import to_yaml
-from mta.data.history import Person
 from mta.errors import Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.personalize.adapters import merge_of
+from mta.personalize.adapters import stored_merges
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Earlier, Merge, fit_merge, keeps_gradients, merged, needs_encodings, needs_evidence
+from mta.personalize.merge import (
+    Earlier,
+    Merge,
+    fit_merge,
+    keeps_gradients,
+    merge_adapters,
+    needs_encodings,
+    needs_evidence,
+)
 from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
+from mta.personalize.work import Cohort, WorkItem, settings_digest, settings_text
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
-from mta.store.state import Losses, State, state_key
+from mta.store.state import Losses, State
 from mta.store.tombstones import NOTHING
-from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
 from mta.training.scoring import mean_nll
 from mta.training.trainer import Job, Passes, train_loras
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """A person, and the work key of the state to compute for them."""
-
-    person: Person
-    work: str
-    before: State | None = None  # the state that an update starts from
-    held: int = 0  # number of first items that ``before`` was made from
-    version: int = 0  # the person's newest in the store when the work was planned; 0: none
-
-    @classmethod
-    def of(
-        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, held: int = 0
-    ) -> WorkItem:
-        """Return the work for a person's items with this bank and ``settings_of`` a run, anew or from ``before``."""
-        how = settings + (f"after: {before.work}\n" if before else "")
-        return cls(person, state_key(bank.hash, person.digest(), how, seed), before, held)
-
-    @property
-    def new_items(self) -> Person:
-        """The person with only the items that their state does not hold yet."""
-        return Person(self.person.id, self.person.items[self.held :])
-
-    @property
-    def trained(self) -> int:
-        """The number of items that the stack was trained on before."""
-        return self.held - (self.before.untrained if self.before else 0)
-
-    @property
-    def name(self) -> str:
-        """Name of the work in a file. Only a reader who has the texts can confirm a guessed id from it."""
-        return hashlib.sha256(f"{self.work}/{self.person.id}".encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Cohort:
-    """People who are computed together, in rows of at most ``tokens_per_batch``."""
-
-    items: tuple[WorkItem, ...]
-    tokens_per_batch: int
-    threads: int
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @property
-    def people(self) -> list[Person]:
-        """The people, with their whole histories."""
-        return [item.person for item in self.items]
-
-    @property
-    def befores(self) -> list[State]:
-        """The states that an update starts from."""
-        return [item.before for item in self.items if item.before]
-
-    @property
-    def digest(self) -> str:
-        """Name of the work, so that a checkpoint of another cohort is not used."""
-        works = [item.work for item in self.items]
-        return json_sha256([works, self.tokens_per_batch, self.threads])
-
-    def halves(self) -> tuple[Cohort, ...]:
-        """Return the cohort in two parts; empty for one person."""
-        middle = len(self) // 2
-        return tuple(replace(self, items=part) for part in (self.items[:middle], self.items[middle:]) if middle)
-
-
-def settings_of(base: BaseModel, run: Run) -> str:
-    """Return all settings that affect a state, as text."""
-    kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
-    return to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
-
-
-def digest_of(settings: str, seed: int) -> str:
-    """Return a hash of the settings that affect a state. ``update`` refuses a state whose hash differs."""
-    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
 
 
 def adapt(
@@ -148,13 +75,13 @@ class MeasuredLosses(NamedTuple):
 class Fitted:
     """Merges and stacks of a cohort, and its shots' losses under the pooled model and the merges where these are known.
 
-    ``stacks`` is None before stage 3, and where stacks are switched off; ``kept`` says that an earlier state had them.
+    ``stacks`` is None before stage 3, and where stacks are switched off. ``stacks_kept``: they are of an earlier state.
     """
 
     merge: Merge
-    merged: Adapters  # the model's adapters for ``merge``
+    adapters: Adapters  # of ``merge``
     stacks: LoraBatch | None = None
-    kept: bool = False
+    stacks_kept: bool = False
     pooled_losses: Sequence[float] | None = None
     merged_losses: Sequence[float] | None = None
 
@@ -186,7 +113,7 @@ class Stages:
         """Return the training examples of each person: the items that their state does not hold yet."""
         alternatives = needs_evidence(self.run.merge)
         jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
-        return [replace(job, before=item.trained) for job, item in zip(jobs, cohort.items)]
+        return [replace(job, examples_before=item.items_in_stack) for job, item in zip(jobs, cohort.items)]
 
     def merge(self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None) -> Fitted:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any."""
@@ -219,8 +146,8 @@ class Stages:
         return replace(fitted, pooled_losses=(-gradients.loglik / targets).tolist())
 
     def with_merge(self, merge: Merge, stacks: LoraBatch | None = None) -> Fitted:
-        """Return merges and stacks with the merges' adapters."""
-        return Fitted(merge, merged(self.bank, merge, self.run.merge), stacks)
+        """Return merges and stacks with the adapters of the merges."""
+        return Fitted(merge, merge_adapters(self.bank, merge, self.run.merge), stacks)
 
     def stack(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> Fitted:
         """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""
@@ -230,7 +157,7 @@ class Stages:
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.task_adapters, fitted.merged],
+            [*self.bank.task_adapters, fitted.adapters],
             settings.lora,
             settings.training,
             start=start,
@@ -247,11 +174,12 @@ class Stages:
     def as_states(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> list[State | Diverged]:
         """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
         losses, merge = self.losses(jobs, fitted, cohort.tokens_per_batch), fitted.merge
-        settings = digest_of(settings_of(self.base, self.run), self.run.seed)
+        settings = settings_digest(settings_text(self.base, self.run), self.run.seed)
         here = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
         def made(i: int, item: WorkItem) -> State | Diverged:
-            untrained = item.before.untrained if item.before else 0
+            untrained = item.earlier.untrained if item.earlier else 0
+            untrained += len(jobs[i].examples) if fitted.stacks_kept else 0
             try:
                 return State(
                     bank=self.bank.hash,
@@ -264,12 +192,12 @@ class Stages:
                     stack=here.select([i]) if here else None,
                     mode=self.run.merge.mode,
                     rank=self.run.merge.rank,
-                    losses=Losses(*losses[i]).after(item.before.losses if item.before else None),
+                    losses=Losses(*losses[i]).after(item.earlier.losses if item.earlier else None),
                     settings=settings,
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
                     loglik=float(merge.gradients.loglik[i]) if merge.gradients else 0.0,
                     shots=len(item.person.items),
-                    untrained=untrained + fitted.kept * len(jobs[i].examples),
+                    untrained=untrained,
                 )
             except Diverged as error:
                 return error
@@ -284,20 +212,20 @@ class Stages:
 
         stacked: Sequence[float | None] = [None] * len(jobs)
         if fitted.stacks:
-            stacked = under(fitted.merged, PerPerson(fitted.stacks))
+            stacked = under(fitted.adapters, PerPerson(fitted.stacks))
         targets = [job.targets for job in jobs]
         pooled_losses = fitted.pooled_losses or under()
-        merged_losses = fitted.merged_losses or (under(fitted.merged) if fitted.merge.w.any() else pooled_losses)
+        merged_losses = fitted.merged_losses or (under(fitted.adapters) if fitted.merge.w.any() else pooled_losses)
         return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
-    def merge_before(self, cohort: Cohort) -> Merge:
+    def earlier_merge(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""
-        befores, gradients = cohort.befores, None
+        states, gradients = cohort.earlier_states, None
         if keeps_gradients(self.run.merge, self.bank.calibration):
-            sums = torch.tensor([state.gradient for state in befores], dtype=torch.float64)
-            loglik = torch.tensor([state.loglik for state in befores], dtype=torch.float64)
-            gradients = ShotGradients(sums, loglik, torch.tensor([state.shots for state in befores]))
-        return replace(merge_of(befores, self.base.master_dtype), gradients=gradients)
+            sums = torch.tensor([state.gradient for state in states], dtype=torch.float64)
+            loglik = torch.tensor([state.loglik for state in states], dtype=torch.float64)
+            gradients = ShotGradients(sums, loglik, torch.tensor([state.shots for state in states]))
+        return replace(stored_merges(states, self.base.master_dtype), gradients=gradients)
 
     def remove_checkpoint(self, cohort: Cohort) -> None:
         """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""

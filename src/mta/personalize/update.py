@@ -31,7 +31,8 @@ from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.merge import Earlier
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob
-from mta.personalize.stages import Cohort, MeasuredLosses, Stages
+from mta.personalize.stages import MeasuredLosses, Stages
+from mta.personalize.work import Cohort
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "merge", "retrain", "refresh"]
@@ -67,23 +68,23 @@ def decide(before: Losses, new: Losses) -> Action:
 
 
 def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
-    """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``)."""
-    jobs, befores = stages.jobs(cohort), cohort.befores
+    """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.earlier``)."""
+    jobs, states = stages.jobs(cohort), cohort.earlier_states
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
-    before = stages.with_merge(stages.merge_before(cohort), _stacks(stages, cohort))
-    measured = stages.losses(jobs, before, cohort.tokens_per_batch)
+    earlier = stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort))
+    measured = stages.losses(jobs, earlier, cohort.tokens_per_batch)
     reads = policy_of(stages.run.merge).evidence(stages.run.merge)
-    found = [_decided(state, losses, reads) for state, losses in zip(befores, measured)]
-    actions = [one.action for one in found]
+    updates = [_decided(state, losses, reads) for state, losses in zip(states, measured)]
+    actions = [update.action for update in updates]
     for action in ("merge", "retrain", "refresh"):
         if chosen := [i for i, one in enumerate(actions) if one == action]:
-            some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
+            part = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
             pooled = [measured[i].pooled for i in chosen]
-            states = _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)
-            for i, state in zip(chosen, states):
-                found[i] = StateUpdate.of(action, state)
-    return found
+            new_states = _new_states(stages, part, [jobs[i] for i in chosen], action, pooled)
+            for i, state in zip(chosen, new_states):
+                updates[i] = StateUpdate.of(action, state)
+    return updates
 
 
 def _decided(before: State, measured: MeasuredLosses, reads_evidence: bool) -> StateUpdate:
@@ -107,17 +108,17 @@ def _new_states(
     stages: Stages, cohort: Cohort, jobs: Sequence[ShotsJob], action: Action, pooled: Sequence[float] | None = None
 ) -> list[State | Diverged]:
     """Make new states from the earlier ones and ``jobs``, which hold the new items only."""
-    before, stacks = stages.merge_before(cohort), _stacks(stages, cohort)
+    earlier, stacks = stages.earlier_merge(cohort), _stacks(stages, cohort)
     if action == "retrain":
-        fitted = stages.with_merge(before, stacks)
+        fitted = stages.with_merge(earlier, stacks)
     else:
-        tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.befores]
-        fitted = replace(stages.merge(cohort, jobs, Earlier(before, torch.tensor(tokens).double())), stacks=stacks)
-    fitted = replace(fitted, kept=True) if action == "merge" else stages.stack(cohort, jobs, fitted)
+        tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.earlier_states]
+        fitted = replace(stages.merge(cohort, jobs, Earlier(earlier, torch.tensor(tokens).double())), stacks=stacks)
+    fitted = replace(fitted, stacks_kept=True) if action == "merge" else stages.stack(cohort, jobs, fitted)
     return stages.as_states(cohort, jobs, replace(fitted, pooled_losses=pooled))
 
 
 def _stacks(stages: Stages, cohort: Cohort) -> LoraBatch | None:
     """Return the stacks that an update starts from; None if there are none. Files give their layers in any order."""
-    stacks = [state.stack for state in cohort.befores if state.stack]
+    stacks = [state.stack for state in cohort.earlier_states if state.stack]
     return concatenate(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None

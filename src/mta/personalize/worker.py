@@ -20,8 +20,9 @@ from mta.errors import (
     StoreError,
 )
 from mta.model.base import BaseModel
-from mta.personalize.stages import Cohort, Stages, WorkItem
+from mta.personalize.stages import Stages
 from mta.personalize.update import NotSaved, StateUpdate, update_states
+from mta.personalize.work import Cohort, WorkItem
 from mta.store import Store
 from mta.store.state import State
 from mta.store.store import overtaken
@@ -72,21 +73,21 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     store = stages.store
     if store is None:
         return update_states(stages, cohort)
-    gone = store.tombstones.since([item.person.id for item in cohort.items], stages.since)
-    befores = [forgotten_meanwhile() if item.person.id in gone else _before(store, item) for item in cohort.items]
-    whole = [replace(item, before=state) for item, state in zip(cohort.items, befores) if isinstance(state, State)]
-    made = iter(update_states(stages, replace(cohort, items=tuple(whole))) if whole else [])
-    found = [next(made) if isinstance(one, State) else StateUpdate("keep", error=one) for one in befores]
-    return [_saved(stages, item, one) for item, one in zip(cohort.items, found)]
+    forgotten = store.tombstones.since([item.person.id for item in cohort.items], stages.since)
+    loaded = [forgotten_meanwhile() if item.person.id in forgotten else _earlier(store, item) for item in cohort.items]
+    items = [replace(item, earlier=state) for item, state in zip(cohort.items, loaded) if isinstance(state, State)]
+    made = iter(update_states(stages, replace(cohort, items=tuple(items))) if items else [])
+    updates = [next(made) if isinstance(one, State) else StateUpdate("keep", error=one) for one in loaded]
+    return [_saved(stages, item, update) for item, update in zip(cohort.items, updates)]
 
 
-def _before(store: Store, item: WorkItem) -> State | NotSaved:
+def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
     """Load the whole state that an update starts from; return why not if that version is another state, or damaged."""
     try:
         state = store.load(item.person.id, item.version)
     except (PersonNotFound, StateCorrupt) as error:
         return error
-    return overtaken(item.person.id) if item.before is None or state.work != item.before.work else state
+    return overtaken(item.person.id) if item.earlier is None or state.work != item.earlier.work else state
 
 
 def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:

@@ -35,12 +35,12 @@ from mta.training.packing import TreeRow, collate, fitting, pack_for
 class Job:
     """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
 
-    ``before`` is the number of examples that the adapter was trained on before.
+    ``examples_before`` is the number of examples that the adapter was trained on before.
     """
 
     key: str
     examples: Sequence[Example]
-    before: int = 0
+    examples_before: int = 0
 
     @property
     def targets(self) -> int:
@@ -208,7 +208,7 @@ class _Cohort:
         values = torch.cat([tensor.detach().to(*place).flatten(1) for tensor in start.values()], dim=1)
         values = values[moved(base.device, torch.tensor(order, dtype=torch.long))[0]]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
-        sizes = [(len(job.examples), job.before) for job in jobs]
+        sizes = [(len(job.examples), job.examples_before) for job in jobs]
         first = torch.full((len(jobs),), math.nan, dtype=base.master_dtype)
         return cls(layout, steps, sizes, BatchedAdamW.of(values), first, order)
 

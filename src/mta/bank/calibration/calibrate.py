@@ -58,9 +58,9 @@ def calibrate(
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     plan = plan_of(base, subjects, len(anchors), run)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
-    here = Measure(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
+    local = Measure(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
-    elsewhere = partial(
+    open_remote = partial(
         Measure.open, base.as_loaded(run), base.fingerprint, anchors.to(cpu), task_lora and task_lora.to(cpu), tokens
     )
     chosen = executor or LocalExecutor()
@@ -74,7 +74,7 @@ def calibrate(
                 yield piece, saved[0]["found"]
             else:
                 missing.append(piece)
-        for outcome in chosen.run(run_probe, missing, here, elsewhere) if missing else ():
+        for outcome in chosen.run(run_probe, missing, local, open_remote) if missing else ():
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:

@@ -16,7 +16,7 @@ from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLo
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
 from mta.lora.batch import LoraBatch, join
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.merge import Merge, merge_loras
 
 PAPER = MergeSettings(policy="similarity", k=2)
 
@@ -56,9 +56,9 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
     errors: dict[str, list[float]] = {name: [] for name in cheap}
     for u in range(len(merge.ids)):
         one = Merge(merge.ids[u : u + 1], merge.w[u : u + 1].float())
-        exact = merged_factors(bank.anchors, one, MergeSettings())
+        exact = merge_loras(bank.anchors, one, MergeSettings())
         for name, settings in cheap.items():
-            errors[name].append(float(relative_error(merged_factors(bank.anchors, one, settings), exact)))
+            errors[name].append(float(relative_error(merge_loras(bank.anchors, one, settings), exact)))
     return {name: fmean(found) for name, found in errors.items()}
 
 

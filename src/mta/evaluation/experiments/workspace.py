@@ -27,7 +27,7 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.parts import draw_parts, on_everything, with_tested
+from mta.evaluation.experiments.people import draw_splits, run_on_everything, with_tested
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
@@ -115,7 +115,7 @@ class Workspace:
             people, tested = with_tested(recipe, task, people, read_people(resolve(test), task))
         elif recipe.needs_test:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
-        splits, sizes = draw_parts(recipe, task, people, tested)
+        splits, sizes = draw_splits(recipe, task, people, tested)
         named = {"data": source} | ({"tested": test} if test else {})
         sizes = {key: _name_of(name) for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
@@ -140,7 +140,7 @@ class Workspace:
         found, bank = read_beside(self.folder / CURRENT), {f"{part.bank}-{seed}": self.bank(part, seed).hash}
         write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
 
-    def elsewhere(self) -> Callable[[], Workspace]:
+    def opener(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
         data, test = (
@@ -190,7 +190,7 @@ class Workspace:
         if part.pool == "task":
             return run
         items = (sum(len(person.items) for person in people) for people in self._pooled(seed))
-        return on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
+        return run_on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
 
     def _folder(self, part: Part, seed: int) -> Path:
         return self.out / "banks" / f"{part.bank}-{seed}"

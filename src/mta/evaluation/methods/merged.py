@@ -22,7 +22,7 @@ from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, coefficients, learn, merged, needs_encodings, needs_evidence
+from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, needs_encodings, needs_evidence
 from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
 from mta.training.plan import parameters_of
@@ -153,7 +153,7 @@ def adapted(
     for cohort in plan.cohorts:
         frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
-            frozen.append(merged(panel.bank, merge.select(cohort), settings))
+            frozen.append(merge_adapters(panel.bank, merge.select(cohort), settings))
         jobs = [panel.jobs[i] for i in cohort]
         start = time.monotonic()
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
@@ -168,7 +168,7 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
     settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
     for cohort in panel.plan(1, settings).cohorts:
         answers += answer(
-            panel, cohort, [*panel.bank.task_adapters, merged(panel.bank, merge.select(cohort), settings)]
+            panel, cohort, [*panel.bank.task_adapters, merge_adapters(panel.bank, merge.select(cohort), settings)]
         )
     return Outcome(answers, seconds, bytes_of(merge), merge)
 

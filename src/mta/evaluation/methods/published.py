@@ -18,7 +18,7 @@ from mta.evaluation.context import mean_inputs
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
-from mta.personalize.merge import Merge, merged
+from mta.personalize.merge import Merge, merge_adapters
 from mta.system.extras import require
 from mta.training.scoring import log_likelihood
 
@@ -113,7 +113,7 @@ class Prime(Method):
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
-        adapters = [*panel.bank.task_adapters, merged(panel.bank, merge, settings)]
+        adapters = [*panel.bank.task_adapters, merge_adapters(panel.bank, merge, settings)]
         found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
         return torch.stack([-scores.sum() for scores in found])
 

@@ -54,7 +54,7 @@ def with_tested(
     return apart, new
 
 
-def draw_parts(
+def draw_splits(
     recipe: Experiment, task: Task, people: Sequence[Person], tested: Sequence[Person] = ()
 ) -> tuple[Splits, dict[str, Any]]:
     """Draw the part of each person, and return the splits with a table of their sizes.
@@ -117,7 +117,7 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
 
 
-def on_everything(
+def run_on_everything(
     run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, trained: int, held_out: int
 ) -> Run:
     """Return a run whose task LoRA is trained on all items of its people. Nothing else of its bank is used.

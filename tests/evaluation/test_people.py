@@ -11,7 +11,7 @@ from mta.data.readers.sharing import connected
 from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation.experiments.parts import draw_parts, with_tested
+from mta.evaluation.experiments.people import draw_splits, with_tested
 from mta.evaluation.experiments.recipe import Experiment, Part, load_experiment
 
 
@@ -34,7 +34,7 @@ def recipe_of(*words: str) -> Experiment:
 
 def test_people_who_share_items_are_in_one_part():
     people = authors(40)
-    splits, sizes = draw_parts(recipe_of(), load_task("lamp5"), people)
+    splits, sizes = draw_splits(recipe_of(), load_task("lamp5"), people)
     part = {id: name for name in PARTS for id in getattr(splits, name)}
     for one, other in zip(people[::2], people[1::2]):
         assert len({part[p.id] for p in (one, other) if p.id in part}) <= 1
@@ -45,7 +45,7 @@ def test_people_who_share_items_are_in_one_part():
 def test_people_whom_settings_were_chosen_on_are_never_tested():
     people = authors(40)
     usual, later = (
-        draw_parts(recipe_of(*words), load_task("lamp5"), people)[0] for words in ((), ("people.never_tested=12",))
+        draw_splits(recipe_of(*words), load_task("lamp5"), people)[0] for words in ((), ("people.never_tested=12",))
     )
     assert len(later.test) == 12
     assert not {*usual.test} & {*later.test, *later.development, *later.candidates}
@@ -54,17 +54,17 @@ def test_people_whom_settings_were_chosen_on_are_never_tested():
 
 def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     people, recipe = authors(40), recipe_of("people.together=false")
-    _, sizes = draw_parts(recipe_of("people.together=false"), load_task("lamp5"), people)
+    _, sizes = draw_splits(recipe_of("people.together=false"), load_task("lamp5"), people)
     assert sizes["test queries trained on"] == 0  # the copy is the oldest item: a shot, and no query
     reversed_people = [Person(p.id, p.items[::-1], group=p.group) for p in people]
-    _, sizes = draw_parts(recipe, load_task("lamp5"), reversed_people)
+    _, sizes = draw_splits(recipe, load_task("lamp5"), reversed_people)
     assert sizes["test queries trained on"] > 0
     assert "test queries also occur in the histories of training people" in caplog.text
 
 
 def test_together_changes_nothing_without_shared_items():
     people = [Person(p.id, p.items) for p in authors(40)]
-    both = [draw_parts(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
+    both = [draw_splits(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
     assert both[0] == both[1]
     assert "groups" not in both[0][1]
 
@@ -76,14 +76,14 @@ def test_people_of_another_source_are_tested_and_their_copies_train_nothing():
     tested.append(Person("p009", tuple(Item({"abstract": f"{'new ' * 30}{n}", "title": "New"}) for n in range(14))))
     task, recipe = load_task("lamp5"), recipe_of()
     known, new = with_tested(recipe, task, people, tested)
-    splits, sizes = draw_parts(recipe, task, known, new)
+    splits, sizes = draw_splits(recipe, task, known, new)
     assert [id.partition("/")[2] for id in splits.test] == ["p001", "p007", "p009"]  # the other has too few items
     used = {*splits.task, *splits.candidates, *splits.development}
     assert not used & {"p000", "p001", "p006", "p007"}  # nor those who share items with them
     assert (len(splits.candidates), len(splits.task)) == (16, 30)
     assert sizes["test queries trained on"] == 0
     changed = [replace(tested[0], items=tested[0].items[::-1]), *tested[1:]]
-    assert draw_parts(recipe, task, *with_tested(recipe, task, people, changed))[0].digest != splits.digest
+    assert draw_splits(recipe, task, *with_tested(recipe, task, people, changed))[0].digest != splits.digest
     with pytest.raises(InputError, match="none of the 1 people to test has 1 shots and 12 queries"):
         with_tested(recipe, task, people, tested[1:2])
 
