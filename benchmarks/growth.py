@@ -93,8 +93,8 @@ def main() -> None:
     run = bank.settled(override(bank.info.run, args.words))
     people = newcomers(bank, args.people)
     young, grown = [p.first(SHOTS) for p in people], [p.first(SHOTS + MORE) for p in people]
-    befores, took = made(base, bank, run, young)
-    kept, rows = losses(base, bank, people, befores), {}
+    states, took = made(base, bank, run, young)
+    kept, rows = losses(base, bank, people, states), {}
     rows["keep"] = {"nll": float(kept.mean()), "seconds a person": 0.0, "at first": took / len(people)}
 
     def tell(name: str, states: list[State], seconds: float) -> None:

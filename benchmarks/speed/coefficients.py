@@ -69,7 +69,8 @@ def against_scoring(
     anchors, pooled = len(bank), [Shared(task_lora(base))]
     at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1, memory)
     found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens).loglik
-    expected = gather_evidence(base, jobs, bank.select([0]), pooled, tokens_per_batch=tokens).pooled.double()
+    evidence = gather_evidence(base, jobs, bank.select([0]), pooled, tokens_per_batch=tokens)
+    expected = evidence.pooled_loglik.double()
     difference = agreed(float(((found - expected) / expected).abs().max()), DTYPE)
 
     def gradient() -> float:

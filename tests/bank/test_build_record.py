@@ -8,6 +8,7 @@ import torch
 import yaml
 from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped_among_anchors, trained
 from conftest import TINY_RUN, HashEncoder
+from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
 
@@ -19,7 +20,7 @@ from mta.bank.format import ANCHORS, read_info, with_hash
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
-from mta.errors import Diverged
+from mta.errors import Diverged, InputError
 
 
 def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
@@ -98,3 +99,19 @@ def test_a_bank_whose_training_diverges_is_not_written_and_its_checkpoint_is_rem
     assert raised.value.hint == f"Lower {group}.training.lr."
     assert not (tmp_path / "bank" / "bank.json").exists()
     assert not list((tmp_path / "bank").rglob("*.checkpoint"))
+
+
+def test_another_limit_of_answers_waits_for_who_works_on_the_bank(built, tmp_path):
+    folder = shutil.copytree(built, tmp_path / "bank")
+    info, task = (folder / "bank.json").read_bytes(), load_task("movielens-rating")
+    with FileLock(folder / ".lock"), pytest.raises(InputError, match="another process"):
+        build_bank(
+            base_of(),
+            task.model_copy(update={"answer_tokens": 40}),
+            HashEncoder(),
+            TASK_PEOPLE,
+            CANDIDATES,
+            TINY_RUN,
+            folder,
+        )
+    assert (folder / "bank.json").read_bytes() == info

@@ -163,7 +163,7 @@ def test_candidates_with_too_few_items_for_an_anchor_train_like_task_people(tmp_
 
 
 def test_a_calibration_needs_as_many_items_as_candidates_keep_back(tmp_path):
-    with pytest.raises(ConfigError, match=r"candidates keep 2 items back, but .* are needed\n  Set task_lora.unseen="):
+    with pytest.raises(ConfigError, match=r"candidates keep 2 items back; .* are needed\n  Set task_lora.unseen="):
         build(tmp_path / "bank", run=changed("task_lora", unseen=2))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 
 import pytest
 from world import ANN, BOB, mta, run, written
@@ -9,6 +10,7 @@ from world import world as world  # the fixture
 
 from mta.cli.options import open_bank
 from mta.personalize import Personalizer
+from mta.store import Store
 from mta.tools import predict as tool
 
 FILMS = ["Zorblax", "Quorn", "Vexil"]
@@ -46,12 +48,38 @@ def test_answers_are_those_of_the_library_one_by_one(world, asked, monkeypatch):
 def test_people_without_a_model_are_refused_or_answered_by_the_pooled_model(world, tmp_path):
     path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn"), question("eve", "Quorn")])
     said = run("predict", path, *world.at, "--out", tmp_path / "answers.jsonl")
-    assert (said.code, "1 of 2 people have no model, 'eve' first" in said.err) == (1, True), said.err
+    assert (said.code, "1 of 2 people have no model of this bank, 'eve' first" in said.err) == (1, True), said.err
     assert not (tmp_path / "answers.jsonl").exists()
     words = ["--fallback", "task", "--out", tmp_path / "answers.jsonl", "--json"]
     assert mta("predict", path, *world.at, *words).json["answers"] == 2
     assert [one["model"] for one in lines((tmp_path / "answers.jsonl").read_text())] == ["person", "task"]
     assert stat.S_IMODE((tmp_path / "answers.jsonl").stat().st_mode) == 0o600  # it holds people's questions
+
+
+def test_states_of_another_bank_are_refused_before_anything_is_computed_or_fall_back(world, tmp_path):
+    store = world.copy(tmp_path)[3]
+    Store(store).save("eve", replace(Store(store).load(ANN), bank="0" * 64, work="other"))
+    at = ["--bank", world.bank, "--store", store]
+    path = written(tmp_path / "questions.jsonl", [question("eve", "Quorn"), question(ANN, "Quorn")])
+    said = run("predict", path, *at)
+    assert (said.code, "1 of 2 people have no model of this bank" in said.err) == (1, True), said.err
+    assert [one["model"] for one in lines(mta("predict", path, *at, "--fallback", "base").out)] == ["base", "person"]
+
+
+def test_equal_questions_get_samples_of_their_own(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "TOGETHER", 4)
+    path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn")] * 8)
+    words = ["--write", "--temperature", 5, "--max-new-tokens", 9]
+    answers = [one["answer"] for one in lines(mta("predict", path, *world.at, *words).out)]
+    assert answers[:4] != answers[4:]
+
+
+def test_a_terminal_without_unicode_gets_escaped_json(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.cli.predict.speaks_unicode", lambda: False)
+    path = written(tmp_path / "questions.jsonl", [question(ANN, "😀")])
+    said = mta("predict", path, *world.at).out
+    assert said.isascii()
+    assert lines(said)[0]["question"]["title"] == "😀"
 
 
 def test_columns_and_written_answers(world, tmp_path):
@@ -78,6 +106,8 @@ def test_answers_in_the_benchmarks_format_can_be_scored(world, tmp_path):
         ([question(ANN, "Quorn")], ["--out", "{root}/mine.json"], "some questions have no id"),
         ([question(ANN, "Quorn", id="1")] * 2, ["--out", "{root}/mine.json"], "several questions have the id '1'"),
         ([question(ANN, "Quorn")], ["--out", "{root}"], "is a folder"),
+        ([question(ANN, "Quorn")], ["--out", "{root}/questions.jsonl"], "is also the file of questions"),
+        ([question(ANN, "Quorn")], ["--skip-bad", "{root}/bad.jsonl", "--out", "{root}/bad.jsonl"], "or bad rows"),
     ],
 )
 def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeypatch, rows, words, message):

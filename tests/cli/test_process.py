@@ -25,13 +25,15 @@ def test_a_pipe_is_read_once(tmp_path):
     assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
 
 
-def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
-    form = 'item: {prompt: "{text}", target: stars}\ntext: "{text}"\n'
-    (tmp_path / "stars.yaml").write_text(f'name: stars\nversion: 1\nmetric: accuracy\n{form}labels: ["★", "★★"]\n')
-    (tmp_path / "a.jsonl").write_text(json.dumps({"person": "ann", "text": "Fine.", "stars": "★"}))
-    words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "stars.yaml"]
-    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, cwd=tmp_path)
-    assert (done.returncode, b"labels: \\u2605 100.0%" in done.stdout) == (0, True), done
+def test_a_terminal_that_cannot_show_a_character_shows_its_number_and_json_stays_json(tmp_path):
+    form = 'item: {prompt: "{text}", target: mood}\ntext: "{text}"\n'
+    (tmp_path / "mood.yaml").write_text(f'name: mood\nversion: 1\nmetric: accuracy\n{form}labels: ["😀", "★"]\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps({"person": "ann", "text": "Fine.", "mood": "😀"}))
+    words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "mood.yaml"]
+    how = {"env": os.environ | {"PYTHONIOENCODING": "latin-1"}, "capture_output": True, "cwd": tmp_path, "check": True}
+    assert b"labels: \\U0001f600 100.0%  \\u2605 0.0%" in subprocess.run(words, **how).stdout
+    found = json.loads(subprocess.run([*words, "--json"], **how).stdout)
+    assert found["splits"]["labels"] == {"😀": 1.0, "★": 0.0}
 
 
 @pytest.mark.timeout(120, func_only=True)

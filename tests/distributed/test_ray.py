@@ -95,9 +95,9 @@ def context():
     return "made in a worker"
 
 
-def run(cluster, function, pieces, elsewhere=context):
+def run(cluster, function, pieces, open_remote=context):
     """Outcomes by their pieces."""
-    return {out.piece.numbers: out for out in cluster.run(function, pieces, None, elsewhere)}
+    return {out.piece.numbers: out for out in cluster.run(function, pieces, None, open_remote)}
 
 
 def doubled(made, piece):

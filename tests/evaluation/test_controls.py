@@ -56,7 +56,7 @@ def test_other_persons_shots_give_other_persons_models(panel, over):
     """Person u is answered by the model of their giver, as if the giver had asked their questions."""
     givers = [panel.people.index(giver) for giver in givers_of(panel.people, panel.people)]
     asked_by_givers = [panel.queries[givers.index(u)] for u in range(len(givers))]
-    expected = over.run(panel.asked(asked_by_givers), seed=0)
+    expected = over.run(panel.with_queries(asked_by_givers), seed=0)
     found = OtherPerson(over=over).run(panel, seed=0)
     for u, giver in enumerate(givers):
         torch.testing.assert_close(found.merge.w[u], expected.merge.w[giver], rtol=0, atol=1e-12)
@@ -66,7 +66,7 @@ def test_other_persons_shots_give_other_persons_models(panel, over):
 def test_a_panel_of_some_people_takes_others_from_all_tested_people(tiny):
     context = Context(*tiny, HashEncoder(), TINY_RUN)
     every = Panel.of(context, PEOPLE, shots=4, queries=2)
-    some = Panel.of(context, PEOPLE[1:3], shots=4, queries=2, among=PEOPLE)
+    some = Panel.of(context, PEOPLE[1:3], shots=4, queries=2, tested=PEOPLE)
     control = OtherPerson(over=Merged(merge=MergeSettings(policy="posterior", k=0)))
     torch.testing.assert_close(control.run(some, 0).merge.w, control.run(every, 0).merge.w[1:3], rtol=0, atol=1e-12)
     with pytest.raises(ConfigError, match="cannot use prompts that show earlier items"):

@@ -84,7 +84,7 @@ def test_released_gives_the_nearer_anchor_the_share_of_the_farther_one():
 def test_loss_is_a_softmax_of_minus_the_mean_loss_per_token(k):
     found = weighed("loss", k=k, tau=0.3)
     for u in range(U):
-        losses = [-float(EVIDENCE.anchors[u, n] / EVIDENCE.tokens[u]) for n in nearest(u, k or N)]
+        losses = [-float(EVIDENCE.anchor_loglik[u, n] / EVIDENCE.tokens[u]) for n in nearest(u, k or N)]
         near(found.w[u], shares([-loss / 0.3 for loss in losses]))
 
 
@@ -93,7 +93,7 @@ def test_posterior_is_bayes_with_the_task_lora_as_the_null_anchor(k, prior, temp
     found = weighed("posterior", k=k, null_prior=prior, temperature=temperature)
     for u in range(U):
         ids = nearest(u, k or N)
-        gains = [float(EVIDENCE.anchors[u, n] - EVIDENCE.pooled[u]) for n in ids]
+        gains = [float(EVIDENCE.anchor_loglik[u, n] - EVIDENCE.pooled_loglik[u]) for n in ids]
         odds = [(1 - prior) / len(ids) * math.exp(gain / temperature) for gain in gains]
         near(found.w[u], [o / (prior + sum(odds)) for o in odds])
 
@@ -116,7 +116,7 @@ def test_posterior_is_nearly_nothing_where_no_anchor_beats_the_task_lora():
 def test_posterior_is_a_softmax_where_the_null_has_next_to_no_prior():
     found = weighed("posterior", k=0, null_prior=1e-13, temperature=2.0)
     for u in range(U):
-        near(found.w[u], shares([float(EVIDENCE.anchors[u, n]) / 2.0 for n in nearest(u, N)]))
+        near(found.w[u], shares([float(EVIDENCE.anchor_loglik[u, n]) / 2.0 for n in nearest(u, N)]))
 
 
 def test_fixed_gives_the_nearest_its_share_and_the_rest_alike():
@@ -126,7 +126,7 @@ def test_fixed_gives_the_nearest_its_share_and_the_rest_alike():
 
 def test_retrieving_by_loss_ranks_by_the_likelihood_of_the_shots():
     found = weighed("uniform", k=2, retrieve="loss")
-    assert found.ids.tolist() == [nearest(u, 2, EVIDENCE.anchors) for u in range(U)]
+    assert found.ids.tolist() == [nearest(u, 2, EVIDENCE.anchor_loglik) for u in range(U)]
     assert found.ids.tolist() != weighed("uniform", k=2).ids.tolist()
 
 
@@ -238,10 +238,10 @@ def test_evidence_equals_scoring_under_one_anchor_at_a_time(scene):
     found = gather_evidence(base, jobs, bank, [Shared(task)])
     for u, job in enumerate(jobs):
         alone = plain.weights(base, plain.update(task))
-        near(found.pooled[u], sum(plain.log_likelihood(base, alone, e) for e in job.examples))
+        near(found.pooled_loglik[u], sum(plain.log_likelihood(base, alone, e) for e in job.examples))
         for n in range(4):
             with_anchor = plain.weights(base, plain.update(task), plain.update(bank, n))
-            near(found.anchors[u, n], sum(plain.log_likelihood(base, with_anchor, e) for e in job.examples))
+            near(found.anchor_loglik[u, n], sum(plain.log_likelihood(base, with_anchor, e) for e in job.examples))
     assert found.tokens.tolist() == [sum(len(e.target) for e in job.examples) for job in jobs]
 
 
@@ -251,8 +251,8 @@ def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
     together = gather_evidence(base, jobs[::-1], bank, [Shared(task)], tokens_per_batch=budget)
     for u, job in enumerate(jobs[::-1]):
         alone = gather_evidence(base, [job], bank, [Shared(task)])
-        near(together.anchors[u], alone.anchors[0])
-        near(together.pooled[u], alone.pooled[0])
+        near(together.anchor_loglik[u], alone.anchor_loglik[0])
+        near(together.pooled_loglik[u], alone.pooled_loglik[0])
 
 
 def test_labels_share_the_likelihood_of_their_golds(tiny):
@@ -262,8 +262,8 @@ def test_labels_share_the_likelihood_of_their_golds(tiny):
     plainly = [replace(job, alternatives=()) for job in jobs]
     found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters)
     reference = gather_evidence(base, plainly, bank.device_anchors, bank.task_adapters)
-    near(found.anchors, reference.anchors, 1e-9)
-    near(found.pooled, reference.pooled, 1e-9)
+    near(found.anchor_loglik, reference.anchor_loglik, 1e-9)
+    near(found.pooled_loglik, reference.pooled_loglik, 1e-9)
     assert reference.labels is None
     assert found.labels.gold.tolist() == [[int(i.fields["rating"]) - 1 for i in p.items] for p in people_of(2, items=3)]
 

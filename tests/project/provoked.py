@@ -86,7 +86,7 @@ class World:
         jobs = Jobs(self.personal())
         service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_banks=strict)
         try:
-            asyncio.run(service.who(model, LOCAL))
+            asyncio.run(service.resolve_model(model, LOCAL))
         finally:
             asyncio.run(jobs.close())
 

@@ -7,8 +7,8 @@ from served import endless, served
 from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank
-from mta.serving.api.completions import Text
 from mta.serving.api.limits import Limits
+from mta.serving.api.streaming import Detokenizer
 from mta.store.state import State
 
 ASKED = [{"role": "user", "content": "Film 7"}]
@@ -33,7 +33,7 @@ def world(tiny_bank_folder, tmp_path_factory):
 
 def shown(base, tokens):
     """The text of tokens as a client sees it."""
-    text = Text(base.tokenizer)
+    text = Detokenizer(base.tokenizer)
     return "".join([*(text.add(token) for token in tokens), text.end()])
 
 

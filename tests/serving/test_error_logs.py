@@ -33,7 +33,7 @@ def raised():
 
 
 def test_of_a_decoding_step(caplog):
-    scheduler = SimpleNamespace(failed=0, lost=0, _failures_in_a_row=0, _counts=True)
+    scheduler = SimpleNamespace(failed=0, lost=0, _failures_in_a_row=0, _failure_counts=True)
     Scheduler.fail(scheduler, [], raised())
     assert scheduler.failed == 1
     check(caplog)

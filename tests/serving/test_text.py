@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from mta.serving.api.completions import Text
+from mta.serving.api.streaming import Detokenizer
 from mta.serving.model_names import Named, named
 
 
@@ -27,12 +27,12 @@ def byte_fallback_tokenizer(strip=False):
 @given(st.text(alphabet="ab\u00e9\u20ac\U0001fae8 ", max_size=20), st.booleans())
 def test_characters_spelled_in_bytes_are_those_of_the_whole_text(text, strip):
     made = byte_fallback_tokenizer(strip)
-    shown, ids = Text(made), made.encode(text).ids
+    shown, ids = Detokenizer(made), made.encode(text).ids
     assert "".join([*map(shown.add, ids), shown.end()]) == made.decode(ids)
 
 
 def pieces_of(text, stops=()):
-    shown, made = Text(tokenizer(), stops), []
+    shown, made = Detokenizer(tokenizer(), stops), []
     for token in tokenizer()(text)["input_ids"]:
         made.append(shown.add(token))
         if shown.stopped:
@@ -55,7 +55,7 @@ def test_an_answer_ends_before_the_first_stop_text(text, stops):
 
 
 def test_invalid_bytes_do_not_block_a_stream():
-    shown = Text(tokenizer())
+    shown = Detokenizer(tokenizer())
     (byte,) = tokenizer()("\u00e9")["input_ids"][:1]
     assert any(shown.add(byte) for _ in range(5))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -47,40 +47,42 @@ def select_anchors(
     anchors: int,
     seed: int,
     *,
-    share: int = SHARE,
     choose: Literal["active", "central", "random"] = "active",
 ) -> list[int]:
     """Return the indices of the anchors among the candidates, ascending.
 
     Clusters ``vectors`` (U, E) by k-means, and takes from each cluster the person with the most items (``active``),
     nearest to the center (``central``), or drawn by the seed (``random``); on ties, the smaller id.
-    There is at most one anchor per ``share`` candidates; raises InputError if that leaves no anchor.
+    There is at most one anchor per ``SHARE`` candidates; raises InputError if that leaves no anchor.
     Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice.
     """
-    from sklearn.cluster import KMeans
-
-    clusters = min(anchors, len(candidates) // share)
+    clusters = min(anchors, len(candidates) // SHARE)
     if clusters < 1:
         raise InputError(
-            f"{len(candidates)} candidates for anchors; at least {share} are needed, "
-            f"and {share * anchors} for {anchors} anchors",
+            f"{len(candidates)} candidates for anchors; at least {SHARE} are needed, "
+            f"and {SHARE * anchors} for {anchors} anchors",
             hint="Give more people.",
         )
+
+    def order(i: int, distance: float) -> tuple[float, str]:
+        draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()
+        orders = {"active": -len(candidates[i].items), "central": distance, "random": int.from_bytes(draw[:6], "big")}
+        return orders[choose], candidates[i].id
+
+    return one_per_cluster(vectors, clusters, seed, order)
+
+
+def one_per_cluster(
+    vectors: Tensor, clusters: int, seed: int, order: Callable[[int, float], tuple[float, str | int]]
+) -> list[int]:
+    """Return, of each cluster, the row of ``vectors`` (U, E) that ``order(row, distance to the center)`` puts first."""
+    from sklearn.cluster import KMeans
+
     means = KMeans(clusters, n_init=4, random_state=seed)
     labels = torch.from_numpy(means.fit_predict(vectors.double().numpy()))
-    distances = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1)
-
-    def rank(i: int) -> float:
-        if choose == "active":
-            return -len(candidates[i].items)
-        draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()
-        return float(distances[i]) if choose == "central" else int.from_bytes(draw[:6], "big")
-
-    return sorted(
-        min((int(i) for i in (labels == c).nonzero()), key=lambda i: (rank(i), candidates[i].id))
-        for c in range(clusters)
-        if bool((labels == c).any())
-    )
+    distances = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1).tolist()
+    rows = ([i for i, label in enumerate(labels.tolist()) if label == cluster] for cluster in range(clusters))
+    return sorted(min(some, key=lambda i: order(i, distances[i])) for some in rows if some)
 
 
 def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None) -> LoraBatch:

@@ -105,8 +105,12 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     groups = [task_people, candidates, *([held_out] if held_out else [])]
     keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
-    if _is_finished(out, keys, resume) and has_task(read_info(out), task):
-        return  # without the lock, which a calibration may hold
+    if _is_finished(out, keys, resume):
+        if not has_task(read_info(out), task):  # otherwise without the lock, which a calibration may hold
+            with exclusive(out):
+                if _is_finished(out, keys, resume):  # another process may have written another bank since
+                    write_task(out, task)
+        return
     record = RunFolder(
         folder=out,
         kind="bank",

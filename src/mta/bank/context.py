@@ -68,16 +68,16 @@ class BuildContext:
 
     def checkpoint(self, plan: str, name: str) -> Checkpoint:
         """Return the checkpoint of a piece in training, of a plan of stage 0 or 1."""
-        return self._file(f"{name}.checkpoint", self.keys.training, plan, name)
+        return self._file(self.keys.training, plan, name, "checkpoint")
 
     def result(self, plan: str, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of stage 0 or 1."""
-        return self._file(f"{name}.safetensors", self.keys.training, plan, name)
+        return self._file(self.keys.training, plan, name, "safetensors")
 
     def calibration_result(self, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of the calibration."""
-        return self._file(f"{name}.safetensors", self.keys.whole, "calibration", name)
+        return self._file(self.keys.whole, "calibration", name, "safetensors")
 
-    def _file(self, file: str, key: str, plan: str, name: str) -> Checkpoint:
+    def _file(self, key: str, plan: str, name: str, ending: str) -> Checkpoint:
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
-        return Checkpoint(self.out / "work" / file, work)
+        return Checkpoint(self.out / "work" / f"{name}.{ending}", work)

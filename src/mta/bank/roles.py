@@ -57,9 +57,9 @@ def choose_roles(
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
     eligible, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
-    anchors, left = {eligible[i].id for i in chosen}, run.task_lora.kept_back
+    anchors, kept_back = {eligible[i].id for i in chosen}, run.task_lora.kept_back
     pool = [*task_people] if run.task_lora.enabled else []
-    if left is not None:  # candidates with too few items for an anchor train like task people
+    if kept_back is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
     others = [person for person in eligible if person.id not in anchors]
     return Roles(
@@ -70,7 +70,7 @@ def choose_roles(
         vectors=vectors,
         chosen=chosen,
         calibrating=_calibrating(task, eligible, [*pool, *held_out], anchors, run),
-        keeping_back=[] if left is None else [person.first(left) for person in others],
+        keeping_back=[] if kept_back is None else [person.first(kept_back) for person in others],
     )
 
 
@@ -78,14 +78,14 @@ def _calibrating(
     task: Task, candidates: Sequence[Person], task_people: Sequence[Person], anchors: set[str], run: Run
 ) -> list[Person]:
     """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off."""
-    settings, left = run.calibration, run.task_lora.kept_back
+    settings, kept_back = run.calibration, run.task_lora.kept_back
     if not settings.enabled:
         return []
-    if left is not None and left < (needed := settings.shots + settings.queries):
+    if kept_back is not None and kept_back < (needed := settings.shots + settings.queries):
         raise ConfigError(
-            f"candidates keep {left} items back, but {settings.shots} shots and {settings.queries} queries are needed",
+            f"candidates keep {kept_back} items back; {settings.shots} shots and {settings.queries} queries are needed",
             hint=f"Set task_lora.unseen={needed}, or lower calibration.shots.",
         )
-    unseen = {} if left is None else {person.id: left for person in candidates}
+    unseen = {} if kept_back is None else {person.id: kept_back for person in candidates}
     members = anchors | {person.id for person in task_people}
     return calibration_people([*candidates, *task_people], members, settings, run.seed, task, unseen)

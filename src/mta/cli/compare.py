@@ -57,12 +57,21 @@ def compare(
     """
     require("eval")  # before a model is loaded
     columns = options.Columns(person_column, input_column, output_column, time_column)
-    given = _Given(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
+    given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
-    with _open(given, "comparison", Evaluation) as at:
-        step, say = at.folder.step, at.screen.say
-        study = mta.study(at.base, at.bank, at.run, at.people, at.chosen, limit=people, on_step=step, on_method=say)
-        at.folder.outcome = study.outcome()
+    with _open(given, "comparison", Evaluation) as session:
+        step, say = session.folder.step, session.screen.say
+        study = mta.study(
+            session.base,
+            session.bank,
+            session.run,
+            session.people,
+            session.settings,
+            limit=people,
+            on_step=step,
+            on_method=say,
+        )
+        session.folder.outcome = study.outcome()
         if out:
             study.write(out, command)
     from mta.evaluation.reports import tables
@@ -102,17 +111,25 @@ def attack(
 
     require("eval")  # before a model is loaded
     columns = options.Columns(person_column, input_column, output_column, time_column)
-    given = _Given(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
+    given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
-    with _open(given, "privacy", Privacy) as at:
-        found = privacy(at.base, at.bank, at.run, at.people, at.chosen, on_step=at.folder.step, say=at.screen.say)
-        at.folder.outcome = found.outcome()
+    with _open(given, "privacy", Privacy) as session:
+        found = privacy(
+            session.base,
+            session.bank,
+            session.run,
+            session.people,
+            session.settings,
+            on_step=session.folder.step,
+            say=session.screen.say,
+        )
+        session.folder.outcome = found.outcome()
         if out:
             report.write(found, out, command)
     show_json(report.to_json(found, command)) if json else report.show(found, console)
 
 
-class _Given(NamedTuple):
+class _Arguments(NamedTuple):
     """The options of both commands."""
 
     source: str
@@ -128,20 +145,20 @@ class _Given(NamedTuple):
 
 
 @dataclass
-class _Open(Generic[Kind]):
+class _Session(Generic[Kind]):
     """A bank and people, ready to be measured."""
 
     base: mta.BaseModel
     bank: mta.Bank
     run: Run
     people: list[Person]
-    chosen: Kind
+    settings: Kind
     screen: Screen
     folder: RunFolder
 
 
 @contextmanager
-def _open(given: _Given, name: str, kind: type[Kind]) -> Iterator[_Open[Kind]]:
+def _open(given: _Arguments, name: str, kind: type[Kind]) -> Iterator[_Session[Kind]]:
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
     tracker = options.tracker_for(given.track, given.out)
     people = options.people_in(given.source, options.task_of(given.bank), given.columns, given.skip_bad)
@@ -151,7 +168,7 @@ def _open(given: _Given, name: str, kind: type[Kind]) -> Iterator[_Open[Kind]]:
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     with Screen() as screen, options.run_folder(name, given.out, base, bank, used, tracker, screen.step) as folder:
-        yield _Open(base, bank, run, people, chosen, screen, folder)
+        yield _Session(base, bank, run, people, chosen, screen, folder)
 
 
 def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from json import dumps
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Option
 
 import mta
 from mta.cli import options
-from mta.cli.screen import Screen, show_json
+from mta.cli.screen import Screen, show_json, speaks_unicode
+from mta.data.readers.people import is_read
 from mta.errors import InputError
 from mta.system.atomic import write_json, write_text
+
+_OTHER = "Give the name of another file:  --out answers.jsonl"
 
 
 class Fallback(Enum):
@@ -52,8 +55,8 @@ def predict(
     """Answer all questions of a file with the models of the people who ask them.
 
     A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
-    file gives its own questions. Each line of the answers names person, question, and answer, and for a task with
-    labels the share of every label.
+    file gives its own questions. Answers come person by person, in the order of the file. Each line names person,
+    question, and answer, and for a task with labels the share of every label.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
@@ -62,7 +65,9 @@ def predict(
     from mta.tools import predict as tool
 
     if out and out.is_dir():
-        raise InputError(f"{out} is a folder", hint="Give the name of a file:  --out answers.jsonl")
+        raise InputError(f"{out} is a folder", hint=_OTHER)
+    if out and (is_read(out, Path(source).expanduser()) or (skip_bad and out.resolve() == skip_bad.resolve())):
+        raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
     options.check_out(out and out.parent)
     columns = options.Columns(person_column, input_column)
     people = options.people_in(source, options.task_of(bank), columns, skip_bad, questions=True)
@@ -83,9 +88,9 @@ def predict(
                 on_step=screen.step,
             )
         )
-    lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in found)
+    lines = "".join(f"{dumps(one.as_json(), ensure_ascii=out is None and not speaks_unicode())}\n" for one in found)
     if out is None:
-        sys.stdout.write(lines)
+        typer.echo(lines, nl=False)
     elif lamp:
         write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in found))
     else:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -93,17 +93,24 @@ class Outcome:
     chosen: tuple[str, ...] = ()
 
 
+class Fold(NamedTuple):
+    """The shots that the rows of a panel have: row i has only ``shots[i]`` of person ``owners[i]`` of ``panel``."""
+
+    panel: Panel
+    owners: list[int]
+    shots: list[list[int]]
+
+
 @dataclass(frozen=True)
 class Panel:
     """Held-out people with the same number of shots and queries each: what a method gets.
 
     ``people`` have only their shots, so no method can learn from queries. ``task`` has the wording of the prompts.
     ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank. Without ``write_texts``
-    free text is not generated, and only the likelihood of the true text is computed. ``among`` are all tested people
+    free text is not generated, and only the likelihood of the true text is computed. ``tested`` are all tested people
     with only their shots, if the panel holds some of them: controls take other people from there. Evidence and merges
-    are those of ``plain``, if given: a panel with the same shots that asks other queries or shows other prompts.
-    ``fold`` = (panel, owners, shots) selects evidence: row i holds only ``shots[i]`` of person ``owners[i]`` of that
-    panel.
+    are those of ``merges_from``, if given: a panel with the same shots that asks other queries or shows other prompts.
+    With a ``fold``, the evidence is that of another panel's shots.
     """
 
     context: Context
@@ -112,9 +119,9 @@ class Panel:
     task: Task
     retrieve: int = 0
     write_texts: bool = True
-    among: Sequence[Person] = ()
-    plain: Panel | None = None
-    fold: tuple[Panel, list[int], list[list[int]]] | None = None
+    tested: Sequence[Person] = ()
+    merges_from: Panel | None = None
+    fold: Fold | None = None
     outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
     merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, init=False, repr=False)
 
@@ -129,9 +136,9 @@ class Panel:
         ask: QueryOrder = "next",
         retrieve: int = 0,
         write_texts: bool = True,
-        among: Sequence[Person] = (),
+        tested: Sequence[Person] = (),
     ) -> Panel:
-        """Split each person by ``shots_and_queries``. ``among`` are all tested people, if ``people`` are some of them.
+        """Split each person by ``shots_and_queries``. ``tested`` are all tested people, if ``people`` are some of them.
 
         Raises InputError if a person has too few items or was used for the bank, which may have seen the queries.
         """
@@ -147,7 +154,7 @@ class Panel:
             few = [replace(person, items=items, queries=()) for person, (items, _) in zip(group, parts)]
             return few, [later for _, later in parts]
 
-        panel = cls(context, *split(people), bank.task, retrieve, write_texts, split(among)[0])
+        panel = cls(context, *split(people), bank.task, retrieve, write_texts, split(tested)[0])
         return panel.profiled(retrieve) if retrieve else panel
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
@@ -196,8 +203,8 @@ class Panel:
 
     @cached_property
     def _vectors(self) -> tuple[Tensor, float]:
-        if self.plain:
-            return self.plain._vectors
+        if self.merges_from:
+            return self.merges_from._vectors
         start, how = time.monotonic(), self.bank.info.run.bank.encode
         vectors = encode_people(self.context.encoder, self.bank.task, self.people, how)
         return vectors, time.monotonic() - start
@@ -219,11 +226,10 @@ class Panel:
 
     @cached_property
     def _evidence(self) -> tuple[Evidence, float]:
-        if self.plain:
-            return self.plain._evidence
+        if self.merges_from:
+            return self.merges_from._evidence
         if self.fold:  # the seconds are those of the panel with all shots
-            whole, owners, shots = self.fold
-            return whole.evidence.kept(owners, shots), 0.0
+            return self.fold.panel.evidence.of_shots(self.fold.owners, self.fold.shots), 0.0
         return evidence_of(self.context, self.jobs)
 
     @property
@@ -241,8 +247,8 @@ class Panel:
 
         Each method takes them, whichever method gathered them first.
         """
-        if self.plain:
-            return self.plain.merge(settings, seed)
+        if self.merges_from:
+            return self.merges_from.merge(settings, seed)
         settings = self.merge_settings(settings)
         key = (settings.model_dump_json(), seed if policy_of(settings).learns else 0)
         if key not in self.merges:
@@ -277,9 +283,9 @@ class Panel:
 
     # -- other panels over the same people -----------------------------------------------------------------------------
 
-    def asked(self, queries: list[tuple[Item, ...]]) -> Panel:
+    def with_queries(self, queries: list[tuple[Item, ...]]) -> Panel:
         """Return the panel with other queries."""
-        return replace(self, queries=queries, plain=self.plain or self)
+        return replace(self, queries=queries, merges_from=self.merges_from or self)
 
     def profiled(self, k: int, before: Sequence[str] = ()) -> Panel:
         """Return the panel with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
@@ -295,7 +301,7 @@ class Panel:
             people=[replace(person, queries=()) for person in people],
             queries=[person.queries for person in people],
             task=task.profiled(),
-            plain=None if self.retrieve else self.plain or self,
+            merges_from=None if self.retrieve else self.merges_from or self,
             fold=None,
         )
 
@@ -316,4 +322,4 @@ class Panel:
         panel = Panel(self.context, people, asked, self.bank.task, self.retrieve, write_texts=False)
         if self.retrieve:  # the prompts of the other shots may show a held-out item: evidence is gathered again
             return panel.profiled(self.retrieve), owners
-        return replace(panel, fold=(self, owners, kept)), owners
+        return replace(panel, fold=Fold(self, owners, kept)), owners

@@ -40,12 +40,12 @@ class Evidence:
     labels: Labels | None = None
 
     @property
-    def anchors(self) -> Tensor:
+    def anchor_loglik(self) -> Tensor:
         """Log-likelihood of all shots of a person under each anchor, (U, N)."""
         return self.loglik[:, :, 1:].sum(1)
 
     @property
-    def pooled(self) -> Tensor:
+    def pooled_loglik(self) -> Tensor:
         """Log-likelihood of all shots of a person under the pooled model, (U,)."""
         return self.loglik[:, :, 0].sum(1)
 
@@ -54,7 +54,7 @@ class Evidence:
         """Target tokens of all shots of a person, (U,)."""
         return self.counts.sum(1)
 
-    def kept(self, people: Sequence[int], shots: Sequence[Sequence[int]]) -> Evidence:
+    def of_shots(self, people: Sequence[int], shots: Sequence[Sequence[int]]) -> Evidence:
         """Return evidence whose row i is of person ``people[i]``, as if they had only ``shots[i]``."""
         mask = torch.zeros(len(people), self.counts.shape[1], dtype=torch.bool)
         for row, numbers in enumerate(shots):
@@ -64,7 +64,7 @@ class Evidence:
             labels = Labels(labels.scores[rows], labels.gold[rows].masked_fill(~mask, -1))
         return Evidence(self.loglik[rows] * mask[..., None], self.counts[rows] * mask, labels)
 
-    def among(self, anchors: Sequence[int]) -> Evidence:
+    def of_anchors(self, anchors: Sequence[int]) -> Evidence:
         """Return the evidence for a bank that holds only these ``anchors``."""
         columns = [0, *(n + 1 for n in anchors)]
         labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)

@@ -130,7 +130,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             "some of the bank's anchors have no encodings, so anchors cannot be retrieved by content",
             hint="Merge all by what they predict: merge.policy=posterior merge.k=0.",
         )
-    rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
+    rank_by = evidence.anchor_loglik if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
     retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, retrieved))

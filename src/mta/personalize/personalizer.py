@@ -70,10 +70,6 @@ class Personalizer:
         self._encoder = encoder
         self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
-    def __contains__(self, person: str) -> bool:
-        """Return whether a person has a state."""
-        return person in self._pipeline.unsaved or bool(self.store and person in self.store)
-
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""
@@ -123,11 +119,13 @@ class Personalizer:
         max_new_tokens: int | None = None,
         stacked: bool = True,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> list[str]:
         """Answer questions of different people, and without a person (``mta.TASK``, ``mta.BASE``), in one batch.
 
         ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
-        out. Raises PersonNotFound, StateCorrupt, OtherBank, DataError, and InputError for too many new tokens.
+        out. Sampling depends on ``seed``, by default the run's. Raises PersonNotFound, StateCorrupt, OtherBank,
+        DataError, and InputError for too many new tokens.
         """
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
@@ -141,7 +139,7 @@ class Personalizer:
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
-        tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed
+        tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed if seed is None else seed
         answers = generate(
             self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
         )

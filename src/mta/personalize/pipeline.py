@@ -154,13 +154,17 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> Personalized:
         """See ``Personalizer.personalize``."""
-        call = self._begin(people, since)
+        call = self._call_for(people, since)
         self._keep_histories(call, keep_histories)
         settings = settings_text(self.base, self.run), self.run.seed
-        found = list(in_threads(self._stored, [person.id for person in call.people]))
-        works = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        everybody = [replace(item, version=version) for item, (_, version) in zip(works, found)]
-        missing = [item for item, (state, _) in zip(everybody, found) if not state or state.work != item.work]
+
+        def planned(person: Person) -> tuple[WorkItem, bool]:  # without the state: all of them would fill the memory
+            state, version = self._stored(person.id)
+            item = WorkItem.of(person, self.bank, *settings, version=version)
+            return item, state is not None and state.work == item.work
+
+        found = list(in_threads(planned, call.people))
+        everybody, missing = [item for item, _ in found], [item for item, is_current in found if not is_current]
         return self._personalize(call, everybody, missing, resume, on_step)
 
     def _personalize(
@@ -200,7 +204,7 @@ class Pipeline:
         on_step: OnStep | None,
     ) -> Updated:
         """See ``Personalizer.update``."""
-        call = self._begin(people, since)
+        call = self._call_for(people, since)
         settings = settings_text(self.base, self.run), self.run.seed
         planned = in_threads(partial(self._work_for, settings, settings_digest(*settings), fewer), call.people)
         works = {person.id: work for person, work in zip(call.people, planned)}
@@ -228,7 +232,7 @@ class Pipeline:
         """Make the states of people who have none to continue from, except of people forgotten meanwhile."""
         if not items:
             return Personalized(0, 0, 0)
-        call = self._begin([item.person for item in items], since)
+        call = self._call_for([item.person for item in items], since)
         ids = {person.id for person in call.people}
         left = [item for item in items if item.person.id in ids]
         return self._personalize(call, left, left, on_step=on_step)
@@ -249,8 +253,8 @@ class Pipeline:
         if not missing:
             return CohortPlan()
         named = {item.name: item for item in everybody}
-        begun = checkpoints.plan() if checkpoints else None
-        names = begun if begun and set(begun) <= set(named) else []
+        interrupted = checkpoints.plan() if checkpoints else None
+        names = interrupted if interrupted and set(interrupted) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         jobs = self._jobs(chosen, call)
@@ -277,7 +281,7 @@ class Pipeline:
             except DataError as error:
                 call.errors[item.person.id] = error
 
-    def _begin(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
+    def _call_for(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
         people = list(people)
         if empty := sum(not person.items for person in people):
@@ -364,7 +368,7 @@ class Pipeline:
         return state, version
 
     def _work_for(
-        self, settings: tuple[str, int], settings_digest: str, fewer: bool, person: Person
+        self, settings: tuple[str, int], digest: str, fewer: bool, person: Person
     ) -> WorkItem | Literal["ahead", "unchanged"]:
         """Return the work that a person needs, an update or a beginning.
 
@@ -373,17 +377,17 @@ class Pipeline:
         state, version = self._stored(person.id)
         if state and state.shots > len(person.items) and not fewer:
             return "ahead"
-        earlier, known_items = self._to_update(person, state, settings_digest)
+        earlier, known_items = self._to_update(person, state, digest)
         if earlier and known_items == len(person.items):
             return "unchanged"
-        item = replace(WorkItem.of(person, self.bank, *settings, earlier, known_items), version=version)
+        item = WorkItem.of(person, self.bank, *settings, earlier, known_items, version)
         if not (self.store and earlier):
             return item
         return replace(item, earlier=replace(earlier, stack=None))  # stacks of everybody would fill a driver's memory
 
-    def _to_update(self, person: Person, state: State | None, settings_digest: str) -> tuple[State | None, int]:
+    def _to_update(self, person: Person, state: State | None, digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
-        if state is None or state.settings != settings_digest or not state.losses:
+        if state is None or state.settings != digest or not state.losses:
             return None, 0
         if keeps_gradients(self.run.merge, self.bank.calibration) and not state.gradient:  # it would miss earlier items
             return None, 0

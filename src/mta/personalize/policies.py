@@ -51,7 +51,7 @@ class Retrieved:
     @property
     def loglik(self) -> Tensor:
         """(U, K): log-likelihood of all shots of a person under each retrieved anchor."""
-        return self.scored.anchors.gather(1, self.ids)
+        return self.scored.anchor_loglik.gather(1, self.ids)
 
 
 Weigh = Callable[[MergeSettings, Retrieved], Tensor]
@@ -169,11 +169,11 @@ def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """
     if retrieved.before is None:
         prior = torch.full_like(retrieved.loglik, (1 - settings.null_prior) / retrieved.ids.shape[1])
-        null = torch.full_like(retrieved.scored.pooled, settings.null_prior)
+        null = torch.full_like(retrieved.scored.pooled_loglik, settings.null_prior)
     else:  # the null is never exactly 0 after rounding, so that new items can raise it again
         prior = retrieved.before
         null = (1 - prior.sum(1)).clamp_min(retrieved.rounding)
-    gain = (retrieved.loglik - retrieved.scored.pooled[:, None]) / settings.temperature
+    gain = (retrieved.loglik - retrieved.scored.pooled_loglik[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
 
 

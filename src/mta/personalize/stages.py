@@ -117,28 +117,32 @@ class Stages:
 
     def merge(self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None) -> Fitted:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any."""
-        settings, bank = self.run.merge, self.bank
-        evidence = similarity = None
-        how = self.base, jobs, bank.device_anchors, bank.task_adapters
+        base, bank, settings, tokens = self.base, self.bank, self.run.merge, cohort.tokens_per_batch
+        anchors, task_adapters, evidence, similarity = bank.device_anchors, bank.task_adapters, None, None
         if needs_evidence(settings, grown=earlier is not None):
-            evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
+            evidence = gather_evidence(
+                base, jobs, anchors, task_adapters, tokens_per_batch=tokens, on_step=self.on_step
+            )
         if needs_encodings(settings, grown=earlier is not None):
             vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
-            *how,
+            base,
+            jobs,
+            anchors,
+            task_adapters,
             settings,
             similarity=similarity,
             evidence=evidence,
             calibration=bank.calibration,
             earlier=earlier,
             seed=self.run.seed,
-            tokens_per_batch=cohort.tokens_per_batch,
+            tokens_per_batch=tokens,
             on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
         fitted = self.with_merge(merge)
         if evidence:
-            return replace(fitted, pooled_losses=(-evidence.pooled / evidence.tokens).tolist())
+            return replace(fitted, pooled_losses=(-evidence.pooled_loglik / evidence.tokens).tolist())
         gradients, mu = merge.gradients, bank.calibration.mu if bank.calibration else None
         if earlier or gradients is None or mu is None or mu.any():
             return fitted
@@ -175,9 +179,9 @@ class Stages:
         """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
         losses, merge = self.losses(jobs, fitted, cohort.tokens_per_batch), fitted.merge
         settings = settings_digest(settings_text(self.base, self.run), self.run.seed)
-        here = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
+        stacks = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
-        def made(i: int, item: WorkItem) -> State | Diverged:
+        def state_of(i: int, item: WorkItem) -> State | Diverged:
             untrained = item.earlier.untrained if item.earlier else 0
             untrained += len(jobs[i].examples) if fitted.stacks_kept else 0
             try:
@@ -189,7 +193,7 @@ class Stages:
                     history=item.person.digest(),
                     work=item.work,
                     seed=self.run.seed,
-                    stack=here.select([i]) if here else None,
+                    stack=stacks.select([i]) if stacks else None,
                     mode=self.run.merge.mode,
                     rank=self.run.merge.rank,
                     losses=Losses(*losses[i]).after(item.earlier.losses if item.earlier else None),
@@ -202,7 +206,7 @@ class Stages:
             except Diverged as error:
                 return error
 
-        return [made(i, item) for i, item in enumerate(cohort.items)]
+        return [state_of(i, item) for i, item in enumerate(cohort.items)]
 
     def losses(self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int) -> list[MeasuredLosses]:
         """Return the losses of each job: one pass for each field, except those that are known."""

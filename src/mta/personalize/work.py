@@ -31,11 +31,18 @@ class WorkItem:
 
     @classmethod
     def of(
-        cls, person: Person, bank: Bank, settings: str, seed: int, earlier: State | None = None, known_items: int = 0
+        cls,
+        person: Person,
+        bank: Bank,
+        settings: str,
+        seed: int,
+        earlier: State | None = None,
+        known_items: int = 0,
+        version: int = 0,
     ) -> WorkItem:
         """Return the work for a person's items with this bank and ``settings_text``, anew or from ``earlier``."""
         everything = settings + (f"after: {earlier.work}\n" if earlier else "")
-        return cls(person, state_key(bank.hash, person.digest(), everything, seed), earlier, known_items)
+        return cls(person, state_key(bank.hash, person.digest(), everything, seed), earlier, known_items, version)
 
     @property
     def new_items(self) -> Person:

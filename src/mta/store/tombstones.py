@@ -68,7 +68,7 @@ class Tombstones:
 
     def of(self, id: str) -> frozenset[str]:
         """Return the names of a person's tombstones."""
-        return next(iter(self.of_each([id]).values()))
+        return self.of_each([id])[id]
 
     def of_each(self, ids: Iterable[str]) -> dict[str, frozenset[str]]:
         """Return the names of each person's tombstones, from one listing."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
-from mta.errors import InputError, PersonNotFound
+from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
 from mta.personalize.adapters import PersonOrModel, SharedModel
 from mta.system.progress import OnStep, Step
+from mta.system.storage import in_threads
 
 TOGETHER = 64  # questions answered together, by at most as many models: bounds the memory
 
@@ -47,11 +49,11 @@ def predict(
     temperature: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Iterator[Prediction]:
-    """Yield the answers to the people's ``queries``, in their order.
+    """Yield the answers to the people's ``queries``, person by person.
 
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
-    ``fallback`` answers for people without a model. Raises PersonNotFound if there are any and no fallback, before
-    anything is computed; and the errors of ``Personalizer.generate``.
+    ``fallback`` answers for people without a model of this bank. Raises PersonNotFound if there are any and no
+    fallback, before anything is computed; and the errors of ``Personalizer.generate``.
     """
     models = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
@@ -64,7 +66,8 @@ def predict(
             answers = [next(iter(own)) for own in shares]
         else:
             shares = [{} for _ in asked]
-            answers = personal.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature)
+            seed = personal.run.seed + start  # else equal questions of two cohorts would get equal answers
+            answers = personal.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         done += len(some)
         if on_step:
             on_step("answers", Step(done, len({person for person, _ in some}), done, len(rows)))
@@ -73,12 +76,18 @@ def predict(
 
 
 def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None) -> dict[str, PersonOrModel]:
-    """Return each person's model: their own, or ``fallback``. Raises PersonNotFound."""
-    known = [person.id in personal for person in people]
+    """Return each person's model: their own, or ``fallback``. Raises PersonNotFound, StateCorrupt."""
+
+    def has_model(person: Person) -> bool:
+        with suppress(PersonNotFound, OtherBank):
+            return bool(personal.state(person.id))
+        return False
+
+    known = list(in_threads(has_model, people))
     missing = [person.id for person, own in zip(people, known) if not own]
     if missing and fallback is None:
         raise PersonNotFound(
-            f"{len(missing)} of {len(people)} people have no model, {missing[0]!r} first",
+            f"{len(missing)} of {len(people)} people have no model of this bank, {missing[0]!r} first",
             hint="Personalize them first (mta personalize), or let the pooled model answer:  --fallback task",
         )
     return {person.id: person.id if own else fallback or person.id for person, own in zip(people, known)}

@@ -88,12 +88,10 @@ def plan_cohorts(
     """
     numbers, footprint = replace(below or ParameterCounts(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
-    token = footprint.token(lengths.texts, footprint.ranks(numbers))
-    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, ParameterCounts()))  # larger only with checkpointing
-    token = max(token, footprint.gate_token(lengths.texts, numbers)) if numbers.gated else token
-    person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
-    copies, shared = footprint.person(numbers), footprint.shared(numbers)
-    needed = lengths.largest * token + person + copies + shared
+    per_token = _bytes_per_token(base, lengths.texts, numbers)
+    per_person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
+    per_person_in_pass, shared = footprint.person(numbers), footprint.shared(numbers)
+    needed = lengths.largest * per_token + per_person + per_person_in_pass + shared
     if needed > memory:
         raise MemoryBudgetError(
             f"one person needs about {needed / 2**20:.1f} MiB "
@@ -103,10 +101,19 @@ def plan_cohorts(
         )
     most_tokens = _MOST_TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
     enough = int(most_tokens * (1 + footprint.target_weight * lengths.share))
-    tokens = min(memory // 2 // token, enough, (memory - person - copies - shared) // token)
-    tokens = max(tokens, lengths.largest)
-    rest, together = memory - tokens * token - shared, tokens // lengths.smallest  # together: most people in one pass
-    fit = max(rest // (person + copies), (rest - together * copies) // person)
+    for_one = memory - per_person - per_person_in_pass - shared
+    tokens = max(min(memory // 2 // per_token, enough, for_one // per_token), lengths.largest)
+    for_people, most_in_pass = memory - tokens * per_token - shared, tokens // lengths.smallest
+    all_in_pass = for_people // (per_person + per_person_in_pass)
+    fit = max(all_in_pass, (for_people - most_in_pass * per_person_in_pass) // per_person)
     size = min(max(fit, 1), most)
     cohorts = tuple(tuple(range(i, min(i + size, lengths.jobs))) for i in range(0, lengths.jobs, size))
     return Plan(cohorts, tokens, threads or torch.get_num_threads(), lengths.shortened)
+
+
+def _bytes_per_token(base: BaseModel, texts: TextLengths, numbers: ParameterCounts) -> int:
+    """Return the bytes of the most demanding pass: training, scoring, or one with gradients of gates."""
+    footprint = base.footprint
+    training = footprint.token(texts, footprint.ranks(numbers))
+    scoring = footprint.scoring(1, 0, 0, texts, ParameterCounts())  # is larger only with gradient checkpointing
+    return max(training, scoring, footprint.gate_token(texts, numbers) if numbers.gated else 0)

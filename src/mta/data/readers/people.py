@@ -128,10 +128,7 @@ class _Gathered:
         here: set[str] = set()
         new: list[Item] = []
         for item in part.items:
-            known = item.id is not None and item.id in self.ids
-            if known and (
-                not part.repeats or item.id in here
-            ):  # other records of LaMP may reuse an id for another item
+            if item.id in (here if part.repeats else self.ids):  # LaMP may reuse an id in another record
                 reason = f"duplicate item id {item.id!r} of person {part.person!r}"
                 rejects.add(part.place, "id", reason, dict(item.fields))
                 continue
@@ -173,11 +170,7 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     if skip_bad is None:
         return None
     path = Path(skip_bad)
-    if source.is_dir():
-        read = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
-    else:
-        read = [source, outputs_beside(source) or source]
-    is_input = any(path.resolve() == file.resolve() for file in read)
+    is_input = is_read(path, source)
     is_foreign = path.is_file() and not is_rejects(path)
     if is_input or is_foreign or path.is_dir():
         found = "an input file" if is_input else "another file" if is_foreign else "a folder"
@@ -186,6 +179,15 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path
+
+
+def is_read(path: Path, source: Path) -> bool:
+    """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
+    if source.is_dir():
+        read = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
+    else:
+        read = [source, outputs_beside(source) or source]
+    return any(path.resolve() == file.resolve() for file in read)
 
 
 def repeated(people: Sequence[Person]) -> int:

@@ -136,9 +136,42 @@ def _iso(text: str) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The fields that a row must have: those of an item, or those of a question, which needs no answer."""
+
+    task: Task
+    questions: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        form = self.task.query if self.questions and self.task.query else self.task.item
+        return form.inputs
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.inputs if self.questions else self.task.fields()
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The fields -> their names in files of any task: ``output``, and ``input`` if it is one field."""
+        output = {} if self.questions else {self.task.item.target: "output"}
+        return output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
+
+    def keys(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Return the fields -> their columns in a row. Raises Bad for a missing one."""
+        keys = {}
+        for name in self.fields:
+            there = [key for key in (name, self.others.get(name, name)) if key in row]
+            if not there:
+                raise Bad(name, _missing(row, self))
+            keys[name] = next((key for key in there if row[key] is not None), there[0])
+        return keys
+
+
 def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
-    target, keys = task.item.target, _keys(row, task, task.fields())
+    target, keys = task.item.target, _Wanted(task).keys(row)
     fields = {name: text_in(row, key) for name, key in keys.items()}
     if labels := task.labels_of(Item(fields)):
         fields[target] = _label(fields[target].strip(), labels)
@@ -150,27 +183,9 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
 
 
 def question_in(row: Mapping[str, Any], task: Task) -> Item:
-    """Return the question of a row, which needs no answer; an answer is not read. Raises Bad."""
-    keys = _keys(row, task, (task.query or task.item).inputs)
-    fields = {name: text_in(row, key) for name, key in keys.items()}
+    """Return the question of a row; an answer in it is not read. Raises Bad."""
+    fields = {name: text_in(row, key) for name, key in _Wanted(task, questions=True).keys(row).items()}
     return Item(fields, id=text_in(row, "id") if row.get("id") is not None else None, is_query=True)
-
-
-def _keys(row: Mapping[str, Any], task: Task, names: Sequence[str]) -> dict[str, str]:
-    """Return the fields -> their columns in a row. Raises Bad for a missing one."""
-    other, keys = _other_names(task), {}
-    for name in names:
-        there = [key for key in (name, other.get(name, name)) if key in row]
-        if not there:
-            raise Bad(name, _missing(row, task, names))
-        keys[name] = next((key for key in there if row[key] is not None), there[0])
-    return keys
-
-
-def _other_names(task: Task) -> dict[str, str]:
-    """Return the task's fields -> their names in files of any task: ``output``, and ``input`` if it is one field."""
-    form = task.item
-    return {form.target: "output"} | ({form.inputs[0]: "input"} if len(form.inputs) == 1 else {})
 
 
 def _label(text: str, labels: Sequence[str]) -> str:
@@ -181,39 +196,38 @@ def _label(text: str, labels: Sequence[str]) -> str:
     return text
 
 
-def _missing(
-    row: Mapping[str, Any], task: Task, fields: Sequence[str], named: Mapping[str, str] = MappingProxyType({})
-) -> str:
-    """Return the reason for a row without one of ``fields``. ``named``: field -> its column in the file."""
-    also = {name: key for name, key in _other_names(task).items() if name != key}
+def _missing(row: Mapping[str, Any], wanted: _Wanted, named: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the reason for a row without one of its fields. ``named``: field -> its column in the file."""
+    task, also = wanted.task.name, {name: key for name, key in wanted.others.items() if name != key}
     known = {name: f"{name} (or {key})" for name, key in also.items()} | dict(named)
-    names = ", ".join(known.get(name, name) for name in fields)
-    if "input" in row and len(task.item.inputs) > 1:
-        inputs = ", ".join(task.item.inputs)
-        return f"missing; 'input' stands for one field, but task {task.name!r} has {inputs}: give each under its name"
+    names = ", ".join(known.get(name, name) for name in wanted.fields)
+    if "input" in row and len(wanted.inputs) > 1:
+        inputs = ", ".join(wanted.inputs)
+        return f"missing; 'input' stands for one field, but task {task!r} has {inputs}: give each under its name"
     given = {key for key, value in row.items() if value is not None}
     got = ", ".join(sorted(given - {"person", "time", "id"})) or "none of them"
     hint = "" if also else "; if this is the wrong task, give another --task"
-    return f"missing; task {task.name!r} needs {names}; got {got}{hint}"
+    return f"missing; task {task!r} needs {names}; got {got}{hint}"
 
 
-def _rename(field: str, task: Task) -> str:
+def _rename(field: str, wanted: _Wanted) -> str:
     """Return the hint for a field that no row of the file had so far."""
-    names = {"person": "person"} | _other_names(task)
+    names = {"person": "person"} | wanted.others
     these = "a column of the file to person" if field == "person" else "the columns of the file to these names"
     return f"Rename {these}" + (f", or give its name:  --{names[field]}-column NAME" if field in names else ".")
 
 
-def _columns_of(task: Task, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     """Return the task's own fields, person, and time -> their columns; and which of input and output they replace.
 
     Raises InputError.
     """
-    names = {other: name for name, other in _other_names(task).items()}
-    named = {names.get(name, name): column for name, column in columns.items()}
-    if unknown := named.keys() - {"person", "time", "id", *task.fields()}:
+    names = {other: name for name, other in wanted.others.items()}
+    answer = {"output", wanted.task.item.target} - {*wanted.fields} if wanted.questions else set()
+    named = {names.get(name, name): column for name, column in columns.items() if name not in answer}
+    if unknown := named.keys() - {"person", "time", "id", *wanted.fields}:
         raise InputError(
-            f"task {task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(task.fields())}",
+            f"task {wanted.task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(wanted.fields)}",
             hint="Rename the columns of the file to these names.",
         )
     return named, {name for name, own in names.items() if own in named}
@@ -231,9 +245,9 @@ def item_parts(
     With ``questions``, a record is a question and needs no answer.
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
     """
-    fields = (task.query or task.item).inputs if questions else task.fields()
-    known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
-    (named, replaced), seen, digits = _columns_of(task, columns), set[str](), _Digits()
+    wanted, unread = _Wanted(task, questions), Counter[str]()
+    known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
+    (named, replaced), seen, digits = _columns_of(wanted, columns), set[str](), _Digits()
     for place, record in records:
         seen |= record.keys()
         row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
@@ -247,12 +261,12 @@ def item_parts(
                 part = RecordPart(person, items, place, (question_in(row, task),) if questions else ())
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
-                column, other = named.get(field, bad.field), _other_names(task).get(field)
-                hint = "" if ({column, other} - replaced) & seen else _rename(field, task)
+                column, other = named.get(field, bad.field), wanted.others.get(field)
+                hint = "" if ({column, other} - replaced) & seen else _rename(field, wanted)
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
-                    reason = has if needed else _missing(record, task, fields, named)
+                    reason = has if needed else _missing(record, wanted, named)
                     hint = _COLUMNS if needed else hint
                 raise Bad(column, reason, bad.place, hint) from None
             yield part

@@ -36,7 +36,9 @@ def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     run's own) when they are computed by svd at the bank's rank, or by averaging A and B separately.
     """
     evidence = [panel.evidence for panel in panels]
-    loss = torch.cat([(one.pooled[:, None] - one.anchors) / one.tokens[:, None] for one in evidence])  # (U, N)
+    loss = torch.cat(
+        [(one.pooled_loglik[:, None] - one.anchor_loglik) / one.tokens[:, None] for one in evidence]
+    )  # (U, N)
     own, nearest = panels[0].run.merge, PAPER.model_copy(update={"k": min(2, len(panels[0].bank))})
     return {
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
@@ -92,7 +94,7 @@ def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, An
             "labels": scores and dict(zip(task.labels or (), scores)),
         }
     merge, _ = panel.merge(settings, seed)
-    gain = (panel.evidence.anchors[0] - panel.evidence.pooled[0]).tolist()
+    gain = (panel.evidence.anchor_loglik[0] - panel.evidence.pooled_loglik[0]).tolist()
     why = [
         {
             "anchor": anchor,

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -132,14 +133,14 @@ def latest(records: Sequence[Record]) -> list[Record]:
 
 
 def _current(
-    records: Sequence[Record], protocols: Collection[str] | None = None, banks: Mapping[str, str] | None = None
+    records: Sequence[Record], protocols: Collection[str] | None = None, banks: Mapping[str, str] = MappingProxyType({})
 ) -> list[Record]:
     """Return the records with the settings, and of the banks, that were used last. Older records do not name these."""
     return [
         one
         for one in records
         if (protocols is None or one.protocol in ("", *protocols))
-        and one.trained in ("", (banks or {}).get(f"{one.bank}-{one.seed}", one.trained))
+        and one.trained in ("", banks.get(f"{one.bank}-{one.seed}", one.trained))
     ]
 
 

@@ -222,10 +222,10 @@ class Workspace:
             return self._shown(part, self.splits.select("task", self.people)), []
         task, held_out = self._pooled(seed)
         bank = self.bank(MAIN, seed)
-        most, left = bank.info.run.bank.max_items, bank.info.run.task_lora.kept_back
+        most, kept_back = bank.info.run.bank.max_items, bank.info.run.task_lora.kept_back
         task += [person.latest(most) for person in self._in_bank(bank, "anchor")]
         measured = self._in_bank(bank, "calibration")
-        task += [person.latest(most) if left is None else person.first(left) for person in measured]
+        task += [person.latest(most) if kept_back is None else person.first(kept_back) for person in measured]
         return self._shown(part, self._joined(task)), self._shown(part, held_out)
 
     def _joined(self, people: Sequence[Person]) -> list[Person]:
@@ -309,7 +309,7 @@ class Workspace:
                 ask=self.recipe.ask,
                 retrieve=part.retrieve,
                 write_texts=part.texts,
-                among=self._able(shots),
+                tested=self._able(shots),
             )
             self._panel = key, panel
         return self._panel[1]

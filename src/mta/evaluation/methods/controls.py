@@ -53,7 +53,7 @@ class OtherPerson(OverMethod):
     def run(self, panel: Panel, seed: int) -> Outcome:
         if "profile" in panel.task.item.inputs:
             raise ConfigError(f"{self.name!r} cannot use prompts that show earlier items", hint="Use plain prompts.")
-        givers = givers_of(panel.people, panel.among or panel.people)
+        givers = givers_of(panel.people, panel.tested or panel.people)
         people = [replace(one, items=giver.items) for one, giver in zip(panel.people, givers)]
         swapped = Panel(panel.context, people, panel.queries, panel.task, panel.retrieve, panel.write_texts)
         return self.over.run(swapped, seed)

@@ -14,9 +14,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import model_validator
 
-from mta.bank.anchors import select_anchors
+from mta.bank.anchors import one_per_cluster
 from mta.config import Lora, MergeSettings, StackSettings, Training
-from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
@@ -204,11 +203,9 @@ def _fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: 
 def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
     """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
     bank = panel.bank
-    # Selects the most active anchor of each cluster: only the lengths of histories matter.
-    actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
-    chosen = select_anchors(actives, bank.vectors, count, 0, share=1)
+    chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
     reads = needs_evidence(settings)
-    evidence, similarity = panel.evidence.among(chosen) if reads else None, panel.similarity[:, chosen]
+    evidence, similarity = panel.evidence.of_anchors(chosen) if reads else None, panel.similarity[:, chosen]
     start = time.monotonic()
     found = coefficients(settings, similarity, evidence)
     merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))

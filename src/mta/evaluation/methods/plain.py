@@ -38,7 +38,7 @@ class GlobalConstant(_Constant):
     name: str = "global constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        people = panel.task_people or panel.among or panel.people
+        people = panel.task_people or panel.tested or panel.people
         answers = _constant(panel.task, people, _shares(_counts(panel.task, people)))
         return Outcome([answers(len(items)) for items in panel.queries], 0.0, 0.0)
 
@@ -56,7 +56,7 @@ class OwnConstant(_Constant):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         task, shots = panel.task, max(len(person.items) for person in panel.people)
-        others = [person.first(shots) for person in panel.task_people] or panel.among or panel.people
+        others = [person.first(shots) for person in panel.task_people] or panel.tested or panel.people
         everybody = _shares(_counts(task, panel.task_people or others))
         pull = best_pull(torch.stack([_counts(task, [person]) for person in others]), everybody)
         own = [_constant(task, [one], _pulled(_counts(task, [one]), everybody, pull)) for one in panel.people]

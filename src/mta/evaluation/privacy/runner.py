@@ -195,7 +195,7 @@ class MembershipEvaluator:
         return replace(self.panel, people=people)
 
     def _losses(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Losses]:
-        panel = panel.asked([tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        panel = panel.with_queries([tuple(self.items.items[n] for n in numbers) for numbers in asked])
         losses: list[Losses] = []
         for numbers, answers, golds in zip(asked, run(panel).answers, panel.golds):
             nll = query_nll(panel.task, answers, golds)

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from mta.serving.api.auth import Key
-from mta.serving.api.completions import chat_tokens, name_of, refuse_long, until_disconnect
+from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import AnswerPiece, Ask, Engine, Refused, ServedModel, together
@@ -29,7 +29,7 @@ router = APIRouter()
 async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http: HttpRequest) -> Response:
     """Return the probability of every label for each input, a prompt worded as the task's."""
     answer = partial(_answer, service, request, key)
-    return await until_disconnect(http, service.answered("classify", request, key, answer))
+    return await until_disconnect(http, service.with_fallback("classify", request, key, answer))
 
 
 async def _answer(service: Service, request: ClassifyRequest, key: Key, who: ServedModel) -> Response:

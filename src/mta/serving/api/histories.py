@@ -106,13 +106,19 @@ class Histories:
 
     def held(self, id: str) -> int:
         """Return the number of items that are only in memory."""
-        found = self._of(id, self._store.tombstones.of(id))
-        return len(found.items) if found else 0
+        with self._lock:
+            share, since = self._share.get(id), self._since.get(id)
+            items = self._held[share][id].items if share is not None else ()
+        return len(items) if since is not None and self._store.tombstones.of(id) <= since else 0
 
     def drop_forgotten(self) -> None:
         """Drop items in memory that are older than a tombstone."""
-        for id, names in self._store.tombstones.of_each(list(self._since)).items():
-            self._of(id, names)
+        with self._lock:
+            before = dict(self._since)
+        for id, names in self._store.tombstones.of_each(before).items():
+            with self._lock:  # items that came after the listing have tombstones of their own
+                if self._since.get(id) is before[id] and not names <= before[id]:
+                    self._drop(id)
 
     def forget(self, id: str) -> bool:
         """Drop a person's items from memory; return whether there were any."""

@@ -129,11 +129,12 @@ class Jobs:
         if not (store := self.personal.store):
             return
         with self._changed:
-            known = list(self._entries)
-        tombstones = store.tombstones.of_each(known)  # may take seconds: nothing waits for it
+            before = dict(self._entries)
+        tombstones = store.tombstones.of_each(before)  # may take seconds: nothing waits for it
         with self._changed:
-            for id, names in tombstones.items():
-                if (entry := self._entries.get(id)) and not names <= entry.since:
+            for id, entry in before.items():
+                now = self._entries.get(id)
+                if now and now.since is entry.since and not tombstones[id] <= entry.since:  # else it was put again
                     del self._entries[id]
 
     async def close(self, patience: float = _PATIENCE) -> None:

@@ -70,7 +70,7 @@ class Service:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
 
-    async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
+    async def resolve_model(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
 
         The store is read each time, so a person forgotten by another process is not served from memory. If the person
@@ -90,7 +90,7 @@ class Service:
             hint="GET /v1/models lists available models; with fallback: task the pooled model answers instead.",
         )
 
-    async def answered(
+    async def with_fallback(
         self,
         kind: str,
         request: Request | ClassifyRequest,
@@ -99,7 +99,7 @@ class Service:
     ) -> Response:
         """Return the answer of the model that a request names, or of its ``fallback`` for a state of another bank."""
         with self.refusals(kind):
-            who = await self.who(request.model, key, request.fallback)
+            who = await self.resolve_model(request.model, key, request.fallback)
         try:
             return await answer(who)
         except OtherBank:

@@ -57,7 +57,7 @@ class EmbeddedEngine(QueuedEngine):
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
         self._loading = self._loaded = 0  # adapters being loaded, and loaded since the start
-        self._forgotten = 0  # calls of forget()
+        self._drops = 0  # calls of forget() and drop()
         self.died = False
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gone = False  # the thread accepts no calls
@@ -96,7 +96,7 @@ class EmbeddedEngine(QueuedEngine):
             return isinstance(who, Version) and matches(who)
 
         def work() -> None:
-            self._forgotten += 1
+            self._drops += 1
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
             self.scheduler.end(error, dropped)
@@ -157,7 +157,7 @@ class EmbeddedEngine(QueuedEngine):
                 raise EngineGone("the engine has stopped", hint=LATER)
             self._calls.put(call)
 
-    def _load(self, row: AnswerRow, since: int) -> None:
+    def _load(self, row: AnswerRow, drops_before: int) -> None:
         """Load a row's adapter from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception | None = None
         who, adapters = row.ask.who, self.scheduler.adapters
@@ -169,7 +169,7 @@ class EmbeddedEngine(QueuedEngine):
         except Exception as error:
             adapter = error
         try:
-            self._put(partial(self._enter_loaded, row, adapter, since))
+            self._put(partial(self._enter_loaded, row, adapter, drops_before))
         except EngineGone as error:
             row.send(error)
 
@@ -205,9 +205,9 @@ class EmbeddedEngine(QueuedEngine):
             self.scheduler.waiting.append(row)
         else:
             self._loading += 1
-            self._loaders.submit(self._load, row, self._forgotten)
+            self._loaders.submit(self._load, row, self._drops)
 
-    def _enter_loaded(self, row: AnswerRow, adapter: RowAdapter | Exception | None, since: int) -> None:
+    def _enter_loaded(self, row: AnswerRow, adapter: RowAdapter | Exception | None, drops_before: int) -> None:
         """Cache a row's adapter and queue the row, or end the row if loading failed; without an adapter do nothing."""
         self._loading -= 1
         if adapter is None:
@@ -217,7 +217,7 @@ class EmbeddedEngine(QueuedEngine):
             row.send(adapter)
         elif isinstance(adapter, Exception):
             self.scheduler.fail([row], adapter)
-        elif since != self._forgotten:  # this person may have been forgotten meanwhile: load again
+        elif drops_before != self._drops:  # this person may have been forgotten meanwhile: load again
             self._enter(row)
         else:
             self.activated[row.ask.who] = row.adapter = adapter

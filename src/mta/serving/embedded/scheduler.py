@@ -67,7 +67,7 @@ class Scheduler:
         self.running = 0
         self.failed = self.lost = 0  # failures and lost answers since the start
         self._failures_in_a_row = 0  # steps without a pass that succeeded
-        self._counts = False  # whether a failure counts: the first of a step, before any pass succeeded
+        self._failure_counts = False  # whether a failure counts: the first of a step, before any pass succeeded
         self.stops = frozenset(base.stop_tokens)
 
     @property
@@ -87,7 +87,7 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> None:
         """Drop cancelled rows, admit waiting rows, prefill, decode."""
-        self._counts = True
+        self._failure_counts = True
         try:
             self._drop_cancelled()
             self._admit()
@@ -97,7 +97,7 @@ class Scheduler:
                 self._pass(slice(0, self.running), 1)
         except Exception as error:
             self._restart(error)
-        self._counts = False
+        self._failure_counts = False
 
     @torch.inference_mode()
     def end(self, error: MtaError, matches: Callable[[ServedModel], bool] = lambda _: True) -> None:
@@ -115,8 +115,8 @@ class Scheduler:
         """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
         self.failed, self.lost = self.failed + 1, self.lost + len(lost)
-        self._failures_in_a_row += self._counts  # before the callers know: they may ask for the engine's health
-        self._counts = False
+        self._failures_in_a_row += self._failure_counts  # before the callers know: they may ask for the engine's health
+        self._failure_counts = False
         log_failure("a decoding step", error)
         for row in lost:
             row.send(AnswerLost(LOST, hint=LATER))
@@ -178,7 +178,7 @@ class Scheduler:
             likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
         except Exception as error:
             return self._lose(rows, error)
-        self._failures_in_a_row, self._counts = 0, False
+        self._failures_in_a_row, self._failure_counts = 0, False
         for row in rows:
             del row.left[:width]
         ready = [n for n, row in enumerate(rows) if not row.left]

@@ -1,0 +1,104 @@
+"""From an engine's tokens to parts of text: half characters and stop texts are never sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from mta.serving.api.schemas import AnswerText
+from mta.serving.engine import Ask, Engine, Finish, Token
+
+_HALF = "\N{REPLACEMENT CHARACTER}"
+_BYTES = 4  # of the longest character: a character incomplete after as many tokens stays incomplete
+
+
+class Detokenizer:
+    """Detokenizes one answer piece by piece.
+
+    Text is held back while it may be the beginning of a stop text, or part of a character.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.stopped = False
+        self._tokens: list[int] = []  # the new tokens, and those of the character before them
+        self._new = 0  # number of new tokens: their text is not in ``_pending``
+        self._known = ""  # the part of their text that ``_pending`` has or had
+        self._pending = ""  # text that is not returned yet
+
+    def add(self, token: int) -> str:
+        """Add one token; return the text that is final now."""
+        self._tokens.append(token)
+        self._new += 1
+        text = self._decoded()
+        half = text.endswith(_HALF)
+        if half and self._new < _BYTES:
+            return ""
+        self._pending += text[len(self._known) :]
+        # The next tokens are decoded behind this one: some tokenizers write a word differently at the start of a text.
+        # All tokens of a character stay together: some tokenizers decode neighboring bytes only as a whole.
+        self._tokens = [token] if half else self._tokens[-self._new :]
+        self._known, self._new = self._decoded(), 0
+        return self._give(held=max((len(stop) - 1 for stop in self.stops), default=0))
+
+    def end(self) -> str:
+        """Return the remaining text at the end of the answer."""
+        self._pending += self._decoded()[len(self._known) :]
+        return self._give(held=0)
+
+    def _give(self, held: int) -> str:
+        places = [(self._pending.find(stop), len(stop)) for stop in self.stops]
+        found = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
+        self.stopped = bool(found)
+        until = min(found)[1] if found else max(len(self._pending) - held, 0)
+        piece, self._pending = self._pending[:until], self._pending[until:]
+        return piece
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+
+async def stream_answers(
+    engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str]
+) -> AsyncIterator[AnswerText]:
+    """Stream the parts of ``count`` answers as they come, each until its first stop text.
+
+    Closing the iterator cancels all answers.
+    """
+    parts: asyncio.Queue[AnswerText | BaseException] = asyncio.Queue()
+
+    async def stream_one(index: int) -> None:
+        seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
+        text = Detokenizer(tokenizer, stops)
+        held: list[Token] = []  # tokens with text that is still held back
+        try:
+            async with aclosing(engine.answer(seeded)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    shown = text.add(piece.token.id) if piece.token else text.end()
+                    held += [piece.token] if piece.token else []
+                    finish: Finish | None = "stop" if text.stopped else piece.finish
+                    if shown or finish:
+                        parts.put_nowait(AnswerText(index, shown, tuple(held), finish, piece.cached))
+                        held = []
+                    if finish:
+                        return
+        except BaseException as error:
+            parts.put_nowait(error)
+            raise
+
+    tasks = [asyncio.create_task(stream_one(index)) for index in range(count)]
+    try:
+        running = count
+        while running:
+            part = await parts.get()
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+            running -= part.finish is not None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
