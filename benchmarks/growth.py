@@ -13,6 +13,7 @@ import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -75,7 +76,7 @@ def losses(base: BaseModel, bank: Bank, people: list[Person], states: list[State
     for person, state in zip(people, states):
         items = person.items[SHOTS + MORE : SHOTS + MORE + ASKED]
         (scores,) = label_scores(base, bank.task, [items], row_adapters(base, bank, [state]), owners=[0])
-        right = [bank.task.labels.index(bank.task.target(item)) for item in items]
+        right = [(bank.task.labels or ()).index(bank.task.target(item)) for item in items]
         found.append(-torch.log_softmax(scores, 1)[range(len(items)), right].mean())
     return torch.stack(found).double()
 
@@ -94,7 +95,8 @@ def main() -> None:
     people = newcomers(bank, args.people)
     young, grown = [p.first(SHOTS) for p in people], [p.first(SHOTS + MORE) for p in people]
     states, took = made(base, bank, run, young)
-    kept, rows = losses(base, bank, people, states), {}
+    kept = losses(base, bank, people, states)
+    rows: dict[str, dict[str, Any]] = {}
     rows["keep"] = {"nll": float(kept.mean()), "seconds a person": 0.0, "at first": took / len(people)}
 
     def tell(name: str, states: list[State], seconds: float) -> None:
@@ -103,7 +105,8 @@ def main() -> None:
         print(f"{name:10} {found}  {seconds / len(people):.2f} s a person", flush=True)
 
     print(f"keep       {rows['keep']['nll']:.3f} nats; at first {took / len(people):.2f} s a person")
-    for name in ("retrain", "refresh", None):
+    choices: tuple[Action | None, ...] = ("retrain", "refresh", None)
+    for name in choices:
         states, done, seconds = updated(base, bank, run, young, grown, name)
         tell(name or "decided", states, seconds)
     rows["decided"]["actions"] = {"keep": done.kept, "retrain": done.retrained, "refresh": done.refreshed}

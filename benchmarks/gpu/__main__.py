@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ _USED = 0.9  # of the free memory: some is lost between allocations, and to libr
 _ON_CPU = 24 * 2**30  # memory for passes on a device that is not asked
 
 
+def _why_not(reason: str, start: float, budget: float | None) -> str:
+    """Return why a row is not measured, or "": a reason of its shape, or that time is up."""
+    return reason or late(start, budget)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Measure the chosen parts of the chosen shapes, write them, and print one table. Returns 1 if a row failed."""
     args, start = parsed(words), time.monotonic()
@@ -64,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
         reason = "" if args.quick else left_out(shape, free, site.memory, args.people)
         release(device)  # the base of the shape before
         for part in dict.fromkeys(("base", *args.only)):
-            for row in rows(site, part, lambda reason=reason: reason or late(start, args.budget)):
+            for row in rows(site, part, partial(_why_not, reason, start, args.budget)):
                 row = replace(row, target=None) if args.quick else row  # tiny models have no targets
                 console.print(report.line(row), highlight=False, soft_wrap=True)
                 keep(found, recorded(row, run, part, site))

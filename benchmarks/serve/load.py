@@ -81,7 +81,8 @@ async def load(url: str, models: Sequence[str], seconds: float, most: int) -> Ti
 
 async def cold(url: str, models: Sequence[str]) -> dict[str, float]:
     """Time to an answer of one token for people who were never asked before, and for the same people later."""
-    draw, found = random.Random(0), {"never asked before": [], "asked before": []}
+    draw = random.Random(0)
+    found: dict[str, list[float]] = {"never asked before": [], "asked before": []}
     async with connected(url) as http:
         for times in found.values():
             for model in models:
@@ -96,7 +97,8 @@ async def cold(url: str, models: Sequence[str]) -> dict[str, float]:
 
 async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, float]:
     """How long everybody waits for a token while somebody with a prompt of 400 tokens comes in."""
-    draw, gaps = random.Random(0), {"quiet": [], "newcomer": []}
+    draw = random.Random(0)
+    gaps: dict[str, list[float]] = {"quiet": [], "newcomer": []}
     now_is, answered = ["quiet"], asyncio.Event()
 
     async def runs(model: str) -> None:

@@ -63,9 +63,9 @@ def main() -> None:
     with vllm_of(args.vllm or None, None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
         service = service_of(base, bank, Run(), args.store, Keys(), slots=args.slots, vllm=vllm)
         if vllm:
-            service.engine.stops = frozenset()  # type: ignore[union-attr]
+            service.engine.stops = frozenset()  # type: ignore[attr-defined]
         elif args.alone:
-            service.engine.scheduler.adapters.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
+            service.engine.scheduler.adapters.opened = lambda rows: nullcontext()  # type: ignore[attr-defined]
         serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
 
 

@@ -169,7 +169,8 @@ def memory_kept(name: str, settings: Settings) -> Row:
     cohort = _cohort("short", "rank 8 (OPPU)", "float32", _peers("short", settings, settings.people), settings)
     here, work = peer_here("float32", cohort.start), (cohort.jobs, cohort.start, cohort.training)
     with peer("float32", cohort.start) as plain:
-        here.prepare(*work), plain.prepare(*work)
+        here.prepare(*work)
+        plain.prepare(*work)
         one, other = (lambda: trained(here, cohort, cohort)), (lambda: trained(plain, cohort, cohort))
         rates, peer_rates = turns(one, other, settings.repeats, warm=False)
     return Row(

@@ -16,7 +16,7 @@ from benchmarks.speed.training import agreed, base_of, random_bank, task_lora
 from mta.bank.calibration.settle import one_step
 from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Gated, PerPerson, Shared
+from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.personalize.evidence import gather_evidence
@@ -111,7 +111,7 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
     def mta() -> float:
         found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens)
         w = 0.01 * found.gradients.to(base.master_dtype)  # of any size: times do not depend on it
-        below = [*pooled, Gated(bank, w)]
+        below: list[Adapters] = [*pooled, Gated(bank, w)]
         stacks = adapt(base, jobs, below, STACK, STEP, tokens_per_batch=tokens)
         mean_nll(base, jobs, [*below, PerPerson(stacks)], tokens_per_batch=tokens)  # the other losses are known
         return len(jobs)

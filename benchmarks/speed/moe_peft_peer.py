@@ -38,7 +38,9 @@ class Peer:
     def gradient(self) -> dict[str, Any]:
         """Write the gradient of each adapter on all examples of its person; return the losses."""
         losses = self._backward(self.people)
-        named = {f"{person}/{name}": t.grad for person in self.people for name, t in self._parameters(person).items()}
+        named: dict[str, Any] = {
+            f"{person}/{name}": t.grad for person in self.people for name, t in self._parameters(person).items()
+        }
         save_file({name: grad.contiguous() for name, grad in named.items()}, self.folder / "gradient.safetensors")
         for person in self.people:
             for tensor in self._parameters(person).values():
