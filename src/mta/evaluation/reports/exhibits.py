@@ -257,6 +257,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "case": ("Figure 5: one person's question", _case),
     "gradient": ("Coefficients from one gradient", _against),
     "choice": ("A choice for each person", _compared),
+    "steps": ("The stack's steps", _against),
     "controls": ("Controls: without the person's own shots, or without any model", _against),
     "tune": ("Settings, tried on development people", _compared),
     "oppu": ("OPPU's steps and rate, on development people", _compared),
