@@ -28,7 +28,7 @@ from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
-from mta.personalize.pipeline import Updated
+from mta.personalize.outcomes import Updated
 from mta.personalize.update import Action, decide
 from mta.store.state import State
 from mta.system.assets import resolve

@@ -78,7 +78,7 @@ SIZES: dict[str, Any] = {
     "q_lora_rank": 8,
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
+    "v_head_dim": 12,  # in multi-head latent attention, values may be wider or narrower than queries
     "index_head_dim": 8,
     "index_n_heads": 2,
     "index_topk": 64,

@@ -20,7 +20,7 @@ from mta.bank.format import read_info, verify
 from mta.bank.notes import mark_stale, stale, stops
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
-from mta.data.tasks import load_task
+from mta.data.tasks import PromptFormat, load_task
 from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 from mta.training.checkpoint import Checkpoint
@@ -65,7 +65,9 @@ def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):
     assert re.search(r"calibration: 8 people, about [\d.]+ s in one process here", said[0])
 
 
-def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base):
+def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base, monkeypatch):
+    for name, found in (("prior_of", 8.0), ("best_on_average", 2)):  # random people may not differ
+        monkeypatch.setattr(f"mta.bank.calibration.crossfit.{name}", lambda *_, found=found: found)
     run = override(Run(), ["merge.policy=laplace"])
     with pytest.raises(ConfigError, match="policy 'laplace' needs a calibrated bank"):
         mta.Personalizer(base, mta.Bank.open(folder / "bank", base), run=run).personalize(OTHERS[:2])
@@ -321,6 +323,14 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
     with pytest.raises(DataError, match=r"^item 1 of 'other-\d+': task .* max_tokens is 20"):
         calibrated(folder, narrow)
     assert not (folder / "bank" / "work").exists()
+
+
+def test_only_items_that_are_measured_have_to_fit(folder, base, monkeypatch):
+    late, checked = Item({"title": "Late", "genres": "Drama", "rating": "3"}, time=1e9), []
+    monkeypatch.setattr(PromptFormat, "check", lambda self, task, items: checked.extend(items))
+    calibrated(folder, base, [replace(person, items=(*person.items, *[late] * 60)) for person in OTHERS])
+    assert len(checked) >= 2 * len(OTHERS)
+    assert len([item for _, item in checked if item is late]) < 30 * len(OTHERS)
 
 
 def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):

@@ -95,6 +95,8 @@ def test_where_people_do_not_differ_all_get_mu():
     assert prior([normal(1, N, seed=u) for u in range(9)]) == 1e6  # one shot each
     assert prior([normal(9, N)]) == 1e6
     assert prior([normal(9, N), normal(9, N, seed=1)], [0, 1]) == 1e6  # nobody can be compared
+    twin = normal(1, N).expand(2, -1)
+    assert prior([twin, *(normal(1, N, seed=u) for u in range(9))]) == 1e6  # one person says nothing of the variance
 
 
 @given(fold=st.lists(st.integers(0, 1), min_size=6, max_size=6))

@@ -276,6 +276,18 @@ def test_where_a_step_of_ones_own_does_not_help_everybody_gets_the_same_merge(sc
     assert found.info.prior == BOUNDLESS
 
 
+def test_where_peoples_shots_say_nothing_nobody_gets_a_merge_of_their_own(scene, monkeypatch):
+    """However much larger its mean gain happens to be."""
+    measure = Calibrator.coefficients
+    monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + measure(*words))
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: w.abs().sum(1))
+    assert calibrated(scene, known(12)).personal
+    monkeypatch.setattr("mta.bank.calibration.crossfit.prior_of", lambda *_: BOUNDLESS)
+    found = calibrated(scene, known(12))
+    assert not found.personal
+    assert bool(found.mu.any())
+
+
 @pytest.mark.parametrize("gain", [math.nan, -math.inf])
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_gain_that_is_not_finite_rules_out_merges_of_ones_own(scene, monkeypatch, gain, at):

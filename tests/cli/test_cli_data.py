@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from world import BOB, TASK, mta, ratings, written
+from world import BOB, TASK, mta, ratings, run, written
 from world import world as world  # the fixture
 
 
@@ -87,3 +87,35 @@ def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     words = ["score", paths[1], "--true", paths[0], "--task", "lamp3"]
     assert mta(*words).out == "MAE 2.0000  RMSE 2.2361  questions 2\n"
     assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
+
+
+def test_data_show_prints_questions_without_answers(world, tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_text("person,title,genres\nann,Zorblax,Drama\n")
+    said = mta("data", "show", path, "--questions", *world.settings)
+    assert "Zorblax" in said.out
+    assert "⟦" not in said.out
+    assert "0 in the target" in said.out
+
+
+def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("person,review,stars\nann,Fine.,3\n")
+    words = ["--input-column", "stars", "--output-column", "stars"]
+    said = run("data", "describe", path, "--task", "lamp3", *words)
+    assert (said.code, "column 'stars' was given for several fields: " in said.err) == (1, True), said.err
+
+
+def test_lines_of_old_macs_are_named(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_bytes(b"person,input,output\rann,Fine.,3\r")
+    said = run("data", "describe", path, "--task", "lamp3")
+    assert (said.code, "its lines end as on old Macs (CR)" in said.err) == (1, True), said.err
+    assert "tr '" in said.err
+
+
+def test_answers_in_lines_are_no_outputs_of_the_benchmark(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"person": "ann", "answer": "3"}\n')
+    said = run("score", path, "--true", path, "--task", "lamp3")
+    assert (said.code, 'found no LaMP outputs: {"task": …, "golds": […]}' in said.err) == (1, True), said.err

@@ -51,7 +51,11 @@ def test_people_without_a_model_are_refused_or_answered_by_the_pooled_model(worl
     assert (said.code, "1 of 2 people have no model of this bank, 'eve' first" in said.err) == (1, True), said.err
     assert not (tmp_path / "answers.jsonl").exists()
     words = ["--fallback", "task", "--out", tmp_path / "answers.jsonl", "--json"]
-    assert mta("predict", path, *world.at, *words).json["answers"] == 2
+    answered = mta("predict", path, *world.at, *words)
+    assert answered.json == {"out": str(tmp_path / "answers.jsonl"), "answers": 2, "people": 2, "fallback": 1}
+    assert "1 of 2 people have no model of this bank: the pooled model answers" in answered.err
+    missing = run("predict", path, "--bank", world.bank, "--store", tmp_path / "poeple", "--fallback", "task")
+    assert (missing.code, "poeple" in missing.err) == (1, True), missing.err
     assert [one["model"] for one in lines((tmp_path / "answers.jsonl").read_text())] == ["person", "task"]
     assert stat.S_IMODE((tmp_path / "answers.jsonl").stat().st_mode) == 0o600  # it holds people's questions
 

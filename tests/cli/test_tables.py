@@ -21,9 +21,10 @@ def test_a_table_with_other_columns_is_read(tmp_path):
     said = mta("data", "describe", path, "--task", "lamp3", *COLUMNS)
     assert said.out.startswith("people 2  items 3")
     assert "people with a time on every item: 1" in said.out
-    failed = run("data", "describe", path, "--task", "lamp3", *COLUMNS[:6], "--time-column", "body")
+    path.write_text(TABLE.replace("2024-05-31", "soon"))
+    failed = run("data", "describe", path, "--task", "lamp3", *COLUMNS)
     assert failed.code == 1
-    assert "reviews.csv:2: field 'body': bad time 'Fine.'" in failed.err
+    assert "reviews.csv:2: field 'day': bad time 'soon'" in failed.err
 
 
 LINE = '{"user": "ann", "body": "Fine.", "stars": 4, "day": "2024"}\n'

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEMPLATE, tokenizer
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from mta.data.history import Item
 from mta.data.tasks import PromptFormat, Task, load_task
@@ -55,6 +56,19 @@ def test_a_prompt_goes_through_the_chat_template(task):
 def test_without_a_chat_template_the_prompt_is_plain_text(task):
     plain = form(template=False)
     assert words(plain, plain.example(task, RATING).prompt) == f"{task.prompt(RATING)}\nAnswer: "
+
+
+def test_a_tokenizer_that_appends_an_end_token_does_not_end_prompts(task):
+    """As models saved with ``add_eos_token`` do."""
+    plain, appending = form(template=False), deepcopy(tokenizer(False))
+    start, end = ((name, appending.convert_tokens_to_ids(name)) for name in ("<|start|>", "<|end|>"))
+    for single, first in ("$A <|end|>", ()), ("<|start|> $A <|end|>", (start[1],)):
+        appending.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[start, end])
+        made = PromptFormat(appending, 1000)
+        expected, found = plain.example(task, RATING), made.example(task, RATING)
+        assert (found.prompt, found.target) == ((*first, *expected.prompt), expected.target)
+        assert made.text("Hi") == (*first, *plain.text("Hi"))
+        assert made.prompt(task, RATING).tokens == found.prompt
 
 
 PIECES = st.lists(

@@ -116,7 +116,7 @@ def test_outputs_that_do_not_match_their_questions_are_refused(tmp_path: Path) -
         dumped(outputs, {"task": "LaMP_3", "golds": rows})
         fails(path, "lamp3", f"{outputs}:{message}")
     dumped(outputs, {"task": "LaMP_3"})
-    with pytest.raises(DataError, match="found no array that begins with"):
+    with pytest.raises(DataError, match="found no LaMP outputs: "):
         read_people(path, "lamp3")
 
 

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import base_of
+from tiny import base_of, random_loras
 
 from mta.data.history import Item
 from mta.data.tasks import Task
 from mta.evaluation.methods.method import answer
+from mta.lora.layers import PerPerson
+from mta.training.scoring import log_likelihood
 
 FREE = Task(name="free", item={"prompt": "{a}", "target": "b", "cut": ["a"]}, text="{a}", metric="rouge")
 
@@ -25,3 +27,23 @@ def test_a_generated_answer_has_the_length_limit_of_its_task(limit, expected):
     panel = SimpleNamespace(task=task, base=base, queries=[[Item({"a": "x", "b": "y"})]], write_texts=True)
     (found,) = answer(panel, [0], [])
     assert found.texts == ["a" * expected]
+
+
+def test_texts_and_losses_are_each_persons_own_and_losses_are_per_token():
+    """Of two people in one batch, with adapters and answers of different length; the second is asked alone, too."""
+    base = base_of()
+    queries = [[Item({"a": "one", "b": "x"}), Item({"a": "two", "b": "longer"})], [Item({"a": "one", "b": "yes"})]]
+    panel = SimpleNamespace(
+        task=FREE.model_copy(update={"answer_tokens": 6}), base=base, queries=queries, write_texts=True
+    )
+    batch = random_loras(base, 2)
+    first, second = answer(panel, [0, 1], [PerPerson(batch)])
+    (alone,) = answer(panel, [1], [PerPerson(batch.select([1]))])
+    (other,) = answer(panel, [1], [PerPerson(batch.select([0]))])
+    assert second.texts == alone.texts != other.texts
+    torch.testing.assert_close(second.nll, alone.nll)
+    for found, items, u in ((first, queries[0], 0), (second, queries[1], 1)):
+        for loss, item in zip(found.nll, items):
+            example = base.prompts.example(panel.task, item)
+            ((total,),) = log_likelihood(base, [[example]], [PerPerson(batch.select([u]))])
+            torch.testing.assert_close(loss, -total.double() / len(example.target))

@@ -12,7 +12,7 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Chosen, Merged, OneLora, Outcome, TaskLora
 from mta.evaluation.methods.combined import pick
-from mta.evaluation.metrics import Answers
+from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import Panel
 
 
@@ -31,7 +31,12 @@ def test_chosen_returns_the_answers_of_each_persons_candidate(panel):
     method = Chosen(candidates=candidates, margin=0.0)
     found = method.run(panel, 0)
     every = {c.name: c.run(panel, 0) for c in candidates}
+    folds, owners = panel.folds(method.folds)
+    held_out = [c.run(folds, 0).answers for c in candidates]
     for u, name in enumerate(found.chosen):
+        rows = [row for row, owner in enumerate(owners) if owner == u]
+        losses = [torch.cat([query_nll(folds.task, one[row], folds.golds[row]) for row in rows]) for one in held_out]
+        assert name == candidates[pick(torch.stack(losses), 0.0)].name
         assert torch.equal(found.answers[u].scores, every[name].answers[u].scores)
     assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
 

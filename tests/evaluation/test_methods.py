@@ -1,5 +1,7 @@
 """Each method against a plain computation or an example computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import people_of
@@ -38,7 +40,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Merge, learn, merge_loras
+from mta.personalize.merge import Merge, coefficients, learn, merge_loras
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
@@ -225,12 +227,27 @@ def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(panel):
 
 
 def test_a_smaller_bank_merges_only_its_own_anchors(panel):
-    found = Merged(merge=POSTERIOR, anchors=2).run(panel, 0)
-    assert len(set(found.merge.ids.flatten().tolist())) == 2
-    evidence = panel.evidence.of_anchors(found.merge.ids[0].sort().values.tolist())
-    torch.testing.assert_close(
-        evidence.anchor_loglik.sum(), panel.evidence.anchor_loglik[:, sorted(set(found.merge.ids[0].tolist()))].sum()
-    )
+    found = Merged(merge=POSTERIOR, anchors=2).run(panel, 0).merge
+    bank, chosen = panel.bank, sorted(found.ids[0].tolist())
+    assert found.ids.sort(dim=1).values.tolist() == [chosen] * PEOPLE
+    lora = bank.anchors.select(chosen)
+    evidence = gather_evidence(panel.base, panel.jobs, lora, bank.task_adapters)  # of these anchors alone
+    expected = coefficients(POSTERIOR, panel.similarity[:, chosen], evidence)
+    in_order = found.ids.argsort(dim=1), expected.ids.argsort(dim=1)
+    torch.testing.assert_close(found.w.gather(1, in_order[0]), expected.w.gather(1, in_order[1]))
+
+
+def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(panel):
+    """Of three anchors in two clusters, one of the two that are together is left out: the less active one."""
+
+    def chosen(*items):
+        bank = replace(panel.bank, info=panel.bank.info.model_copy(update={"items": items}))
+        other = Panel(replace(panel.context, bank=bank), panel.people, panel.queries, panel.task)
+        return set(Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2).run(other, 0).merge.ids[0].tolist())
+
+    ascending, descending = chosen(1, 2, 3), chosen(3, 2, 1)
+    ((less,), (more,)) = descending - ascending, ascending - descending
+    assert less < more
 
 
 def test_a_smaller_bank_needs_a_policy_that_can_merge_it(panel):
@@ -314,6 +331,23 @@ def test_shares_of_labels_are_those_of_the_shots_pulled_to_everybodys(panel):
     torch.testing.assert_close(one, (counts + pull * everybody) / (5 + pull))
     torch.testing.assert_close(one, other.flip(0))
     assert [a.texts for a in OwnConstant().run(alone, 0).answers] == [["1"], ["5"]]
+
+
+def test_constants_come_from_the_task_people_and_not_from_the_tested(tiny):
+    """Only as many items of a task person are looked at for the pull as the tested people have shots."""
+    task_people = [ratings_of(*"2222213454"), ratings_of(*"3333312455")]
+    context = replace(panel_of(tiny).context, task_people=task_people)
+    known = Panel(
+        context, [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2, panel_of(tiny).task
+    )
+    everybody = torch.tensor([3, 7, 7, 4, 4]).double() / 25
+    constant, own = (method.run(known, 0).answers[0].scores.exp()[0] for method in (GlobalConstant(), OwnConstant()))
+    torch.testing.assert_close(constant, everybody)
+    firsts = torch.tensor([[0, 5, 0, 0, 0], [0, 0, 5, 0, 0]]).double()
+    pull = best_pull(firsts, everybody)
+    whole = torch.tensor([[1, 5, 1, 2, 1], [1, 1, 5, 1, 2]]).double()
+    assert pull != best_pull(whole, everybody)
+    torch.testing.assert_close(own, (torch.tensor([4, 1, 0, 0, 0]).double() + pull * everybody) / (5 + pull))
 
 
 def test_shares_are_pulled_as_far_as_people_are_alike():

@@ -20,6 +20,7 @@ from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.privacy import report as privacy_report
+from mta.evaluation.privacy.report import judged, table
 from mta.evaluation.privacy.runner import (
     ANCHORS,
     ANOTHER,
@@ -180,7 +181,21 @@ def test_an_impossible_merge_is_refused_first(world):
 
 
 def strongest(row):
-    return list(row.attacks.values())[-1]
+    return judged(row, {"anchors pooled": 0})[1]
+
+
+def test_a_task_lora_that_saw_the_anchors_items_is_no_reference_for_them(found):
+    own, shots = found.row(ANCHORS, OWN), found.row(SHOTS, PERSONAL)
+    apart, pooled = ({"anchors pooled": number} for number in (0, 3))
+    assert judged(own, apart) == ("over task LoRA", own.attacks["over task LoRA"])
+    assert judged(own, pooled) == ("over base", own.attacks["over base"])
+    assert judged(shots, pooled)[0] == "over task LoRA"  # which did not see these
+    base = found.row(ANCHORS, "base")
+    assert judged(base, pooled)[0] == "loss"
+    meta = found.meta | {"anchors pooled": 3}
+    shown = Console(width=200, record=True)
+    shown.print(table(Findings([own], meta)))
+    assert f"{own.attacks['over base'].tpr.mean:.3f}" in shown.export_text()
 
 
 def test_memorized_items_are_found_and_the_base_shows_nothing(found):

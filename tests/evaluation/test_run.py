@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.evaluation import Context, Panel, context, evaluate
 from mta.evaluation.compare import standard_methods, study
+from mta.evaluation.experiments.runner import compute_records
 from mta.evaluation.methods import (
     Base,
     GlobalConstant,
@@ -205,6 +207,23 @@ def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(pa
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
 
 
+def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(panel, monkeypatch):
+    run = TaskLora.run
+
+    def timed(self, panel, seed):
+        assert "jobs" in vars(panel)  # tokenized before the method begins
+        return dataclasses.replace(run(self, panel, seed), seconds=8.0)
+
+    monkeypatch.setattr(TaskLora, "run", timed)
+    workspace = SimpleNamespace(panel=lambda *_: panel, hashed=str, question_id=lambda *_: "q")
+    asked = SimpleNamespace(
+        part=SimpleNamespace(bank="main"), seed=0, shots=SHOTS, batch=None, key="", protocol="", method=TaskLora()
+    )
+    assert [record.seconds for record in compute_records(workspace, asked)] == [8.0 / PEOPLE] * PEOPLE
+    del vars(panel)["jobs"]
+    evaluate(panel, [TaskLora(name="anew")])
+
+
 def row_of(name, nll):
     nll = torch.tensor(nll, dtype=torch.float64)
     return Row(name, {"NLL": nll.mean(1)}, nll, 0.0, 0.0, None)
@@ -212,16 +231,18 @@ def row_of(name, nll):
 
 def test_paired_differences_and_who_is_worse_off(task):
     reference = [[1.0, 1.2, 0.8, 1.0], [2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]]
+    reference.insert(1, [1.5, 1.5, 1.5, 1.5])
     shift = [
         [0.10, 0.11, 0.09, 0.10],  # clearly worse
+        [0.02, 0.06, 0.14, 0.18],  # 2.7 standard errors above zero: with four questions, that is uncertain
         [0.90, -0.80, 0.70, -0.50],  # worse on average, but uncertain
         [0.01, 0.01, 0.01, 0.01],  # certain, but below the threshold
         [-0.30, -0.30, -0.30, -0.30],
     ]
     ours = [[a + b for a, b in zip(*rows)] for rows in zip(reference, shift)]
-    constant = Row("constant", {"MAE": torch.ones(4)}, None, 0.0, 0.0, None)
+    constant = Row("constant", {"MAE": torch.ones(5)}, None, 0.0, 0.0, None)
     found = Comparison(task, [row_of("reference", reference), row_of("ours", ours), constant])
-    assert found.worse_off("ours", "reference") == (0.5, 0.25)
+    assert found.worse_off("ours", "reference") == (0.6, 0.2)
     assert found.worse_off("reference", "reference") is None
     assert found.worse_off("constant", "reference") is None
     means = torch.tensor(shift, dtype=torch.float64).mean(1)

@@ -93,10 +93,12 @@ def test_tree_attention_equals_the_plain_one(sizes, longest, share):
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
-def test_heads_of_any_width_are_attended_to(dtype):
+@pytest.mark.parametrize("of_values", [3000, 5])
+def test_heads_of_any_width_are_attended_to(dtype, of_values):
     rows = rows_of([3, 2], 12)
     batch, tokens = rows.tokens.shape
-    inputs = [draw(batch, tokens, 2, 3000, seed=n, dtype=dtype).transpose(1, 2) for n in range(3)]
+    widths = (3000, 3000, of_values)
+    inputs = [draw(batch, tokens, 2, e, seed=n, dtype=dtype).transpose(1, 2) for n, e in enumerate(widths)]
     blocks = blocks_of(rows.ends, rows.positions)
     mask = additive(blocks.seen, dtype)
 

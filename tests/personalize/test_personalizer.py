@@ -15,7 +15,7 @@ from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, DataError, Diverged, InputError, MemoryBudgetError, PersonNotFound, StoreError
 from mta.personalize import Personalizer, stages
-from mta.personalize.pipeline import Personalized
+from mta.personalize.outcomes import Personalized
 from mta.personalize.shots import shots_of
 from mta.store.state import State
 

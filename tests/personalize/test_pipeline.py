@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import kill
@@ -22,8 +23,9 @@ from mta.errors import (
     InputError,
     StoreError,
 )
-from mta.personalize.pipeline import Personalized
+from mta.personalize.outcomes import Personalized
 from mta.store import Store
+from mta.store.run_checkpoints import RunCheckpoints
 from mta.training.checkpoint import Checkpoint
 
 
@@ -186,6 +188,38 @@ def test_a_resumed_plan_covers_everybody(tiny, tmp_path):
     again = personalizer(*tiny, store=tmp_path)
     assert again.personalize(changed).trained == len(PEOPLE)
     assert {again.state(person.id).policy for person in PEOPLE} == {"posterior"}
+
+
+def test_an_update_of_new_people_that_is_stopped_goes_on_with_its_plan(tiny, tmp_path):
+    personal = in_cohorts_of(*tiny, 2, store=tmp_path / "people")
+    personal.personalize([PEOPLE[0].first(2)])
+    begun = len(list((tmp_path / "people").glob("*/*/*.safetensors")))
+
+    def stop(stage, step):
+        if len(list((tmp_path / "people").glob("*/*/*.safetensors"))) >= begun + 2:  # a cohort was saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        personal.update(PEOPLE, on_step=stop)
+    (plan,) = (tmp_path / "people" / "work").glob("*/plan.json")
+    planned, resumed = json.loads(plan.read_text()), []
+    note = RunCheckpoints.note
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCheckpoints, "note", lambda self, names: (resumed.append(names), note(self, names)))
+        personal.update(PEOPLE)
+    assert resumed == [planned]
+    assert not (tmp_path / "people" / "work").exists()
+
+
+def test_an_item_that_does_not_fit_is_named_by_its_number(known, tiny):
+    (person,) = people_of(1, items=3, prefix="long-")
+    wrong = Item({**person.items[0].fields, "rating": "no label"}, time=9.0)
+    personal = personalizer(*tiny)
+    done = personal.personalize([replace(person, items=(*person.items, wrong))])
+    assert "item 4, field 'rating'" in str(done.failed[person.id])
+    personal.personalize([person])
+    done = personal.update([replace(person, items=(*person.items, wrong))])
+    assert "item 4, field 'rating'" in str(done.failed[person.id])
 
 
 def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from traces import spellings
 from mta.distributed.executor import LocalExecutor
 from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.personalize import Personalizer, forget_person, stages
-from mta.personalize.pipeline import Updated
+from mta.personalize.outcomes import Updated
 from mta.personalize.shots import shots_of
 from mta.store.state import State
 
@@ -147,6 +148,11 @@ def test_a_state_of_more_items_that_another_process_saves_meanwhile_stays(world,
     assert jobs.status(person.id).state == "failed"
     assert "meanwhile" in jobs.status(person.id).message
     assert store.load(person.id) == newer
+    frame, kept = sys._current_frames()[jobs._thread.ident], dict[str, object]()
+    while frame:
+        kept |= {name: value for name, value in frame.f_locals.items() if frame.f_code.co_filename.endswith("jobs.py")}
+        frame = frame.f_back
+    assert set(kept) == {"self"}  # while the thread waits for the next job, it keeps nobody's items
 
 
 @pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])

@@ -3,6 +3,7 @@
 import httpx2
 import openai
 import pytest
+from fastapi.exceptions import RequestValidationError
 from gateway import ASKED
 from gateway import world as world  # the fixture
 
@@ -100,3 +101,56 @@ def test_a_prompt_that_is_too_long_has_openais_code(world, letters):
     with pytest.raises(openai.BadRequestError) as error:
         world.client("serve").completions.create(model="task", prompt="", max_tokens=5)
     assert error.value.code is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/people/ann/history", {"items": [1] * 100_000}),
+        ("/v1/chat/completions", {"model": "task", "messages": [{"role": "user", "content": [1] * 100_000}]}),
+    ],
+)
+def test_a_list_of_wrong_elements_is_refused_at_the_first(world, path, body):
+    """An error for each element would take seconds, in which nobody else is answered."""
+    seen, errors = [], RequestValidationError.errors
+
+    def watched(self):
+        found = errors(self)
+        seen.append(len(found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, world.http("admin") as http:
+        patch.setattr(RequestValidationError, "errors", watched)
+        assert http.post(path, json=body).status_code == 400
+    assert max(seen) <= 2  # one for each form that is accepted
+
+
+def test_more_items_than_a_history_may_have_are_refused_before_each_is_read(world, monkeypatch):
+    monkeypatch.setattr("mta.serving.api.people._item", None)
+    with world.http("admin") as http:
+        found = http.post("/v1/people/ann/history", json={"items": [{"fields": {}}] * 1000})
+    assert (found.status_code, "at most 512 items, this one would have 1000" in found.text) == (400, True), found.text
+
+
+def test_a_body_without_its_content_type_is_explained(world):
+    with world.http("admin") as http:
+        found = http.post("/v1/completions", content=b'{"model": "task", "prompt": "x"}')
+    assert found.status_code == 400
+    assert "send the header Content-Type: application/json" in found.json()["error"]["message"]
+
+
+def test_a_list_of_one_prompt_is_a_prompt(world):
+    """LangChain sends a list and an empty logit_bias."""
+    how = {"model": "person:ann", "max_tokens": 4, "temperature": 0}
+    completions = world.client("serve").completions
+    one = completions.create(prompt="Film 7", **how).choices[0].text
+    assert completions.create(prompt=["Film 7"], logit_bias={}, **how).choices[0].text == one
+    with pytest.raises(openai.BadRequestError, match="2 prompts; send one per request"):
+        completions.create(prompt=["Film 7", "Film 8"], **how)
+
+
+def test_proxies_do_not_hold_back_the_events_of_a_stream(world):
+    body = {"model": "task", "prompt": "x", "max_tokens": 2, "stream": True}
+    with world.http("serve") as http, http.stream("POST", "/v1/completions", json=body) as found:
+        assert (found.headers["Cache-Control"], found.headers["X-Accel-Buffering"]) == ("no-cache", "no")
+        assert b"[DONE]" in found.read()

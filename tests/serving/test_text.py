@@ -1,5 +1,6 @@
 """Detokenized text while tokens arrive: whole characters, and nothing of a stop text."""
 
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 from tiny import tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from mta.serving.api.schemas import AnswerText, CompletionRequest, ResponseFormatter
 from mta.serving.api.streaming import Detokenizer
+from mta.serving.engine import Token
 from mta.serving.model_names import Named, named
 
 
@@ -85,3 +88,12 @@ def test_every_version_of_every_id_can_be_named(id, version):
     quoted = quote(id, safe="")
     assert named(f"person:{quoted}@v{version}", "base") == Named(id, version)
     assert named(f"person:{quoted}", "base") == Named(id)
+
+
+def test_of_tokens_with_the_same_text_the_likeliest_has_its_log_probability():
+    request = CompletionRequest(model="task", prompt="x", logprobs=3)
+    same = SimpleNamespace(decode=lambda ids: "\N{REPLACEMENT CHARACTER}" if ids[0] < 9 else "a")
+    formatter = ResponseFormatter(request, "task", same)
+    token = Token(1, -0.5, ((1, -0.5), (2, -1.0), (9, -3.0)))
+    found = formatter.choice([AnswerText(0, "?", (token,), "length")])["logprobs"]
+    assert found["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -0.5, "a": -3.0}]

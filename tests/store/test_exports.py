@@ -12,10 +12,10 @@ import pytest
 from files import folder_of, path_of
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import ANN, everything, export_from, exported, state
+from stores import ANN, adapter, everything, export_from, exported, state
 
 from mta.errors import InputError, StateCorrupt
-from mta.lora.peft import CONFIG, WEIGHTS
+from mta.lora.peft import CONFIG, WEIGHTS, write_peft
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store import exports as module
@@ -157,6 +157,19 @@ def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [export.sha256 for export in store.exports.of(ANN)] == [""]
     assert list(store.exports.remove(ANN).values()) == ([f"{folder} (it was interrupted)"] if there else [])
     assert {path.name for path in folder.parent.iterdir()} == {".ann.mine", *(["ann"] if there else [])}
+
+
+def test_an_export_that_was_killed_after_its_weights_appeared_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, folder = Store(tmp_path / "people"), tmp_path / "ann"
+    with monkeypatch.context() as patch:
+        patch.setattr(Export, "done", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), store.exports.writing(ANN, folder) as written:
+            write_peft(folder, adapter(0), "base", on_weights=written)
+    assert (folder / WEIGHTS).exists()
+    assert store.exports.remove(ANN) == {}
+    assert not folder.exists()
 
 
 def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_collect_removes_a_stopped_run_after_a_week(tmp_path: Path) -> None:
     assert {path.parent.name for path in (tmp_path / "work").rglob("plan.json")} == {young, "of-mine"}
 
 
+def test_collect_keeps_the_plan_of_a_run_that_takes_longer_than_a_week(tmp_path: Path) -> None:
+    store, run = filled(tmp_path), tmp_path / "work" / ("0" * 24)
+    run.mkdir(parents=True)
+    for name in ("plan.json", "0.safetensors"):
+        (run / name).write_text("[]")
+        os.utime(run / name, (time.time() - 8 * 86400,) * 2)
+    assert len(collect(store, dry=True)) == 2
+    (run / "0.safetensors").touch()  # the run writes on
+    assert collect(store) == {}
+
+
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_collect_keeps_the_newest_versions_and_the_numbering(url: str, keep: int) -> None:
     store = filled(url, versions=4)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,3 +252,35 @@ def test_racing_writers_have_one_winner_without_hard_links(tmp_path: Path, monke
     with pytest.raises(StoreConflict):
         late.save(ANN, state(1))
     assert store.load(ANN) == state(0)
+
+
+def test_a_full_disk_without_hard_links_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    store = Store(tmp_path)
+    assert store.save(ANN, state(0)) == 1
+    flush, failing = os.fsync, []
+
+    def full(file: int) -> None:
+        if failing and os.readlink(f"/proc/self/fd/{file}").endswith("/2.safetensors"):
+            raise OSError(28, "No space left on device")
+        flush(file)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fsync", full)
+    failing.append(True)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.save(ANN, state(1))
+    assert (check(store).damaged, store.load(ANN)) == ({}, state(0))
+
+
+def test_a_store_that_was_created_anew_gets_its_new_key(tmp_path: Path) -> None:
+    running = Store(tmp_path / "people")
+    running.save(ANN, state(0))
+    shutil.rmtree(tmp_path / "people")
+    Store(tmp_path / "people").save("bob", state(1))
+    running.save(ANN, state(2))
+    assert Store(tmp_path / "people").load(ANN) == state(2)
+    forget_person(ANN, Store(tmp_path / "people"))
+    assert check(running).states == 1  # bob's

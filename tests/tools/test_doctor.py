@@ -1,5 +1,6 @@
 """What the doctor finds: on a machine as it is, and on one that lacks something."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import people_of
+from rich.console import Console
 
+from mta.cli.machine import _findings
 from mta.store import Store
 from mta.system import assets
 from mta.tools import doctor
-from mta.tools.doctor import BASE, examine
+from mta.tools.doctor import BASE, Finding, examine
 
 GIB = 1 << 30
 
@@ -304,3 +307,11 @@ def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     assert "Give the store's address, or create a store:" in done.stdout
     assert "1 problem, " in done.stdout
     assert "Fix the problems first." in done.stdout
+
+
+def test_findings_are_shown_beside_a_long_path():
+    path, found = "/data/" + "folder/" * 12, "opens in two seconds"
+    for width in (60, 80):
+        shown = Console(width=width, record=True, file=io.StringIO())
+        shown.print(_findings([Finding("bank", path, "ok", found, "Nothing to do.")]))
+        assert {*found.split(), "ok", "Nothing"} <= set(shown.export_text().split())

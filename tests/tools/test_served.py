@@ -62,6 +62,11 @@ def test_a_server_on_this_machine_is_not_asked_through_a_proxy(world, monkeypatc
     assert "Connection refused" in found.found  # by the proxy
 
 
+def test_the_address_may_end_in_v1():
+    with Server("http://127.0.0.1:8000/v1/").client() as client:
+        assert client.build_request("POST", "/v1/classify").url == "http://127.0.0.1:8000/v1/classify"
+
+
 def test_a_person_with_another_state_here_is_a_problem(world, tmp_path):
     store = Store(tmp_path / "people")
     for seed, id in ((7, "ann"), (1, "bob")):

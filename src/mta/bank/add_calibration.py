@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
 from mta.bank.calibration.laplace import Calibration
-from mta.bank.calibration.people import calibration_people
+from mta.bank.calibration.people import calibration_people, measured_items
 from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,
@@ -59,7 +60,7 @@ def calibrate_bank(
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
         outside = _outside(folder, info, people, run.calibration)
-        measured = {id(item) for one in outside for item in one.items}
+        measured = {id(item) for parts in measured_items(outside, run.calibration) for item in chain(*parts)}
         base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
         found = _measured(folder, info, base, outside, run, since, executor or LocalExecutor(), on_step)
         _commit(folder, info, outside, run.calibration, found, since)

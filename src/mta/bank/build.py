@@ -16,7 +16,7 @@ from pathlib import Path
 from mta.bank.anchors import train_anchors
 from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
-from mta.bank.calibration.people import subjects_of
+from mta.bank.calibration.people import measured_items, subjects_of
 from mta.bank.card import card
 from mta.bank.context import BuildContext
 from mta.bank.format import (
@@ -158,7 +158,8 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
     """Raise DataError, which names person and item, for an item to be trained on that is too long."""
     used = {id(item) for item in pooled}
     used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
-    used |= {id(item) for one in roles.calibrating for item in one.items}
+    measured = measured_items(roles.calibrating, context.run.calibration)
+    used |= {id(item) for parts in measured for item in chain(*parts)}
     people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
     context.base.prompts.check(context.task, named_items(people.values(), used))
 

@@ -92,7 +92,7 @@ def adapter_card(info: BankInfo, rank: int, error: float, *, anchors: int, stack
     ``error`` is the relative error of compression to ``rank``, 0 without; ``stack`` is the stack's rank, 0 without.
     """
     parts = ["the task LoRA that all people share"] if info.run.task_lora.enabled else []
-    parts += [f"a merge of {anchors} anchors"] + ([f"a stack of rank {stack}"] if stack else [])
+    parts += ([f"a merge of {anchors} anchors"] if anchors else []) + ([f"a stack of rank {stack}"] if stack else [])
     exact = f"compressed by svd at a relative error of {error:.2%}" if error else "exactly"
     base = _base_name(info)
     return f"""{_front_matter(info, "peft")}{MARK}

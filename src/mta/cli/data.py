@@ -12,8 +12,11 @@ import mta
 from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import readers
+from mta.data.history import Item
 from mta.data.readers.sharing import CROWD, connected
-from mta.data.tasks import load_task
+from mta.data.tasks import PromptFormat, load_task
+from mta.data.tasks import Task as TaskType
+from mta.data.tasks.prompt import Example
 from mta.errors import PersonNotFound
 
 app = typer.Typer(help="Count people's items, and print their prompts.", no_args_is_help=True)
@@ -73,6 +76,7 @@ def show(
     output_column: options.OutputColumn = None,
     time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
+    questions: Annotated[bool, Option("--questions", help="Rows are questions, which need no answer.")] = False,
     json: options.Json = False,
 ) -> None:
     """Print a person's exact prompts. The target, the tokens that count in the loss, is between ⟦ and ⟧.
@@ -80,9 +84,8 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     run = options.settings(config, words, task=task)
-    people = options.people_in(
-        source, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad
-    )
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    people = options.people_in(source, run.task, columns, skip_bad, questions)
     chosen = next((p for p in people if person in (None, p.id)), None)
     if chosen is None:
         raise PersonNotFound(
@@ -90,11 +93,17 @@ def show(
             hint="Leave out --person to see the first person.",
         )
     base = mta.BaseModel.outline(run)  # the tokenizer is enough
-    examples = [base.prompts.example(load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
+    examples = [_shown(base.prompts, load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
     if json:
         mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in examples]
         return show_json([{"tokens": e.tokens, "target_mask": m, "cut": e.cut} for e, m in zip(examples, mask)])
     decode = base.tokenizer.decode
     for example in examples:
-        typer.echo(f"{decode(list(example.prompt))}⟦{decode(list(example.target))}⟧")
+        target = f"⟦{decode(list(example.target))}⟧" if example.target else ""
+        typer.echo(f"{decode(list(example.prompt))}{target}")
         typer.echo(f"-- {len(example.tokens)} tokens, {len(example.target)} in the target, {example.cut} cut\n")
+
+
+def _shown(prompts: PromptFormat, task: TaskType, item: Item) -> Example:
+    """Return an item as a training example, or without an answer as a prompt."""
+    return prompts.example(task, item) if task.has_target(item) else prompts.prompt(task, item)

@@ -192,9 +192,7 @@ def check_out(out: Path | None) -> None:
         return
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(
-            f"{out} cannot be written: {there} is not a writable folder", hint="Choose another folder with --out."
-        )
+        raise InputError(f"{out} cannot be written: {there} is not a writable folder", hint="Choose another folder.")
 
 
 def tracker_for(name: str | None, folder: Path | None) -> Opener | None:

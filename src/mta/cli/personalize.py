@@ -17,7 +17,7 @@ from mta.errors import InputError
 from mta.system.atomic import json_sha256
 
 if TYPE_CHECKING:
-    from mta.personalize.pipeline import Personalized, Updated
+    from mta.personalize.outcomes import Personalized, Updated
 
 
 def personalize(
@@ -61,13 +61,11 @@ def personalize(
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
-    from mta.personalize.pipeline import as_json, counts
+    from mta.personalize.outcomes import as_json, counts
     from mta.store import Store
 
     if update and not resume:
-        raise InputError(
-            "--restart was given with --update, which leaves no interrupted cohorts", hint="Leave --restart out."
-        )
+        raise InputError("--restart was given with --update, which always goes on", hint="Leave one of them out.")
     tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
     columns = options.Columns(person_column, input_column, output_column, time_column)
     read = options.people_in(source, options.task_of(bank), columns, skip_bad)
@@ -76,6 +74,7 @@ def personalize(
         bank, words, seed=seed, device=device, config=config, open_to=options.MERGE_AND_STACK
     )
     _warn_of_members(opened, people)
+    _warn_of_no_gain(opened, settings)
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
@@ -94,6 +93,13 @@ def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
         typer.echo("This bank came without its members: these people may have helped to train it.", err=True)
     if seen := sum(bool(bank.info.members.parts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank, so it has seen their items.", err=True)
+
+
+def _warn_of_no_gain(bank: mta.Bank, run: mta.Run) -> None:
+    settled, found = bank.settled(run), bank.calibration
+    keeps_pooled = found is not None and not found.personal and not found.mu.any() and not settled.stack.enabled
+    if keeps_pooled and settled.merge.policy == "laplace":
+        typer.echo("This bank's calibration found no gain: everybody keeps the pooled model (mta bank show).", err=True)
 
 
 def _warn_of_failures(done: Personalized | Updated) -> None:

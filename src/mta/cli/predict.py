@@ -15,7 +15,7 @@ from mta.cli import options
 from mta.cli.screen import Screen, show_json, speaks_unicode
 from mta.data.readers.people import is_read
 from mta.errors import InputError
-from mta.system.atomic import write_json, write_text
+from mta.system.atomic import check_ordinary, write_json, write_text
 
 _OTHER = "Give the name of another file:  --out answers.jsonl"
 
@@ -56,7 +56,7 @@ def predict(
 
     A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
     file gives its own questions. Answers come person by person, in the order of the file. Each line names person,
-    question, and answer, and for a task with labels the share of every label.
+    question, and answer, and for a task with labels the share of every label. An interrupted run starts again.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
@@ -66,6 +66,8 @@ def predict(
 
     if out and out.is_dir():
         raise InputError(f"{out} is a folder", hint=_OTHER)
+    if out:
+        check_ordinary(out)
     if out and (is_read(out, Path(source).expanduser()) or (skip_bad and out.resolve() == skip_bad.resolve())):
         raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
     options.check_out(out and out.parent)
@@ -95,5 +97,6 @@ def predict(
         write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in found))
     else:
         write_text(out, lines)
+    shared = len({one.person for one in found if isinstance(one.model, SharedModel)})
     if out and json:
-        show_json({"out": str(out), "answers": len(found), "people": len(people)})
+        show_json({"out": str(out), "answers": len(found), "people": len(people), "fallback": shared})

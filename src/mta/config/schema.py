@@ -184,11 +184,11 @@ class Run(Settings):
     merge: MergeSettings = MergeSettings()
     stack: StackSettings = StackSettings()
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _memory_is_a_size(cls, memory: str) -> str:
-        parse_size(memory)
-        return memory
+    def _memory_is_a_size(cls, memory: object) -> str:
+        parse_size(size := str(memory))  # a number is a number of bytes
+        return size
 
 
 class OneLoraSettings(Settings):

@@ -266,7 +266,8 @@ def _connected(address: str, workers: int | None) -> Any:
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         if address == "local":
-            ray.init(num_cpus=max(workers or 0, cores()), include_dashboard=False, **how)
+            # The address keeps Ray from joining a cluster that runs here, or that RAY_ADDRESS names.
+            ray.init(address="local", num_cpus=max(workers or 0, cores()), include_dashboard=False, **how)
         else:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=_DIAL).close()  # fail fast: Ray would retry for minutes

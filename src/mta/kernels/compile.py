@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from mta.errors import ConfigError
+from mta.errors import ConfigError, StoreError
 from mta.system.assets import cache_dir
 from mta.system.atomic import replacing
 from mta.system.device import cpuinfo
@@ -141,7 +141,7 @@ def _library() -> _Library:
         return _Library({})
     try:
         library = ctypes.CDLL(str(_compiled(shutil.which("g++") or "", _openmp())))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, StoreError) as error:
         reason = _message(error)
         log.warning("compiled kernels are not used, and training is slower: %s (see mta doctor)", reason)
         return _Library({}, reason)

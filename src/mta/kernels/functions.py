@@ -100,14 +100,14 @@ def low_rank_gradients(
 class TreeAttention(Function):
     """Attention in G blocks of Q queries and K keys; ``mta.model.tree_attention`` computes the indices.
 
-    Shapes: q (B, H, T, E), k and v (B, H / share, T, E), mask (G, 1, Q, K) -> (B, T, H, E).
+    Shapes: q (B, H, T, E), k (B, H / share, T, E), v (B, H / share, T, V), mask (G, 1, Q, K) -> (B, T, H, V).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, blocks: Any, scale: float) -> Tensor:
-        batch, heads, tokens, width = q.shape
+        batch, heads, tokens, width = *q.shape[:3], v.shape[3]
         groups, count = k.shape[1], len(blocks.queries)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H, E), mostly without a copy
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H, …), mostly without a copy
         spread = _spread(q, blocks)  # (G, H, Q, E)
         near, values = _gathered(k, blocks), _gathered(v, blocks)
         shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores; softmax replaces them in place
@@ -115,7 +115,7 @@ class TreeAttention(Function):
         seen = torch.bmm(shares, values.flatten(0, 1))
         ctx.save_for_backward(spread, near, values, shares)
         ctx.blocks, ctx.scale, ctx.shape = blocks, scale, (batch, tokens, heads, width)
-        return _summed(seen.view(spread.shape), blocks.place, blocks.each).view(ctx.shape)
+        return _summed(seen.view(*spread.shape[:3], width), blocks.place, blocks.each).view(ctx.shape)
 
     @staticmethod
     @once_differentiable
@@ -123,7 +123,7 @@ class TreeAttention(Function):
         spread, near, values, shares = ctx.saved_tensors
         blocks, groups = ctx.blocks, near.shape[1]
         up = _grouped(_spread(dy.contiguous(), blocks), groups)
-        dvalues = torch.bmm(shares.mT, up).view(near.shape)
+        dvalues = torch.bmm(shares.mT, up).view(values.shape)
         dscores = torch.bmm(up, values.flatten(0, 1).mT)
         rows, keys = dscores.shape[0] * dscores.shape[1], dscores.shape[2]
         call("attention", shares.dtype, "softmax_backward", (dscores, shares), rows, keys, ctx.scale)

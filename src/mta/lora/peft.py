@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,20 @@ _HINT = "mta reads plain LoRA: bias 'none', linear layers only."
 
 
 def write_peft(
-    folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in_fan_out: bool = False, card: str = ""
+    folder: str | Path,
+    adapter: LoraBatch,
+    base_name: str,
+    *,
+    fan_in_fan_out: bool = False,
+    card: str = "",
+    on_weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a batch of exactly one adapter as a PEFT folder; ``fan_in_fan_out`` is for GPT-2's Conv1D layers.
 
     A new folder appears complete, by rename. In an existing folder only the two files are replaced, the configuration
     last: a killed export leaves no configuration, never new weights with an old alpha. ``card`` becomes the README.md,
-    unless there is one that mta did not write. Raises InputError.
+    unless there is one that mta did not write. ``on_weights`` is called with the file of the complete weights before
+    they appear in the folder. Raises InputError.
     """
     if len(adapter) != 1:
         raise InputError(
@@ -67,6 +74,8 @@ def write_peft(
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
         if card:
             write_text(temporary / CARD, card)
+        if on_weights:
+            on_weights(temporary / WEIGHTS)
         _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -175,7 +184,7 @@ def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[st
 
 def alpha_of(scale: float, rank: int) -> int | float:
     """Return the alpha for which alpha / rank equals ``scale``, exactly if a double allows it, else within one bit."""
-    near = scale * rank
+    near = float(scale * rank)
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = next((value for value in around if value / rank == scale), near)
     return int(alpha) if alpha.is_integer() else alpha

@@ -169,8 +169,8 @@ class BaseModel:
     @property
     def pad_token(self) -> int:
         """Token that pads rows; no other token attends to it."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.prompts.end_token if pad is None else pad)
+        pad, known = self.tokenizer.pad_token_id, self.model.get_input_embeddings().weight.shape[0]
+        return int(pad if pad is not None and pad < known else self.prompts.end_token)  # some are not in the embedding
 
     @property
     def stop_tokens(self) -> list[int]:
@@ -315,7 +315,7 @@ def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check 
 
     folder = local_folder(name)
     refuse_unsafe_base(Path(folder), name)
-    hint = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
+    hint = "Give an asset, or a folder or hub id that holds config.json, tokenizer.json and *.safetensors."
     with loading(name, "a causal language model", hint):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_quantized(config)

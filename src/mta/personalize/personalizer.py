@@ -27,7 +27,8 @@ from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import PersonOrModel, SharedModel, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.pipeline import Personalized, Pipeline, Updated
+from mta.personalize.outcomes import Personalized, Updated
+from mta.personalize.pipeline import Pipeline
 from mta.personalize.publish import publish_adapter
 from mta.store import Store
 from mta.store.exports import Export
@@ -197,10 +198,11 @@ class Personalizer:
         whole, error = whole_adapter(self.bank, state, self.base.master_dtype), torch.zeros(1)
         if rank is not None and rank < whole.rank:
             whole, error = truncate(whole, rank)
-        stack, anchors = state.stack.rank if state.stack else 0, max(sum(map(bool, state.w)), 1)
+        stack, anchors = state.stack.rank if state.stack else 0, sum(map(bool, state.w))
         card = adapter_card(self.bank.info, whole.rank, float(error), anchors=anchors, stack=stack)
-        with self.store.exports.writing(person, out, since) if self.store else nullcontext():
-            write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out, card=card)
+        transposed = self.base.fan_in_fan_out
+        with self.store.exports.writing(person, out, since) if self.store else nullcontext() as written:
+            write_peft(out, whole, self.base.name, fan_in_fan_out=transposed, card=card, on_weights=written)
         return float(error)
 
     def _check_replaceable(self, person: str, folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
@@ -28,6 +29,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
 from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients, needs_evidence
+from mta.personalize.outcomes import Personalized, Updated
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
@@ -42,80 +44,35 @@ from mta.system.storage import in_threads
 from mta.training.plan import parameters_of, plan_cohorts
 
 
-@dataclass(frozen=True, slots=True)
-class Personalized:
-    """Counts of ``personalize``: people trained, people up to date, and texts that were shortened.
+class _Call(NamedTuple):
+    """The people of a call, the tombstones when their items were read, and ids of people forgotten since then."""
 
-    ``failed`` maps ids to errors: their items do not fit the model's tokens, or made workers fail, their training
-    diverged, or another process saved a newer state. ``plan`` is a digest of the cohorts. ``forgotten`` are ids of
-    people who were forgotten after their items were read: they have no new state.
-    """
-
-    trained: int
-    unchanged: int
-    shortened: int
-    failed: dict[str, MtaError] = field(default_factory=dict)
-    plan: str = field(default="", compare=False)
-    forgotten: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        up = f"{self.trained} people personalized, {self.unchanged} were up to date"
-        return f"{up}; {self.shortened} texts were shortened"
-
-
-@dataclass(frozen=True, slots=True)
-class Updated:
-    """Counts of ``update``: actions for people with new items (``mta.personalize.update``), people begun, unchanged.
-
-    ``ahead`` are ids of people whose states were made from more items than were given: these were kept.
-    """
-
-    kept: int
-    retrained: int
-    refreshed: int
-    begun: int
-    unchanged: int
-    failed: dict[str, MtaError] = field(default_factory=dict)
-    plan: str = field(default="", compare=False)
-    forgotten: tuple[str, ...] = ()
-    ahead: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
-        return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
-
-
-def as_json(done: Personalized | Updated) -> dict[str, Any]:
-    """Return all fields for a JSON file, each error as its text."""
-    values = {one.name: getattr(done, one.name) for one in fields(done)}
-    return values | {"failed": {id: str(error) for id, error in done.failed.items()}}
-
-
-def counts(done: Personalized | Updated) -> dict[str, int]:
-    """Return the counts, without ids."""
-    values = {name: value for name, value in as_json(done).items() if name != "plan"}
-    return {name: value if isinstance(value, int) else len(value) for name, value in values.items()}
+    people: list[Person]
+    since: Collection[str]
+    forgotten: Collection[str] = ()
 
 
 class CohortPlan(NamedTuple):
-    """The cohorts to compute, a digest of the plan, and the number of texts that were shortened to fit."""
+    """The cohorts to compute, a digest of the plan, and the number of texts that were shortened to fit.
+
+    ``errors`` maps ids of people who are left out to the error of an item that does not fit.
+    """
 
     cohorts: Sequence[Cohort] = ()
     digest: str = ""
     shortened: int = 0
+    errors: dict[str, MtaError] = {}  # noqa: RUF012
 
 
-@dataclass(slots=True)
-class _Call:
-    """The people of a call, and the tombstones when their items were read.
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """How many people each action was done for, and the people without a new state.
 
-    People without a new state: those ``forgotten`` since then, those whose data made workers fail (``crashed``), and
-    those with other ``errors``: their items do not fit, their training diverged, their state is damaged, or another
-    process saved a state meanwhile. Both map ids to errors.
+    These were ``forgotten`` meanwhile, their data made workers fail (``crashed``), or they have other ``errors``:
+    training that diverged, a damaged state, or a state that another process saved meanwhile. Both map ids to errors.
     """
 
-    people: list[Person]
-    since: Collection[str]
+    actions: Counter[Action] = field(default_factory=Counter)
     forgotten: set[str] = field(default_factory=set)
     crashed: dict[str, MtaError] = field(default_factory=dict)
     errors: dict[str, MtaError] = field(default_factory=dict)
@@ -179,13 +136,14 @@ class Pipeline:
         checkpoints = self._checkpoints(everybody, call.since)
         if checkpoints and not resume:
             checkpoints.drop()
-        plan = self.plan(everybody, missing, call, checkpoints)
-        self._compute(personalize_cohort, plan.cohorts, call, on_step, checkpoints)
-        if checkpoints and not call.crashed:  # diverged training would diverge again: no cohort is kept for it
+        plan = self.plan(everybody, missing, checkpoints)
+        done = self._compute(personalize_cohort, plan.cohorts, call.since, on_step, checkpoints)
+        if checkpoints and not done.crashed:  # diverged training would diverge again: no cohort is kept for it
             checkpoints.finish()  # even without missing people: a run killed after its last state may have left files
         wanted = {item.person.id for item in missing}  # a resumed cohort has people who are up to date, too
-        failed = {id: error for id, error in (call.crashed | call.errors).items() if id in wanted}
-        forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in wanted}
+        failed = {id: error for id, error in (done.crashed | plan.errors | done.errors).items() if id in wanted}
+        up_to_date = {item.person.id for item in everybody if item.person.id not in wanted}
+        forgotten = {*call.forgotten, *done.forgotten} - up_to_date
         return Personalized(
             trained=len(wanted - failed.keys() - forgotten),
             unchanged=len(everybody) - len(missing),
@@ -211,44 +169,49 @@ class Pipeline:
         items = [work for work in works.values() if isinstance(work, WorkItem)]
         grown = [item for item in items if item.earlier]
         ahead = [id for id, work in works.items() if work == "ahead"]
-        call.people = [person for person in call.people if works[person.id] != "ahead"]
+        call = call._replace(people=[person for person in call.people if works[person.id] != "ahead"])
         self._keep_histories(call, keep_histories)
-        plan = self.plan(grown, grown, call)
-        actions = self._compute(update_cohort, plan.cohorts, call, on_step)
-        begun = self._begin_anew([item for item in items if not item.earlier], call.since, on_step)
+        plan = self.plan(grown, grown)
+        done = self._compute(update_cohort, plan.cohorts, call.since, on_step)
+        plain = [WorkItem.of(person, self.bank, *settings) for person in call.people]
+        anew = {item.name: item for item in items if not item.earlier}
+        begun = self._begin_anew([anew.get(one.name, one) for one in plain], [*anew.values()], call.since, on_step)
         return Updated(
-            kept=actions["keep"],
-            retrained=actions["retrain"],
-            refreshed=actions["merge"] + actions["refresh"],
+            kept=done.actions["keep"],
+            retrained=done.actions["retrain"],
+            refreshed=done.actions["merge"] + done.actions["refresh"],
             begun=begun.trained,
             unchanged=sum(work == "unchanged" for work in works.values()),
-            failed=call.crashed | call.errors | begun.failed,
+            failed=done.crashed | plan.errors | done.errors | begun.failed,
             plan=plan.digest or begun.plan,
-            forgotten=tuple(sorted({*call.forgotten, *begun.forgotten})),
+            forgotten=tuple(sorted({*call.forgotten, *done.forgotten, *begun.forgotten})),
             ahead=tuple(ahead),
         )
 
-    def _begin_anew(self, items: Sequence[WorkItem], since: Collection[str], on_step: OnStep | None) -> Personalized:
-        """Make the states of people who have none to continue from, except of people forgotten meanwhile."""
+    def _begin_anew(
+        self, everybody: Sequence[WorkItem], items: Sequence[WorkItem], since: Collection[str], on_step: OnStep | None
+    ) -> Personalized:
+        """Make the states of people who have none to continue from, except of people forgotten meanwhile.
+
+        ``everybody`` names the run, so that it resumes after some of these people have got their states.
+        """
         if not items:
             return Personalized(0, 0, 0)
-        call = self._call_for([item.person for item in items], since)
+        call = self._call_for([item.person for item in everybody], since)
         ids = {person.id for person in call.people}
-        left = [item for item in items if item.person.id in ids]
-        return self._personalize(call, left, left, on_step=on_step)
+        named, left = ([item for item in some if item.person.id in ids] for some in (everybody, items))
+        return self._personalize(call, named, left, on_step=on_step)
 
     def plan(
         self,
         everybody: Sequence[WorkItem],
         missing: Sequence[WorkItem],
-        call: _Call,
         checkpoints: RunCheckpoints | None = None,
     ) -> CohortPlan:
-        """Return the cohorts that hold ``missing`` people.
+        """Return the cohorts that hold ``missing`` people, without those who have an item that does not fit.
 
-        People with an item that does not fit the model's tokens are noted in ``call`` and left out. If a run over
-        ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run equals an
-        uninterrupted one. Otherwise only the missing people are planned.
+        If a run over ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run
+        equals an uninterrupted one. Otherwise only the missing people are planned.
         """
         if not missing:
             return CohortPlan()
@@ -257,29 +220,29 @@ class Pipeline:
         names = interrupted if interrupted and set(interrupted) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
-        jobs = self._jobs(chosen, call)
+        jobs = self._jobs(chosen, errors := dict[str, MtaError]())  # made one by one, as they are planned
         if (first := next(jobs, None)) is None:
-            return CohortPlan()
+            return CohortPlan(errors=errors)
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
         memory = parse_size(self.run.memory)
         plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
         if checkpoints:
             checkpoints.note([item.name for item in chosen])
-        fitting = [item for item in chosen if item.person.id not in call.errors]
+        fitting = [item for item in chosen if item.person.id not in errors]
         wanted = {item.name for item in missing}
         planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
         cohorts = [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed]
-        return CohortPlan(cohorts, plan.digest, plan.shortened)
+        return CohortPlan(cohorts, plan.digest, plan.shortened, errors)
 
-    def _jobs(self, items: Sequence[WorkItem], call: _Call) -> Iterator[ShotsJob]:
-        """Yield the jobs of people whose items fit; note the errors of the others in ``call``."""
+    def _jobs(self, items: Sequence[WorkItem], errors: dict[str, MtaError]) -> Iterator[ShotsJob]:
+        """Yield the jobs of people whose items fit; add the others' errors to ``errors``."""
         alternatives = needs_evidence(self.run.merge)
         for item in items:
             try:
-                yield shots_of(self.base, self.bank.task, item.new_items, alternatives)
+                yield shots_of(self.base, self.bank.task, item.new_items, alternatives, item.known_items)
             except DataError as error:
-                call.errors[item.person.id] = error
+                errors[item.person.id] = error
 
     def _call_for(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
@@ -320,39 +283,37 @@ class Pipeline:
         self,
         function: Callable[[Stages, Cohort], Sequence[StateUpdate]],
         cohorts: Sequence[Cohort],
-        call: _Call,
+        since: Collection[str],
         on_step: OnStep | None,
         checkpoints: RunCheckpoints | None = None,
-    ) -> Counter[Action]:
-        """Run ``function`` for all cohorts on the executor; return how many people each action was done for.
-
-        Keeps the states that are in no store, and notes the people without a new state in ``call``.
-        """
+    ) -> _Computed:
+        """Run ``function`` for all cohorts on the executor. Keeps the states that are in no store."""
+        found = _Computed()
         if not cohorts:
-            return Counter()
+            return found
         store = self.store
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
-        where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
+        where = self.bank.folder.resolve(), self.bank.hash, url, identity, since
         open_remote = partial(open_stages, self.base.as_loaded(self.run), *where)
-        local = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, call.since)
-        actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
+        local = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, since)
+        done, total = 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, local, open_remote), 1):
             done += len(outcome.piece)
             if outcome.error:
                 error = ClusterError(outcome.error, hint="The log of the cluster's workers says more:  ray logs")
-                call.crashed |= {item.person.id: error for item in outcome.piece.items}
+                found.crashed.update({item.person.id: error for item in outcome.piece.items})
             if on_step and not self.executor.in_process:
                 on_step("fleet", Step(n, len(outcome.piece), done, total))
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.error, PersonForgotten):
-                    call.forgotten.add(item.person.id)
+                    found.forgotten.add(item.person.id)
                 elif made.error:
-                    call.errors[item.person.id] = made.error
+                    found.errors[item.person.id] = made.error
                 else:
-                    actions[made.action] += 1
+                    found.actions[made.action] += 1
                     if made.state:
                         self.unsaved[item.person.id] = made.state
-        return actions
+        return found
 
     def _stored(self, person: str) -> tuple[State | None, int]:
         """Return a person's state, or None if it has to be computed anew; and its version in the store, or 0."""

@@ -23,17 +23,22 @@ class ShotsJob(Job):
     alternatives: Sequence[Sequence[Example]] = ()  # each example's prompt with every label, scored but not trained on
 
 
-def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True) -> ShotsJob:
+def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True, known: int = 0) -> ShotsJob:
     """Return a person's items as training examples, with ``alternatives`` if the task has labels.
 
     Only policies that need evidence read alternatives, which take most of the tokenizer's time. The job's key is the
     digest of the items, not the id: a hash of the key must not confirm a guessed id. Raises DataError for an item that
-    is not one of the task, or does not fit the model's tokens.
+    is not one of the task, or does not fit the model's tokens; ``known`` is the number of earlier items that the person
+    has, and that errors count too.
     """
-    for n, item in enumerate(person.items):
+    examples = list[Example]()
+    for n, item in enumerate(person.items, known + 1):
         if found := task.wrong(item):
             raise DataError(f"item {n}, field {found[0]!r}: {found[1]}", hint="Correct the item, or leave it out.")
-    examples = [base.prompts.example(task, item) for item in person.items]
+        try:
+            examples.append(base.prompts.example(task, item))
+        except DataError as error:
+            raise DataError(f"item {n}: {error.message}", hint=error.hint) from None
     labels = [task.labels_of(item) for item in person.items]
     if not alternatives or not all(labels):
         return ShotsJob(person.digest(), examples)

@@ -72,8 +72,9 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     jobs, states = stages.jobs(cohort), cohort.earlier_states
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
-    earlier = stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort))
-    measured = stages.losses(jobs, earlier, cohort.tokens_per_batch)
+    measured = stages.losses(  # without a name: these stacks are not needed beside the new ones
+        jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
+    )
     reads = policy_of(stages.run.merge).evidence(stages.run.merge)
     updates = [_decided(state, losses, reads) for state, losses in zip(states, measured)]
     actions = [update.action for update in updates]
@@ -114,7 +115,8 @@ def _new_states(
     else:
         tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in cohort.earlier_states]
         fitted = replace(stages.merge(cohort, jobs, Earlier(earlier, torch.tensor(tokens).double())), stacks=stacks)
-    fitted = replace(fitted, stacks_kept=True) if action == "merge" else stages.stack(cohort, jobs, fitted)
+    kept = replace(fitted, stacks_kept=stacks is not None)
+    fitted = kept if action == "merge" else stages.stack(cohort, jobs, fitted)
     return stages.as_states(cohort, jobs, replace(fitted, pooled_losses=pooled))
 
 

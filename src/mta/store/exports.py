@@ -32,7 +32,7 @@ _BY_HAND = "Remove the file; then find and remove adapters that were exported be
 class Export:
     """A folder with an exported adapter: its host, its absolute path, and the sha256 of the adapter's weights.
 
-    The sha256 is empty while the adapter is being written, and stays empty if writing is interrupted. For an adapter
+    The sha256 is empty until the weights are complete, and stays empty if writing is interrupted before. For an adapter
     pushed to a hub, ``host`` is the hub's address and ``folder`` the repository.
     """
 
@@ -137,18 +137,27 @@ class Exports:
         return [] if data is None else exports_from_bytes(data, self.secret(id), self.files.at(name))
 
     @contextlib.contextmanager
-    def writing(self, id: str, folder: str | Path, since: Collection[str] | None = None) -> Iterator[None]:
+    def writing(
+        self, id: str, folder: str | Path, since: Collection[str] | None = None
+    ) -> Iterator[Callable[[Path], None]]:
         """Record that a person's adapter is written to a folder of this host within the block.
 
-        The export is recorded before the block, so that ``remove`` finds killed exports too. Exports of one person may
-        overlap. If the person was forgotten after the tombstones ``since`` were listed, the export is removed again.
-        Raises StateCorrupt, PersonForgotten.
+        The export is recorded before the block, so that ``remove`` finds killed exports too; the yielded function
+        records complete weights before they appear in the folder, so that ``remove`` may remove them. Exports of one
+        person may overlap. If the person was forgotten after the tombstones ``since`` were listed, the export is
+        removed again. Raises StateCorrupt, PersonForgotten.
         """
         self.tombstones.check(id, since)
-        export = Export.begun(folder)
-        self._change(id, lambda known: [*known, export])  # keep the record of an earlier export until it is replaced
+        begun = export = Export.begun(folder)
+        self._change(id, lambda known: [*known, begun])  # keep the record of an earlier export until it is replaced
+
+        def written(weights: Path) -> None:
+            nonlocal export
+            export = replace(begun, sha256=file_sha256(weights))
+            self._change(id, lambda known: [*_without(known, begun), export])
+
         try:
-            yield
+            yield written
         except Exception:  # for example a full disk: the earlier export is still in the folder
             self._change(id, lambda known: _without(known, export))
             self._keep_out(id, since)

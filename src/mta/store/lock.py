@@ -37,8 +37,6 @@ def locked(files: Storage) -> Iterator[None]:
         open(path, "ab", opener=owner_only).close()
         held = FileLock(path, timeout=_WAIT, mode=file_mode())
         held.acquire()
-    except NotImplementedError as error:  # from older versions of filelock
-        raise StoreError(f"{path} cannot be locked", hint=_NO_LOCKS) from error
     except OSError as error:  # includes filelock's Timeout
         hint = "Check the store's permissions and free space, and that no stopped process holds the lock."
         if error.errno == errno.ENOLCK:  # NFS without a lock daemon

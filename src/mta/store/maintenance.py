@@ -131,8 +131,14 @@ def collect(
     sizes, removed = store.files.find(), dict[str, int]()
     ages: dict[Kind, float] = {"leftover": older, "work": LIFETIME}
     temporary = {name: ages[kind] for name in sizes if (kind := _kind(name)) in ages}
+    unchanged = {name: store.files.age(name) for name in temporary}
+    latest = dict[str, float]()  # a run's folder is as old as its latest file: a long run keeps its plan
+    for name, age in unchanged.items():
+        folder = name.rpartition("/")[0]
+        latest[folder] = min(age, latest.get(folder, age))
+    unchanged |= {name: latest[name.rpartition("/")[0]] for name in temporary if _kind(name) == "work"}
     old = [name for name in store.tombstones.expired(dry) if name in sizes]
-    for name in [*old, *(name for name, age in temporary.items() if store.files.age(name) > age)]:
+    for name in [*old, *(name for name, age in temporary.items() if unchanged[name] > age)]:
         removed[name] = sizes[name]
         if not dry:
             store.files.remove(name)

@@ -245,10 +245,9 @@ class Store:
         return hashed if self._key else ""
 
     def _know_key(self, write: bool) -> None:
-        """Read the key once. Before writing to a local folder, look again: it may have been removed meanwhile."""
-        if write and self._key and self.files.local and not self.files.exists("store.json"):
-            self._key = b""
-        self._key = self._key or self._open(write)
+        """Read the key once, and again before writing to a local folder, which may have been created anew."""
+        if not self._key or (write and self.files.local):
+            self._key = self._open(write)
 
     def _open(self, write: bool) -> bytes:
         """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mta.errors import ConfigError, StoreError
+from mta.errors import ConfigError, InputError, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,8 +124,10 @@ def replacing(
 
     On an error in the block, the temporary file is removed. Raises StoreError if the temporary name leads to another
     file at the end: other users with write access to the folder can replace it. The rename is on disk when the block
-    ends. ``publish(temporary, path)`` replaces the rename.
+    ends. ``publish(temporary, path)`` replaces the rename. Raises InputError for a device or a pipe, which a rename
+    would replace.
     """
+    check_ordinary(path)
     make_folder(path.parent, private)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -138,6 +140,12 @@ def replacing(
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise InputError for a path that leads to a device or a pipe."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a device or a pipe, expected a file", hint="Give the name of another file.")
 
 
 def unfinished_in(folder: Path, name: str) -> Iterator[Path]:

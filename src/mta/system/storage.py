@@ -207,9 +207,13 @@ def _link(temporary: Path, path: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
-            file.write(temporary.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(temporary.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:  # such as a full disk
+                path.unlink()
+                raise
 
 
 def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:

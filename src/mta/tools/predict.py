@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,10 +13,12 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
-from mta.personalize.adapters import PersonOrModel, SharedModel
+from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel
 from mta.system.progress import OnStep, Step
 from mta.system.storage import in_threads
 
+log = logging.getLogger("mta")
+_SHARED = {TASK: "the pooled model", BASE: "the base"}
 TOGETHER = 64  # questions answered together, by at most as many models: bounds the memory
 
 
@@ -52,8 +55,8 @@ def predict(
     """Yield the answers to the people's ``queries``, person by person.
 
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
-    ``fallback`` answers for people without a model of this bank. Raises PersonNotFound if there are any and no
-    fallback, before anything is computed; and the errors of ``Personalizer.generate``.
+    ``fallback`` answers for people without a model of this bank, with a warning. Raises PersonNotFound if there are any
+    and no fallback, before anything is computed; and the errors of ``Personalizer.generate``.
     """
     models = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
@@ -76,7 +79,9 @@ def predict(
 
 
 def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None) -> dict[str, PersonOrModel]:
-    """Return each person's model: their own, or ``fallback``. Raises PersonNotFound, StateCorrupt."""
+    """Return each person's model: their own, or ``fallback``. Raises StoreError, PersonNotFound, StateCorrupt."""
+    if personal.store:
+        personal.store.check()
 
     def has_model(person: Person) -> bool:
         with suppress(PersonNotFound, OtherBank):
@@ -89,6 +94,10 @@ def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedMo
         raise PersonNotFound(
             f"{len(missing)} of {len(people)} people have no model of this bank, {missing[0]!r} first",
             hint="Personalize them first (mta personalize), or let the pooled model answer:  --fallback task",
+        )
+    if missing and fallback:
+        log.warning(
+            "%d of %d people have no model of this bank: %s answers", len(missing), len(people), _SHARED[fallback]
         )
     return {person.id: person.id if own else fallback or person.id for person, own in zip(people, known)}
 

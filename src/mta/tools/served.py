@@ -48,7 +48,9 @@ class Server:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             proxied = httpx.URL(self.url).host not in _HERE
-            return httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=_PATIENCE, trust_env=proxied)
+            return httpx.Client(
+                base_url=self.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_PATIENCE, trust_env=proxied
+            )
         except (httpx.InvalidURL, UnicodeError) as error:
             raise InputError(
                 f"the address {self.url!r} or the key cannot be used: {error}",

@@ -71,7 +71,7 @@ class Calibrator:
 
     def assign_folds(self) -> None:
         """Set what depends on ``subjects``: folds (people who share items are in one), target tokens, and zeros."""
-        names = [one.group or f"person {u}" for u, one in enumerate(self.subjects)]
+        names: list[str | int] = [one.group or u for u, one in enumerate(self.subjects)]
         numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
         self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
         self.fold = self.group % 2
@@ -113,7 +113,7 @@ class Calibrator:
         notes += tuple(f"fewer than {ENOUGH} people without common items have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, found, n) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
-        kind, merges, gains = self.best_kind(mu, population, merges, gains)
+        kind, merges, gains = self.best_kind(mu, population, merges, gains, own=prior < BOUNDLESS)
         if kind == _NO_MERGE:
             mu, notes = torch.zeros_like(mu), (*notes, "a merge did not help: everybody keeps the pooled model")
         if kind != _OWN_MERGE:
@@ -180,16 +180,16 @@ class Calibrator:
         return mu, curvature, best
 
     def best_kind(
-        self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
+        self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor], *, own: bool
     ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
         """Return whether people get no merge, mu, or their own; and what they get by that, or by the others' choice.
 
         ``mu`` (2, N) is that of both folds, ``population`` (U,) everybody's gain by it; ``merges`` (U, N) and ``gains``
-        (U,) are people's own, by shots. A gain that is not finite rules out people's own merges. If people get their
-        own, a person's reported gain is by what the others chose.
+        (U,) are people's own, by shots. A gain that is not finite rules out people's own merges, and so does ``own``
+        False. If people get their own, a person's reported gain is by what the others chose.
         """
         typical, nothing = _typical(merges), torch.zeros_like(population)
-        usable = all(bool(one.isfinite().all()) for one in gains.values())
+        usable = own and all(bool(one.isfinite().all()) for one in gains.values())
         tried = torch.stack([nothing, population, gains[typical] if usable else nothing - math.inf], dim=1)
         chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, best_on_average)
         kinds = torch.tensor(chosen if final == _OWN_MERGE else [final] * len(chosen))

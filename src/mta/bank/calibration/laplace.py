@@ -21,6 +21,7 @@ from torch import Tensor
 from mta.bank.calibration.info import CalibrationInfo
 
 _LEAST = 1e-12  # of what divides: the loss of shots that are certain already, or a prior without any variance
+_FREEDOM = 8  # degrees of freedom of the variance within people, at least
 BOUNDLESS = 1e6  # shots: a prior that nobody's shots outweigh
 
 
@@ -89,7 +90,7 @@ def prior_of(gradients: Sequence[Tensor], folds: Sequence[int], curvature: Tenso
     fold = torch.unique(torch.tensor([fold for _, fold in known]), return_inverse=True)[1]
     counts = torch.tensor([len(rows) for rows, _ in known]).double()
     total, freedom = int(counts.sum()), len(known) - len(set(fold.tolist()))
-    if total <= len(known) or freedom < 1:  # no person has two shots, or no two can be compared
+    if total - len(known) < _FREEDOM or freedom < 1:  # too few people have two shots, or no two can be compared
         return BOUNDLESS
 
     def size(deviations: Tensor) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from mta.config import CalibrationSettings
-from mta.data.history import Person
+from mta.data.history import Item, Person
 from mta.data.readers.sharing import separated
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
@@ -55,18 +55,29 @@ def calibration_people(
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
-def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
+def measured_items(
+    people: Sequence[Person], settings: CalibrationSettings
+) -> list[tuple[tuple[Item, ...], tuple[Item, ...]]]:
     """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
 
     Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of
     a person's items are queries.
     """
-    each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
-    return [_subject(base, task, person, settings, each) for person in people]
+    most = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
+
+    def parts(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+        queries = min(most, len(items) // 2, max(settings.queries, len(items) - settings.shots))
+        measured = items[: settings.shots + queries]
+        return measured[:-queries], measured[-queries:]
+
+    return [parts(person.items) for person in people]
 
 
-def _subject(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Subject:
-    count, shots = len(person.items), settings.shots
-    queries = min(most, count // 2, max(settings.queries, count - shots))
-    examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
-    return Subject(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
+def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
+    """Return people's ``measured_items`` as examples."""
+
+    def examples(items: Sequence[Item]) -> tuple[Example, ...]:
+        return tuple(base.prompts.example(task, item) for item in items)
+
+    parts = zip(people, measured_items(people, settings))
+    return [Subject(examples(shots), examples(queries), person.group) for person, (shots, queries) in parts]

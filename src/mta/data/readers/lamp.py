@@ -31,8 +31,13 @@ def questions_in(folder: Path) -> Path:
 
 def outputs_beside(questions: Path) -> Path | None:
     """Return the outputs file, which holds the gold answers, beside a questions file; None if there is none."""
-    path = questions.with_name(questions.name.replace("questions", "outputs"))
+    path = outputs_name(questions)
     return path if path != questions and path.exists() else None
+
+
+def outputs_name(questions: Path) -> Path:
+    """Return the path of the outputs file that belongs to a questions file."""
+    return questions.with_name(questions.name.replace("questions", "outputs"))
 
 
 def lamp_parts(
@@ -130,7 +135,7 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
     """Return question id -> answer for an outputs file. ``empty`` accepts empty answers, which only models give."""
     _check_task(outputs, task)
     answers: dict[str, Gold] = {}
-    for place, row in array_elements(outputs, GOLDS):
+    for place, row in array_elements(outputs, GOLDS, 'LaMP outputs: {"task": …, "golds": […]}'):
         with rejects.skipping(place, row):
             id = _new_id(object_in(row), "id", answers)
             blank = empty and isinstance(row.get("output"), str) and not row["output"].strip()

@@ -12,7 +12,7 @@ from typing import Any
 from mta.config import Evaluation, Run
 from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
-from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
+from mta.data.readers.lamp import lamp_parts, outputs_name, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import RecordPart, item_parts
@@ -171,7 +171,7 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
         return None
     path = Path(skip_bad)
     is_input = is_read(path, source)
-    is_foreign = path.is_file() and not is_rejects(path)
+    is_foreign = path.exists() and not path.is_dir() and not (path.is_file() and is_rejects(path))  # devices, too
     if is_input or is_foreign or path.is_dir():
         found = "an input file" if is_input else "another file" if is_foreign else "a folder"
         raise InputError(
@@ -182,11 +182,14 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
 
 
 def is_read(path: Path, source: Path) -> bool:
-    """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
+    """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it.
+
+    Reading LaMP's questions would take the outputs file beside them for the true answers.
+    """
     if source.is_dir():
         read = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     else:
-        read = [source, outputs_beside(source) or source]
+        read = [source, *([outputs_name(source)] if ".json" in source.suffixes else [])]  # LaMP's, now or later
     return any(path.resolve() == file.resolve() for file in read)
 
 

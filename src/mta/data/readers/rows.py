@@ -20,7 +20,7 @@ from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
-NO_TIME = {"null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
+NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 _COLUMNS = "Name a column of the file, for example:  --time-column date"
 
 
@@ -229,6 +229,11 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
         raise InputError(
             f"task {wanted.task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(wanted.fields)}",
             hint="Rename the columns of the file to these names.",
+        )
+    if twice := [column for column, count in Counter(named.values()).items() if count > 1]:
+        raise InputError(
+            f"column {twice[0]!r} was given for several fields: {', '.join(n for n in named if named[n] == twice[0])}",
+            hint="Give each field a column of its own: a prompt must not show the answer.",
         )
     return named, {name for name, own in names.items() if own in named}
 

@@ -124,14 +124,15 @@ def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
         yield place, value
 
 
-def array_elements(path: Path, opening: str = "") -> Iterator[tuple[Place, Any]]:
+def array_elements(path: Path, opening: str = "", named: str = "array") -> Iterator[tuple[Place, Any]]:
     """Yield the elements of an array, decoded one by one: of that which begins where ``opening`` matches, or the file.
 
+    ``named`` names the array in errors.
     Raises DataError at the first fault: the start of the next element is then unknown.
     """
     with opened(path) as file:
         window = _Window(path, file)
-        window.enter(opening or r"\s*\[")
+        window.enter(opening or r"\s*\[", named)
         while window.peek() != "]":
             window.element += 1
             place = window.place()
@@ -172,12 +173,12 @@ class _Window:
         self.line += self.text.count("\n", self.at, self.at + to)
         self.at += to
 
-    def enter(self, opening: str) -> None:
-        """Move behind the match of ``opening``."""
+    def enter(self, opening: str, named: str) -> None:
+        """Move behind the match of ``opening``. Raises DataError, with the name of what is missing."""
         pattern = re.compile(opening)
         while (match := pattern.search(self.text, self.at)) is None:
             if self.ended:
-                self.fail(f"found no array that begins with {opening}")
+                raise data_error(self.place(self.at), None, f"found no {named}", f"Give a file with {named}.")
             self.grow()
         self.advance(match.end() - self.at)
 

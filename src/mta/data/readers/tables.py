@@ -99,6 +99,9 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
             return
         except csv.Error as error:
             wrong = f"not a table: {error}"
+            if any("\r" in line.rstrip("\r") for line in taken):
+                fix = "Convert them:  tr '\\r' '\\n' < OLD.csv > NEW.csv"
+                raise data_error(place, None, "its lines end as on old Macs (CR)", hint=fix) from None
         width = width or len(cells)
         if delimiter == "\t" and (rows := _unquoted(taken, width, bool(wrong))):
             yield from ((place._replace(line=place.line + n), row) for n, row in enumerate(rows))

@@ -51,6 +51,7 @@ class PromptFormat:
         self.max_tokens = max_tokens
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._template = _without_clock(tokenizer) if self.has_template else None
+        self._added = _added_after(tokenizer)
         tokens = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_token, special = self._end_token(tokens), set(tokens.values())
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
@@ -122,7 +123,7 @@ class PromptFormat:
 
     def text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text to be continued, without a template."""
-        return tuple(self.tokenizer(self._as_text(text))["input_ids"])
+        return self._without_end(self.tokenizer(self._as_text(text))["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer, without its end token."""
@@ -157,8 +158,13 @@ class PromptFormat:
         return "" if self._special.search(parts) else parts
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        # A chat template adds its own first token.
-        return tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
+        if self.has_template:  # which adds its own first token
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._without_end(self.tokenizer(text)["input_ids"])
+
+    def _without_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Return a text's tokens without those that the tokenizer appends: the answer follows."""
+        return tuple(tokens[: len(tokens) - self._added])
 
     def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
         """Return the target's tokens, cut from those of the whole text if these begin with ``prompt``."""
@@ -208,6 +214,13 @@ class PromptFormat:
                 hint="Give the tokenizer a chat template or an eos_token (tokenizer_config.json).",
             )
         return int(self.tokenizer.eos_token_id)
+
+
+def _added_after(tokenizer: Any) -> int:
+    """Return how many special tokens the tokenizer appends to a text, such as an end token."""
+    plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    ends = range(len(whole), len(plain) - 1, -1)
+    return next((len(whole) - end for end in ends if whole[end - len(plain) : end] == plain), 0)
 
 
 def _without_clock(tokenizer: Any) -> str:

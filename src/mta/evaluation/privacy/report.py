@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mta.evaluation.privacy.membership import FPR, Attack
-from mta.evaluation.privacy.runner import AttackRow, Findings
+from mta.evaluation.privacy.runner import ANCHORS, AttackRow, Findings
 from mta.evaluation.privacy.sampling import AT_LEAST
 from mta.evaluation.reports.figures import forest
 from mta.evaluation.statistics import Interval
@@ -26,7 +27,7 @@ def show(found: Findings, console: Console) -> None:
 
 
 def table(found: Findings) -> Table:
-    """Return one row per kind of model, grouped by the attacked items. The TPR is that of the row's last attack."""
+    """Return one row per kind of model, grouped by the attacked items. The TPR is that of ``judged``."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
     built = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     built.add_column("model")
@@ -39,7 +40,7 @@ def table(found: Findings) -> Table:
             built.add_section()
             built.add_row(f"[bold]{about}[/]")
         aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
-        built.add_row(f"  {row.model}", *aucs, _cell(_strongest(row).tpr))
+        built.add_row(f"  {row.model}", *aucs, _cell(judged(row, found.meta)[1].tpr))
     return built
 
 
@@ -74,14 +75,22 @@ def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
 def write(found: Findings, out: Path, command: str = "") -> None:
     """Write ``results.json``, ``privacy.svg``, and ``privacy.png`` to ``out``. ``command`` reproduces them."""
     write_json(out / "results.json", to_json(found, command=command))
-    aucs = {f"{row.about}: {row.model}": _strongest(row).auc for row in found.rows}
-    rows = [(name, Interval(auc.mean - 0.5, auc.low - 0.5, auc.high - 0.5)) for name, auc in aucs.items()]
+    rows = []
+    for row in found.rows:
+        name, one = judged(row, found.meta)
+        shifted = Interval(one.auc.mean - 0.5, one.auc.low - 0.5, one.auc.high - 0.5)
+        rows.append((f"{row.about}: {row.model}, {name}", shifted))
     forest(rows, "AUC - 0.5: 0 is guessing (95% intervals)").save(out / "privacy")
 
 
-def _strongest(row: AttackRow) -> Attack:
-    """Return the attack relative to the highest model below."""
-    return list(row.attacks.values())[-1]
+def judged(row: AttackRow, meta: Mapping[str, Any]) -> tuple[str, Attack]:
+    """Return the attack, with its name, that the row is judged by: the one relative to the highest model below.
+
+    A task LoRA that was trained on the anchors' items is no reference for these: the attack is relative to the base.
+    """
+    names = list(row.attacks)
+    last = "over base" if row.about == ANCHORS and meta["anchors pooled"] and "over base" in names else names[-1]
+    return last, row.attacks[last]
 
 
 def _cell(one: Interval) -> str:

@@ -117,6 +117,9 @@ async def _invalid_body(_: Request, error: RequestValidationError) -> Response:
     if first["type"] == "json_invalid":
         message = f"the body is not JSON, at character {first['loc'][-1]}"
         return JSONResponse(error_body(message, "invalid_request_error"), 400)
+    if first["loc"] == ("body",) and isinstance(first.get("input"), bytes):
+        message = "the body was not read as JSON: send the header Content-Type: application/json"
+        return JSONResponse(error_body(message, "invalid_request_error"), 400)
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)

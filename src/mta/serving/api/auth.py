@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,8 +70,8 @@ class Keys(Settings):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Keys:
-        names = [key.name for key in self.keys]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        names = Counter(key.name for key in self.keys)
+        if twice := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"two keys are named {twice!r}; limits and caches are kept by name")
         return self
 

@@ -25,6 +25,7 @@ from mta.serving.engine import Ask, Refused, ServedModel
 from mta.serving.model_names import person_name
 
 router = APIRouter()
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 
 
 @router.get("/v1/models")
@@ -69,7 +70,8 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     parts = _counted_parts(service, kind, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
-        return StreamingResponse(_events(formatter, ask, request, first, parts), media_type="text/event-stream")
+        events = _events(formatter, ask, request, first, parts)
+        return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
     complete: list[list[AnswerText]] = [[] for _ in range(request.n)]
     async for part in parts:
         complete[part.index].append(part)

@@ -59,12 +59,16 @@ class Histories:
 
     def _joined(self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None) -> Person:
         person = Person.of(id, (*(before.items if before else ()), *new))
-        if (count := len(person.items) + (len(beside.items) if beside else 0)) > self._limit:
+        self.check_count(len(person.items) + (len(beside.items) if beside else 0))
+        return person
+
+    def check_count(self, count: int) -> None:
+        """Raise Refused for more items than a history may have."""
+        if count > self._limit:
             raise Refused(
                 f"a history may have at most {self._limit} items, this one would have {count}",
                 hint="Send fewer items, or forget the person and start again: DELETE /v1/people/…",
             )
-        return person
 
     def _make_room(self, id: str) -> None:
         """Drop the oldest people, but not ``id``, whose items have just arrived."""

@@ -160,27 +160,32 @@ class Jobs:
                 chosen = list(self._waiting().items())[:TOGETHER]
                 self._running = {id: replace(entry, status=Status("running")) for id, entry in chosen}
                 self._entries |= self._running
-            since = NOTHING.union(*(entry.since for entry in self._running.values()))
-            results, store = dict[str, Status](), self.personal.store
-            for fewer in (False, True):
-                people = [one.person for one in self._running.values() if one.person and one.fewer == fewer]
-                results |= self._personalize(people, since, fewer) if people else {}
-            forgotten: Collection[str] = ()  # possibly after the state was saved
-            with contextlib.suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
-                forgotten = store.tombstones.since(results, since) if store else ()
-            with self._changed:
-                for id, entry in self._running.items():
-                    if self._entries.get(id) is not entry:  # forgotten or put again meanwhile
-                        continue
-                    if id in results and id not in forgotten:
-                        self._entries[id] = replace(entry, person=None, status=results[id])
-                    else:
-                        del self._entries[id]
-                self._running = {}
-                finished = [id for id, entry in self._entries.items() if entry.status.state in ("done", "failed")]
-                for id in finished[:-REMEMBERED]:  # the store shows the result for the others
+                del chosen  # holds people's items, which nothing may keep while this thread waits
+            self._run_job()
+
+    def _run_job(self) -> None:
+        """Personalize the running people, and set their statuses."""
+        since = NOTHING.union(*(entry.since for entry in self._running.values()))
+        results, store = dict[str, Status](), self.personal.store
+        for fewer in (False, True):
+            people = [one.person for one in self._running.values() if one.person and one.fewer == fewer]
+            results |= self._personalize(people, since, fewer) if people else {}
+        forgotten: Collection[str] = ()  # possibly after the state was saved
+        with contextlib.suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
+            forgotten = store.tombstones.since(results, since) if store else ()
+        with self._changed:
+            for id, entry in self._running.items():
+                if self._entries.get(id) is not entry:  # forgotten or put again meanwhile
+                    continue
+                if id in results and id not in forgotten:
+                    self._entries[id] = replace(entry, person=None, status=results[id])
+                else:
                     del self._entries[id]
-                self._changed.notify_all()
+            self._running = {}
+            finished = [id for id, entry in self._entries.items() if entry.status.state in ("done", "failed")]
+            for id in finished[:-REMEMBERED]:  # the store shows the result for the others
+                del self._entries[id]
+            self._changed.notify_all()
 
     def _personalize(self, people: list[Person], since: frozenset[str], fewer: bool) -> dict[str, Status]:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""

@@ -38,7 +38,7 @@ class NewItem(BaseModel, extra="forbid"):
 class History(BaseModel, extra="forbid"):
     """Items to append; ``keep`` stores them, otherwise they are lost when the server stops."""
 
-    items: Annotated[list[NewItem], Field(min_length=1)]
+    items: Annotated[list[NewItem], Field(min_length=1, fail_fast=True)]
     keep: bool = False
 
 
@@ -52,6 +52,7 @@ class Personalize(BaseModel, extra="forbid"):
 async def history(service: Gateway, id: str, body: History, key: Caller) -> dict[str, Any]:
     """Append items to a person's history."""
     _own(key, id)
+    service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
     async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mta.serving.engine import Finish, Token
 
@@ -40,7 +40,7 @@ class Message(_Request):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: ValidText | list[TextPart]
+    content: ValidText | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
     name: str | None = None
 
     @property
@@ -93,9 +93,18 @@ class CompletionRequest(Common):
     """``POST /v1/completions``."""
 
     prompt: ValidText
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> Any:
+        """Accept a list of one prompt, as LangChain sends it."""
+        if isinstance(prompt, list) and len(prompt) != 1:
+            raise ValueError(f"{len(prompt)} prompts; send one per request")
+        return prompt[0] if isinstance(prompt, list) else prompt
 
 
 class ClassifyRequest(_Request):
@@ -167,7 +176,9 @@ class ResponseFormatter:
             return {"content": content, "refusal": None}
         texts = [self._text(t.id) for t in scored]
         *starts, self._offsets[index] = accumulate(map(len, texts), initial=self._offsets[index])
-        logprobs, top = [t.logprob for t in scored], [{self._text(id): p for id, p in t.top} for t in scored]
+        # Of tokens with the same text, the likeliest counts; ``top`` begins with it.
+        top = [{self._text(id): p for id, p in reversed(t.top)} for t in scored]
+        logprobs = [t.logprob for t in scored]
         found = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
         return found | {"text_offset": starts}
 

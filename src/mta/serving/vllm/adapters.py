@@ -80,7 +80,7 @@ class AdapterFolders:
             return None
         try:
             return self._path(who, self.folder / folder_of(name))
-        except MtaError as error:
+        except (MtaError, OSError) as error:  # OSError: for example a full disk
             log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
             return None
 
