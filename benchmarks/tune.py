@@ -21,7 +21,7 @@ from mta.cli.screen import Screen
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.data.readers import read_people
 from mta.data.splits import draw
-from mta.evaluation import Context, evaluate
+from mta.evaluation import Context, run_methods
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.statistics import Comparison
@@ -127,11 +127,11 @@ def main() -> None:
     done = {json.loads(text)["name"] for text in results.read_text().splitlines()} if results.exists() else set()
     with Screen() as screen:
         panel = panel_of(recipe, given.out, screen)
-        pooled = evaluate(panel, [TaskLora()]).rows
+        pooled = run_methods(panel, [TaskLora()]).rows
         for method in candidates(recipe):
             if method.name in done or not method.name.startswith(tuple(given.only.split(","))):
                 continue
-            rows = evaluate(panel, [method], on_method=screen.say).rows
+            rows = run_methods(panel, [method], on_method=screen.say).rows
             comparison = Comparison(panel.bank.task, [*pooled, *rows])
             with results.open("a") as file:
                 file.write(json.dumps(line(comparison, method.name)) + "\n")

@@ -16,7 +16,7 @@ from typer.cli import get_docs_for_click
 from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
-from mta.config import Evaluation, Privacy, Run, Settings
+from mta.config import CompareSettings, Privacy, Run, Settings
 from mta.data.tasks import load_task, task_names
 from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import DemoRecipe
@@ -57,7 +57,7 @@ def settings() -> str:
     )
     for title, kind in {
         "A run": Run,
-        "A comparison: `mta compare`": Evaluation,
+        "A comparison: `mta compare`": CompareSettings,
         "An attack: `mta attack`": Privacy,
         "A recipe: `mta evaluate RECIPE`": Experiment,
         "A demo: `mta demo`": DemoRecipe,
@@ -73,7 +73,7 @@ def _rows(kind: type[Settings], before: str = "", default: Settings | None = Non
             field.annotation if inspect.isclass(field.annotation) and issubclass(field.annotation, Settings) else None
         )
         value = getattr(default, name) if default is not None else field.default
-        if group in (Run, Evaluation):
+        if group in (Run, CompareSettings):
             yield f"{before}{name}.…", "", f"settings of a {'run' if group is Run else 'comparison'}, above"
         elif group:
             yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank as Bank
-    from mta.config import Evaluation as Evaluation
+    from mta.config import CompareSettings as CompareSettings
     from mta.config import Run as Run
     from mta.config import override as override
     from mta.data.history import Item as Item
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mta.data.readers import read_people as read_people
     from mta.data.tasks import load_task as load_task
     from mta.errors import MtaError as MtaError
-    from mta.evaluation.compare import study as study
+    from mta.evaluation.compare import compare as compare
     from mta.model.base import BaseModel as BaseModel
     from mta.personalize import Personalizer as Personalizer
     from mta.personalize.adapters import BASE as BASE
@@ -31,7 +31,7 @@ _HOME = {
     "TASK": "mta.personalize.adapters",
     "Bank": "mta.bank.bank",
     "BaseModel": "mta.model.base",
-    "Evaluation": "mta.config",
+    "CompareSettings": "mta.config",
     "Item": "mta.data.history",
     "MtaError": "mta.errors",
     "Person": "mta.data.history",
@@ -41,7 +41,7 @@ _HOME = {
     "load_task": "mta.data.tasks",
     "override": "mta.config",
     "read_people": "mta.data.readers",
-    "study": "mta.evaluation.compare",
+    "compare": "mta.evaluation.compare",
 }
 __all__ = [*_HOME, "__version__"]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.bank.card import card
 from mta.bank.notes import mark_stale
-from mta.config import Evaluation, MergeSettings
+from mta.config import CompareSettings, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, InputError
@@ -196,7 +196,7 @@ def test_half_precision_is_computed_in_single(trained, tmp_path):
 
 
 def test_an_imported_bank_without_items_compares_only_merges_of_all(trained, tmp_path):
-    methods = standard_methods(TINY_RUN, Evaluation(), TASK, 3, calibrated=False, encoded=False)
+    methods = standard_methods(TINY_RUN, CompareSettings(), TASK, 3, calibrated=False, encoded=False)
     policies = [method.merge.policy for method in methods if isinstance(method, Merged)]
     assert {"posterior", "learned"} <= set(policies)
     assert not {"top1", "similarity", "loss"} & set(policies)

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
+from mta.config import CompareSettings, Lora, Run, load_settings, override, parse_size
 from mta.config.loader import checked, dump_yaml
 from mta.errors import ConfigError
 from mta.tools.demo import load_demo
@@ -67,7 +67,7 @@ def test_the_last_of_two_equal_words_wins():
 
 def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
     assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
-    assert load_settings(Evaluation, None, ["seeds=[1, 2]"]).seeds == (1, 2)
+    assert load_settings(CompareSettings, None, ["seeds=[1, 2]"]).seeds == (1, 2)
     assert load_settings(Run, None, ["merge.rank=null"]).merge.rank is None
 
 
@@ -83,7 +83,7 @@ def test_override_changes_only_the_named_keys():
     assert before.merge.policy == "auto"
 
 
-@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), Evaluation(seeds=(0, 1))])
+@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), CompareSettings(seeds=(0, 1))])
 def test_settings_survive_yaml(tmp_path, settings):
     assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
 

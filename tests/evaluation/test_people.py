@@ -7,7 +7,7 @@ from conftest import people_of
 
 from mta.config import override
 from mta.data.history import Item, Person
-from mta.data.readers.sharing import connected
+from mta.data.sharing import connected
 from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import InputError

@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 
-from mta.config import Evaluation, Lora, MergeSettings, Training
+from mta.config import CompareSettings, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation import Context, Panel, context, evaluate
-from mta.evaluation.compare import standard_methods, study
+from mta.evaluation import Context, Panel, context, run_methods
+from mta.evaluation.compare import compare, standard_methods
 from mta.evaluation.experiments.runner import compute_records
 from mta.evaluation.methods import (
     Base,
@@ -73,7 +73,7 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
 
     label_scores = method.label_scores
     monkeypatch.setattr(method, "label_scores", watched)
-    found = evaluate(panel, ALL)
+    found = run_methods(panel, ALL)
     assert len(asked) == len(ALL) - 2  # constants need no model
     assert all(queries == panel.queries for queries in asked)
     for row in found.rows:
@@ -86,7 +86,7 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
 
 def test_rows_have_the_order_names_and_costs_of_the_methods(panel):
     started = []
-    found = evaluate(panel, ALL, on_method=started.append)
+    found = run_methods(panel, ALL, on_method=started.append)
     names = [row.name for row in found.rows]
     assert names == started == [method.name for method in ALL]
     assert len(set(names)) == len(names)
@@ -102,24 +102,24 @@ def test_rows_have_the_order_names_and_costs_of_the_methods(panel):
 
 
 def test_the_standard_methods_have_different_names(task):
-    names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), task, 5)]
+    names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(), task, 5)]
     assert len(set(names)) == len(names)
     assert {"task LoRA", "OPPU", "MTA"} <= set(names)
 
 
 def test_ridge_is_left_out_for_free_text():
-    names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), load_task("lamp4"), 5)]
+    names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(), load_task("lamp4"), 5)]
     assert "merge only, posterior" in names
     assert "merge only, ridge" not in names
 
 
 def test_laplace_is_left_out_for_a_bank_without_calibration(task):
-    names = [[m.name for m in standard_methods(TINY_RUN, Evaluation(), task, 5, known)] for known in (True, False)]
+    names = [[m.name for m in standard_methods(TINY_RUN, CompareSettings(), task, 5, known)] for known in (True, False)]
     assert set(names[0]) - set(names[1]) == {"merge only, laplace"}
 
 
 def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
-    methods = standard_methods(TINY_RUN, Evaluation(), task, 1)
+    methods = standard_methods(TINY_RUN, CompareSettings(), task, 1)
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))
 
 
@@ -135,7 +135,7 @@ def test_no_method_learns_from_the_answers_to_queries(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     methods = [method for method in ALL if method.name not in {"base", "task LoRA"}]
     one, other = (
-        evaluate(panel_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
+        run_methods(panel_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
     )
     assert not torch.equal(one.row("MTA").people["MAE"], other.row("MTA").people["MAE"])  # the answers did change
     for row, again in zip(one.rows, other.rows):
@@ -164,8 +164,8 @@ def test_a_short_history_is_refused(tiny):
 
 
 def test_people_are_measured_with_every_seed(panel):
-    both = evaluate(panel, [ADAPT], seeds=(0, 1)).row("adapt only")
-    first, second = (evaluate(panel, [ADAPT], seeds=(seed,)).row("adapt only") for seed in (0, 1))
+    both = run_methods(panel, [ADAPT], seeds=(0, 1)).row("adapt only")
+    first, second = (run_methods(panel, [ADAPT], seeds=(seed,)).row("adapt only") for seed in (0, 1))
     assert not torch.equal(torch.stack(first.nll), torch.stack(second.nll))
     assert torch.allclose(torch.stack(both.nll), (torch.stack(first.nll) + torch.stack(second.nll)) / 2)
     for metric, values in both.people.items():
@@ -174,7 +174,7 @@ def test_people_are_measured_with_every_seed(panel):
 
 
 def test_the_same_seed_gives_the_same_numbers(panel, tiny):
-    one, again = (evaluate(p, [MTA]).row("MTA") for p in (panel, panel_of(tiny)))
+    one, again = (run_methods(p, [MTA]).row("MTA") for p in (panel, panel_of(tiny)))
     assert torch.equal(torch.stack(one.nll), torch.stack(again.nll))
     assert torch.equal(one.merge.w, again.merge.w)
 
@@ -189,7 +189,7 @@ def test_a_method_without_seed_runs_once(panel):
             seeds.append(seed)
             return Outcome([Answers(["3"] * QUERIES)] * PEOPLE, 0.0, 0.0)
 
-    evaluate(panel, [Fixed()], seeds=(0, 1, 2))
+    run_methods(panel, [Fixed()], seeds=(0, 1, 2))
     assert seeds == [0]
 
 
@@ -202,7 +202,7 @@ def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(pa
 
     gather = context.gather_evidence
     monkeypatch.setattr(context, "gather_evidence", watched)
-    rows = evaluate(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
+    rows = run_methods(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
 
@@ -221,7 +221,7 @@ def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(panel, m
     )
     assert [record.seconds for record in compute_records(workspace, asked)] == [8.0 / PEOPLE] * PEOPLE
     del vars(panel)["jobs"]
-    evaluate(panel, [TaskLora(name="anew")])
+    run_methods(panel, [TaskLora(name="anew")])
 
 
 def row_of(name, nll):
@@ -262,7 +262,7 @@ def test_paired_differences_and_who_is_worse_off(task):
 
 def test_a_comparison_resamples_groups_of_people(tiny, task):
     people = [dataclasses.replace(p, group="g" if n < 2 else "") for n, p in enumerate(people_of(PEOPLE, prefix="x"))]
-    found = evaluate(panel_of(tiny, people), [TaskLora(), Base()])
+    found = run_methods(panel_of(tiny, people), [TaskLora(), Base()])
     values = found.row("base").people["NLL"] - found.row("task LoRA").people["NLL"]
     assert found.groups == ("g", "g", "", "")
     assert found.difference("base", "task LoRA", "NLL") == bootstrap(values, groups=found.groups) != bootstrap(values)
@@ -280,7 +280,7 @@ def test_people_who_share_items_with_bank_members_are_not_tested(tiny, caplog):
     base, bank = tiny
     member, *others = [*people_of(1, prefix="c"), *people_of(5, prefix="x", seed=7)]
     kin = [dataclasses.replace(one, group="c0") for one in (member, others[0])]
-    evaluation = Evaluation(shots=2, queries=2, policies=())
-    found = study(base, bank, TINY_RUN, [*kin, *others[1:]], evaluation, encoder=HashEncoder())
+    evaluation = CompareSettings(shots=2, queries=2, policies=())
+    found = compare(base, bank, TINY_RUN, [*kin, *others[1:]], evaluation, encoder=HashEncoder())
     assert [person.id for person in found.panel.people] == ["x1", "x2", "x3", "x4"]
     assert "1 people are left out, because they share items with people in the bank" in caplog.text

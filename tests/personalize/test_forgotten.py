@@ -17,11 +17,11 @@ from mta import TASK
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.notes import stale
-from mta.config import Evaluation
+from mta.config import CompareSettings
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
 from mta.evaluation.asking import interview
-from mta.evaluation.compare import study
+from mta.evaluation.compare import compare
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
 from mta.store.maintenance import check
@@ -81,8 +81,8 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     personal.generate(
         [(EVE.id, {"title": "Film 7", "genres": "Drama"}), (TASK, {"title": "Film 7", "genres": "Drama"})]
     )
-    evaluation = Evaluation(shots=2, queries=2, policies=("posterior",))
-    found = study(base, bank, TINY_RUN, everybody, evaluation, encoder=HashEncoder())
+    evaluation = CompareSettings(shots=2, queries=2, policies=("posterior",))
+    found = compare(base, bank, TINY_RUN, everybody, evaluation, encoder=HashEncoder())
     found.asked = interview(personal, everybody, [{"title": "Film 7", "genres": "Drama"}])
     found.write(tmp_path / "results", "mta compare people.jsonl")
     stopped(personalizer(base, bank, store=tmp_path / "people", seed=1), everybody, monkeypatch)

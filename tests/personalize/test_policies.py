@@ -18,7 +18,7 @@ from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.layers import Shared
 from mta.personalize.evidence import Evidence, Labels, gather_evidence
 from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, needs_evidence
-from mta.personalize.policies import POLICIES, Retrieved, fit_labels
+from mta.personalize.policies import POLICIES, PolicyInput, fit_labels
 from mta.personalize.shots import ShotGradients, shots_of
 
 U, N = 3, 5
@@ -185,9 +185,9 @@ def test_no_policy_depends_on_mates(policy):
     one = Evidence(both.loglik[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
     sums, loglik, shots = normal(2, N, seed=5), torch.tensor([-3.0, -2.0]), torch.tensor([1, 3])
     two, mine = (ShotGradients(sums[:u], loglik[:u], shots[:u]) for u in (2, 1))
-    w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both, gradients=two, calibration=CALIBRATION))
+    w = POLICIES[policy].weigh(settings, PolicyInput(ids, cosines, both, gradients=two, calibration=CALIBRATION))
     assert w.shape == ids.shape
-    alone = Retrieved(ids[:1], cosines[:1], one, gradients=mine, calibration=CALIBRATION)
+    alone = PolicyInput(ids[:1], cosines[:1], one, gradients=mine, calibration=CALIBRATION)
     near(w[:1], POLICIES[policy].weigh(settings, alone))
 
 

@@ -22,7 +22,7 @@ from mta.personalize import Personalizer, stages
 from mta.personalize.adapters import stored_merges
 from mta.personalize.evidence import Evidence, Labels
 from mta.personalize.merge import Merge, merge_adapters, updated_coefficients
-from mta.personalize.policies import POLICIES, Retrieved
+from mta.personalize.policies import POLICIES, PolicyInput
 from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.personalize.update import decide
@@ -64,8 +64,8 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
     ids = torch.arange(N).expand(U, N)
     near = torch.zeros(U, N, dtype=torch.float64)
     weigh = POLICIES[policy].weigh
-    before = scale * weigh(settings, Retrieved(ids, near, one))
-    whole = scale * weigh(settings, Retrieved(ids, near, both(one, other)))
+    before = scale * weigh(settings, PolicyInput(ids, near, one))
+    whole = scale * weigh(settings, PolicyInput(ids, near, both(one, other)))
     found = updated_coefficients(settings, Merge(ids, before), other, one.tokens)
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
 

@@ -11,10 +11,10 @@ from crowd import PEOPLE, QUESTION, same
 from tiny import base_of, tokenizer
 
 import mta
-from mta.config import Evaluation
+from mta.config import CompareSettings
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, ConfigError, InputError, StoreError, UnsupportedModel
-from mta.evaluation.compare import study
+from mta.evaluation.compare import compare
 from mta.model.base import BaseModel
 from mta.store import Store
 
@@ -72,12 +72,12 @@ def test_a_bank_of_another_base_is_refused(tiny):
     with pytest.raises(BankMismatch):
         mta.Personalizer(base, bank, run=TINY_RUN)
     with pytest.raises(BankMismatch):
-        study(base, bank, TINY_RUN, PEOPLE, Evaluation(shots=2, queries=1), encoder=HashEncoder())
+        compare(base, bank, TINY_RUN, PEOPLE, CompareSettings(shots=2, queries=1), encoder=HashEncoder())
 
 
 def test_nobody_is_compared_twice(tiny):
     with pytest.raises(InputError, match="a person is given twice"):
-        study(*tiny, TINY_RUN, [*PEOPLE, PEOPLE[0]], Evaluation(shots=2, queries=1), encoder=HashEncoder())
+        compare(*tiny, TINY_RUN, [*PEOPLE, PEOPLE[0]], CompareSettings(shots=2, queries=1), encoder=HashEncoder())
 
 
 @pytest.mark.parametrize(("rating", "reason"), [(None, "missing"), (4.0, "expected text"), ("4.0", "unknown label")])

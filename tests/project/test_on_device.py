@@ -12,7 +12,7 @@ from tiny import KINDS, base_of, random_examples, tokenizer
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
-from mta.evaluation import Context, Panel, evaluate
+from mta.evaluation import Context, Panel, run_methods
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
 from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
@@ -122,7 +122,7 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
             Merged(name="merge", merge=settings),
             MergeThenAdapt(name="MTA", merge=settings, stack=TINY_RUN.stack),
         ]
-        scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
+        scores.append([row.people["NLL"] for row in run_methods(panel, methods).rows])
     for found, expected in zip(*scores):
         # Singular vectors are computed in float32, by LAPACK on a CPU and by cuSOLVER on a GPU.
         close(found, expected, 1e-5 if mode == "svd" else 1e-7)

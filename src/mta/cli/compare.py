@@ -15,7 +15,7 @@ from typer import Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, console, show_json
-from mta.config import Evaluation, Privacy, Run, load_settings
+from mta.config import CompareSettings, Privacy, Run, load_settings
 from mta.config.loader import read_yaml
 from mta.data.history import Person
 from mta.system.extras import require
@@ -23,7 +23,7 @@ from mta.system.extras import require
 if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
 
-Kind = TypeVar("Kind", Evaluation, Privacy)
+Kind = TypeVar("Kind", CompareSettings, Privacy)
 RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
 Out = Annotated[Path | None, Option(help="Folder for report.html, results.json and the run's settings.")]
 
@@ -59,9 +59,9 @@ def compare(
     columns = options.Columns(person_column, input_column, output_column, time_column)
     given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
-    with _open(given, "comparison", Evaluation) as session:
+    with _open(given, "comparison", CompareSettings) as session:
         step, say = session.folder.step, session.screen.say
-        study = mta.study(
+        report = mta.compare(
             session.base,
             session.bank,
             session.run,
@@ -71,15 +71,15 @@ def compare(
             on_step=step,
             on_method=say,
         )
-        session.folder.outcome = study.outcome()
+        session.folder.outcome = report.outcome()
         if out:
-            study.write(out, command)
+            report.write(out, command)
     from mta.evaluation.reports import tables
     from mta.evaluation.reports.html import to_json
 
     if json:
-        return show_json(to_json(study.comparison, **study.meta, command=command))
-    tables.show(study.comparison, study.meta, console)
+        return show_json(to_json(report.comparison, **report.meta, command=command))
+    tables.show(report.comparison, report.meta, console)
 
 
 def attack(

@@ -13,7 +13,7 @@ from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import readers
 from mta.data.history import Item
-from mta.data.readers.sharing import CROWD, connected
+from mta.data.sharing import CROWD, connected
 from mta.data.tasks import PromptFormat, load_task
 from mta.data.tasks import Task as TaskType
 from mta.data.tasks.prompt import Example

@@ -3,7 +3,7 @@
 from mta.config.loader import Settings as Settings
 from mta.config.schema import BankSettings as BankSettings
 from mta.config.schema import CalibrationSettings as CalibrationSettings
-from mta.config.schema import Evaluation as Evaluation
+from mta.config.schema import CompareSettings as CompareSettings
 from mta.config.schema import Lora as Lora
 from mta.config.schema import MergeMode as MergeMode
 from mta.config.schema import MergeSettings as MergeSettings

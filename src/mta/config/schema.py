@@ -198,7 +198,7 @@ class OneLoraSettings(Settings):
     training: Training
 
 
-class Evaluation(Settings):
+class CompareSettings(Settings):
     """What is compared: methods learn from a person's first ``shots`` items and answer the next ``queries``."""
 
     shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")

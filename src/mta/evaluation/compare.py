@@ -11,9 +11,9 @@ from typing import Any
 
 from mta.bank.bank import Bank
 from mta.bank.format import check_base
-from mta.config import Evaluation, MergeSettings, Run
+from mta.config import CompareSettings, MergeSettings, Run
 from mta.data.history import Person
-from mta.data.readers.sharing import Copies
+from mta.data.sharing import Copies
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
@@ -32,7 +32,7 @@ from mta.system.provenance import versions
 log = logging.getLogger("mta")
 
 
-def evaluate(
+def run_methods(
     panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
 ) -> Comparison:
     """Run every method with every seed on the panel, and compare them."""
@@ -53,7 +53,7 @@ def evaluate(
 
 
 @dataclass(slots=True)
-class Study:
+class ComparisonReport:
     """A comparison, its panel, and the questions that people's models were asked, if any."""
 
     comparison: Comparison
@@ -81,32 +81,32 @@ class Study:
 
 
 def standard_methods(
-    run: Run, evaluation: Evaluation, task: Task, anchors: int, calibrated: bool = True, encoded: bool = True
+    run: Run, settings: CompareSettings, task: Task, anchors: int, calibrated: bool = True, encoded: bool = True
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
 
     Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
-    evaluation has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
+    comparison has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
     """
 
     def policy(name: str) -> MergeSettings:
         # Settings of the run are for its policy. Other policies that retrieve by encoding use the paper's K = 2.
         if name == run.merge.policy:
             return run.merge
-        k = 0 if POLICIES[name].wide else min(2, anchors)
+        k = 0 if POLICIES[name].all_anchors else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
-    kinds = {name: POLICIES[name] for name in evaluation.policies}
+    kinds = {name: POLICIES[name] for name in settings.policies}
     policies = [
         name
         for name, kind in kinds.items()
-        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients) and (encoded or kind.wide)
+        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients) and (encoded or kind.all_anchors)
     ]
-    oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
+    oppu, adapt, stack = settings.oppu, settings.adapt or run.stack, run.stack
     rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
-    if evaluation.brief:
+    if settings.brief:
         merge = [Merged(merge=run.merge)] if stack.enabled else []
         return [*constants, TaskLora(), rival, *merge, ours]
     return [
@@ -120,19 +120,19 @@ def standard_methods(
     ]
 
 
-def study(
+def compare(
     base: BaseModel,
     bank: Bank,
     run: Run,
     people: Sequence[Person],
-    evaluation: Evaluation,
+    settings: CompareSettings,
     *,
     more: Sequence[Method] = (),
     limit: int | None = None,
     encoder: Encoder | None = None,
     on_step: OnStep | None = None,
     on_method: Callable[[str], None] | None = None,
-) -> Study:
+) -> ComparisonReport:
     """Compare the standard methods, and ``more``, on the ``people`` who are not in the bank and have enough items.
 
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
@@ -141,7 +141,7 @@ def study(
     people = list(people)
     if len({person.id for person in people}) < len(people):
         raise InputError("a person is given twice", hint="Put all items of a person into one history.")
-    task, shots, queries, run = bank.task, evaluation.shots, evaluation.queries, bank.settled(run)
+    task, shots, queries, run = bank.task, settings.shots, settings.queries, bank.settled(run)
     calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
     check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:
@@ -154,7 +154,7 @@ def study(
             f"or have fewer than {shots + queries} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
-    left_out, seeds = len(people) - len(tested), evaluation.seeds or (run.seed,)
+    left_out, seeds = len(people) - len(tested), settings.seeds or (run.seed,)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
@@ -166,27 +166,27 @@ def study(
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
-    methods = [*standard_methods(run, evaluation, task, len(bank), calibrated, encoded), *more]
-    comparison = evaluate(panel, methods, seeds, on_method)
-    meta = _meta(context, evaluation, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
-    return Study(comparison, panel, meta)
+    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded), *more]
+    comparison = run_methods(panel, methods, seeds, on_method)
+    meta = _meta(context, settings, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
+    return ComparisonReport(comparison, panel, meta)
 
 
-def _meta(context: Context, evaluation: Evaluation, seeds: Sequence[int]) -> dict[str, Any]:
+def _meta(context: Context, settings: CompareSettings, seeds: Sequence[int]) -> dict[str, Any]:
     base, bank, run = context.base, context.bank, context.run
     return {
         "base": base.name,
         "note": base.note,
         "dtype": str(base.dtype).removeprefix("torch."),
         "task": bank.task.name,
-        "shots": evaluation.shots,
-        "queries": evaluation.queries,
+        "shots": settings.shots,
+        "queries": settings.queries,
         "seeds": list(seeds),
         "seed": run.seed,
         "anchors": len(bank),
         "bank_hash": bank.hash,
         "bank_seconds": bank.info.seconds,
         "run": run.model_dump(mode="json"),
-        "evaluation": evaluation.model_dump(mode="json"),
+        "evaluation": settings.model_dump(mode="json"),
         "versions": versions(),
     }

@@ -19,7 +19,7 @@ from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.personalize.evidence import Evidence
-from mta.personalize.policies import Retrieved, policy_of
+from mta.personalize.policies import PolicyInput, policy_of
 from mta.personalize.shots import ShotGradients
 from mta.system.device import moved
 from mta.system.progress import Step
@@ -132,8 +132,8 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
         )
     rank_by = evidence.anchor_loglik if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
-    retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)
-    return Merge(ids, settings.scale * policy_of(settings).weigh(settings, retrieved))
+    known = PolicyInput(ids, similarity.double().gather(1, ids), evidence)
+    return Merge(ids, settings.scale * policy_of(settings).weigh(settings, known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +215,8 @@ def _from_gradients(
     if on_step := passes.get("on_step"):
         shots = sum(len(job.examples) for job in jobs)
         on_step(Step(1, len(jobs), shots, shots))
-    retrieved = Retrieved(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
-    w = settings.scale * policy_of(settings).weigh(settings, retrieved)
+    known = PolicyInput(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
+    w = settings.scale * policy_of(settings).weigh(settings, known)
     return Merge(ids, w.to(base.master_dtype), gradients)
 
 
@@ -230,8 +230,8 @@ def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evide
         return before.w.double()
     similarity = torch.zeros_like(before.w, dtype=torch.float64)  # not read by policies that read evidence
     earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
-    retrieved = Retrieved(before.ids, similarity, evidence, earlier, tokens, rounding)
-    return settings.scale * policy.weigh(settings, retrieved)
+    known = PolicyInput(before.ids, similarity, evidence, earlier, tokens, rounding)
+    return settings.scale * policy.weigh(settings, known)
 
 
 def learn(

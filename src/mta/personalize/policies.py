@@ -20,7 +20,7 @@ from mta.personalize.shots import ShotGradients
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieved:
+class PolicyInput:
     """The input of a policy: U people and the K anchors retrieved for each, nearest first. Everything is from shots.
 
     Shapes: ids (U, K), anchor numbers; similarity (U, K), cosine of person and anchor, float64. For people whose
@@ -39,7 +39,7 @@ class Retrieved:
     calibration: Calibration | None = None
 
     @property
-    def scored(self) -> Evidence:
+    def required_evidence(self) -> Evidence:
         """The evidence, for policies that read it. Raises ConfigError if none was gathered."""
         if self.evidence is None:
             raise ConfigError(
@@ -51,10 +51,10 @@ class Retrieved:
     @property
     def loglik(self) -> Tensor:
         """(U, K): log-likelihood of all shots of a person under each retrieved anchor."""
-        return self.scored.anchor_loglik.gather(1, self.ids)
+        return self.required_evidence.anchor_loglik.gather(1, self.ids)
 
 
-Weigh = Callable[[MergeSettings, Retrieved], Tensor]
+Weigh = Callable[[MergeSettings, PolicyInput], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ class Policy:
     evidence: Callable[[MergeSettings], bool]  # whether the policy reads the anchors' losses
     gradients: bool  # whether the policy reads the shots' gradients and the bank's calibration
     labels: bool  # whether the policy needs the scores of a closed set of labels
-    wide: bool  # whether the policy is meant for all anchors, or only for the nearest
+    all_anchors: bool  # whether the policy is meant for all anchors, or only for the nearest
     cosines: bool  # whether the policy reads the cosines of people and anchors
     learns: bool  # whether gradient descent on the shots goes on from the policy's coefficients (``learn`` in merge.py)
 
     def by_content(self, settings: MergeSettings) -> bool:
         """Return whether anchors are retrieved or weighted by content, which needs their encodings."""
-        nearest = bool(settings.k) or not (self.wide or self.evidence(settings))
+        nearest = bool(settings.k) or not (self.all_anchors or self.evidence(settings))
         return self.cosines or (nearest and settings.retrieve == "cosine")
 
 
@@ -84,7 +84,7 @@ def policy(
     evidence: bool | Callable[[MergeSettings], bool] = False,
     gradients: bool = False,
     labels: bool = False,
-    wide: bool = False,
+    all_anchors: bool = False,
     cosines: bool = False,
     learns: bool = False,
 ) -> Callable[[Weigh], Weigh]:
@@ -92,7 +92,7 @@ def policy(
 
     def register(weigh: Weigh) -> Weigh:
         reads = evidence if callable(evidence) else lambda _: evidence
-        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide, cosines, learns)
+        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, all_anchors, cosines, learns)
         return weigh
 
     return register
@@ -105,61 +105,61 @@ def policy_of(settings: MergeSettings) -> Policy:
     return POLICIES[settings.policy]
 
 
-@policy(wide=True)
-def uniform(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+@policy(all_anchors=True)
+def uniform(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return equal coefficients, 1 / K."""
-    return torch.full_like(retrieved.similarity, 1 / retrieved.ids.shape[1])
+    return torch.full_like(known.similarity, 1 / known.ids.shape[1])
 
 
 @policy()
-def top1(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+def top1(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return 1 for the nearest anchor, 0 for the others."""
-    w = torch.zeros_like(retrieved.similarity)
+    w = torch.zeros_like(known.similarity)
     w[:, 0] = 1
     return w
 
 
 @policy()
-def fixed(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+def fixed(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return a fixed share for the nearest anchor; the other anchors share the rest equally. For Figure 3."""
-    k = retrieved.ids.shape[1]
-    w = torch.full_like(retrieved.similarity, (1 - settings.fixed) / (k - 1) if k > 1 else 0.0)
+    k = known.ids.shape[1]
+    w = torch.full_like(known.similarity, (1 - settings.fixed) / (k - 1) if k > 1 else 0.0)
     w[:, 0] = settings.fixed
     return w
 
 
 @policy(cosines=True)
-def similarity(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+def similarity(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the softmax of the cosines."""
-    return torch.softmax(retrieved.similarity / settings.tau, dim=1)
+    return torch.softmax(known.similarity / settings.tau, dim=1)
 
 
 @policy(cosines=True)
-def released(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+def released(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the cosines' shares in reverse: of two anchors, the nearer one gets the share of the farther one.
 
     Negative cosines count as zero; without positive ones all shares are equal. Source: the code of arXiv:2511.20072.
     """
-    cosines = retrieved.similarity.clamp_min(0)
+    cosines = known.similarity.clamp_min(0)
     cosines = torch.where(cosines.sum(1, keepdim=True) > 0, cosines, torch.ones_like(cosines))
     return (cosines / cosines.sum(1, keepdim=True)).flip(1)
 
 
 @policy(evidence=True)
-def loss(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+def loss(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the softmax of each anchor's log-likelihood per token.
 
     With ``before``, the result is exactly that of all items: earlier items are weighted by their tokens.
     """
-    logits, tokens = retrieved.loglik / settings.tau, retrieved.scored.tokens[:, None]
-    if retrieved.before is not None and retrieved.seen is not None:
-        seen = retrieved.seen[:, None]
-        logits, tokens = logits + seen * retrieved.before.log(), tokens + seen
+    logits, tokens = known.loglik / settings.tau, known.required_evidence.tokens[:, None]
+    if known.before is not None and known.seen is not None:
+        seen = known.seen[:, None]
+        logits, tokens = logits + seen * known.before.log(), tokens + seen
     return torch.softmax(logits / tokens, dim=1)
 
 
-@policy(evidence=True, wide=True)
-def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+@policy(evidence=True, all_anchors=True)
+def posterior(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the probability of each anchor given the shots; the null anchor is the pooled model.
 
     w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - pooled[u]) / T), and the null anchor takes the
@@ -167,44 +167,44 @@ def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is that of all
     items, as far as float32 can tell the earlier null anchor from 0.
     """
-    if retrieved.before is None:
-        prior = torch.full_like(retrieved.loglik, (1 - settings.null_prior) / retrieved.ids.shape[1])
-        null = torch.full_like(retrieved.scored.pooled_loglik, settings.null_prior)
+    if known.before is None:
+        prior = torch.full_like(known.loglik, (1 - settings.null_prior) / known.ids.shape[1])
+        null = torch.full_like(known.required_evidence.pooled_loglik, settings.null_prior)
     else:  # the null is never exactly 0 after rounding, so that new items can raise it again
-        prior = retrieved.before
-        null = (1 - prior.sum(1)).clamp_min(retrieved.rounding)
-    gain = (retrieved.loglik - retrieved.scored.pooled_loglik[:, None]) / settings.temperature
+        prior = known.before
+        null = (1 - prior.sum(1)).clamp_min(known.rounding)
+    gain = (known.loglik - known.required_evidence.pooled_loglik[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
 
 
-@policy(gradients=True, wide=True)
-def laplace(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+@policy(gradients=True, all_anchors=True)
+def laplace(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the best coefficients of a quadratic model of the log-likelihood, from one gradient (``Calibration``).
 
     The gradient is a sum over shots, so the result for a longer history is exactly that of all its items.
     """
-    if retrieved.calibration is None or retrieved.gradients is None:
+    if known.calibration is None or known.gradients is None:
         raise ConfigError(
             "policy 'laplace' needs the shots' gradients and a calibrated bank",
             hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
         )
-    sums, loglik, shots = retrieved.gradients
-    w = retrieved.calibration.coefficients(sums, loglik, shots)
-    return w.gather(1, retrieved.ids)
+    sums, loglik, shots = known.gradients
+    w = known.calibration.coefficients(sums, loglik, shots)
+    return w.gather(1, known.ids)
 
 
-@policy(evidence=True, labels=True, wide=True)
-def ridge(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+@policy(evidence=True, labels=True, all_anchors=True)
+def ridge(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the coefficients that best explain the shots' labels, pulled to 0 or to ``before``."""
-    if retrieved.scored.labels is None:
+    if known.required_evidence.labels is None:
         raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
-    return fit_labels(retrieved.scored.labels, retrieved.ids, settings.ridge, before=retrieved.before)
+    return fit_labels(known.required_evidence.labels, known.ids, settings.ridge, before=known.before)
 
 
-@policy(evidence=lambda settings: settings.start == "posterior", wide=True, learns=True)
-def learned(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+@policy(evidence=lambda settings: settings.start == "posterior", all_anchors=True, learns=True)
+def learned(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the posterior, or 0, where the gradient descent starts."""
-    return torch.zeros_like(retrieved.similarity) if settings.start == "zero" else posterior(settings, retrieved)
+    return torch.zeros_like(known.similarity) if settings.start == "zero" else posterior(settings, known)
 
 
 def fit_labels(labels: Labels, ids: Tensor, strength: float, before: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.settle import settled
-from mta.config import Evaluation, Run, Training
+from mta.config import CompareSettings, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of
 from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
@@ -191,7 +191,7 @@ class Cost:
     person_operations: float
 
 
-OPPU = Evaluation().oppu.training
+OPPU = CompareSettings().oppu.training
 HELPFUL = CalibrationInfo(
     ridge=1.0, prior=8.0, rate=1.6e-3, gains=(Gain(shots=8, people=8, mean=0.1, low=0.0, high=0.2, worse=0.0),)
 )

@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 
 from mta.bank.bank import Bank
-from mta.config import Evaluation, Run, override
+from mta.config import CompareSettings, Run, override
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
 from mta.evaluation.asking import interview
-from mta.evaluation.compare import Study, study
+from mta.evaluation.compare import ComparisonReport, compare
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.system import assets
@@ -59,7 +59,7 @@ class DemoRecipe(Settings):
     data: str
     people: PartSizes
     run: Run
-    evaluation: Evaluation
+    evaluation: CompareSettings
     minutes: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=2)
     short: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ def demo(
     on_time: OnTime = lambda share, left: None,
     say: Callable[[str], None] = lambda _: None,
     track: Track | None = None,
-) -> Study:
+) -> ComparisonReport:
     """Build a bank, evaluate, personalize, and write a report under ``out``; a stopped demo resumes.
 
     ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
@@ -171,7 +171,7 @@ def demo(
     return found
 
 
-def next_commands(out: Path, found: Study) -> list[str]:
+def next_commands(out: Path, found: ComparisonReport) -> list[str]:
     """Return commands to go on with, in the order in which a newcomer may want them.
 
     A line above each command says what it does: a comment after the command is an error in interactive zsh.
@@ -201,7 +201,7 @@ def _compared(
     base: BaseModel,
     on_step: OnStep,
     say: Callable[[str], None],
-) -> Study:
+) -> ComparisonReport:
     """Build the bank, and compare the methods on people outside the bank."""
     run = recipe.run
     pooled = len(splits.task) + (len(splits.candidates) if run.task_lora.kept_back else 0)
@@ -212,7 +212,7 @@ def _compared(
 
     say(f"3/4  {len(splits.test)} people outside the bank, {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
-    found = study(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
+    found = compare(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
     found.meta["data"] = recipe.data
     if recipe.data in assets.ASSETS:
         found.meta["terms"] = assets.ASSETS[recipe.data].note
@@ -245,7 +245,7 @@ def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], 
     return chosen
 
 
-def _two(found: Study) -> list[int]:
+def _two(found: ComparisonReport) -> list[int]:
     """Return two people: those with the lowest and highest mean rating in their shots, or the first and the last."""
     task, people = found.panel.bank.task, found.panel.people
     order = list(range(len(people)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mta.config import CalibrationSettings
 from mta.data.history import Item, Person
-from mta.data.readers.sharing import separated
+from mta.data.sharing import separated
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.model.base import BaseModel

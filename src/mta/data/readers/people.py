@@ -9,16 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mta.config import Evaluation, Run
+from mta.config import CompareSettings, Run
 from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_name, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import RecordPart, item_parts
-from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
+from mta.data.sharing import connected, missing_from, same_users, without_answers
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
@@ -240,7 +240,7 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
         "asked": queries,
         "shots": {m: able(m) for m in SHOTS},
         "anchors": with_items(Run().bank.min_items),
-        "compared": with_items(Evaluation().shots + Evaluation().queries),
+        "compared": with_items(CompareSettings().shots + CompareSettings().queries),
         "people with times": sum(None not in each for each in times),
         "oldest": min(known, default=None),
         "newest": max(known, default=None),

@@ -15,7 +15,7 @@ from mta.bank.task_lora import LOSSES
 from mta.config import Run, override
 from mta.config.constants import SHOTS
 from mta.data.history import Person
-from mta.data.readers.sharing import Copies, connected, holders_of
+from mta.data.sharing import Copies, connected, holders_of
 from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError

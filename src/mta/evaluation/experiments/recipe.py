@@ -202,7 +202,7 @@ def _check_words(recipe: Experiment) -> None:
         run = override(recipe.run, [word for word in part.words if word.startswith(FREE)])
         for method in part.methods:
             settings = run.merge, run.stack
-            if method.of_bank and known.setdefault((part.bank, method.digest), settings) != settings:
+            if method.uses_bank and known.setdefault((part.bank, method.digest), settings) != settings:
                 raise InputError(
                     f"two parts run {method.name!r} on bank {part.bank!r} with different words",
                     hint="Give the method its own merge and stack instead.",

@@ -209,7 +209,7 @@ class Results:
         """
         common = {one for one in self.seeds(name, shots, among) if seed in (None, one)}
         rows = [
-            (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
+            (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.uses_bank or s in common])
             for method, bank, seeds in self._methods(name, shots, among)
         ]
         if not rows or not all(seeds for _, _, seeds in rows):
@@ -228,7 +228,7 @@ class Results:
 
         A seed with less than half of the people of another one, or of those asked for, was interrupted: it is left out.
         """
-        found = [seeds for method, _, seeds in self._methods(name, shots, among) if method.of_bank]
+        found = [seeds for method, _, seeds in self._methods(name, shots, among) if method.uses_bank]
         common = set.intersection(*map(set, found)) if found else set()
         people = {seed: len(set.intersection(*(set(seeds[seed]) for seeds in found))) for seed in common}
         most = min(max(people.values(), default=0), self.recipe.compared or math.inf)

@@ -177,7 +177,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
         Record(
             key=run.key,
             protocol=run.protocol,
-            trained=panel.bank.hash if run.method.of_bank else "",
+            trained=panel.bank.hash if run.method.uses_bank else "",
             settings=run.method.digest,
             method=run.method.name,
             bank=run.part.bank,

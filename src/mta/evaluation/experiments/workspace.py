@@ -183,9 +183,9 @@ class Workspace:
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
-    def _run_of(self, part: Part, seed: int, *, of_bank: bool = False) -> Run:
+    def _run_of(self, part: Part, seed: int, *, uses_bank: bool = False) -> Run:
         """Return the recipe's settings with the changes of the part, or only with those that train its bank."""
-        words = part.trained[0] if of_bank else part.words
+        words = part.trained[0] if uses_bank else part.words
         run = override(self.recipe.run, [*words, f"seed={seed}"])
         if part.pool == "task":
             return run
@@ -244,7 +244,7 @@ class Workspace:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
         name = f"{part.bank}-{seed}"
         if name not in self._banks:
-            run, (pool, held_out) = self._run_of(part, seed, of_bank=True), self._pool(part, seed)
+            run, (pool, held_out) = self._run_of(part, seed, uses_bank=True), self._pool(part, seed)
             self.say(f"bank {name}")
             folder = self._folder(part, seed)
             build_bank(
@@ -317,19 +317,19 @@ class Workspace:
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
         """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""
         parts: list[Any] = [method.digest, shots, *self._questions(part)]
-        if method.of_bank:
+        if method.uses_bank:
             parts += [self.bank(part, seed).hash, *self._defaults(part)]
-        if method.of_bank or method.seeded:
+        if method.uses_bank or method.seeded:
             parts.append(seed)
-        if method.of_task_people:
+        if method.uses_task_people:
             parts += [person.digest() for person in self.splits.select("task", self.people)]
-        if method.of_others:
+        if method.uses_other_people:
             parts += [person.id for person in self._able(shots)]
         return json_sha256([*parts])[:16]
 
     def protocol(self, part: Part, method: Method) -> str:
         """Return a hash of what determines the results of a method with all seeds and numbers of shots."""
-        parts = [*self._questions(part), part.bank, *(self._defaults(part) if method.of_bank else ())]
+        parts = [*self._questions(part), part.bank, *(self._defaults(part) if method.uses_bank else ())]
         return json_sha256(parts)[:16]
 
     def _questions(self, part: Part) -> list[Any]:

@@ -48,7 +48,7 @@ class OtherPerson(OverMethod):
     method: Literal["other-person"] = "other-person"
     name: str = "MTA, other person's shots"
     over: AnyMethod = MergeThenAdapt()
-    of_others: ClassVar[bool] = True
+    uses_other_people: ClassVar[bool] = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         if "profile" in panel.task.item.inputs:

@@ -41,17 +41,17 @@ class Method(Settings, ABC):
         return False
 
     @property
-    def of_bank(self) -> bool:
+    def uses_bank(self) -> bool:
         """Whether the method uses the bank or its task LoRA."""
         return True
 
     @property
-    def of_others(self) -> bool:
+    def uses_other_people(self) -> bool:
         """Whether a person's result depends on the other tested people."""
         return False
 
     @property
-    def of_task_people(self) -> bool:
+    def uses_task_people(self) -> bool:
         """Whether results depend on the items of the task people, and not only through the bank."""
         return False
 
@@ -123,8 +123,8 @@ class OverMethod(Method):
         return self.over.seeded
 
     @property
-    def of_bank(self) -> bool:
-        return self.over.of_bank
+    def uses_bank(self) -> bool:
+        return self.over.uses_bank
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return self.over.fits(task, anchors, calibrated)

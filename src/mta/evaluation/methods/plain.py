@@ -20,8 +20,8 @@ from mta.evaluation.protocol import Panel
 class _Constant(Method):
     """The same answer to all questions, without a model, for tasks with labels. Its probabilities are label shares."""
 
-    of_bank: ClassVar[bool] = False
-    of_task_people: ClassVar[bool] = True
+    uses_bank: ClassVar[bool] = False
+    uses_task_people: ClassVar[bool] = True
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return task.labelled
@@ -68,7 +68,7 @@ class OwnConstant(_Constant):
 class Base(Method):
     """The base model without adapters."""
 
-    of_bank: ClassVar[bool] = False
+    uses_bank: ClassVar[bool] = False
     method: Literal["base"] = "base"
     name: str = "base"
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
-from mta.data.readers.overlap import SAME_ITEMS, Sets, nearly_equal
+from mta.data.overlap import SAME_ITEMS, Sets, nearly_equal
 from mta.data.tasks.task import Task
 
 LONG = 64  # characters: two people can write a shorter text by coincidence

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from files import ASK, dumped, jsonl, lamp
 
+from mta.data import overlap, read_people
 from mta.data.history import Item, Person
-from mta.data.readers import overlap, read_people
-from mta.data.readers.overlap import SAME_ITEMS
-from mta.data.readers.sharing import CROWD, Copies, connected, same_users
+from mta.data.overlap import SAME_ITEMS
+from mta.data.sharing import CROWD, Copies, connected, same_users
 from mta.data.tasks import load_task
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
