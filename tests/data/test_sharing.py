@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from files import ASK, dumped, jsonl, lamp
 
-from mta.data import overlap, read_people
+from mta.data import overlap
 from mta.data.history import Item, Person
 from mta.data.overlap import SAME_ITEMS
+from mta.data.readers import read_people
 from mta.data.sharing import CROWD, Copies, connected, same_users
 from mta.data.tasks import load_task
 
