@@ -13,10 +13,35 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.system.extras import require
 
-PRIMARY = {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}  # by the task's metric
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
-STEMMED = ("ROUGE-L, stemmed", "ROUGE-1, stemmed")
-LAMP = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
+
+
+@dataclass(frozen=True, slots=True)
+class MetricKind:
+    """What tables show for tasks with one kind of metric: ``columns`` of scores per person, the primary one first.
+
+    ``meaning`` says in words what the primary score is. ``lamp`` are LaMP's two scores over all questions.
+    """
+
+    columns: tuple[str, ...]
+    meaning: str
+    lamp: tuple[str, str]
+
+    @property
+    def primary(self) -> str:
+        """The score that methods are judged by where there are no probabilities."""
+        return self.columns[0]
+
+
+KINDS = {  # by the task's metric
+    "mae": MetricKind(("MAE", "MAE (median)", "accuracy"), "the mean distance from the true rating", ("MAE", "RMSE")),
+    "accuracy": MetricKind(("accuracy",), "the share of right answers", ("accuracy", "F1")),
+    "rouge": MetricKind(
+        ("ROUGE-L", "ROUGE-1", "ROUGE-L, stemmed", "ROUGE-1, stemmed"),
+        "the overlap in words with the true text, in their order",
+        ("ROUGE-1", "ROUGE-L"),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +126,7 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
         found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
     if task.metric == "mae":  # over all questions: a mean over people would be another number
         found["RMSE"] = float(_distances(task, predicted, expected).square().mean().sqrt())
-    return {metric: found[metric] for metric in LAMP[task.metric]}
+    return {metric: found[metric] for metric in KINDS[task.metric].lamp}
 
 
 def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.metrics import BETTER_LOW, PRIMARY, Answers, PersonScore
+from mta.evaluation.metrics import BETTER_LOW, KINDS, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.quantiles import student_t
 
@@ -101,7 +101,7 @@ class Comparison:
     @property
     def primary(self) -> str:
         """The primary metric of the task."""
-        return PRIMARY[self.task.metric]
+        return KINDS[self.task.metric].primary
 
     @property
     def yardstick(self) -> str:

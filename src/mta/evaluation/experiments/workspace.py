@@ -183,9 +183,9 @@ class Workspace:
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
-    def _run_of(self, part: Part, seed: int, *, uses_bank: bool = False) -> Run:
+    def _run_of(self, part: Part, seed: int, *, as_trained: bool = False) -> Run:
         """Return the recipe's settings with the changes of the part, or only with those that train its bank."""
-        words = part.trained[0] if uses_bank else part.words
+        words = part.trained[0] if as_trained else part.words
         run = override(self.recipe.run, [*words, f"seed={seed}"])
         if part.pool == "task":
             return run
@@ -244,7 +244,7 @@ class Workspace:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
         name = f"{part.bank}-{seed}"
         if name not in self._banks:
-            run, (pool, held_out) = self._run_of(part, seed, uses_bank=True), self._pool(part, seed)
+            run, (pool, held_out) = self._run_of(part, seed, as_trained=True), self._pool(part, seed)
             self.say(f"bank {name}")
             folder = self._folder(part, seed)
             build_bank(

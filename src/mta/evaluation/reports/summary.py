@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mta.config.constants import NOTICEABLE
-from mta.evaluation.metrics import BETTER_LOW
+from mta.evaluation.metrics import BETTER_LOW, KINDS
 from mta.evaluation.statistics import Comparison, Interval, better
 from mta.system.units import human_bytes
 
@@ -14,12 +14,7 @@ Judgement = Literal["better", "worse", "unclear"]
 NAME, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
-MEANING = {
-    "MAE": "the mean distance from the true rating",
-    "accuracy": "the share of right answers",
-    "ROUGE-L": "the overlap in words with the true text, in their order",
-    "NLL": "the surprise at the true answer, in nats",
-}
+MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
 
 
 def verdict(comparison: Comparison) -> list[str]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.metrics import STEMMED
+from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports.summary import MEANING, NAME, POOLED, RIVAL, better_side, judge, title_of, verdict
 from mta.evaluation.statistics import Comparison, Interval, Resampled, corrected
 from mta.system.units import human_bytes, human_seconds
@@ -32,7 +32,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     names, people = comparison.names, comparison.people
     first, measure = comparison.primary, comparison.yardstick
     columns = {"method": names}
-    for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", *STEMMED, measure)):
+    for metric in dict.fromkeys((*KINDS[comparison.task.metric].columns, measure)):
         shown = str if metric.startswith("ROUGE") else lambda score: f"{score.mean:.3f}"
         columns[metric] = [shown(score) if (score := comparison.score(name, metric)) else "" for name in names]
     for metric in dict.fromkeys((measure, first)):
