@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +146,7 @@ def ingredients(settings: Settings) -> Iterator[Row]:
     people = settings.people if settings.full else max(settings.people // 4, 1)
     without: dict[str, Callable[[Cohort], Switch]] = {
         "batched adapters": lambda c: Switch(c, alone=True),
-        "packing": lambda c: Switch(c, how={"packed": False}),
+        "packing": lambda c: Switch(replace(c, base=unpacked(c.base))),
         "target-only logits": lambda c: Switch(c, around=lambda: logits_everywhere(c.base)),
         "bf16": lambda c: Switch(_cohort("short", "rank 8 (OPPU)", "float32", people, settings)),
         "compiled kernels": lambda c: Switch(c, around=without_kernels),
@@ -162,6 +163,13 @@ def ingredients(settings: Settings) -> Iterator[Row]:
     name = "ingredient: freed memory kept"
     if settings.wanted(name):
         yield memory_kept(name, settings)
+
+
+def unpacked(base: BaseModel) -> BaseModel:
+    """The same base, with one example in each row."""
+    other = copy(base)
+    other.blocked = other.packable = False
+    return other
 
 
 def memory_kept(name: str, settings: Settings) -> Row:
@@ -190,7 +198,6 @@ class Switch:
 
     cohort: Cohort
     alone: bool = False
-    how: dict[str, Any] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def train(self, people: int | None = None) -> float:
@@ -198,7 +205,7 @@ class Switch:
         some = self.cohort if people is None else self.cohort.first(people)
         with self.around():
             for part in some.each() if self.alone else [some]:
-                part.train(**(self.how or {}))
+                part.train()
         return _MINUTE * len(some.jobs)
 
     def gradient(self) -> tuple[float, LoraBatch]:
@@ -206,7 +213,7 @@ class Switch:
         some = self.cohort.first(2)
         some = replace(some, start=small(some.start, 7))
         with self.around():
-            parts = [part.gradient(**(self.how or {})) for part in (some.each() if self.alone else [some])]
+            parts = [part.gradient() for part in (some.each() if self.alone else [some])]
         return sum(loss for loss, _ in parts) / len(parts), joined([gradient for _, gradient in parts])
 
 

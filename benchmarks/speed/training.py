@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.system.progress import Step
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, train_loras
+from mta.training.trainer import Job, Passes, train_loras
 
 ANCHORS, K = 50, 4  # of the bank below a stack
 _STEEP = 1e6  # AdamW with so large an eps, and as large a rate, subtracts the gradient itself
@@ -82,22 +82,22 @@ class Cohort:
         below = ParameterCounts(frozen=_numbers(self.merges), task_lora=_numbers(self.pooled))
         return plan_cohorts(self.base, self.jobs, _numbers(self.start), self.memory, below=below)
 
-    def train(self, **how: Any) -> LoraBatch:
+    def train(self, **how: Unpack[Passes]) -> LoraBatch:
         """All of them, as planned from the memory; keywords as in ``train_loras``."""
         plan, found = self.plan(), []
         for members in plan.cohorts:
             chosen = list(members)
             below = [Renumbered(one, torch.tensor(chosen)) for one in self._frozen()]
             jobs, start = [self.jobs[n] for n in chosen], self.start.select(chosen)
-            how = {"tokens_per_batch": plan.tokens_per_batch, **how}
-            found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **how))
+            passes: Passes = {"tokens_per_batch": plan.tokens_per_batch, **how}
+            found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **passes))
         return joined(found)
 
-    def gradient(self, **how: Any) -> tuple[float, LoraBatch]:
+    def gradient(self) -> tuple[float, LoraBatch]:
         """Mean loss of these people and the gradient of each adapter on all examples of its job."""
         losses: list[Step] = []
         steps = Training(lr=_STEEP, eps=_STEEP, steps=1, batch_size=1024, beta1=0.0, beta2=0.0, clip=1e9)
-        after = replace(self, training=steps).train(on_step=losses.append, **how).to(torch.device("cpu"))
+        after = replace(self, training=steps).train(on_step=losses.append).to(torch.device("cpu"))
         before = self.start.tensors()
         moved = {name: before[name] - tensor for name, tensor in after.tensors().items()}
         return float(losses[0].loss or 0.0), LoraBatch.of_tensors(moved, self.start.scale)
