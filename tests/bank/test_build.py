@@ -187,8 +187,8 @@ def test_another_bank_in_the_folder_is_not_overwritten(built, other):
     with pytest.raises(BankError) as caught:
         build(built, **other)
     assert str(caught.value) == (
-        f"{built} holds a bank built from other people, another base or other settings\n"
-        f"  Choose another folder with --out, or remove it first:  rm -r {built}"
+        f"{built} holds a bank built from other people, another base, or other settings (memory, dtype, …)\n"
+        "  Choose another folder with --out: the states of people need this bank."
     )
     assert stamps(built) == before
 
@@ -225,7 +225,7 @@ def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(buil
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}), on_step=stop)
     before = stamps(tmp_path / "bank")
-    with pytest.raises(BankError, match="holds an interrupted build from other people, another base or other settings"):
+    with pytest.raises(BankError, match="holds an interrupted build from other people, another base, or"):
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
     assert trained(build(tmp_path / "bank", resume=False)) == trained(built)

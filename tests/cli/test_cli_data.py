@@ -103,7 +103,9 @@ def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):
     path.write_text("person,review,stars\nann,Fine.,3\n")
     words = ["--input-column", "stars", "--output-column", "stars"]
     said = run("data", "describe", path, "--task", "lamp3", *words)
-    assert (said.code, "column 'stars' was given for several fields: " in said.err) == (1, True), said.err
+    assert (said.code, "column 'stars' was given for the answer 'score' and for 'text'" in said.err) == (1, True), (
+        said.err
+    )
 
 
 def test_lines_of_old_macs_are_named(tmp_path):

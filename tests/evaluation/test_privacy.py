@@ -193,9 +193,10 @@ def test_a_task_lora_that_saw_the_anchors_items_is_no_reference_for_them(found):
     base = found.row(ANCHORS, "base")
     assert judged(base, pooled)[0] == "loss"
     meta = found.meta | {"anchors pooled": 3}
-    shown = Console(width=200, record=True)
-    shown.print(table(Findings([own], meta)))
-    assert f"{own.attacks['over base'].tpr.mean:.3f}" in shown.export_text()
+    (*_, last) = table(Findings([own], meta)).columns
+    tprs = [f"{own.attacks[name].tpr.mean:.3f}" for name in ("over base", "over task LoRA")]
+    assert [tprs[0] in cell for cell in last.cells] == [False, True]  # below the heading of the section
+    assert tprs[0] != tprs[1]
 
 
 def test_memorized_items_are_found_and_the_base_shows_nothing(found):

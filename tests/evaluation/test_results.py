@@ -2,14 +2,29 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from pages import ROOT
 
+from mta.config import override
 from mta.data.tasks import load_task
 from mta.errors import DataError
-from mta.evaluation.experiments.results import Record, Records, latest, publish, read_beside, read_records
+from mta.evaluation.experiments.recipe import load_experiment
+from mta.evaluation.experiments.results import (
+    CURRENT,
+    RECIPE,
+    Record,
+    Records,
+    latest,
+    publish,
+    read_beside,
+    read_records,
+)
+from mta.evaluation.experiments.workspace import Workspace
 from mta.evaluation.reports.publish import lamp_answers
+from mta.system.atomic import write_json
 
 
 def record(person="p", key="k", texts=None, **metrics):
@@ -81,3 +96,28 @@ def test_published_scores_have_one_key_for_each_method_and_seed(path):
     for row in read_records(path.parent):
         keys.setdefault((row.settings, row.bank, row.shots, row.seed), set()).add(row.key)
     assert [where for where, found in keys.items() if len(found) > 1] == []
+
+
+def folder_of(recipe, out, which="test"):
+    """What ``Workspace.write_recipe`` needs."""
+    folder = out if which == "test" else out / which
+    folder.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(recipe=recipe, out=out, folder=folder, sizes={}, protocol=lambda *_: "p")
+
+
+def test_a_run_on_development_people_leaves_the_recipe_of_the_test(tmp_path):
+    recipe = load_experiment("smoke")
+    Workspace.write_recipe(folder_of(recipe, tmp_path))
+    Workspace.write_recipe(folder_of(override(recipe, ["shots=1"]), tmp_path, "development"))
+    found = {path: yaml.safe_load((tmp_path / path / RECIPE).read_text())["shots"] for path in ("", "development")}
+    assert found == {"": recipe.shots, "development": 1}
+
+
+def test_results_of_banks_that_were_trained_otherwise_do_not_count(tmp_path):
+    recipe, banks = load_experiment("smoke"), {"main-0": "a", "main-1": "b"}
+    Workspace.write_recipe(folder_of(recipe, tmp_path))
+    write_json(tmp_path / CURRENT, read_beside(tmp_path / CURRENT) | {"banks": banks})
+    Workspace.write_recipe(folder_of(override(recipe, ["run.merge.policy=uniform"]), tmp_path))
+    assert read_beside(tmp_path / CURRENT)["banks"] == banks
+    Workspace.write_recipe(folder_of(override(recipe, ["run.bank.training.lr=0.5"]), tmp_path))
+    assert read_beside(tmp_path / CURRENT)["banks"] == {"main-0": "", "main-1": ""}

@@ -241,7 +241,7 @@ PROVOKED = {
     ),
     "BankError": (
         built_over,
-        ("holds a bank built from", r"bank\d*", "other people, another base or other settings"),
+        ("holds a bank built from", r"bank\d*", "other people, another base, or other settings"),
         "--out",
     ),
     "BankMismatch": (

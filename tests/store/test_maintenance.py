@@ -245,3 +245,13 @@ def test_the_store_commands_print_their_findings(tmp_path: Path) -> None:
     assert broken.exit_code == 1
     assert "damaged: " in broken.stdout
     assert ANN not in broken.stdout
+
+
+def test_check_counts_people_by_the_bank_of_their_newest_state(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for id, banks in (("ann", "aab"), ("bob", "b"), ("cem", "ba")):
+        for bank in banks:
+            store.save(id, state(bank=bank * 64))
+    assert check(store).banks == {"b" * 64: 2, "a" * 64: 1}
+    printed = CliRunner().invoke(app, ["store", "check", str(tmp_path)]).stdout
+    assert "newest state of bank bbbbbbbb…: 2 people" in printed

@@ -99,7 +99,8 @@ def _measured(
     here = ("calibration", "memory", "device", "gradient_checkpointing")  # all else is as the bank was built
     settings = info.run.model_copy(update={name: getattr(run, name) for name in here})
     histories = [[one.id, one.digest()] for one in people]
-    work = json_sha256([info.hash, histories, base.as_loaded(settings).model_dump(mode="json")])
+    loaded = base.as_loaded(settings).model_dump(mode="json", exclude={"memory", "device", "gradient_checkpointing"})
+    work = json_sha256([info.hash, histories, loaded])
     write_text(folder / CALIBRATING, work)
 
     def stepped(step: Step) -> None:

@@ -264,8 +264,8 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
                 remove_work(out)
             return True
         raise BankError(
-            f"{out} holds a bank built from other people, another base or other settings",
-            hint=f"Choose another folder with --out, or remove it first:  rm -r {shlex.quote(str(out))}",
+            f"{out} holds a bank built from other people, another base, or other settings (memory, dtype, …)",
+            hint="Choose another folder with --out: the states of people need this bank.",
         )
     if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in OURS):
         raise BankError(
@@ -274,7 +274,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
         )
     if resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
         raise BankError(
-            f"{out} holds an interrupted build from other people, another base or other settings",
+            f"{out} holds an interrupted build from other people, another base, or other settings (memory, dtype, …)",
             hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
             f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
         )

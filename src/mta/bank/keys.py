@@ -17,7 +17,7 @@ from mta.model.encoders import Encoder
 from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
-_NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
+NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def build_key(
 ) -> str:
     """Return a hash of all inputs that affect the tensors of a bank."""
     unused = set() if run.calibration.enabled else {"calibration"}
-    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
+    settings = run.model_dump(mode="json", exclude=NOT_IN_KEY | unused)
     if run.calibration.enabled:  # it measures stacks too
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
     for name in as_before(run.task_lora):  # as version 0.1.0 wrote it

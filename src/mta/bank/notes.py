@@ -86,7 +86,7 @@ def stale_report(folder: Path) -> StaleReport | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := stale(folder)):
         return None
-    command = "calibrate" if parts == ["calibration"] else "build"
+    command = "calibrate" if parts == ["calibration"] else "build --out NEW"
     found = f"a forgotten person is in the {' and the '.join(parts)} of {folder}"
     return StaleReport(found, f"Leave that person out, and make it anew:  mta bank {command}")
 

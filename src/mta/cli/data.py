@@ -93,7 +93,8 @@ def show(
             hint="Leave out --person to see the first person.",
         )
     base = mta.BaseModel.outline(run)  # the tokenizer is enough
-    examples = [_shown(base.prompts, load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
+    shown = chosen.queries if questions else chosen.items + chosen.queries
+    examples = [_shown(base.prompts, load_task(run.task), item) for item in shown[:items]]
     if json:
         mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in examples]
         return show_json([{"tokens": e.tokens, "target_mask": m, "cut": e.cut} for e, m in zip(examples, mask)])
@@ -105,5 +106,7 @@ def show(
 
 
 def _shown(prompts: PromptFormat, task: TaskType, item: Item) -> Example:
-    """Return an item as a training example, or without an answer as a prompt."""
-    return prompts.example(task, item) if task.has_target(item) else prompts.prompt(task, item)
+    """Return an item as a training example, or without an answer as the prompt of a question."""
+    if task.has_target(item):
+        return prompts.example(task, item)
+    return prompts.prompt(task, item, reserve=prompts.answer_tokens(task))

@@ -109,7 +109,7 @@ def _served(
 def _findings(found: Sequence[Finding]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold", max_width=24)  # the path of a bank or a store may be long
+    table.add_column(overflow="fold", max_width=max(24, Console().width // 3))  # paths may be long
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     about = ""

@@ -32,6 +32,8 @@ def check(store: Url = "people", json: options.Json = False) -> None:
     else:
         exports = f", {found.exports} lists of exports" if found.exports else ""
         lines = [f"{found.people} people, {found.states} states and {found.histories} histories{exports} read"]
+        if len(found.banks) > 1:
+            lines += [f"newest state of bank {bank[:8]}…: {count} people" for bank, count in found.banks.items()]
         lines += [f"damaged: {name}: {wrong}" for name, wrong in found.damaged.items()]
         lines += [f"not a file of a store: {name}" for name in found.strangers]
         if found.leftovers:

@@ -62,7 +62,7 @@ class Splits:
         content = {"schema": SCHEMA, "digest": salt, **parts}
         if path.exists() and read_json(path) != content:
             raise DataError(
-                f"{path} holds other splits (of other people, sizes, or seed), or was changed",
+                f"{path} holds other splits (of other people, sizes, shots, queries, or seed), or was changed",
                 hint="Choose another folder with --out. If people who share items were in different parts, "
                 "people.together=false in a recipe splits as before.",
             )

@@ -69,7 +69,7 @@ class ComparisonReport:
         return {"people": self.meta["people"], metric: means}
 
     def write(self, out: str | Path, command: str = "") -> None:
-        """Write ``report.html`` and ``results.json`` to ``out``; both record ``command``, which repeats the study."""
+        """Write ``report.html`` and ``results.json`` to ``out``; both record the ``command`` to repeat."""
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 

@@ -163,7 +163,8 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention of each block's queries to its keys, softmax in at least float32; SDPA without ``blocks``.
 
-    Shapes: query (B, H, T, E), key and value (B, H / share, T, E), attention_mask (G, 1, Q, K) -> (B, T, H, E).
+    Shapes: query (B, H, T, E), key (B, H / share, T, E), value (B, H / share, T, V), attention_mask (G, 1, Q, K) ->
+    (B, T, H, V).
     Raises UnsupportedModel for models that do not only scale and mask their scores.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

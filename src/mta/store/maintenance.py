@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Literal
 
 from mta.errors import MtaError
@@ -55,6 +56,7 @@ class Health:
     damaged: dict[str, str]
     leftovers: list[str]
     strangers: list[str]
+    banks: dict[str, int]  # hash of a bank -> people whose newest state is of it
     exposed: str  # if others can read the files, the command that prevents it
 
 
@@ -79,10 +81,13 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
     store.check()
     kinds = {name: _kind(name) for name in store.files.find()}
     read = [name for name, kind in kinds.items() if kind in _READERS]
-    damaged: dict[str, str] = {}
-    for n, (name, wrong) in enumerate(zip(read, in_threads(lambda name: _wrong(store, name), read)), 1):
+    damaged, newest = dict[str, str](), dict[str, tuple[int, str]]()  # person -> version and its bank
+    for n, (name, (wrong, bank)) in enumerate(zip(read, in_threads(lambda name: _examined(store, name), read)), 1):
         if wrong:
             damaged[name] = wrong
+        elif bank:
+            person = _person(name)
+            newest[person] = max(newest.get(person, (0, "")), (int(PurePosixPath(name).stem), bank))
         on_file(n, len(read))
     whole = defaultdict[Kind, list[str]](list)
     for name in sorted(kinds.keys() - damaged):
@@ -95,6 +100,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         damaged=damaged,
         leftovers=whole["leftover"],
         strangers=whole["stranger"],
+        banks=dict(Counter(bank for _, bank in newest.values())),
         exposed=store.files.exposed(),
     )
 
@@ -157,7 +163,7 @@ def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
     """
     versions = {version: size for name, size in store.files.sizes(person).items() if (version := version_of(name))}
     names = {f"{person}/{version}.safetensors": versions[version] for version in sorted(versions)}
-    if not names or _wrong(store, list(names)[-1]):
+    if not names or _examined(store, list(names)[-1])[0]:
         return {}
     older = dict(list(names.items())[:-keep])
     if not dry:
@@ -170,15 +176,14 @@ def _kind(name: str) -> Kind:
     return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), "stranger")
 
 
-def _wrong(store: Store, name: str) -> str:
-    """Return the error of reading a file; "" if it is intact or was removed meanwhile."""
+def _examined(store: Store, name: str) -> tuple[str, str]:
+    """Return the error of reading a file ("" if it is intact or was removed meanwhile), and a state's bank."""
     try:
         data = store.files.read(name)
-        if data is not None:
-            _READERS[_kind(name)](data, name)
+        found = None if data is None else _READERS[_kind(name)](data, name)
     except MtaError as error:
-        return error.message
-    return ""
+        return error.message, ""
+    return "", found.bank if isinstance(found, State) else ""
 
 
 def _person(name: str) -> str:

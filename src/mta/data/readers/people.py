@@ -12,7 +12,7 @@ from typing import Any
 from mta.config import CompareSettings, Run
 from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
-from mta.data.readers.lamp import lamp_parts, outputs_name, perpcs_parts, questions_in
+from mta.data.readers.lamp import lamp_parts, outputs_beside, outputs_name, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import RecordPart, item_parts
@@ -186,10 +186,10 @@ def is_read(path: Path, source: Path) -> bool:
 
     Reading LaMP's questions would take the outputs file beside them for the true answers.
     """
-    if source.is_dir():
-        read = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
-    else:
-        read = [source, *([outputs_name(source)] if ".json" in source.suffixes else [])]  # LaMP's, now or later
+    inside = files_in(source) if source.is_dir() else ()
+    files = [file for file in inside if file.suffix != ".jsonl"] or [source]  # no input file in a folder is JSONL
+    of_lamp = [outputs_name(file) for file in files if ".json" in file.suffixes]  # whether or not they exist already
+    read = [*files, *of_lamp, *filter(None, map(outputs_beside, files))]
     return any(path.resolve() == file.resolve() for file in read)
 
 

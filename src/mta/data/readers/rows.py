@@ -230,10 +230,11 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
             f"task {wanted.task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(wanted.fields)}",
             hint="Rename the columns of the file to these names.",
         )
-    if twice := [column for column, count in Counter(named.values()).items() if count > 1]:
+    target = wanted.task.item.target
+    if shown := [name for name, column in named.items() if name != target and column == named.get(target)]:
         raise InputError(
-            f"column {twice[0]!r} was given for several fields: {', '.join(n for n in named if named[n] == twice[0])}",
-            hint="Give each field a column of its own: a prompt must not show the answer.",
+            f"column {named[target]!r} was given for the answer {target!r} and for {shown[0]!r}",
+            hint="Give each a column of its own: a prompt must not show the answer.",
         )
     return named, {name for name, own in names.items() if own in named}
 

@@ -99,7 +99,7 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
             return
         except csv.Error as error:
             wrong = f"not a table: {error}"
-            if any("\r" in line.rstrip("\r") for line in taken):
+            if not read and any("\r" in line.rstrip("\r") for line in taken):  # the header: the file is one line
                 fix = "Convert them:  tr '\\r' '\\n' < OLD.csv > NEW.csv"
                 raise data_error(place, None, "its lines end as on old Macs (CR)", hint=fix) from None
         width = width or len(cells)

@@ -181,7 +181,8 @@ class Results:
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
-        records = _current(read_records(folder), **read_beside(folder / CURRENT))
+        current = read_beside(folder / CURRENT)
+        records = _current(read_records(folder), current.get("protocols"), current.get("banks", {}))
         beside = read_beside(above / SIZES), meta, read_beside(folder / FACTS), read_beside(folder / CASE)
         return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
 

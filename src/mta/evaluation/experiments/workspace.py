@@ -14,6 +14,7 @@ from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
+from mta.bank.keys import NOT_IN_KEY
 from mta.bank.members import TrainedPart
 from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, override
@@ -128,12 +129,21 @@ class Workspace:
         return self.out if self.which == "test" else self.out / self.which
 
     def write_recipe(self) -> None:
-        """Write recipe, sizes, and the protocols of the recipe's results beside the results."""
+        """Write recipe, sizes, and the protocols of the recipe's results beside the results.
+
+        Where the recipe trains its banks otherwise than before, results of earlier banks do not count until the bank
+        is known again (``note_bank``).
+        """
         parts = [part for parts in self.recipe.exhibits.values() for part in parts]
         protocols = {self.protocol(part, method) for part in parts for method in part.methods}
-        write_json(self.out / SIZES, self.sizes)
-        write_json(self.folder / CURRENT, read_beside(self.folder / CURRENT) | {"protocols": sorted(protocols)})
-        write_text(self.out / RECIPE, dump_yaml(self.recipe))
+        training = json_sha256(self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY))
+        current = read_beside(self.folder / CURRENT)
+        if current.get("training", training) != training:
+            current["banks"] = dict.fromkeys(current.get("banks", {}), "")
+        write_json(self.folder / CURRENT, current | {"protocols": sorted(protocols), "training": training})
+        for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
+            write_json(folder / SIZES, self.sizes)
+            write_text(folder / RECIPE, dump_yaml(self.recipe))
 
     def note_bank(self, part: Part, seed: int) -> None:
         """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""

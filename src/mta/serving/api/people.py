@@ -82,7 +82,10 @@ async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     _own(key, id)
     found = service.jobs.status(id)
     if found is None:
-        raise _unknown()
+        raise UnknownOrForbidden(
+            "no personalization of this person was asked for since the server started",
+            hint="What is stored: GET /v1/people/…   To start: POST …/personalize",
+        )
     return _status_body(found)
 
 

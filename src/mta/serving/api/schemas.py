@@ -102,9 +102,13 @@ class CompletionRequest(Common):
     @classmethod
     def _one_prompt(cls, prompt: Any) -> Any:
         """Accept a list of one prompt, as LangChain sends it."""
-        if isinstance(prompt, list) and len(prompt) != 1:
+        if not isinstance(prompt, list):
+            return prompt
+        if not all(isinstance(one, str) for one in prompt):
+            raise ValueError("lists of tokens are not accepted; send text")
+        if len(prompt) != 1:
             raise ValueError(f"{len(prompt)} prompts; send one per request")
-        return prompt[0] if isinstance(prompt, list) else prompt
+        return prompt[0]
 
 
 class ClassifyRequest(_Request):
