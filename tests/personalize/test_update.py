@@ -132,6 +132,16 @@ def test_a_state_of_more_items_is_kept_with_its_history_unless_fewer_are_wanted(
     assert personal.state("p0").shots == 2
 
 
+def test_a_move_to_another_bank_drops_no_items_of_a_person(tiny, tmp_path):
+    personal, (knowing, newer) = personalizer(*tiny, tmp_path / "people"), GROWN[:2]
+    for person in (knowing, newer):
+        personal.personalize([person])
+        personal.store.save(person.id, replace(personal.state(person.id), bank="f" * 64, work="e" * 64))
+    done = personal.update([knowing.latest(2), newer])
+    assert (done.ahead, done.failed, done.begun) == ((knowing.id,), {}, 1)
+    assert personal.store.load(knowing.id).bank == "f" * 64
+
+
 @pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
 def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)

@@ -19,7 +19,6 @@ from mta.errors import (
     DataError,
     InputError,
     MtaError,
-    OtherBank,
     PersonForgotten,
     PersonNotFound,
     StateCorrupt,
@@ -115,7 +114,7 @@ class Pipeline:
         settings = settings_text(self.base, self.run), self.run.seed
 
         def planned(person: Person) -> tuple[WorkItem, bool]:  # without the state: all of them would fill the memory
-            state, version = self._stored(person.id)
+            state, version, _ = self._stored(person.id)
             item = WorkItem.of(person, self.bank, *settings, version=version)
             return item, state is not None and state.work == item.work
 
@@ -314,28 +313,32 @@ class Pipeline:
                         self.unsaved[item.person.id] = made.state
         return found
 
-    def _stored(self, person: str) -> tuple[State | None, int]:
-        """Return a person's state, or None if it has to be computed anew; and its version in the store, or 0."""
+    def _stored(self, person: str) -> tuple[State | None, int, int]:
+        """Return a person's state, or None if it has to be computed anew; its version in the store, or 0; its shots.
+
+        The shots are also those of a state of another bank.
+        """
         if self.store is None:
-            return self.unsaved.get(person), 0
+            state = self.unsaved.get(person)
+            return state, 0, state.shots if state else 0
         version = self.store.latest(person) or 0
         try:
-            state = self.store.load(person, version) if version else None
-            if state:
-                check_bank(state, self.bank.hash)
-        except (PersonNotFound, StateCorrupt, OtherBank):
-            state = None
-        return state, version
+            found = self.store.load(person, version) if version else None
+        except (PersonNotFound, StateCorrupt):
+            found = None
+        if found is None:
+            return None, version, 0
+        return found if found.bank == self.bank.hash else None, version, found.shots
 
     def _work_for(
         self, settings: tuple[str, int], digest: str, fewer: bool, person: Person
     ) -> WorkItem | Literal["ahead", "unchanged"]:
         """Return the work that a person needs, an update or a beginning.
 
-        "ahead" if their state is from more items than are given.
+        "ahead" if their state, be it of another bank, is from more items than are given.
         """
-        state, version = self._stored(person.id)
-        if state and state.shots > len(person.items) and not fewer:
+        state, version, shots = self._stored(person.id)
+        if shots > len(person.items) and not fewer:
             return "ahead"
         earlier, known_items = self._to_update(person, state, digest)
         if earlier and known_items == len(person.items):
