@@ -29,7 +29,8 @@ from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
 from mta.personalize.outcomes import Updated
-from mta.personalize.update import Action, decide
+from mta.personalize.policies import policy_of
+from mta.personalize.update import Action, StateUpdate, _decided
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
@@ -64,7 +65,7 @@ def updated(
     personal = Personalizer(base, bank, run=run)
     personal.personalize(young)
     start = time.perf_counter()
-    with patch("mta.personalize.update.decide", (lambda *_: always) if always else decide):
+    with patch("mta.personalize.update._decided", (lambda *_: StateUpdate(always)) if always else _decided):
         done = personal.update(grown)
     seconds = time.perf_counter() - start
     return [personal.state(person.id) for person in grown], done, seconds
@@ -92,6 +93,8 @@ def main() -> None:
     base = BaseModel.of(read_info(args.bank).run)
     bank = Bank.open(args.bank, base)
     run = bank.settled(override(bank.info.run, args.words))
+    if policy_of(run.merge).gradients:
+        parse.error("states of this policy get new coefficients at every update: give merge.policy=learned")
     people = newcomers(bank, args.people)
     young, grown = [p.first(SHOTS) for p in people], [p.first(SHOTS + MORE) for p in people]
     states, took = made(base, bank, run, young)

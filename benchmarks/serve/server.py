@@ -6,7 +6,8 @@ import argparse
 import json
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from mta.bank.format import read_info
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.model.base import BaseModel
+from mta.personalize.adapters import BASE
 from mta.serving.api.auth import Keys
 from mta.serving.launch import serve, service_of, vllm_of
 from mta.store import Store
@@ -44,6 +46,12 @@ def made_up(base: BaseModel, bank: Bank, person: str) -> State:
     return State(bank.hash, tuple(range(n)), tuple(w.tolist()), "posterior", "", person, 0, stack)
 
 
+@asynccontextmanager
+async def _base_alone(_: object) -> AsyncIterator[str]:
+    """The name of the base: without LoRA, vLLM knows no other."""
+    yield BASE.value
+
+
 def main() -> None:
     words = argparse.ArgumentParser()
     words.add_argument("--bank", type=Path)
@@ -64,6 +72,8 @@ def main() -> None:
         service = service_of(base, bank, Run(), args.store, Keys(), slots=args.slots, vllm=vllm)
         if vllm:
             service.engine.stops = frozenset()  # type: ignore[attr-defined]
+            if args.alone:
+                service.engine.adapters.held = _base_alone  # type: ignore[attr-defined]
         elif args.alone:
             service.engine.scheduler.adapters.opened = lambda rows: nullcontext()  # type: ignore[attr-defined]
         serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))

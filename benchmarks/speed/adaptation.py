@@ -21,7 +21,7 @@ from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, op
 from mta.config import Training, parse_size
 from mta.kernels.compile import without_kernels
 from mta.lora.batch import LoraBatch
-from mta.model.base import BaseModel
+from mta.model.base import BaseModel, Exact
 
 _MINUTE = 60  # people times this, per second, is people per minute
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -245,8 +245,12 @@ def logits_everywhere(base: BaseModel) -> Iterator[None]:
     """Within the block, the LM head sees every token, and what is needed is taken from its output."""
     chosen = base.logits
 
-    def everywhere(tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor, *more: Any, **how: Any) -> Tensor:
-        return chosen(tokens, ends, positions, torch.arange(tokens.numel()), *more, **how)[where]
+    def everywhere(
+        tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor, exact: Exact | None = None
+    ) -> Tensor:
+        if exact is not None:
+            exact = where[exact[0]], exact[1]
+        return chosen(tokens, ends, positions, torch.arange(tokens.numel()), exact)[where]
 
     base.logits = everywhere  # type: ignore[method-assign]
     try:

@@ -100,7 +100,8 @@ def against_scoring(
 def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
     """A gradient over 32 anchors, a stack of rank 1 over the merge, and the losses that a state stores, against OPPU.
 
-    OPPU trains a LoRA of rank 8 for each person, and stores no loss.
+    OPPU trains a LoRA of rank 8 for each person, and stores no loss. mu is 0: at another mu, the pooled model's loss takes
+    one more forward pass.
     """
     bank, pooled = random_bank(base, ANCHORS[-1]), [Shared(task_lora(base))]
     at = torch.zeros(len(bank), dtype=torch.float64)
@@ -129,7 +130,7 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
         tuple(rates),
         tuple(peer_rates),
         1.0,
-        note=f"{len(bank)} anchors, {data.SHOTS} shots a person, {DTYPE}",
+        note=f"{len(bank)} anchors, mu = 0, {data.SHOTS} shots a person, {DTYPE}",
         more={"people": len(jobs), "anchors": len(bank)},
     )
 
@@ -164,7 +165,8 @@ def _jobs(base: BaseModel, prompts: Prompts, people: int) -> list[ShotsJob]:
     able = [person for person in prompts.people if len(person.items) >= data.SHOTS]
     if len(able) < people:
         raise Absent(f"{people} people with {data.SHOTS} items are wanted, {len(able)} are there")
-    return [shots_of(base, prompts.task, person.first(data.SHOTS)) for person in able[:people]]
+    chosen = [person.first(data.SHOTS) for person in able[:people]]
+    return [shots_of(base, prompts.task, person, alternatives=False) for person in chosen]  # only the true answers
 
 
 def _tokens(base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, trained: int, memory: str = "4GiB") -> int:

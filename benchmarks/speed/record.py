@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 @cache
 def code(module: str) -> str:
     """A digest of the library's sources and the benchmark's that ``module`` may use: rows of others are old."""
-    apart = {*_SHOWS, *MODULES} - ({"adaptation", module} if module in ("bank", "limit") else {module})
+    apart = {*_SHOWS, *MODULES} - ({"adaptation", module} if module in ("bank", "limit", "multi_lora") else {module})
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for folder in (_ROOT / "src" / "mta", _ROOT / "benchmarks" / "speed"):
         for path in sorted(folder.rglob("*")):
