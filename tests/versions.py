@@ -96,7 +96,7 @@ def installed(folder: Path, limits: list[str]) -> Path:
     run(python, *quiet, "hatchling", *limits)
     run(python, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
     (wheel,) = folder.glob("*.whl")
-    run(python, *quiet, f"{wheel}[assets,eval,serve,ray]", *TOOLS, *limits)
+    run(python, *quiet, f"{wheel}[assets,eval,serve,tables,ray,tensorboard]", *TOOLS, *limits)
     return python
 
 

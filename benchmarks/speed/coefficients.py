@@ -100,7 +100,7 @@ def against_scoring(
 def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
     """A gradient over 32 anchors, a stack of rank 1 over the merge, and the losses that a state stores, against OPPU.
 
-    OPPU trains a LoRA of rank 8 for each person, and stores no loss. mu is 0: at another mu, the pooled model's loss takes
+    OPPU trains a LoRA of rank 8 for each person, and stores no loss. mu is 0: at another mu, the pooled loss takes
     one more forward pass.
     """
     bank, pooled = random_bank(base, ANCHORS[-1]), [Shared(task_lora(base))]

@@ -13,6 +13,7 @@ from world import world as world  # the fixture
 
 from mta.bank.format import seal
 from mta.cli.options import open_bank
+from mta.data.tasks import Task
 from mta.personalize import Personalizer
 
 # bank
@@ -158,6 +159,13 @@ def test_generate_answers_for_each_person_and_without_a_person(world):
     assert all(sum(answer["shares"].values()) == pytest.approx(1) for answer in answers)
     assert all(answer["answer"] == max(answer["shares"], key=answer["shares"].get) for answer in answers)
     assert answers[0]["shares"] != answers[1]["shares"]
+
+
+def test_generate_scores_labels_that_only_questions_have(world, monkeypatch):
+    """As LaMP-1's."""
+    monkeypatch.setattr(Task, "labelled", property(lambda task: False))
+    (answer,) = mta("generate", QUESTION, "--person", ANN, *world.at, "--json").json
+    assert sum(answer["shares"].values()) == pytest.approx(1)
 
 
 def test_generate_write_generates_text(world):

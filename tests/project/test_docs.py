@@ -140,7 +140,7 @@ def test_an_invalid_command_is_found():
 @EVERYWHERE
 def test_every_block_has_a_language_and_is_valid(page):
     text, found = page.read_text(encoding="utf-8"), blocks(page)
-    assert len(re.findall(r"(?m)^```", text)) == 2 * len(found), "a block without a language, or one that is indented"
+    assert len(re.findall(r"(?m)^ *```", text)) == 2 * len(found), "a block without a language, or one that is indented"
     for block in found:
         assert block.mark in ("", "shown", "file", "serves", "own", "openai", "curl"), block
         if block.language == "yaml":
@@ -235,8 +235,11 @@ def test_the_tutorial_runs(tutorial):
 @pytest.mark.network
 @pytest.mark.parametrize("page", [page for page in RUN if page.parent.name == "how-to"], ids=name_of)
 def test_every_how_to_runs(page, tutorial, tmp_path):
-    shutil.copytree(tutorial, tmp_path, dirs_exist_ok=True)
-    walk(page, tmp_path)
+    shutil.copytree(tutorial, tmp_path / "here")
+    kept = shutil.copytree(tutorial / "ann-adapter", tmp_path / "kept")
+    walk(page, tmp_path / "here")
+    if not (tutorial / "ann-adapter").exists():  # forgotten: the copied store knows where it was exported to
+        shutil.copytree(kept, tutorial / "ann-adapter")
 
 
 @pytest.mark.slow

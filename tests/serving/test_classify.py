@@ -51,6 +51,16 @@ def test_probabilities_equal_those_of_the_library(world):
             assert one["probs"] == pytest.approx([shares[label] for label in labels], abs=1e-4)
 
 
+def test_prompt_and_longest_label_may_fill_the_length(world, monkeypatch):
+    """As those of shortened items do."""
+    (text, *_), base = prompts(world), world.service.base
+    examples = base.prompts.answered(text, world.bank.task.labels)
+    for length, status in ((max(len(example.tokens) for example in examples), 200), (len(examples[0].prompt) + 1, 400)):
+        monkeypatch.setattr(world.service, "length", length)
+        found = ask(world, "serve", model="task", input=text)
+        assert found.status_code == status, found.text
+
+
 def test_a_person_key_gets_more_inputs_than_it_may_have_answers_at_once(world):
     found = ask(world, "ann", model="person:ann", input=prompts(world))
     assert len(found.json()["data"]) == len(FIELDS) > world.service.limits.own

@@ -243,7 +243,7 @@ def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
 
 
 def test_the_command_line_starts_and_stops_vllm(world):
-    """As in docs/how-to/serve.md; SIGTERM stops gateway and vLLM."""
+    """As in docs/how-to/vllm.md; SIGTERM stops gateway and vLLM."""
     words = ["serve", "--bank", str(world.folder / "bank"), "--store", str(world.folder / "people"), "--port", "0"]
     words += ["--insecure-local", "--json", "--vllm", PYTHON, "--vllm-args", "--block-size=32 --enforce-eager"]
     gateway = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)

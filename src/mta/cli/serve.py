@@ -55,7 +55,7 @@ def generate(
     people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
     names = [who if isinstance(who, str) else f"({who.value})" for who in people]
-    if opened.task.labelled and not write:
+    if opened.task.labels and not write:
         shares = personal.shares(rows)
         answers = [next(iter(own)) for own in shares]
         details = ["   " + "  ".join(f"{label} {share:.0%}" for label, share in own.items()) for own in shares]

@@ -58,5 +58,5 @@ def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> 
     # Hash the vocabulary and the tokens of a probe text, because the layout of tokenizer files changes with versions.
     words = sorted(tokenizer.get_vocab().items())
     probe = list(tokenizer(_PROBE)["input_ids"])
-    digest.update(json.dumps([words, probe, getattr(tokenizer, "chat_template", None)]).encode())
+    digest.update(json.dumps([words, probe, getattr(tokenizer, "chat_template", None)], sort_keys=True).encode())
     return digest.hexdigest()

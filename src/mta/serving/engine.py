@@ -76,7 +76,7 @@ class Ask:
     ``asker`` identifies the caller: cached keys and values are never shared between callers, even for the same person.
     ``top_logprobs`` is the number of alternatives per token; None turns log probabilities off. With a ``seed``,
     sampling is reproducible up to rounding. With ``labels``, each with its end token, nothing is generated: the engine
-    scores these answers. ``max_tokens`` must then be more than the longest label's tokens.
+    scores these answers. ``max_tokens`` must then be at least the longest label's tokens.
     """
 
     prompt: tuple[int, ...]

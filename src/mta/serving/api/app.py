@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from mta.data.tasks.task import Form
 from mta.errors import MtaError
 from mta.serving.api import classify, completions, people
 from mta.serving.api.errors import error_of
@@ -71,11 +72,15 @@ async def metrics(service: Gateway) -> Response:
 
 @router.get("/v1/task")
 async def task(service: Gateway, key: Caller) -> dict[str, Any]:
-    """Return the prompt template, the fields of an item, and the labels of a closed set."""
-    found, form = service.task, service.task.item
-    fields = {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
-    labels, more = found.labels if found.labelled else None, {"examples": found.examples, "base": service.base.name}
-    return {"name": found.name, "description": found.description, **fields, "labels": labels, **more}
+    """Return the prompt template, fields, and labels of a question, and the fields of an item of a history."""
+    found, base = service.task, service.base.name
+
+    def fields(form: Form) -> dict[str, Any]:
+        return {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
+
+    item = fields(found.item) | {"labels": found.labels if found.labelled else None}
+    question = fields(found.query or found.item) | {"labels": found.labels, "examples": found.examples}
+    return {"name": found.name, "description": found.description, **question, "item": item, "base": base}
 
 
 @router.get("/v1/adapters")

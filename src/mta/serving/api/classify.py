@@ -62,7 +62,7 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, k
     Ask(chat_tokens(service, [{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
-    ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)) + 1, asker=key.name, labels=targets)
+    ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
     ask.check(service.length)
     return ask
 
