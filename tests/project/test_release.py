@@ -17,7 +17,7 @@ import mta
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-EXTRAS = (
+EXTRAS = ("assets", "eval", "serve", "tables", "ray", "tensorboard")  # whose oldest versions are tested
     "assets",
     "eval",
     "serve",
