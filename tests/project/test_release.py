@@ -18,13 +18,6 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 EXTRAS = ("assets", "eval", "serve", "tables", "ray", "tensorboard")  # whose oldest versions are tested
-    "assets",
-    "eval",
-    "serve",
-    "tables",
-    "ray",
-    "tensorboard",
-)  # the optional packages whose oldest versions are tested
 RELEASES = re.findall(r"^## (\S+)(?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
