@@ -118,6 +118,18 @@ def test_laplace_is_left_out_for_a_bank_without_calibration(task):
     assert set(names[0]) - set(names[1]) == {"merge only, laplace"}
 
 
+def test_controls_are_added_if_asked_for(task):
+    def names(calibrated, **settings):
+        methods = standard_methods(TINY_RUN, CompareSettings(**settings), task, 5, calibrated)
+        return [method.name for method in methods]
+
+    controls = ["population merge", "MTA, other person's shots"]
+    for brief in (True, False):
+        plain, both = (names(True, brief=brief, controls=found) for found in (False, True))
+        assert [name for name in both if name not in plain] == controls
+        assert [name for name in names(False, brief=brief, controls=True) if name in controls] == controls[1:]
+
+
 def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
     methods = standard_methods(TINY_RUN, CompareSettings(), task, 1)
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))

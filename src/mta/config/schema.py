@@ -211,6 +211,9 @@ class CompareSettings(Settings):
         description="policies of the merge-only methods",
     )
     brief: bool = Field(default=False, description="only constants, the task LoRA, OPPU, the merge, and MTA")
+    controls: bool = Field(
+        default=False, description="also one merge for everybody, and MTA from another person's shots"
+    )
 
 
 class Privacy(Settings):

@@ -19,7 +19,18 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.asking import Interview
 from mta.evaluation.context import Context
-from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
+from mta.evaluation.methods import (
+    Base,
+    GlobalConstant,
+    Merged,
+    MergeThenAdapt,
+    Method,
+    OneLora,
+    OtherPerson,
+    OwnConstant,
+    PopulationMerge,
+    TaskLora,
+)
 from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
@@ -86,7 +97,8 @@ def standard_methods(
     """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
 
     Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
-    comparison has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
+    comparison has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack. Controls are one
+    merge for everybody, and MTA from another person's shots.
     """
 
     def policy(name: str) -> MergeSettings:
@@ -106,13 +118,17 @@ def standard_methods(
     rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
+    controls: list[Method] = []
+    if settings.controls:
+        controls = [*([PopulationMerge()] if calibrated else []), OtherPerson(over=ours)]
     if settings.brief:
         merge = [Merged(merge=run.merge)] if stack.enabled else []
-        return [*constants, TaskLora(), rival, *merge, ours]
+        return [*constants, TaskLora(), *controls, rival, *merge, ours]
     return [
         *constants,
         Base(),
         TaskLora(),
+        *controls,
         rival,
         *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies),
         OneLora(name="adapt only", lora=adapt.lora, training=adapt.training),
