@@ -142,7 +142,7 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
     mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
     assert said.startswith("a forgotten person is in the task LoRA of ")
-    assert said.endswith("\n  Leave that person out, and make it anew:  mta bank build")
+    assert said.endswith("\n  Leave that person out, and make it anew:  mta bank build --out NEW")
     assert hub.requests == []
 
 
