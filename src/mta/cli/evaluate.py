@@ -29,7 +29,7 @@ def demo(
     track: options.Track = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from MovieLens, personalize people outside it, and compare MTA with baselines, in 5 to 8 minutes.
+    """Build a bank from MovieLens, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
 
     Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
