@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -86,14 +86,14 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         if wrong:
             damaged[name] = wrong
         elif bank:
-            person = _person(name)
+            person = _folder(name)
             newest[person] = max(newest.get(person, (0, "")), (int(PurePosixPath(name).stem), bank))
         on_file(n, len(read))
     whole = defaultdict[Kind, list[str]](list)
     for name in sorted(kinds.keys() - damaged):
         whole[kinds[name]].append(name)
     return Health(
-        people=len({_person(name) for name in whole["state"]}),
+        people=len({_folder(name) for name in whole["state"]}),
         states=len(whole["state"]),
         histories=len(whole["history"]),
         exports=len(whole["exports"]),
@@ -112,8 +112,8 @@ def stats(store: Store) -> Stats:
     for name, size in store.files.find().items():
         if (kind := _kind(name)) in (*_READERS, "hint"):
             kinds[kind] += 1
-            sizes[_person(name)] += size
-            known |= {_person(name)} if kind == "state" else set()
+            sizes[_folder(name)] += size
+            known |= {_folder(name)} if kind == "state" else set()
     each = [sizes[person] for person in known] or [0]
     weights = sizes.total(), statistics.mean(each), statistics.median(each), max(each)
     return Stats(len(known), kinds["state"], kinds["history"], *weights)
@@ -137,23 +137,26 @@ def collect(
     sizes, removed = store.files.find(), dict[str, int]()
     ages: dict[Kind, float] = {"leftover": older, "work": LIFETIME}
     temporary = {name: ages[kind] for name in sizes if (kind := _kind(name)) in ages}
-    unchanged = {name: store.files.age(name) for name in temporary}
-    latest = dict[str, float]()  # a run's folder is as old as its latest file: a long run keeps its plan
-    for name, age in unchanged.items():
-        folder = name.rpartition("/")[0]
-        latest[folder] = min(age, latest.get(folder, age))
-    unchanged |= {name: latest[name.rpartition("/")[0]] for name in temporary if _kind(name) == "work"}
+    unchanged = _unchanged(store, temporary)
     old = [name for name in store.tombstones.expired(dry) if name in sizes]
     for name in [*old, *(name for name, age in temporary.items() if unchanged[name] > age)]:
         removed[name] = sizes[name]
         if not dry:
             store.files.remove(name)
-    numbers = Counter(_person(name) for name in sizes if _kind(name) == "state")
+    numbers = Counter(_folder(name) for name in sizes if _kind(name) == "state")
     many = [person for person, count in numbers.items() if keep and count > keep]
     for n, trimmed in enumerate(in_threads(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
         removed |= trimmed
         on_person(n, len(many))
     return removed
+
+
+def _unchanged(store: Store, names: Collection[str]) -> dict[str, float]:
+    """Return for how many seconds each file has not changed. A run's files are as young as its latest: it may go on."""
+    ages, runs = {name: store.files.age(name) for name in names}, dict[str, float]()
+    for name, age in ages.items():
+        runs[_folder(name)] = min(age, runs.get(_folder(name), age))
+    return {name: runs[_folder(name)] if _kind(name) == "work" else age for name, age in ages.items()}
 
 
 def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
@@ -186,5 +189,5 @@ def _examined(store: Store, name: str) -> tuple[str, str]:
     return "", found.bank if isinstance(found, State) else ""
 
 
-def _person(name: str) -> str:
+def _folder(name: str) -> str:
     return name.rpartition("/")[0]
