@@ -3,12 +3,14 @@
 import json
 import stat
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 from world import ANN, BOB, mta, run, written
 from world import world as world  # the fixture
 
 from mta.cli.options import open_bank
+from mta.data.readers import read_people
 from mta.personalize import Personalizer
 from mta.store import Store
 from mta.tools import predict as tool
@@ -43,6 +45,53 @@ def test_answers_are_those_of_the_library_one_by_one(world, asked, monkeypatch):
         (shares,) = personal.shares([(one["person"], one["question"])])
         assert one["shares"] == pytest.approx(shares, abs=1e-5)
         assert (one["answer"], one["model"]) == (next(iter(shares)), "person")
+
+
+def test_an_interrupted_run_goes_on_with_the_same_answers(world, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "TOGETHER", 2)
+    whole, out = mta("predict", asked, *world.at).out, tmp_path / "answers.jsonl"
+    monkeypatch.setattr(Personalizer, "shares", stopping(calls=2))
+    run("predict", asked, *world.at, "--out", out)
+    part = out.with_name("answers.jsonl.unfinished")
+    assert not out.exists()
+    assert len(part.read_text().splitlines()) == 2
+    assert stat.S_IMODE(part.stat().st_mode) == 0o600
+    with part.open("a") as file:
+        file.write('["half a li')  # as a killed process leaves it
+
+    monkeypatch.setattr(Personalizer, "shares", stopping(calls=1))  # one group of questions is left
+    mta("predict", asked, *world.at, "--out", out)
+    assert (out.read_text(), part.exists()) == (whole, False)
+
+
+def test_answers_of_an_older_model_are_not_taken_over(world, asked, tmp_path, monkeypatch):
+    base, bank, settings = open_bank(world.bank)
+    personal = Personalizer(base, bank, copytree(world.store, tmp_path / "store"), run=settings)
+    people = read_people(asked, bank.task, questions=True)
+    monkeypatch.setattr(tool, "TOGETHER", 3)
+
+    def answers():
+        return [one.shares for one in tool.predict(personal, people, kept=tool.Unfinished(tmp_path / "answers"))]
+
+    before, state = answers(), personal.state(ANN)
+    personal.store.save(ANN, replace(state, w=tuple(weight + 1 for weight in state.w), work="f" * 64))
+    monkeypatch.setattr(Personalizer, "shares", stopping(calls=1))  # Bob's answers are kept
+    after = answers()
+    assert before[:3] != after[:3]
+    assert before[3:] == after[3:]
+
+
+def stopping(calls, method=Personalizer.shares):
+    """Return ``method`` for so many calls; the next one is interrupted."""
+
+    def answer(*args):
+        nonlocal calls
+        if not calls:
+            raise KeyboardInterrupt
+        calls -= 1
+        return method(*args)
+
+    return answer
 
 
 def test_people_without_a_model_are_refused_or_answered_by_the_pooled_model(world, tmp_path):

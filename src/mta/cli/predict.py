@@ -56,7 +56,8 @@ def predict(
 
     A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
     file gives its own questions. Answers come person by person, in the order of the file. Each line names person,
-    question, and answer, and for a task with labels the share of every label. An interrupted run starts again.
+    question, and answer, and for a task with labels the share of every label. Repeat an interrupted command with --out
+    to go on.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
@@ -78,11 +79,13 @@ def predict(
         tool.check_ids(people)
     base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
     personal = mta.Personalizer(base, opened, store, run=run)
+    kept = tool.Unfinished(out) if out else None
     with Screen("questions") as screen:
         found = list(
             tool.predict(
                 personal,
                 people,
+                kept=kept,
                 fallback=fallback and SharedModel(fallback.value),
                 write=write,
                 max_new_tokens=max_new_tokens,
@@ -97,6 +100,8 @@ def predict(
         write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in found))
     else:
         write_text(out, lines)
+    if kept:
+        kept.remove()
     shared = len({one.person for one in found if isinstance(one.model, SharedModel)})
     if out and json:
         show_json({"out": str(out), "answers": len(found), "people": len(people), "fallback": shared})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mta.data.history import Item, Person
@@ -14,12 +16,14 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel
+from mta.system.atomic import append_lines, json_sha256
 from mta.system.progress import OnStep, Step
 from mta.system.storage import in_threads
 
 log = logging.getLogger("mta")
 _SHARED = {TASK: "the pooled model", BASE: "the base"}
 TOGETHER = 64  # questions answered together, by at most as many models: bounds the memory
+Answer = tuple[str, dict[str, float]]  # a text, and for a scored answer the shares of all labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,36 @@ class Prediction:
         return found | {"answer": self.answer, "model": shown} | ({"shares": self.shares} if self.shares else {})
 
 
+class Unfinished:
+    """The answers of a run until its file is complete, in a file of their own beside it: an interrupted run resumes."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out.with_name(f"{out.name}.unfinished")
+        self._found: dict[str, list[Answer]] = {}
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            with suppress(ValueError):  # a killed process left half a line
+                asked, answers = json.loads(line)
+                self._found[asked] = [(text, shares) for text, shares in answers]
+
+    def get(self, asked: str) -> list[Answer] | None:
+        """Return the answers to the questions with this hash, None if there are none yet."""
+        return self._found.get(asked)
+
+    def add(self, asked: str, answers: list[Answer]) -> None:
+        """Keep the answers to the questions with this hash, once."""
+        if asked not in self._found:
+            append_lines(self.path, [json.dumps([asked, answers])])
+
+    def remove(self) -> None:
+        """Forget the answers."""
+        self.path.unlink(missing_ok=True)
+
+
 def predict(
     personal: Personalizer,
     people: Sequence[Person],
     *,
+    kept: Unfinished | None = None,
     fallback: SharedModel | None = None,
     write: bool = False,
     max_new_tokens: int | None = None,
@@ -55,40 +85,51 @@ def predict(
     """Yield the answers to the people's ``queries``, person by person.
 
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
-    ``fallback`` answers for people without a model of this bank, with a warning. Raises PersonNotFound if there are any
-    and no fallback, before anything is computed; and the errors of ``Personalizer.generate``.
+    ``fallback`` answers for people without a model of this bank, with a warning. Answers in ``kept`` to the same
+    questions of the same models are not computed again. Raises PersonNotFound if people have no model and there is no
+    fallback, before anything is computed; and the errors of ``Personalizer.generate``.
     """
-    models = _models(personal, people, fallback)
+    models, made_from = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
-    task, done = personal.bank.task, 0
+    task, settings = personal.bank.task, personal.run.model_dump(mode="json")
+    scored = bool(task.labels) and not write
     for start in range(0, len(rows), TOGETHER):
         some = rows[start : start + TOGETHER]
         asked = [(models[person], _fields(task, question)) for person, question in some]
-        if task.labels and not write:
-            shares = personal.shares(asked)
-            answers = [next(iter(own)) for own in shares]
-        else:
-            shares = [{} for _ in asked]
-            seed = personal.run.seed + start  # else equal questions of two cohorts would get equal answers
+        seed = personal.run.seed + start  # else equal questions of two cohorts would get equal answers
+        texts = [(made_from[person], fields) for (person, _), (_, fields) in zip(some, asked)]
+        key = json_sha256([personal.bank.hash, settings, scored, max_new_tokens, temperature, seed, texts])
+        found = kept.get(key) if kept else None
+        if found is None and scored:
+            found = [(next(iter(shares)), shares) for shares in personal.shares(asked)]
+        elif found is None:
             answers = personal.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        done += len(some)
+            found = [(answer, {}) for answer in answers]
+        if kept:
+            kept.add(key, found)
+        done = start + len(some)
         if on_step:
             on_step("answers", Step(done, len({person for person, _ in some}), done, len(rows)))
-        for (person, question), answer, own in zip(some, answers, shares):
-            yield Prediction(person, question, answer, models[person], own)
+        for (person, question), (answer, shares) in zip(some, found):
+            yield Prediction(person, question, answer, models[person], shares)
 
 
-def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None) -> dict[str, PersonOrModel]:
-    """Return each person's model: their own, or ``fallback``. Raises StoreError, PersonNotFound, StateCorrupt."""
+def _models(
+    personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None
+) -> tuple[dict[str, PersonOrModel], dict[str, str | None]]:
+    """Return each person's model, their own or ``fallback``, and a hash of all that it was made from.
+
+    Raises StoreError, PersonNotFound, StateCorrupt.
+    """
     if personal.store:
         personal.store.check()
 
-    def has_model(person: Person) -> bool:
+    def work_of(person: Person) -> str | None:
         with suppress(PersonNotFound, OtherBank):
-            return bool(personal.state(person.id))
-        return False
+            return personal.state(person.id).work
+        return None
 
-    known = list(in_threads(has_model, people))
+    known = list(in_threads(work_of, people))
     missing = [person.id for person, own in zip(people, known) if not own]
     if missing and fallback is None:
         raise PersonNotFound(
@@ -99,7 +140,9 @@ def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedMo
         log.warning(
             "%d of %d people have no model of this bank: %s answers", len(missing), len(people), _SHARED[fallback]
         )
-    return {person.id: person.id if own else fallback or person.id for person, own in zip(people, known)}
+    models = {person.id: person.id if own else fallback or person.id for person, own in zip(people, known)}
+    made_from = {person.id: own or (fallback and fallback.value) for person, own in zip(people, known)}
+    return models, made_from
 
 
 def _fields(task: Task, question: Item) -> dict[str, str]:
