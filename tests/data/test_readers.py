@@ -9,8 +9,9 @@ from files import GOOD, TIME, fails, jsonl, lamp, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mta.data.describe import describe
 from mta.data.history import Item, Person
-from mta.data.readers import describe, read_people, stream
+from mta.data.readers import read_people, stream
 from mta.data.readers.rejects import HINT
 from mta.data.tasks import load_task
 from mta.errors import DataError, InputError, TaskError

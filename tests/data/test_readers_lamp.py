@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from files import ASK, TIME, dumped, fails, jsonl, lamp, question
 
+from mta.data.describe import describe
 from mta.data.history import Item
-from mta.data.readers import describe, read_people
+from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import DataError
 

@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from files import jsonl
 
+from mta.data.describe import describe_for_evaluation
 from mta.data.history import Item, Person
-from mta.data.readers import describe_for_evaluation, read_people
+from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import DataError
 

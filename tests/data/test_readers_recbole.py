@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from files import TIME, fails
 
+from mta.data.describe import describe
 from mta.data.history import Item
-from mta.data.readers import describe, read_people
+from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import DataError
 from mta.system import assets

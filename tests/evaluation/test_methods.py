@@ -10,6 +10,7 @@ from panels import panel as panel  # the fixture
 
 from mta.config import MergeSettings, Training
 from mta.data.history import Item, Person
+from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.context import ITEMS_PER_ANCHOR, mean_inputs
@@ -37,7 +38,7 @@ from mta.evaluation.methods.merged import layer_groups
 from mta.evaluation.methods.plain import best_pull
 from mta.evaluation.methods.published import gate_of
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
+from mta.evaluation.protocol import Panel
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, coefficients, learn, merge_loras

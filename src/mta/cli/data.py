@@ -11,7 +11,7 @@ from typer import Option
 import mta
 from mta.cli import options
 from mta.cli.screen import show_json
-from mta.data import readers
+from mta.data import describe as counts
 from mta.data.history import Item
 from mta.data.sharing import CROWD, connected
 from mta.data.tasks import PromptFormat, load_task
@@ -42,7 +42,7 @@ def describe(
     people = options.people_in(
         source, loaded, options.Columns(person_column, input_column, output_column, time_column), skip_bad
     )
-    found, splits = readers.describe(people), readers.describe_for_evaluation(people, loaded, queries)
+    found, splits = counts.describe(people), counts.describe_for_evaluation(people, loaded, queries)
     shared = connected(people, loaded)[1]
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})

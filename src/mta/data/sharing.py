@@ -50,6 +50,14 @@ def sameness(item: Item) -> tuple[object, ...]:
     return (item.time, *sorted(item.fields.items()))
 
 
+def repeated(people: Iterable[Person]) -> int:
+    """Return the number of items that are copies of an earlier one of the same person.
+
+    In an evaluation, a shot would be asked again.
+    """
+    return sum(len(one.items) - len(set(map(sameness, one.items))) for one in people)
+
+
 def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
     """Group the numbers of records that belong to one user: those with nearly equal profiles."""
     return nearly_equal([frozenset(map(sameness, items)) for items in records]).groups()

@@ -14,6 +14,7 @@ from mta.bank.format import check_base
 from mta.config import CompareSettings, MergeSettings, Run
 from mta.data.history import Person
 from mta.data.sharing import Copies
+from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
@@ -31,7 +32,7 @@ from mta.evaluation.methods import (
     PopulationMerge,
     TaskLora,
 )
-from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
+from mta.evaluation.protocol import Panel, members_and_others
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder

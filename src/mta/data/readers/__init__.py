@@ -5,8 +5,8 @@ that names file, line, and field, or is written to a file of rejects while readi
 """
 
 from mta.data.readers.lamp import read_answers
-from mta.data.readers.people import describe, describe_for_evaluation, iter_parts, read_people
+from mta.data.readers.people import iter_parts, read_people
 from mta.data.readers.rejects import Rejects
 from mta.data.readers.rows import RecordPart
 
-__all__ = ["RecordPart", "Rejects", "describe", "describe_for_evaluation", "iter_parts", "read_answers", "read_people"]
+__all__ = ["RecordPart", "Rejects", "iter_parts", "read_answers", "read_people"]

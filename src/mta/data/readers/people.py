@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from mta.config import CompareSettings, Run
-from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, outputs_name, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
@@ -18,7 +14,7 @@ from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import RecordPart, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
-from mta.data.sharing import connected, missing_from, same_users, without_answers
+from mta.data.sharing import connected, missing_from, repeated, same_users, without_answers
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
@@ -191,58 +187,3 @@ def is_read(path: Path, source: Path) -> bool:
     of_lamp = [outputs_name(file) for file in files if ".json" in file.suffixes]  # whether or not they exist already
     read = [*files, *of_lamp, *filter(None, map(outputs_beside, files))]
     return any(path.resolve() == file.resolve() for file in read)
-
-
-def repeated(people: Sequence[Person]) -> int:
-    """Return the number of items that have the fields and the time of an earlier item of the same person.
-
-    In an evaluation, a shot would be asked again.
-    """
-    return sum(
-        len(one.items) - len({(*sorted(item.fields.items()), item.time) for item in one.items}) for one in people
-    )
-
-
-def describe(people: Sequence[Person]) -> dict[str, float]:
-    """Return counts for a summary: people, items per person (min, median, max), and queries."""
-    counts = [len(person.items) for person in people] or [0]
-    return {
-        "people": len(people),
-        "items": sum(counts),
-        "min": min(counts),
-        "median": statistics.median(counts),
-        "max": max(counts),
-        "queries": sum(len(person.queries) for person in people),
-    }
-
-
-def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
-    """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
-
-    ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
-    items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
-    ``compared``: people with enough items for an anchor of ``mta bank build``, and for ``mta compare``, by default.
-    """
-    answered = [sum(task.has_target(query) for query in person.queries) for person in people]
-
-    def able(shots: int) -> int:
-        if not task.asks_as_items:  # a person's own queries are asked
-            return sum(len(person.items) >= shots and own > 0 for person, own in zip(people, answered))
-        return sum(len(person.items) + own >= shots + queries for person, own in zip(people, answered))
-
-    def with_items(least: int) -> dict[str, int]:
-        return {"items": least, "people": sum(len(person.items) >= least for person in people)}
-
-    times = [[item.time for item in person.items] for person in people]
-    known = [time for each in times for time in each if time is not None]
-    targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
-    return {
-        "asked": queries,
-        "shots": {m: able(m) for m in SHOTS},
-        "anchors": with_items(Run().bank.min_items),
-        "compared": with_items(CompareSettings().shots + CompareSettings().queries),
-        "people with times": sum(None not in each for each in times),
-        "oldest": min(known, default=None),
-        "newest": max(known, default=None),
-        "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},
-    }

@@ -16,11 +16,11 @@ from mta.config import Run, override
 from mta.config.constants import SHOTS
 from mta.data.history import Person
 from mta.data.sharing import Copies, connected, holders_of
+from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.experiments.recipe import Experiment
-from mta.evaluation.protocol import has_enough_items, shots_and_queries
 from mta.tracking.run_folder import sittings
 
 log = logging.getLogger("mta")

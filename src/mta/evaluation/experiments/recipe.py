@@ -12,9 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from mta.config import Run, override
 from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
+from mta.data.shots_and_queries import QueryOrder
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import METHODS, AnyMethod, Method
-from mta.evaluation.protocol import QueryOrder
 
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]

@@ -22,6 +22,7 @@ from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
+from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
@@ -32,7 +33,7 @@ from mta.evaluation.experiments.people import draw_splits, run_on_everything, wi
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
-from mta.evaluation.protocol import Panel, has_enough_items
+from mta.evaluation.protocol import Panel
 from mta.model.base import BaseModel
 from mta.model.encoders import load_encoder
 from mta.system.assets import ASSETS, resolve

@@ -1,0 +1,55 @@
+"""Count what a set of people holds, for a summary of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from mta.config import CompareSettings, Run
+from mta.config.constants import SHOTS
+from mta.data.history import Person
+from mta.data.shots_and_queries import has_enough_items
+from mta.data.tasks.task import Task
+
+
+def describe(people: Sequence[Person]) -> dict[str, float]:
+    """Return counts for a summary: people, items per person (min, median, max), and queries."""
+    counts = [len(person.items) for person in people] or [0]
+    return {
+        "people": len(people),
+        "items": sum(counts),
+        "min": min(counts),
+        "median": statistics.median(counts),
+        "max": max(counts),
+        "queries": sum(len(person.queries) for person in people),
+    }
+
+
+def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
+    """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
+
+    ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
+    items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
+    ``compared``: people with enough items for an anchor of ``mta bank build``, and for ``mta compare``, by default.
+    """
+
+    def able(shots: int) -> int:
+        return sum(has_enough_items(task, person, shots, queries, "last") for person in people)
+
+    def with_items(least: int) -> dict[str, int]:
+        return {"items": least, "people": sum(len(person.items) >= least for person in people)}
+
+    times = [[item.time for item in person.items] for person in people]
+    known = [time for each in times for time in each if time is not None]
+    targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
+    return {
+        "asked": queries,
+        "shots": {m: able(m) for m in SHOTS},
+        "anchors": with_items(Run().bank.min_items),
+        "compared": with_items(CompareSettings().shots + CompareSettings().queries),
+        "people with times": sum(None not in each for each in times),
+        "oldest": min(known, default=None),
+        "newest": max(known, default=None),
+        "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},
+    }
