@@ -16,7 +16,7 @@ from typer.cli import get_docs_for_click
 from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
-from mta.config import CompareSettings, Privacy, Run, Settings
+from mta.config import AttackSettings, CompareSettings, Run, Settings
 from mta.data.tasks import load_task, task_names
 from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import DemoRecipe
@@ -58,7 +58,7 @@ def settings() -> str:
     for title, kind in {
         "A run": Run,
         "A comparison: `mta compare`": CompareSettings,
-        "An attack: `mta attack`": Privacy,
+        "An attack: `mta attack`": AttackSettings,
         "A recipe: `mta evaluate RECIPE`": Experiment,
         "A demo: `mta demo`": DemoRecipe,
     }.items():

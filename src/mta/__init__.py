@@ -54,3 +54,7 @@ if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled 
         if name in _HOME:
             return getattr(import_module(_HOME[name]), name)
         raise AttributeError(f"module 'mta' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """Return the public names, which are not imported yet."""
+        return sorted(__all__)

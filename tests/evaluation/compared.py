@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from mta.evaluation.asking import Asked, Interview
 from mta.evaluation.metrics import Answers, measure, query_nll
+from mta.evaluation.sample_answers import PersonAnswers, SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
 from mta.personalize.merge import Merge
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
 EVERY = {"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.5, "5": 0.1}
-ASKED = Interview(
+ASKED = SampleAnswers(
     questions=(HOSTILE, "Fargo"),
     labels=("1", "2", "3", "4", "5"),
     pooled=(EVERY, EVERY),
     people=(
-        Asked("c1", "3 shots, 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
-        Asked("c2", "3 shots, 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
+        PersonAnswers("c1", "3 shots, 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
+        PersonAnswers("c2", "3 shots, 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
     ),
 )
 

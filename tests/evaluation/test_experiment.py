@@ -25,7 +25,7 @@ from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import BATCH, MAIN, Workspace, batches
 from mta.evaluation.methods import METHODS
 from mta.evaluation.protocol import Panel
-from mta.evaluation.reports.publish import report
+from mta.evaluation.reports.report import report
 
 pytestmark = pytest.mark.integration
 

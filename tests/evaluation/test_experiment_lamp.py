@@ -13,7 +13,7 @@ from mta.evaluation.experiments.results import Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import Workspace
 from mta.evaluation.metrics import score
-from mta.evaluation.reports.publish import report
+from mta.evaluation.reports.report import report
 
 pytestmark = pytest.mark.integration
 

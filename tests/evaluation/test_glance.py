@@ -8,8 +8,8 @@ from compared import ASKED, EVERY, comparison_of
 from rich.console import Console
 
 from mta.data.tasks import load_task
-from mta.evaluation.asking import Asked, Interview, interview
 from mta.evaluation.reports.glance import bars, before, show_glance
+from mta.evaluation.sample_answers import PersonAnswers, SampleAnswers, sample_answers
 from mta.personalize.adapters import TASK
 from mta.store import Store
 
@@ -53,9 +53,11 @@ def test_items_are_listed_by_label_or_as_texts():
 
 
 def test_texts_and_ids_with_markup_are_shown_as_they_are():
-    person = Asked("[b]", "with 1 shots", (("[/INST] a", "[red]"),), ("[/b] an answer that is longer than a title",))
+    person = PersonAnswers(
+        "[b]", "with 1 shots", (("[/INST] a", "[red]"),), ("[/b] an answer that is longer than a title",)
+    )
     console = Console(file=io.StringIO(), width=120)
-    made = Interview(("[/INST] why?",), (), ("[i]",), (person,))
+    made = SampleAnswers(("[/INST] why?",), (), ("[i]",), (person,))
     show_glance(comparison_of(load_task("movielens-rating")), made, [], console)
     for text in ("Person [b], with 1 shots", "[/INST] a  ->  [red]", "[/b] an answer that is longer than a title"):
         assert text in console.file.getvalue()
@@ -65,9 +67,9 @@ def test_texts_and_ids_with_markup_are_shown_as_they_are():
 def test_equal_answers_have_equal_bars_for_every_person():
     """The highest bar of the screen is the most likely answer of anybody, not of one person."""
     sure, unsure = ({"1": share, "2": 1 - share} for share in (0.9, 0.5))
-    two = [Asked(name, "one shot", (("Heat", "1"),), (own,)) for name, own in (("a", sure), ("b", unsure))]
+    two = [PersonAnswers(name, "one shot", (("Heat", "1"),), (own,)) for name, own in (("a", sure), ("b", unsure))]
     console = Console(file=io.StringIO(), width=80)
-    made = Interview(("Fargo",), ("1", "2"), (unsure,), tuple(two))
+    made = SampleAnswers(("Fargo",), ("1", "2"), (unsure,), tuple(two))
     show_glance(comparison_of(load_task("movielens-rating")), made, [], console)
     shown = [line.split()[1] for line in console.file.getvalue().splitlines() if line.strip().startswith("Fargo")]
     assert shown == [bars(unsure, ("1", "2"), 0.9)] * 2
@@ -81,14 +83,14 @@ def test_without_questions_there_are_scores_and_commands():
 
 
 def test_means_need_numbers():
-    assert Interview((), (), (), ()).mean({"1": 0.5, "4": 0.5}) == 2.5
-    assert Interview((), (), (), ()).mean({"sad": 1.0}) is None
-    assert Interview((), (), (), ()).mean("4") is None
+    assert SampleAnswers((), (), (), ()).mean({"1": 0.5, "4": 0.5}) == 2.5
+    assert SampleAnswers((), (), (), ()).mean({"sad": 1.0}) is None
+    assert SampleAnswers((), (), (), ()).mean("4") is None
 
 
 def test_an_interview_has_the_answers_of_the_library(tiny_personal):
     personal, people = tiny_personal
-    found = interview(personal, people[:2], FIELDS)
+    found = sample_answers(personal, people[:2], FIELDS)
     assert found.questions == ("Alien", "Heat")
 
     def answers(who):

@@ -15,7 +15,7 @@ from tiny import base_of, unpacked
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.task_lora import pooled_items
-from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
+from mta.config import AttackSettings, Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation.context import Context
@@ -43,7 +43,7 @@ from mta.training.scoring import label_scores
 pytestmark = pytest.mark.integration
 
 ANCHORS_KEPT, EACH = 6, 6
-SETTINGS = Privacy(shots=2, targets=4, items=EACH)
+SETTINGS = AttackSettings(shots=2, targets=4, items=EACH)
 TASK_PEOPLE = people_of(4, prefix="task-", seed=1)
 CANDIDATES = people_of(4 * ANCHORS_KEPT, items=8, prefix="candidate-", seed=2)
 STRANGERS = people_of(24, prefix="stranger-", seed=7)
@@ -86,7 +86,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(world) -> Findings:
     base, bank = world
-    return privacy(base, bank, MEMORIZING, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    return privacy(base, bank, EVERYBODY, SETTINGS, run=MEMORIZING, encoder=HashEncoder())
 
 
 def test_people_have_the_part_that_the_bank_records(world):
@@ -174,7 +174,7 @@ def test_missing_people_are_refused(world, people, message, hint):
 def test_an_impossible_merge_is_refused_first(world):
     run = MEMORIZING.model_copy(update={"merge": MergeSettings(k=9)})
     with pytest.raises(AnchorNotFound, match=r"merge\.k is 9, but the bank has 6 anchors"):
-        privacy(*world, run, STRANGERS, SETTINGS, encoder=HashEncoder())
+        privacy(*world, STRANGERS, SETTINGS, run=run, encoder=HashEncoder())
 
 
 # -- findings -----------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_the_row_of_an_anchor_equals_a_plain_computation(world):
 
 
 def test_the_same_seed_gives_the_same_numbers(world, found):
-    again = privacy(*world, MEMORIZING, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    again = privacy(*world, EVERYBODY, SETTINGS, run=MEMORIZING, encoder=HashEncoder())
     assert privacy_report.to_json(again) == privacy_report.to_json(found)
 
 
@@ -282,7 +282,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     run = TINY_RUN.model_copy(update=off | {"stack": StackSettings(enabled=False)})
     build_bank(base, task, HashEncoder(), TASK_PEOPLE, CANDIDATES, run, tmp_path / "bank")
     bank = Bank.open(tmp_path / "bank", base)
-    found = privacy(base, bank, run, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    found = privacy(base, bank, EVERYBODY, SETTINGS, run=run, encoder=HashEncoder())
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
     assert not {"task LoRA", PERSONAL} & {row.model for row in found.rows}
     assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
@@ -302,7 +302,7 @@ def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
 
     build_bank(base, task, HashEncoder(), wrote("t", 4), wrote("c", 12), TINY_RUN, tmp_path / "bank")
     bank, people = Bank.open(tmp_path / "bank", base), [*wrote("t", 4), *wrote("c", 12), *wrote("s", 6)]
-    found = privacy(base, bank, TINY_RUN, people, SETTINGS, encoder=HashEncoder())
+    found = privacy(base, bank, people, SETTINGS, run=TINY_RUN, encoder=HashEncoder())
     assert found.meta["loss"] == "NLL of the true answer, per token"
     assert all(0 <= row.attacks["loss"].auc.mean <= 1 for row in found.rows)
 

@@ -65,7 +65,7 @@ def written(tiny, comparison, tmp_path):
         what = {
             "comparison": comparison,
             "bank": tiny[1],
-            "asked": ASKED,
+            "samples": ASKED,
             "meta": {
                 "command": "mta compare x.jsonl --bank bank/",
                 "seed": 3,
@@ -178,7 +178,7 @@ def test_pages_are_the_same_to_the_byte(written):
 
 def test_page_without_merge_or_questions(written, task):
     without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
-    found = Page(written(comparison=without, asked=None))
+    found = Page(written(comparison=without, samples=None))
     assert "Chosen anchors and coefficients" not in found.headings
     assert "The same questions, before and after" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)

@@ -18,12 +18,12 @@ from mta.evaluation.experiments.results import (
     Record,
     Records,
     latest,
-    publish,
     read_beside,
     read_records,
+    write_without_texts,
 )
 from mta.evaluation.experiments.workspace import Workspace
-from mta.evaluation.reports.publish import lamp_answers
+from mta.evaluation.reports.report import lamp_answers
 from mta.system.atomic import write_json
 
 
@@ -58,7 +58,7 @@ def test_a_result_with_texts_serves_exhibits_without_them_and_counts_before_them
 
 def test_published_records_are_those_of_the_last_bank_in_every_order(tmp_path):
     records = [record(key="z"), record("q", key="z"), record(key="a")]
-    publish(records, tmp_path / "scores.jsonl.gz")
+    write_without_texts(records, tmp_path / "scores.jsonl.gz")
     assert read_records(tmp_path) == [records[2]] == latest(read_records(tmp_path))
 
 

@@ -293,6 +293,6 @@ def test_people_who_share_items_with_bank_members_are_not_tested(tiny, caplog):
     member, *others = [*people_of(1, prefix="c"), *people_of(5, prefix="x", seed=7)]
     kin = [dataclasses.replace(one, group="c0") for one in (member, others[0])]
     evaluation = CompareSettings(shots=2, queries=2, policies=())
-    found = compare(base, bank, TINY_RUN, [*kin, *others[1:]], evaluation, encoder=HashEncoder())
+    found = compare(base, bank, [*kin, *others[1:]], evaluation, run=TINY_RUN, encoder=HashEncoder())
     assert [person.id for person in found.panel.people] == ["x1", "x2", "x3", "x4"]
     assert "1 people are left out, because they share items with people in the bank" in caplog.text

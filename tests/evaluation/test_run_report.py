@@ -7,7 +7,7 @@ from conftest import TINY_RUN
 from tiny import base_of
 
 from mta.errors import DataError
-from mta.evaluation.reports.publish import history, report, run_sections
+from mta.evaluation.reports.report import history, report, run_sections
 from mta.system.atomic import write_json
 from mta.system.progress import Step
 from mta.tracking.run_folder import RunFolder, sittings

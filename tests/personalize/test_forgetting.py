@@ -90,7 +90,7 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
 def test_the_bank_before_is_marked_too(own_bank, tmp_path):
     base, bank = own_bank
     older = Bank.open(shutil.copytree(bank.folder, tmp_path / "older"), base)
-    personal = Personalizer(base, bank, tmp_path / "people", older=older.folder)
+    personal = Personalizer(base, bank, tmp_path / "people", bank_before=older.folder)
     assert personal.forget(MEMBER.id).needs_rebuild == ["task LoRA"]
     assert stale(bank.folder) == stale(older.folder) == ["task LoRA"]
 

@@ -18,7 +18,7 @@ from typer import BadParameter
 from typer.main import get_command
 
 from mta.cli.app import app
-from mta.config import CompareSettings, Privacy, Run
+from mta.config import AttackSettings, CompareSettings, Run
 from mta.errors import HubError
 from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import DemoRecipe
@@ -82,7 +82,7 @@ def suppress_missing():
 
 
 def is_setting(key: str) -> bool:
-    return any(_has(kind, key.split(".")) for kind in (Run, CompareSettings, Privacy, Experiment, DemoRecipe))
+    return any(_has(kind, key.split(".")) for kind in (Run, CompareSettings, AttackSettings, Experiment, DemoRecipe))
 
 
 def _has(kind: type[BaseModel], path: list[str]) -> bool:

@@ -64,6 +64,33 @@ def test_blocks_with_adapters_are_not_nested(known):
     assert len(known.score([(IDS[1], QUESTION, "4")])) == 1
 
 
+def test_slices_of_people_keep_their_task(tmp_path):
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(f'{{"person": "{who}", "text": "Fine.", "score": "4"}}\n' for who in "abc"))
+    people = mta.read_people(str(path), "lamp3")
+    assert (people[1:].task, len(people[1:]), people[0].id) == (people.task, 2, "a")
+
+
+def test_people_of_another_task_are_refused(tiny, tmp_path):
+    path = tmp_path / "people.jsonl"
+    path.write_text('{"person": "a", "input": "Fine.", "output": "4"}\n')
+    with pytest.raises(InputError, match="read for task 'text', the bank's is"):
+        personalizer(*tiny).personalize(mta.read_people(path, "text"))
+
+
+def test_a_summary_says_how_many_people_failed(tiny):
+    wrong = Person("wrong", (Item({"another": "field"}),))
+    done = personalizer(*tiny).personalize([*PEOPLE, wrong])
+    assert (list(done.failed), str(done)) == (
+        ["wrong"],
+        f"{len(PEOPLE)} people personalized, 0 were up to date; 0 texts were shortened; 1 failed",
+    )
+
+
+def test_public_names_are_listed_before_they_are_imported():
+    assert set(mta.__all__) <= set(dir(mta))
+
+
 def test_a_bank_of_another_base_is_refused(tiny):
     model, bank = base_of().model, tiny[1]
     with torch.no_grad():
@@ -72,12 +99,12 @@ def test_a_bank_of_another_base_is_refused(tiny):
     with pytest.raises(BankMismatch):
         mta.Personalizer(base, bank, run=TINY_RUN)
     with pytest.raises(BankMismatch):
-        compare(base, bank, TINY_RUN, PEOPLE, CompareSettings(shots=2, queries=1), encoder=HashEncoder())
+        compare(base, bank, PEOPLE, CompareSettings(shots=2, queries=1), run=TINY_RUN, encoder=HashEncoder())
 
 
 def test_nobody_is_compared_twice(tiny):
     with pytest.raises(InputError, match="a person is given twice"):
-        compare(*tiny, TINY_RUN, [*PEOPLE, PEOPLE[0]], CompareSettings(shots=2, queries=1), encoder=HashEncoder())
+        compare(*tiny, [*PEOPLE, PEOPLE[0]], CompareSettings(shots=2, queries=1), run=TINY_RUN, encoder=HashEncoder())
 
 
 @pytest.mark.parametrize(("rating", "reason"), [(None, "missing"), (4.0, "expected text"), ("4.0", "unknown label")])

@@ -126,7 +126,7 @@ lost: float = personal.export("ann", "out", rank=16)
 kept: list[str] = personal.forget("ann").needs_rebuild
 run: mta.Run = mta.override(bank.info.run, ["merge.policy=ridge"])
 person = mta.Person.of("bob", [mta.Item({"text": "Fine.", "score": "4"}, time=1.0)])
-mta.compare(base, bank, run, [person], mta.CompareSettings(shots=4, queries=4)).write("results")
+mta.compare(base, bank, [person], mta.CompareSettings(shots=4, queries=4), run=run).write("results")
 """
 WRONG = {
     "mta.Person.of(7, [])": "arg-type",

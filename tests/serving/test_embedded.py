@@ -119,7 +119,7 @@ def test_people_of_two_banks_share_a_batch(mode, pooled):
     models = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(models, banks)]
 
     async def go():
-        engine = engine_of(base, bank, models, older=old, slots=3)
+        engine = engine_of(base, bank, models, bank_before=old, slots=3)
         asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
         await engine.close()

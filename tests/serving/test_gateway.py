@@ -186,7 +186,7 @@ def test_people_are_served_while_moving_to_a_new_bank(tiny_bank_folder, tmp_path
     people = [person.latest(4) for person in people_of(2, prefix="ann")]
     store = Store(tmp_path / "people")
     personalizer(base, old, store).personalize(people)
-    engine = EmbeddedEngine(base, new, store, older=old, slots=4, chunk=32, length=256)
+    engine = EmbeddedEngine(base, new, store, bank_before=old, slots=4, chunk=32, length=256)
     with served(base, new, tmp_path, engine=engine, store=store) as here:
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         first = {name: said(client, f"person:{name}") for name in ("ann0", "ann1")}

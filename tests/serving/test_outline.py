@@ -56,13 +56,13 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
 def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank")
     older = shutil.copytree(bank.folder, tmp_path / "older")
-    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), older=older, strict=True)
+    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older, strict=True)
     assert list(service.strict_banks) == [bank.folder, older]
     asyncio.run(service.engine.close())
     info = read_info(older)
     write_info(older, with_hash(info.model_copy(update={"task": load_task("lamp4").model_dump(mode="json")})))
     with pytest.raises(ConfigError, match="is for task 'lamp4', expected 'movielens-rating'"):
-        service_of(base, bank, run, str(tmp_path / "people"), Keys(), older=older)
+        service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older)
 
 
 def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):

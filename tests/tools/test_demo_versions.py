@@ -64,7 +64,7 @@ def test_stages_that_a_resumed_demo_skips_do_not_count(reported):
 @pytest.mark.parametrize(("platform", "opener"), [("darwin", "open"), ("linux", "xdg-open")])
 def test_the_commands_at_the_end_can_be_pasted_into_any_shell(monkeypatch, platform, opener):
     monkeypatch.setattr(demo.sys, "platform", platform)
-    found = SimpleNamespace(asked=SimpleNamespace(people=[SimpleNamespace(id="7")]))
+    found = SimpleNamespace(samples=SimpleNamespace(people=[SimpleNamespace(id="7")]))
     lines = demo.next_commands(Path("my demo"), found)
     assert not [line for line in lines if "#" in line]
     assert f"  {opener} 'my demo/report.html'" in lines

@@ -82,16 +82,18 @@ class Bank:
         Without ``task_people``, they are half of ``people``, drawn by hash (nobody without a task LoRA), and the others
         are the candidates for anchors; people who share items stay together, unless more than half of all people do.
         Candidates train the task LoRA, too (``task_lora.unseen``).
-        ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
+        ``task`` defaults to the task that ``people`` were read for, then to that of ``run``. ``task_lora`` is the
+        folder of a task LoRA that was trained earlier on the same people with the same settings. A killed build resumes
+        unless ``resume`` is False. ``command`` is recorded in the folder, and ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()
         if anchors is not None:
             run = override(run, [f"bank.anchors={anchors}"])
-        task = task or getattr(people, "task", None)
+        task = task or getattr(people, "task", None) or (run.task if "task" in run.model_fields_set else None)
         if task is None:
             raise InputError(
-                "no task: these people were not read for a task", hint="Give task=..., for example task='lamp3'."
+                "no task: this list of people does not name its own", hint="Give task=..., for example task='lamp3'."
             )
         chosen, people = load_task(task), list(people)
         task_people = None if task_people is None else list(task_people)

@@ -15,7 +15,7 @@ from typer import Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, console, show_json
-from mta.config import CompareSettings, Privacy, Run, load_settings
+from mta.config import AttackSettings, CompareSettings, Run, load_settings
 from mta.config.loader import read_yaml
 from mta.data.history import Person
 from mta.system.extras import require
@@ -23,7 +23,7 @@ from mta.system.extras import require
 if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
 
-Kind = TypeVar("Kind", CompareSettings, Privacy)
+Kind = TypeVar("Kind", CompareSettings, AttackSettings)
 RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
 Out = Annotated[Path | None, Option(help="Folder for report.html, results.json and the run's settings.")]
 
@@ -64,9 +64,9 @@ def compare(
         report = mta.compare(
             session.base,
             session.bank,
-            session.run,
             session.people,
             session.settings,
+            run=session.run,
             limit=people,
             on_step=step,
             on_method=say,
@@ -113,13 +113,13 @@ def attack(
     columns = options.Columns(person_column, input_column, output_column, time_column)
     given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
-    with _open(given, "privacy", Privacy) as session:
+    with _open(given, "privacy", AttackSettings) as session:
         found = privacy(
             session.base,
             session.bank,
-            session.run,
             session.people,
             session.settings,
+            run=session.run,
             on_step=session.folder.step,
             say=session.screen.say,
         )

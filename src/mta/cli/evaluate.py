@@ -50,7 +50,7 @@ def demo(
         )
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=command))
-    show_glance(found.comparison, found.asked, tool.next_commands(out, found), console)
+    show_glance(found.comparison, found.samples, tool.next_commands(out, found), console)
 
 
 def evaluate(
@@ -146,7 +146,7 @@ def report(
     Example:  mta report runs/lamp3 runs/movielens --out results/
     Example:  mta report bank/ --out report/
     """
-    from mta.evaluation.reports.publish import report as draw
+    from mta.evaluation.reports.report import report as draw
 
     require("eval")
     options.check_out(out)

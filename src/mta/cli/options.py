@@ -25,7 +25,6 @@ from mta.data.tasks import Task as TaskType
 from mta.data.tasks import load_task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
-from mta.system.assets import ASSETS, fetch
 from mta.system.progress import OnStep
 from mta.tracking.trackers import Track as Opener
 from mta.tracking.trackers import tracker
@@ -120,9 +119,9 @@ def people_in(
     """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
     named = {name: column for name, column in columns._asdict().items() if column}
     read = partial(read_people, task=task, columns=named, skip_bad=skip_bad, questions=questions)
-    path = Path(fetch(source) if source in ASSETS else os.path.expanduser(source))
+    path = Path(os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        return read(path)
+        return read(source)
     if source == "-" and sys.stdin is None:
         raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
     with TemporaryDirectory() as folder:  # only its owner may read it

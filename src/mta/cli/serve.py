@@ -154,7 +154,7 @@ def serve(
 
     with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
         service = serving.service_of(
-            *opened, store, known, rate=rate, slots=slots, vllm=server, older=bank_before, strict=strict
+            *opened, store, known, rate=rate, slots=slots, vllm=server, bank_before=bank_before, strict=strict
         )
         serving.serve(service, host, port, show)
 

@@ -1,6 +1,7 @@
 """Settings: schema, validation, and reading from YAML files and the command line."""
 
 from mta.config.loader import Settings as Settings
+from mta.config.schema import AttackSettings as AttackSettings
 from mta.config.schema import BankSettings as BankSettings
 from mta.config.schema import CalibrationSettings as CalibrationSettings
 from mta.config.schema import CompareSettings as CompareSettings
@@ -9,7 +10,6 @@ from mta.config.schema import MergeMode as MergeMode
 from mta.config.schema import MergeSettings as MergeSettings
 from mta.config.schema import OneLoraSettings as OneLoraSettings
 from mta.config.schema import Policy as Policy
-from mta.config.schema import Privacy as Privacy
 from mta.config.schema import Run as Run
 from mta.config.schema import StackSettings as StackSettings
 from mta.config.schema import TaskLoraSettings as TaskLoraSettings

@@ -216,7 +216,7 @@ class CompareSettings(Settings):
     )
 
 
-class Privacy(Settings):
+class AttackSettings(Settings):
     """How a bank is attacked: ``targets`` people outside the bank are personalized from their first ``shots`` items.
 
     Every model is then scored on at most ``items`` items that each anchor was trained on.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import SupportsIndex, overload
 
 from mta.errors import InputError
 
@@ -98,6 +99,15 @@ class People(list[Person]):
     def __init__(self, people: Iterable[Person], task: object) -> None:
         super().__init__(people)
         self.task = task
+
+    @overload
+    def __getitem__(self, place: SupportsIndex, /) -> Person: ...
+    @overload
+    def __getitem__(self, place: slice, /) -> People: ...
+    def __getitem__(self, place: SupportsIndex | slice, /) -> Person | People:
+        """Return one person, or people of the same task: slices, unlike other lists made from people, keep the task."""
+        found = super().__getitem__(place)
+        return People(found, self.task) if isinstance(found, list) else found
 
 
 def named_items(people: Iterable[Person], used: Container[int]) -> Iterator[tuple[str, Item]]:

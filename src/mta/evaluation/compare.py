@@ -18,7 +18,6 @@ from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.asking import Interview
 from mta.evaluation.context import Context
 from mta.evaluation.methods import (
     Base,
@@ -33,11 +32,13 @@ from mta.evaluation.methods import (
     TaskLora,
 )
 from mta.evaluation.protocol import Panel, members_and_others
+from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import check_merge
 from mta.personalize.policies import POLICIES
+from mta.system.extras import require
 from mta.system.progress import OnStep
 from mta.system.provenance import versions
 
@@ -66,12 +67,12 @@ def run_methods(
 
 @dataclass(slots=True)
 class ComparisonReport:
-    """A comparison, its panel, and the questions that people's models were asked, if any."""
+    """A comparison, its panel, and sample answers of people's models, if any were asked."""
 
     comparison: Comparison
     panel: Panel
     meta: dict[str, Any]
-    asked: Interview | None = None
+    samples: SampleAnswers | None = None
 
     def outcome(self) -> dict[str, Any]:
         """Return the number of people, and every method's mean of the metric that differences are judged by."""
@@ -88,8 +89,8 @@ class ComparisonReport:
         out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
         ids = [person.id for person in panel.people]
-        shown = [ids.index(person.id) for person in self.asked.people] if self.asked else range(3)
-        write_html(out / "report.html", self.comparison, panel.bank, self.asked, meta, shown)
+        shown = [ids.index(person.id) for person in self.samples.people] if self.samples else range(3)
+        write_html(out / "report.html", self.comparison, panel.bank, self.samples, meta, shown)
 
 
 def standard_methods(
@@ -140,10 +141,10 @@ def standard_methods(
 def compare(
     base: BaseModel,
     bank: Bank,
-    run: Run,
     people: Sequence[Person],
-    settings: CompareSettings,
+    settings: CompareSettings | None = None,
     *,
+    run: Run | None = None,
     more: Sequence[Method] = (),
     limit: int | None = None,
     encoder: Encoder | None = None,
@@ -152,8 +153,15 @@ def compare(
 ) -> ComparisonReport:
     """Compare the standard methods, and ``more``, on the ``people`` who are not in the bank and have enough items.
 
-    ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
+    ``run`` defaults to the bank's settings. ``limit`` draws at most this many people with the run's seed. Raises
+    InputError if no people are left, MissingExtra without the extra ``eval``.
+
+    >>> report = mta.compare(base, bank, people, mta.CompareSettings(shots=4, queries=4))
+    >>> report.write("comparison/")  # report.html and results.json
+    >>> report.comparison.score("MTA", "NLL")  # its mean over people, and a 95% interval
     """
+    require("eval")
+    settings = settings or CompareSettings()
     check_base(bank.folder, bank.info, base.name, base.fingerprint)
     people = list(people)
     if len({person.id for person in people}) < len(people):

@@ -26,7 +26,7 @@ class Personalized:
 
     def __str__(self) -> str:
         up = f"{self.trained} people personalized, {self.unchanged} were up to date"
-        return f"{up}; {self.shortened} texts were shortened"
+        return f"{up}; {self.shortened} texts were shortened{_without_state(self)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,12 @@ class Updated:
 
     def __str__(self) -> str:
         new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
-        return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
+        begun = f"{self.begun} personalized anew, {self.unchanged} had no new items"
+        return f"of people with new items {new}; {begun}{_without_state(self)}"
+
+
+def _without_state(done: Personalized | Updated) -> str:
+    return f"; {len(done.failed)} failed" if done.failed else ""
 
 
 def as_json(done: Personalized | Updated) -> dict[str, Any]:

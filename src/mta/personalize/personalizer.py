@@ -43,8 +43,9 @@ log = logging.getLogger("mta")
 class Personalizer:
     """Stages 2 and 3 over a base, a bank, and optionally a store of people's states.
 
-    ``executor`` runs the cohorts, for example on a cluster (``mta.distributed.ray``). ``older`` is the folder of an
-    earlier bank of the same people; ``forget`` marks this bank too.
+    ``run`` defaults to the bank's settings. ``executor`` runs the cohorts, for example on a cluster
+    (``mta.distributed.ray``). ``bank_before`` is the folder of an earlier bank of the same people; ``forget`` marks
+    this bank too.
 
     >>> personal = Personalizer(base, bank, store="people/")
     >>> personal.personalize(people)                              # all of them together
@@ -60,14 +61,14 @@ class Personalizer:
         run: Run | None = None,
         encoder: Encoder | None = None,
         executor: Executor | None = None,
-        older: str | Path | None = None,
+        bank_before: str | Path | None = None,
     ) -> None:
         check_base(bank.folder, bank.info, base.name, base.fingerprint)
         self.base, self.bank = base, bank
         self.run = bank.settled(run)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
-        self._banks = [Path(folder) for folder in (bank.folder, older) if folder]
+        self._banks = [Path(folder) for folder in (bank.folder, bank_before) if folder]
         self._encoder = encoder
         self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 

@@ -244,6 +244,11 @@ class Pipeline:
 
     def _call_for(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
+        if (task := getattr(people, "task", None)) and task.identity != self.bank.task.identity:
+            raise InputError(
+                f"these people were read for task {task.name!r}, the bank's is {self.bank.task.name!r}",
+                hint="Read them for the bank's:  mta.read_people(path, bank.task)",
+            )
         people = list(people)
         if empty := sum(not person.items for person in people):
             raise DataError(

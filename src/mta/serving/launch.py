@@ -89,25 +89,25 @@ def service_of(
     rate: int = 0,
     slots: int = 32,
     vllm: VllmServer | Remote | None = None,
-    older: Path | None = None,
+    bank_before: Path | None = None,
     strict: bool = False,
 ) -> Service:
     """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
 
-    People whose state was made with the bank in folder ``older`` are served with that bank until they are personalized
-    again (not with vLLM, which serves one bank). If ``base`` has no weights (vLLM), the personalizer loads them for its
-    first job. Raises ConfigError if the two banks are for different tasks.
+    People whose state was made with the bank in folder ``bank_before`` are served with that bank until they are
+    personalized again (not with vLLM, which serves one bank). If ``base`` has no weights (vLLM), the personalizer loads
+    them for its first job. Raises ConfigError if the two banks are for different tasks.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
-        old_bank = Bank.open(older, base) if older else None
+        old_bank = Bank.open(bank_before, base) if bank_before else None
         if old_bank and old_bank.task.identity != bank.task.identity:
             raise ConfigError(
-                f"the bank at {older} is for task {old_bank.task.name!r}, expected {bank.task.name!r}",
+                f"the bank at {bank_before} is for task {old_bank.task.name!r}, expected {bank.task.name!r}",
                 hint="Run one gateway per task.",
             )
-        engine = EmbeddedEngine(base, bank, states, older=old_bank, slots=slots)
+        engine = EmbeddedEngine(base, bank, states, bank_before=old_bank, slots=slots)
     else:
         engine = VllmEngine(
             vllm,
@@ -117,7 +117,7 @@ def service_of(
             length=length,
             stops=base.stop_tokens,
         )
-    personal = Personalizer(base.twin(), bank, states, run=run, older=older)
+    personal = Personalizer(base.twin(), bank, states, run=run, bank_before=bank_before)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
     return Service(
         engine,
@@ -128,7 +128,7 @@ def service_of(
         jobs=jobs,
         limits=Limits(rate=rate),
         length=length,
-        strict_banks=[folder for folder in (bank.folder, older) if folder] if strict else (),
+        strict_banks=[folder for folder in (bank.folder, bank_before) if folder] if strict else (),
     )
 
 

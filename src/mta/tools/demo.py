@@ -22,8 +22,8 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
-from mta.evaluation.asking import interview
 from mta.evaluation.compare import ComparisonReport, compare
+from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.system import assets
@@ -165,7 +165,7 @@ def demo(
         personal = Personalizer(base, found.panel.bank, out / "people", run=run)
         personal.personalize([found.panel.people[i] for i in two], on_step=folder.step)
         if questions := personal.bank.task.examples[:3]:
-            found.asked = interview(personal, [found.panel.people[i] for i in two], questions)
+            found.samples = sample_answers(personal, [found.panel.people[i] for i in two], questions)
         folder.outcome = found.outcome()
         found.write(out, command)
     return found
@@ -184,8 +184,8 @@ def next_commands(out: Path, found: ComparisonReport) -> list[str]:
     activate = Path(sys.executable).with_name("activate")
     if shutil.which("mta") is None and activate.is_file():  # called by its path, as make demo does
         lines = ["Once in each terminal:", f"  . {shlex.quote(os.path.relpath(activate))}", *lines]
-    if found.asked:
-        person = shlex.quote(found.asked.people[0].id)
+    if found.samples:
+        person = shlex.quote(found.samples.people[0].id)
         lines += [
             "Show all that is stored about a person:",
             f"  mta person show {person} --bank {bank} --store {store}",
@@ -212,7 +212,9 @@ def _compared(
 
     say(f"3/4  {len(splits.test)} people outside the bank, {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
-    found = compare(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
+    found = compare(
+        base, bank, tested, recipe.evaluation, run=run, on_step=on_step, on_method=lambda m: say(f"     {m}")
+    )
     found.meta["data"] = recipe.data
     if recipe.data in assets.ASSETS:
         found.meta["terms"] = assets.ASSETS[recipe.data].note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from mta.data.sharing import connected, missing_from, repeated, same_users, with
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
+from mta.system.assets import ASSETS, fetch
 
 FORMATS = (
     "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields) in each row, or name other "
@@ -35,18 +37,20 @@ def read_people(
     skip_bad: str | Path | None = None,
     questions: bool = False,
 ) -> People:
-    """Return the people of a file or folder in order of appearance, each with their items in time order.
+    """Return the people of a file, a folder, or a data asset, each with their items in time order.
 
-    With ``questions``, the rows of a table are questions: they need no answer, and become the people's ``queries``.
-    ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
-    called otherwise.
+    People come in order of appearance. With ``questions``, the rows of a table are questions: they need no answer, and
+    become the people's ``queries``. ``columns`` names the columns of person, input, output, and time (or of the task's
+    own fields), where they are called otherwise.
     LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
     question id becomes the person's id. People who hold copies of the same items get the same ``group``.
     A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
     reason, row}, in arrays also element) and reading continues.
     Raises DataError, which names file, line, and field; TaskError; InputError.
     """
-    source, task = path if isinstance(path, Path) else Path(path), load_task(task)
+    if isinstance(path, str):
+        path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
+    source, task = path, load_task(task)
     rejects_file = _rejects_path(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
     with Rejects.to(rejects_file) as rejects:

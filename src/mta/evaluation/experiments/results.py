@@ -114,7 +114,7 @@ def read_records(folder: Path) -> list[Record]:
     raise DataError(f"{folder} holds no {SCORES}", hint="Give the --out folder of mta evaluate, or one of results/.")
 
 
-def publish(records: Sequence[Record], path: Path) -> None:
+def write_without_texts(records: Sequence[Record], path: Path) -> None:
     """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in latest(records))

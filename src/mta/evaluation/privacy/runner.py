@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Privacy, Run
+from mta.config import AttackSettings, MergeSettings, Run
 from mta.data.history import Person
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Method, TaskLora
@@ -71,16 +71,17 @@ class Findings:
 def privacy(
     base: BaseModel,
     bank: Bank,
-    run: Run,
     people: Sequence[Person],
-    settings: Privacy,
+    settings: AttackSettings,
     *,
+    run: Run | None = None,
     encoder: Encoder | None = None,
     on_step: OnStep | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Findings:
     """Attack a bank, its merges and personal models. ``people`` are the bank's own and others, with whole histories.
 
+    ``run`` defaults to the bank's settings.
     The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
     labels, else per token. Raises InputError if people are missing, ConfigError or AnchorNotFound for a wrong merge.
     """
@@ -111,7 +112,7 @@ def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
     return {name: settings for name, settings in found.items() if name != own} | {own: run.merge}
 
 
-def _meta(panel: Panel, sample: AttackSample, settings: Privacy) -> dict[str, Any]:
+def _meta(panel: Panel, sample: AttackSample, settings: AttackSettings) -> dict[str, Any]:
     base, run = panel.base, panel.run
     people = {"anchors": sample.anchors, "pool": sample.pool, "others": sample.others}
     return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.task_lora import pooled_candidates, pooled_items
-from mta.config import Privacy
+from mta.config import AttackSettings
 from mta.data.history import Item, Person
 from mta.data.splits import draw
 from mta.errors import InputError
@@ -84,7 +84,7 @@ class NumberedItems:
         return [spread(numbers, count, turn) for turn, numbers in enumerate(sets)]
 
 
-def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed: int) -> AttackSample:
+def sample_people(bank: Bank, people: Sequence[Person], settings: AttackSettings, seed: int) -> AttackSample:
     """Find the bank's people among ``people`` by the bank's keyed hashes, and draw targets among the other people.
 
     Raises InputError if an anchor is missing or has other items than when the bank was built, and if fewer than two

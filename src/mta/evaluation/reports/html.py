@@ -16,11 +16,11 @@ from typing import Any
 from mta.bank.bank import Bank
 from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import short
-from mta.evaluation.asking import Interview
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
+from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison
 from mta.system.atomic import write_text
 
@@ -105,13 +105,13 @@ def write_html(
     path: str | Path,
     comparison: Comparison,
     bank: Bank,
-    asked: Interview | None,
+    samples: SampleAnswers | None,
     meta: Mapping[str, Any],
     shown: Sequence[int] = range(3),
 ) -> None:
     """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes.
 
-    ``shown``: the places, among the tested people, of person A, B, …; those of ``asked``, in its order.
+    ``shown``: the places, among the tested people, of person A, B, …; those of ``samples``, in its order.
     """
     head = f"{title_of(comparison)}\n\n"
     head += "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
@@ -122,8 +122,8 @@ def write_html(
             "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
             {"bytes": score_over_bytes(comparison)},
         ),
-        *_coefficients(comparison, bank, shown, asked),
-        *(_before_and_after(asked) if asked else ()),
+        *_coefficients(comparison, bank, shown, samples),
+        *(_before_and_after(samples) if samples else ()),
         Section("How this was made", _facts(bank, meta)),
     ]
     write_text(Path(path), page(headline(comparison), head, sections))
@@ -149,12 +149,14 @@ def _measured(comparison: Comparison) -> Section:
     )
 
 
-def _coefficients(comparison: Comparison, bank: Bank, shown: Sequence[int], asked: Interview | None) -> list[Section]:
+def _coefficients(
+    comparison: Comparison, bank: Bank, shown: Sequence[int], samples: SampleAnswers | None
+) -> list[Section]:
     """Pictures of some people's coefficients."""
     merge = comparison.row(NAME).merge if NAME in comparison.names else None
     if merge is None:
         return []
-    same = "the same as under the questions below" if asked else "the first of the test, not selected"
+    same = "the same as under the questions below" if samples else "the first of the test, not selected"
     text = (
         "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people are "
         f"{same}."
@@ -163,22 +165,22 @@ def _coefficients(comparison: Comparison, bank: Bank, shown: Sequence[int], aske
     return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]
 
 
-def _before_and_after(asked: Interview) -> list[Section]:
+def _before_and_after(samples: SampleAnswers) -> list[Section]:
     """The answers of the pooled model and of some people's models, without the people's ids and items."""
     text = "The pooled model gives all people one answer. The personal models give each person their own.\n\n"
-    names = [figures.letter(n) for n in range(len(asked.people))]
-    for name, person in zip(names, asked.people):
+    names = [figures.letter(n) for n in range(len(samples.people))]
+    for name, person in zip(names, samples.people):
         counts = Counter(label for _, label in person.shots)
         gave = ", ".join(
-            f"{label} ({counts[label]} of {len(person.shots)})" for label in reversed(asked.labels) if counts[label]
+            f"{label} ({counts[label]} of {len(person.shots)})" for label in reversed(samples.labels) if counts[label]
         )
         text += f"- {name}, {plain(person.about)}" + (f"; gave before: {plain(gave)}\n" if gave else "\n")
     pictures = {}
-    for n, question in enumerate(asked.questions):
-        answers = {"everybody": asked.pooled[n]} | {name: one.answers[n] for name, one in zip(names, asked.people)}
+    for n, question in enumerate(samples.questions):
+        answers = {"everybody": samples.pooled[n]} | {name: one.answers[n] for name, one in zip(names, samples.people)}
         text += f"\n**{plain(question)}**\n\n"
         for name, answer in answers.items():
-            mean = asked.mean(answer)
+            mean = samples.mean(answer)
             if isinstance(answer, str):
                 text += f"- {name}: {plain(answer)}\n"
             elif mean is not None:

@@ -32,7 +32,7 @@ class EmbeddedEngine(QueuedEngine):
     At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``
     tokens together, never more than the base accepts. At most ``activated`` adapters are cached; merges are never
     stored. While the engine lives, only the engine may use the base's modules. People whose state was made with the
-    bank ``older`` are served with that bank until they are personalized again.
+    bank ``bank_before`` are served with that bank until they are personalized again.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class EmbeddedEngine(QueuedEngine):
         bank: Bank,
         store: Store,
         *,
-        older: Bank | None = None,
+        bank_before: Bank | None = None,
         slots: int = 32,
         length: int | None = None,
         chunk: int = 128,
@@ -52,7 +52,7 @@ class EmbeddedEngine(QueuedEngine):
         super().__init__(min(length or limit, limit), slots + waiting)
         in_passing(lambda: refuse_unservable(base))
         self.bank, self.store = bank, store
-        adapters = in_passing(lambda: AdapterSlots(base, [bank, older] if older else [bank], slots))
+        adapters = in_passing(lambda: AdapterSlots(base, [bank, bank_before] if bank_before else [bank], slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated

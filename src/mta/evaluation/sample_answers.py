@@ -1,4 +1,4 @@
-"""Questions to the pooled model and to people's models: what personalization changed, to look at."""
+"""The answers of the pooled model and of people's models to the same questions, to look at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Answer = Mapping[str, float] | str  # the probability of every label, or a text
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PersonAnswers:
     """A person, and the answers of the person's model to the questions.
 
     ``shots`` are the items that the model was trained on: the first field and the answer of each.
@@ -27,13 +27,13 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Interview:
-    """The same questions to the pooled model and to some people's models. ``labels`` is empty for free text."""
+class SampleAnswers:
+    """Answers of the pooled model and of some people's models. ``labels`` is empty for free text."""
 
     questions: tuple[str, ...]
     labels: tuple[str, ...]
     pooled: tuple[Answer, ...]
-    people: tuple[Asked, ...]
+    people: tuple[PersonAnswers, ...]
 
     def mean(self, answer: Answer) -> float | None:
         """Return the expected value of an answer with numbers as labels."""
@@ -42,7 +42,9 @@ class Interview:
         return sum(float(label) * share for label, share in answer.items())
 
 
-def interview(personal: Personalizer, people: Sequence[Person], questions: Sequence[Mapping[str, str]]) -> Interview:
+def sample_answers(
+    personal: Personalizer, people: Sequence[Person], questions: Sequence[Mapping[str, str]]
+) -> SampleAnswers:
     """Put questions, given as fields, to the pooled model and to the models of ``people``, in one batch.
 
     The people must have been personalized on their items.
@@ -53,8 +55,12 @@ def interview(personal: Personalizer, people: Sequence[Person], questions: Seque
     found: Sequence[Answer] = personal.generate(rows) if task.labels is None else _ordered(personal.shares(rows), task)
     each = len(questions)
     pooled, *answers = (tuple(found[n : n + each]) for n in range(0, len(found), each))
-    asked = tuple(Asked(one.id, _about(task, one), _shots(task, one), own) for one, own in zip(people, answers))
-    return Interview(tuple(next(iter(fields.values())) for fields in questions), task.labels or (), pooled, asked)
+    own_answers = tuple(
+        PersonAnswers(one.id, _about(task, one), _shots(task, one), own) for one, own in zip(people, answers)
+    )
+    return SampleAnswers(
+        tuple(next(iter(fields.values())) for fields in questions), task.labels or (), pooled, own_answers
+    )
 
 
 def _ordered(found: Sequence[Mapping[str, float]], task: Task) -> list[dict[str, float]]:

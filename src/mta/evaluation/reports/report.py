@@ -21,7 +21,7 @@ from mta.evaluation.experiments.results import (
     SIZES,
     Record,
     Results,
-    publish,
+    write_without_texts,
 )
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.exhibits import sections
@@ -64,8 +64,8 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     if len(experiments) > 1:
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
-        sessions = _sessions(folder)
-        write_report(out / folder.name, f"{folder.name}: {sessions[-1]['kind']}", history(sessions), made)
+        times = _sittings(folder)
+        write_report(out / folder.name, f"{folder.name}: {times[-1]['kind']}", history(times), made)
         drawn += [f"{folder.name}: {section.title}" for section in made]
     return drawn
 
@@ -124,7 +124,7 @@ def _slug(name: str) -> str:
 def _copy(found: Results, folder: Path, texts: bool) -> None:
     if folder.resolve() == found.folder.resolve():
         return
-    publish(found.records, folder / f"{SCORES}.gz")
+    write_without_texts(found.records, folder / f"{SCORES}.gz")
     for name, value in ((SIZES, found.sizes), (FACTS, found.facts), (CASE, found.case)):
         if value:
             write_json(folder / name, value)
@@ -165,7 +165,7 @@ def run_sections(folder: Path) -> list[Section]:
 
     Raises DataError if the folder contains no run, or a file that is not readable.
     """
-    last = _sessions(folder)[-1]
+    last = _sittings(folder)[-1]
     rows = [
         [
             name,
@@ -178,7 +178,7 @@ def run_sections(folder: Path) -> list[Section]:
 
 
 def history(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line of Markdown for each session: command, hours, machine, commit, versions, remark."""
+    """Return one line of Markdown for each sitting: command, hours, machine, commit, versions, remark."""
     text = ""
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -190,8 +190,8 @@ def history(runs: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def _sessions(folder: Path) -> list[dict[str, Any]]:
-    """Return the sessions of a run, oldest first. Raises DataError if the folder contains no run."""
+def _sittings(folder: Path) -> list[dict[str, Any]]:
+    """Return the sittings of a run, oldest first. Raises DataError if the folder contains no run."""
     if runs := sittings(folder):
         return runs
     raise DataError(
