@@ -57,6 +57,7 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("1381010111213000", 1381010111.213),
         (1381010111213000000, 1381010111.213),
         (-99999999999, -99999999999.0),
+        ("9999-12-31", 253402214400.0),  # as databases write "never"
         ("1.7e9", 1.7e9),
         ("1970-01-02 00:00:00 UTC", 86400.0),
         (" NULL", None),
@@ -97,10 +98,14 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({**GOOD, "score": 4.5}, "field 'score': unknown label '4.5'; expected one of: 1, 2, 3, 4, 5"),
     ({**GOOD, "time": "May"}, f"field 'time': bad time 'May'; {TIME}"),
     ({**GOOD, "time": "2024-13-01"}, f"field 'time': bad time '2024-13-01'; {TIME}"),
+    ({**GOOD, "time": "20240230"}, f"field 'time': bad time '20240230'; {TIME}"),
     ({**GOOD, "time": True}, f"field 'time': bad time true or false; {TIME}"),
     ({**GOOD, "time": "inf"}, f"field 'time': bad time 'inf'; {TIME}"),
     ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),
-    ({**GOOD, "id": "x"}, "field 'id': duplicate item id 'x' of person 'ann'"),
+    (
+        {**GOOD, "id": "x"},
+        "field 'id': duplicate item id 'x' of person 'ann'",
+    ),
 ]
 
 

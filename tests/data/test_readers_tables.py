@@ -379,8 +379,10 @@ def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     for split in ("train", "test"):
         pq.write_table(table_of(), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     written(tmp_path / "a.csv", ROWS)
+    for name in ("history", "newcomers", "part-0", "part-1"):
+        pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
     first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
-    found = "a.csv, data/test-*.parquet, data/train-*.parquet"
+    found = "a.csv, data/history*.parquet, data/newcomers*.parquet, data/part-*.parquet, data/test-*.parquet, …"
     fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
     written(tmp_path / "dataset_dict.json", "{}")
     (tmp_path / "train").mkdir()

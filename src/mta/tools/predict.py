@@ -87,12 +87,16 @@ def predict(
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
     ``fallback`` answers for people without a model of this bank, with a warning. Answers in ``kept`` to the same
     questions of the same models are not computed again. Raises PersonNotFound if people have no model and there is no
-    fallback, before anything is computed; and the errors of ``Personalizer.generate``.
+    fallback, and DataError for a question that is too long, before anything is computed; and the errors of
+    ``Personalizer.generate``.
     """
     models, made_from = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
     task, settings = personal.bank.task, personal.run.model_dump(mode="json")
     scored = bool(task.labels) and not write
+    prompts = personal.base.prompts
+    longest = max_new_tokens or prompts.answer_tokens(task)
+    prompts.check(task, ((f"a question of {one!r}", question) for one, question in rows), longest)
     for start in range(0, len(rows), TOGETHER):
         some = rows[start : start + TOGETHER]
         asked = [(models[person], _fields(task, question)) for person, question in some]

@@ -82,7 +82,7 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
         time = _iso(value) if isinstance(value, str) else float(value)
         if isinstance(value, bool) or not math.isfinite(time):
             raise ValueError
-        while abs(time) >= 1e11:
+        while abs(time) >= 1e11 and is_number(as_text(value).strip()):  # a date is in seconds
             time /= 1000
     except (TypeError, ValueError, OverflowError):
         got = short(value) if isinstance(value, str) else kind_of(value)
@@ -132,6 +132,8 @@ def _iso(text: str) -> float:
     try:
         date = datetime.fromisoformat(text)
     except ValueError:
+        if text.isdecimal():  # no day of the calendar
+            raise
         return float(text)
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 

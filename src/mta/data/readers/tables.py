@@ -145,17 +145,15 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
-    """Yield the rows of the only table in a folder: a CSV file, or the Parquet files of one split.
+    """Yield the rows of the only table in a folder: a CSV file, or Parquet files whose names differ in numbers.
 
     Raises DataError if there are several tables or none.
     """
     tables = defaultdict[Path, list[Path]](list)
     for file in files_in(folder):
-        suffix, word = file.suffix.lower(), re.split("[^A-Za-z]", file.stem)[0]
-        sharded = "-of-" in file.name
-        split = file.name.partition("-")[0] + "-" if sharded else word if word.lower() in SPLITS else ""
+        suffix = file.suffix.lower()
         if suffix in (*CSV, ".parquet"):
-            name = file if suffix in CSV else file.with_name(f"{split}*.parquet")
+            name = file if suffix in CSV else file.with_name(f"{_shared_name(file)}*.parquet")
             tables[name.relative_to(folder)].append(file)
     if not tables:
         found = _some(path.name for path in folder.iterdir()) or "nothing"
@@ -168,6 +166,16 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
         )
     for file in next(iter(tables.values())):
         yield from (csv_rows if file.suffix.lower() in CSV else parquet_rows)(file, rejects)
+
+
+def _shared_name(shard: Path) -> str:
+    """Return how the names of all files of a Parquet table begin: before a number or a UUID, or a split."""
+    if "-of-" in shard.name:
+        return shard.name.partition("-")[0] + "-"
+    if re.fullmatch("[0-9a-f-]{32,36}", shard.stem):
+        return ""
+    word = re.split("[^A-Za-z]", shard.stem)[0]
+    return word if word.lower() in SPLITS else re.split(r"\d", shard.stem)[0]
 
 
 def _some(names: Iterable[str]) -> str:

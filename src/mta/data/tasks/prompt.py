@@ -74,15 +74,18 @@ class PromptFormat:
             ends = [self._target(text, tokens, target) for target in targets]
         return [Example(tokens + end, len(tokens), cut) for end in ends]
 
-    def check(self, task: Task, items: Iterable[tuple[str, Item]]) -> None:
-        """Raise DataError with its place for the first item that is too long, even if its text is cut."""
+    def check(self, task: Task, items: Iterable[tuple[str, Item]], reserve: int | None = None) -> None:
+        """Raise DataError with its place for the first item that is too long, even if its text is cut.
+
+        With ``reserve``, the items are questions, and so many tokens stay free for the answer.
+        """
         for place, item in items:
             form = task.form(item)
             kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in form.cut)
-            if kept + len(form.prompt.encode()) < self.max_tokens // 2:  # a token is a byte or more
+            if kept + len(form.prompt.encode()) < (self.max_tokens - (reserve or 0)) // 2:  # a token is a byte or more
                 continue
             try:
-                self.example(task, item)
+                self.example(task, item) if reserve is None else self.prompt(task, item, reserve)
             except DataError as error:
                 raise DataError(f"{place}: {error.message}", hint=error.hint) from None
 
@@ -187,7 +190,7 @@ class PromptFormat:
                 raise DataError(
                     f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - limit} tokens, "
                     f"max_tokens is {self.max_tokens}",
-                    hint="Raise max_tokens, or list the long field under 'cut' in the task's YAML.",
+                    hint="Raise max_tokens, leave the item out, or list a long input under 'cut' in the task's YAML.",
                 )
             fields[name], removed = self._shorten(fields[name], excess)
             cut += removed
