@@ -62,6 +62,23 @@ def test_bank_calibrate_gives_a_finished_bank_another_calibration(world, tmp_pat
     assert "| 1 | " in card
 
 
+def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
+    people, copy = written(tmp_path / "others.jsonl", ratings("other", "ruiz", 9)), tmp_path / "copy"
+    words = ["bank", "calibrate", world.bank, people, "--out", copy, "calibration.people=8", "calibration.steps=1"]
+    before = {file.name: file.read_bytes() for file in Path(world.bank).iterdir() if file.is_file()}
+    found = mta(*words, "--json").json
+    assert (found["folder"], found["calibration"]["people"]) == (str(copy), 8)
+    assert mta("bank", "show", copy, "--json").json["hash"] == found["hash"] != world.built.json["hash"]
+    assert before == {name: (Path(world.bank) / name).read_bytes() for name in before}
+    assert mta(*words, "--json").json["hash"] == found["hash"]  # an interrupted command is repeated, too
+    said = run(*words[:4], "--out", tmp_path, "calibration.people=8")
+    assert (said.code, f"{tmp_path} is not empty, and no copy of {world.bank}" in said.err) == (1, True), said.err
+    said = run(*words, "max_tokens=64")
+    assert (said.code, "'max_tokens' cannot be changed here" in said.err) == (1, True), said.err
+    said = run(*words[:-2], "calibration.people=4")
+    assert (said.code, "calibration.people is 4; at least 8 are needed" in said.err) == (1, True), said.err
+
+
 def test_people_in_a_bank_cannot_calibrate_it(world, tmp_path):
     shutil.copytree(world.bank, tmp_path / "bank")
     rows = [row for row in map(json.loads, Path(world.members).read_text().splitlines()) if row["person"] == MEMBER]
@@ -300,6 +317,14 @@ def test_forget_names_the_parts_trained_on_a_person(world, tmp_path):
     assert re.search(
         "^trained on the person, until you rebuild the bank without them: (task LoRA|clusters)", said, re.MULTILINE
     )
+
+
+def test_forget_marks_every_bank_that_is_named(world, tmp_path):
+    banks = [shutil.copytree(world.bank, tmp_path / name) for name in ("one", "two")]
+    named = [word for bank in banks for word in ("--bank", bank)]
+    said = mta("forget", MEMBER, *named, "--store", shutil.copytree(world.store, tmp_path / "store")).out
+    assert "adapters exported with this bank hold these parts, too" in said
+    assert all((bank / "needs-rebuild.json").exists() for bank in banks)
 
 
 def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_bank_is_there(world, tmp_path):

@@ -48,10 +48,14 @@ def test_answers_are_those_of_the_library_one_by_one(world, asked, monkeypatch):
 
 
 def test_a_question_that_is_too_long_is_named_before_anything_is_computed(world, tmp_path, monkeypatch):
-    path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn"), question(BOB, "Vexil", genres="Drama " * 4000)])
+    path = written(
+        tmp_path / "questions.jsonl", [question(ANN, "Quorn"), question(BOB, "Vexil", genres="Drama " * 4000)]
+    )
     monkeypatch.setattr(Personalizer, "shares", stopping(calls=0))
     said = run("predict", path, *world.at)
-    assert (said.code, f"a question of {BOB!r}: task 'movielens-rating': instruction" in said.err) == (1, True), said.err
+    assert (said.code, f"a question of {BOB!r}: task 'movielens-rating': instruction" in said.err) == (1, True), (
+        said.err
+    )
 
 
 def test_an_interrupted_run_goes_on_with_the_same_answers(world, asked, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +17,9 @@ from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,
     CALIBRATION,
+    INFO,
     MEMBERS,
+    STALE,
     BankInfo,
     check_base,
     file_hashes,
@@ -32,7 +36,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
-from mta.system.atomic import json_sha256, write_tensors, write_text
+from mta.system.atomic import copy_file, json_sha256, sync_folder, write_tensors, write_text
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
@@ -66,6 +70,34 @@ def calibrate_bank(
         _commit(folder, info, outside, run.calibration, found, since)
 
 
+def copy_bank(folder: Path, out: Path) -> None:
+    """Copy a bank to a new folder, to calibrate it there; an earlier copy stays, so that its calibration resumes.
+
+    Notes on runs and publications are left out: these were about the other folder. Raises BankError if ``out`` holds
+    anything else, BankCorrupt.
+    """
+    with exclusive(folder):
+        info = read_info(folder)
+        if (out / INFO).exists() and _trained(read_info(out)) == _trained(info):
+            return
+        if out.exists() and any(out.iterdir()):
+            raise BankError(f"{out} is not empty, and no copy of {folder}", hint="Give a new folder:  --out bank-2/")
+        temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
+        try:
+            for name in (*info.files, MEMBERS, STALE, CARD, INFO):
+                if (folder / name).exists():
+                    copy_file(folder / name, temporary / name)
+            temporary.rename(out)  # in place of an empty folder, if there is one
+            sync_folder(out.absolute().parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _trained(info: BankInfo) -> dict[str, str]:
+    """Return the hashes of all files that a calibration does not change."""
+    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+
+
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
     if info.members.hashed is None:
         raise InputError(
@@ -75,8 +107,10 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     behind = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")}
     members = behind - unseen.keys()
+    if settings.people < ENOUGH:
+        raise InputError(f"calibration.people is {settings.people}; at least {ENOUGH} are needed", hint="Raise it.")
     outside = calibration_people(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
-    if len(outside) < min(ENOUGH, settings.people):
+    if len(outside) < ENOUGH:
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
             f"others, or have fewer than two items; {ENOUGH} are needed",

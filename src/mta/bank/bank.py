@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank.add_calibration import calibrate_bank
+from mta.bank.add_calibration import calibrate_bank, copy_bank
 from mta.bank.build import build_bank
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.settle import settled
@@ -187,21 +187,26 @@ class Bank:
         base: BaseModel,
         people: Sequence[Person],
         *,
+        out: str | Path | None = None,
         run: Run | None = None,
         since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Calibrate the bank on items that it was not trained on, and return it with its new hash.
+        """Calibrate the bank, or a copy of it in the new folder ``out``, on items that it was not trained on.
 
-        States that were made before belong to the old hash: personalize these people again. Settings are those of
-        ``run.calibration``. ``since`` is what ``mta.bank.notes.stops(folder)`` returned before the people were read:
-        the calibration is given up (BankError) if a person was forgotten after that.
-        Raises InputError if the bank's anchors or task LoRA were trained on all of these people.
+        Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
+        personalize these people again. Settings are those of ``run.calibration``. ``since`` is what
+        ``mta.bank.notes.stops(folder)`` returned before the people were read: the calibration is given up (BankError)
+        if a person was forgotten after that.
+        Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
+        holds anything but an earlier copy of the bank.
         """
-        settings = run or self.info.run
-        calibrate_bank(self.folder, base, people, settings, since=since, executor=executor, on_step=on_step)
-        return self.open(self.folder, base)
+        settings, folder = run or self.info.run, Path(out or self.folder)
+        if out:
+            copy_bank(self.folder, folder)
+        calibrate_bank(folder, base, people, settings, since=since, executor=executor, on_step=on_step)
+        return self.open(folder, base)
 
     def settled(self, run: Run | None = None) -> Run:
         """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""

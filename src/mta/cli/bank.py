@@ -17,6 +17,7 @@ from mta.data.tasks import Task
 from mta.errors import InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
+_COMPUTED_WITH = frozenset({"base", "device", "memory", "gradient_checkpointing"})  # what a calibration may change
 People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
 
 
@@ -158,9 +159,12 @@ def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], r
 
 @app.command()
 def calibrate(
-    folder: Annotated[Path, Argument(help="Folder of a bank.", callback=options.bank_at)],
+    bank: Annotated[Path, Argument(help="Folder of a bank; with --out, also a hub id.")],
     source: options.Source,
     words: options.Words = None,
+    out: Annotated[
+        Path | None, Option(help="New folder for a calibrated copy; the bank stays as it is. Default: none, in place.")
+    ] = None,
     config: options.Config = None,
     device: options.Device = None,
     person_column: options.PersonColumn = None,
@@ -175,20 +179,28 @@ def calibrate(
 ) -> None:
     """Calibrate a finished bank on items that it was not trained on: policy, stack, and gains to expect.
 
-    Members of the bank are left out, except for items that candidates kept back. The bank gets a new hash, so
-    personalize everybody again. An interrupted calibration resumes.
+    Members of the bank are left out, except for items that candidates kept back. The calibrated bank has a new hash:
+    personalize everybody again with it. An interrupted calibration resumes.
 
-    Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
+    Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
     from mta.bank.notes import stops
 
     columns = options.Columns(person_column, input_column, output_column, time_column)
-    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
+    folder = options.bank_at(bank)
+    if out is None and folder != bank:
+        raise InputError(
+            f"{bank} is on the hub: calibrated in place, its download here would differ from it",
+            hint="Calibrate a copy:  --out bank-2/",
+        )
+    since = stops(out or folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
-    base, bank, run = options.open_bank(folder, words, device=device, config=config, open_to=frozenset({"calibration"}))
+    base, opened, run = options.open_bank(
+        folder, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=_COMPUTED_WITH
+    )
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
-        bank = bank.calibrate(base, people, run=run, since=since, executor=executor, on_step=screen.step)
-    _show(bank, json)
+        found = opened.calibrate(base, people, out=out, run=run, since=since, executor=executor, on_step=screen.step)
+    _show(found, json)
 
 
 def _show(bank: mta.Bank, json: bool) -> None:

@@ -146,25 +146,26 @@ def open_bank(
     device: str | None = None,
     config: Path | None = None,
     open_to: frozenset[str] = frozenset(),
+    machine: frozenset[str] = MACHINE_SETTINGS,
     weights: bool = True,
 ) -> tuple[mta.BaseModel, mta.Bank, Run]:
     """Return the base of a bank, the bank, and its settings, changed by ``config``, ``words``, ``seed`` and ``device``.
 
     Without ``weights`` the base is an outline, which computes nothing. Only the settings in ``open_to`` and
-    ``MACHINE_SETTINGS`` may change. Raises ConfigError for all other settings, which would have no effect.
+    ``machine`` may change. Raises ConfigError for all other settings, which would have no effect.
     """
     from mta.bank.format import check_base, read_info
 
     info = read_info(folder)
     built = info.run
     run = override(built, [*(words or []), *as_words(seed=seed, device=device)], config)
-    settled = set(Run.model_fields) - MACHINE_SETTINGS - open_to
+    settled = set(Run.model_fields) - machine - open_to
     if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
         settled -= {"task"}  # the same task under another name
     if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
         raise ConfigError(
             f"{changed[0]!r} cannot be changed here: the bank or the states were made with it",
-            hint=f"Settings that can be changed here: {', '.join(sorted(MACHINE_SETTINGS | open_to))}.",
+            hint=f"Settings that can be changed here: {', '.join(sorted(machine | open_to))}.",
         )
     load = mta.BaseModel.of if weights else mta.BaseModel.outline
     base = load(run, partial(check_base, folder, info, run.base))

@@ -183,7 +183,9 @@ def export(
 
 def forget(
     person: options.PersonId,
-    bank: Annotated[Path, Option("--bank", help="Folder or hub id of a bank.")] = Path("bank"),
+    bank: Annotated[
+        list[Path] | None, Option("--bank", help="Folder or hub id of a bank; can be repeated. Default: bank.")
+    ] = None,
     no_bank: Annotated[
         bool, Option("--no-bank", help="Forget without a bank, and list no parts trained on the person.")
     ] = False,
@@ -202,10 +204,8 @@ def forget(
     from mta.personalize.forgetting import forget_person
     from mta.store import Store
 
-    people, folder = Store(store), bank
-    with suppress(MtaError):  # an unreachable bank does not stop forgetting: it is reported as not marked
-        folder = options.bank_at(bank)
-    done = forget_person(person, people, *([] if no_bank else [folder]))
+    people, banks = Store(store), [] if no_bank else bank or [Path("bank")]
+    done = forget_person(person, people, *map(_reachable, banks))
     missing = ""
     try:
         if not done.states_removed:
@@ -218,12 +218,20 @@ def forget(
     show_json(asdict(done)) if json else _tell(done, missing)
     if done.complete:
         return
-    options_given = ["--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
+    named = [word for one in banks for word in ("--bank", str(one))]
+    options_given = ["--store", store, *(named or ["--no-bank"])]
     id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
     words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
     typer.echo(f"{said}. Correct that, and repeat:  {shlex.join(words)}", err=True)
     raise typer.Exit(INCOMPLETE)
+
+
+def _reachable(bank: Path) -> Path:
+    """Return the folder of a bank; one that cannot be reached does not stop forgetting, but is reported as unmarked."""
+    with suppress(MtaError):
+        return options.bank_at(bank)
+    return bank
 
 
 def _tell(done: Forgotten, missing: str) -> None:
@@ -232,6 +240,10 @@ def _tell(done: Forgotten, missing: str) -> None:
     lines = [f"exported and not removed: {export}" for export in done.exports_left]
     if parts := ", ".join(done.needs_rebuild):
         lines.append(f"trained on the person, until you rebuild the bank without them: {parts}")
+    if {"task LoRA", "anchor"} & set(done.needs_rebuild):
+        lines.append(
+            "adapters exported with this bank hold these parts, too; so do copies of the bank (mark each: --bank)"
+        )
     lines += [f"not marked as needing a rebuild: {folder} ({reason})" for folder, reason in done.unmarked.items()]
     lines += [f"the bank was published; delete it there by hand: {place}" for place in done.published]
     alone = "came without its members; only its publisher can tell if the person is in it"

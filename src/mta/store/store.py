@@ -297,5 +297,5 @@ def overtaken(id: str) -> StoreConflict:
     """Return the error for a state that was made while another writer saved a newer one."""
     return StoreConflict(
         f"a newer version of {id!r} was saved meanwhile; what was made from the one before was not",
-        hint="Repeat the command: it goes on from the newer one.",
+        hint="Repeat it with --update to go on from the newer one; without, your file's items replace it.",
     )
