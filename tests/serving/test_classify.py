@@ -66,6 +66,12 @@ def test_a_person_key_gets_more_inputs_than_it_may_have_answers_at_once(world):
     assert len(found.json()["data"]) == len(FIELDS) > world.service.limits.own
 
 
+def test_a_key_over_its_limit_is_refused_before_its_inputs_are_tokenized(world, monkeypatch):
+    monkeypatch.setattr("mta.serving.api.classify._ask", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setitem(world.service._held, "ann", 1)
+    assert ask(world, "ann", model="person:ann", input=prompts(world)).status_code == 429
+
+
 def test_one_text_gives_one_row_and_a_fallback_names_the_model_that_answered(world):
     found = ask(world, "serve", model="person:unknown", input=prompts(world)[0], fallback="task").json()
     assert found["model"] == "task"

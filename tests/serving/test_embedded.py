@@ -180,6 +180,31 @@ def test_answers_do_not_depend_on_the_order_of_arrivals_and_cancellations(data):
         assert tokens == expected[: 2 if n in gone else count]
 
 
+def test_rows_that_wait_for_one_adapter_load_it_once():
+    base, bank, models = world()
+    loads = []
+
+    async def go():
+        engine = engine_of(base, bank, models, slots=2)
+        load, started = engine.store.load, threading.Event()
+        engine.store.load = lambda *who: (loads.append(who), started.wait(10), load(*who))[2]
+        asks = [ask_of(2, prompt, 3) for prompt in prompts_of(5)]
+        running = [asyncio.create_task(tokens_of(engine, ask)) for ask in asks]
+        while not loads:
+            await asyncio.sleep(0.01)
+        running[0].cancel()
+        await engine._in_thread(lambda: None)  # all rows have entered
+        started.set()
+        found = await asyncio.gather(*running, return_exceptions=True)
+        await engine.close()
+        return found
+
+    first, *others = asyncio.run(go())
+    assert isinstance(first, asyncio.CancelledError)
+    assert others == [one_by_one(base, bank, models[2], prompt, 3) for prompt in prompts_of(5)[1:]]
+    assert len(loads) == 1
+
+
 def test_a_warm_slot_is_reused_only_by_its_owner():
     base, bank, models = world()
     text = prompts_of(1, longest=30, seed=3)[0] * 2

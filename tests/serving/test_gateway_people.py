@@ -46,6 +46,8 @@ def test_append_history_personalize_ask_and_forget(world):
         wrong = http.post(f"{where}/history", json={"items": [{"fields": fields[0] | {"rating": "9"}}]})
         assert wrong.status_code == 400
         assert "unknown label '9'" in wrong.json()["error"]["message"]
+        long = http.post(f"{where}/history", json={"items": [{"fields": fields[0] | {"genres": "Drama " * 900}}]})
+        assert (long.status_code, long.json()["error"]["message"].partition(":")[0]) == (400, "item 1")
         assert http.post(f"{where}/personalize").status_code == 202
         done = waited(lambda: http.get(f"{where}/personalize").json())
         assert done == {"status": "done", "version": 1, "message": ""}

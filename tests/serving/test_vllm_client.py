@@ -108,6 +108,28 @@ def test_idle_adapters_make_room_for_another(tmp_path, monkeypatch):
     assert unloaded == [wire_name(people[0])]
 
 
+def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
+    earlier, person = Version("old", 1, seal="a" * 16), Version("new", 1, seal="a" * 16)
+    unloaded = []
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx2.Response(200, json={"data": [{"id": "base"}, {"id": wire_name(earlier)}]})
+        unloaded.append(json.loads(request.content)["lora_name"])
+        return httpx2.Response(200)
+
+    async def go():
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=1)
+            assert await registry.versions() == {earlier}
+            async with registry.held(person):
+                pass
+            await registry.settled()
+
+    asyncio.run(go())
+    assert unloaded == [wire_name(earlier)]
+
+
 def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
     person, starts = Version("ann", 1, seal="a" * 16), asyncio.Event
 

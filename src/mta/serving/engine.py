@@ -19,6 +19,7 @@ T = TypeVar("T")
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
+QUEUED = 256  # answers that may wait, beside those that run
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 

@@ -29,6 +29,7 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits
 from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.engine import QUEUED
 from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
@@ -116,6 +117,7 @@ def service_of(
             has_task_lora=bank.task_lora is not None,
             length=length,
             stops=base.stop_tokens,
+            most=slots + QUEUED,
         )
     personal = Personalizer(base.twin(), bank, states, run=run, bank_before=bank_before)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))

@@ -40,9 +40,11 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
                 f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
                 hint="Generate a text instead: POST /v1/chat/completions",
             )
-        inputs = [request.input] if isinstance(request.input, str) else request.input
+    inputs = [request.input] if isinstance(request.input, str) else request.input
+    at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
+    with service.counted("classify", key, at_once, request.fallback is not None):  # first: many inputs tokenize long
         asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
-    found = await _scored(service, asks, key, falls_back=request.fallback is not None)
+        found = await _scored(service, asks, at_once)
     data = []
     for index, piece in enumerate(found):
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
@@ -67,15 +69,10 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, k
     return ask
 
 
-async def _scored(service: Service, asks: Sequence[Ask], key: Key, *, falls_back: bool) -> list[AnswerPiece]:
-    """Return the piece with the scores of each request, and record metrics.
-
-    A key that may have only some answers at once gets them in turn.
-    """
-    at_once = min(len(asks), service.limits.own) if key.share else len(asks)
+async def _scored(service: Service, asks: Sequence[Ask], at_once: int) -> list[AnswerPiece]:
+    """Return the piece with the scores of each request, ``at_once`` of them at a time, and record metrics."""
     places = asyncio.Semaphore(at_once)
-    with service.counted("classify", key, at_once, falls_back):
-        found = await together(_piece(service.engine, ask, places) for ask in asks)
+    found = await together(_piece(service.engine, ask, places) for ask in asks)
     service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
     service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
     return found

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,7 +20,7 @@ from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
 from mta.serving.embedded.scheduler import AnswerRow, Scheduler
-from mta.serving.engine import LATER, Ask, EngineGone, Pieces, QueuedEngine, ServedModel, Version
+from mta.serving.engine import LATER, QUEUED, Ask, EngineGone, Pieces, QueuedEngine, ServedModel, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, in_passing
@@ -45,7 +45,7 @@ class EmbeddedEngine(QueuedEngine):
         slots: int = 32,
         length: int | None = None,
         chunk: int = 128,
-        waiting: int = 256,
+        waiting: int = QUEUED,
         activated: int = 64,
     ) -> None:
         limit = base.prompts.max_tokens
@@ -56,7 +56,8 @@ class EmbeddedEngine(QueuedEngine):
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
-        self._loading = self._loaded = 0  # adapters being loaded, and loaded since the start
+        self._loading: dict[ServedModel, list[AnswerRow]] = {}  # rows that wait for each adapter being loaded
+        self._loaded = 0  # adapters loaded since the start
         self._drops = 0  # calls of forget() and drop()
         self.died = False
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -157,21 +158,22 @@ class EmbeddedEngine(QueuedEngine):
                 raise EngineGone("the engine has stopped", hint=LATER)
             self._calls.put(call)
 
-    def _load(self, row: AnswerRow, drops_before: int) -> None:
-        """Load a row's adapter from bank and store, in a thread of the pool: the store may be slow."""
+    def _load(self, who: ServedModel, rows: Sequence[AnswerRow], drops_before: int) -> None:
+        """Load the adapter of ``rows`` from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception | None = None
-        who, adapters = row.ask.who, self.scheduler.adapters
+        adapters = self.scheduler.adapters
         try:
             if isinstance(who, SharedModel):
                 adapter = adapters.adapter_of(who)
-            elif not row.cancelled:  # the row may have waited long for a thread
+            elif not all(row.cancelled for row in rows):  # they may have waited long for a thread
                 adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
         except Exception as error:
             adapter = error
         try:
-            self._put(partial(self._enter_loaded, row, adapter, drops_before))
+            self._put(partial(self._enter_loaded, who, adapter, drops_before))
         except EngineGone as error:
-            row.send(error)
+            for row in rows:
+                row.send(error)
 
     # -- the engine's own thread ---------------------------------------------------------------------------------------
 
@@ -198,32 +200,36 @@ class EmbeddedEngine(QueuedEngine):
                 wait = False
 
     def _enter(self, row: AnswerRow) -> None:
-        """Queue a row for a slot, at once if its adapter is cached."""
+        """Queue a row for a slot, at once if its adapter is cached; else once it is loaded, for all rows together."""
         if adapter := self.activated.get(row.ask.who):
             self.activated.move_to_end(row.ask.who)
             row.adapter = adapter
             self.scheduler.waiting.append(row)
+        elif waiting := self._loading.get(row.ask.who):
+            waiting.append(row)
         else:
-            self._loading += 1
-            self._loaders.submit(self._load, row, self._drops)
+            rows = self._loading[row.ask.who] = [row]
+            self._loaders.submit(self._load, row.ask.who, rows, self._drops)
 
-    def _enter_loaded(self, row: AnswerRow, adapter: RowAdapter | Exception | None, drops_before: int) -> None:
-        """Cache a row's adapter and queue the row, or end the row if loading failed; without an adapter do nothing."""
-        self._loading -= 1
-        if adapter is None:
-            return
-        self._loaded += 1
+    def _enter_loaded(self, who: ServedModel, adapter: RowAdapter | Exception | None, drops_before: int) -> None:
+        """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""
+        rows = [row for row in self._loading.pop(who) if not row.cancelled]
+        self._loaded += adapter is not None
         if isinstance(adapter, MtaError):
-            row.send(adapter)
+            for row in rows:
+                row.send(adapter)
         elif isinstance(adapter, Exception):
-            self.scheduler.fail([row], adapter)
-        elif drops_before != self._drops:  # this person may have been forgotten meanwhile: load again
-            self._enter(row)
+            self.scheduler.fail(rows, adapter)
+        elif adapter is None or drops_before != self._drops:  # rows came since, or the person may have been forgotten
+            for row in rows:
+                self._enter(row)
         else:
-            self.activated[row.ask.who] = row.adapter = adapter
+            self.activated[who] = adapter
             if len(self.activated) > self._most_activated:
                 self.activated.popitem(last=False)
-            self.scheduler.waiting.append(row)
+            for row in rows:
+                row.adapter = adapter
+                self.scheduler.waiting.append(row)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:

@@ -18,6 +18,7 @@ from mta.personalize.adapters import BASE, TASK, SharedModel, check_bank
 from mta.serving.engine import (
     LATER,
     LOST,
+    QUEUED,
     AnswerLost,
     AnswerPiece,
     Ask,
@@ -58,7 +59,7 @@ class VllmEngine(QueuedEngine):
         has_task_lora: bool = True,
         length: int,
         stops: Collection[int],
-        most: int = 256,
+        most: int = QUEUED,
         activated: int = 64,
     ) -> None:
         super().__init__(length, most)

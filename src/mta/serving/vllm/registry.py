@@ -106,9 +106,16 @@ class AdapterRegistry:
         await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(matches)))
 
     async def versions(self) -> set[Version]:
-        """Return the person versions that may be loaded, also from before this gateway started. Raises EngineGone."""
-        known = [*(from_wire(name) for name in await self._listed()), *(one.who for one in self._loaded.values())]
-        return {who for who in known if isinstance(who, Version)}
+        """Return the person versions that may be loaded. Raises EngineGone.
+
+        Adapters from before this gateway started count as idle ones from now on: the first to be unloaded.
+        """
+        for name in await self._listed():
+            who = from_wire(name)
+            if isinstance(who, Version) and name not in self._loaded:
+                self._loaded[name] = Loaded(who)
+                self._loaded.move_to_end(name, last=False)
+        return {one.who for one in self._loaded.values() if isinstance(one.who, Version)}
 
     async def settled(self) -> None:
         """Wait until all running unloads are done."""
