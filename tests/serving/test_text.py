@@ -34,6 +34,15 @@ def test_characters_spelled_in_bytes_are_those_of_the_whole_text(text, strip):
     assert "".join([*map(shown.add, ids), shown.end()]) == made.decode(ids)
 
 
+@given(st.text(alphabet="ab ", min_size=1, max_size=20), st.integers(1, 20), st.booleans())
+def test_an_answer_in_the_middle_of_a_text_keeps_its_first_space(text, split, strip):
+    made = byte_fallback_tokenizer(strip)
+    ids = made.encode(text).ids
+    prompt, answer = ids[:split], ids[split:]
+    shown = Detokenizer(made, before=prompt[-1:])
+    assert made.decode(prompt) + "".join([*map(shown.add, answer), shown.end()]) == made.decode(ids)
+
+
 def pieces_of(text, stops=()):
     shown, made = Detokenizer(tokenizer(), stops), []
     for token in tokenizer()(text)["input_ids"]:

@@ -147,8 +147,9 @@ async def _counted_parts(
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
+    before = () if isinstance(request, ChatRequest) else ask.prompt[-1:]  # a turn begins a text, a completion does not
     with service.counted(kind, key, request.n, falls_back=request.fallback is not None):
-        async for part in stream_answers(service.engine, ask, service.base.tokenizer, request.n, stops):
+        async for part in stream_answers(service.engine, ask, service.base.tokenizer, request.n, stops, before):
             now = time.monotonic()
             if part.index not in last:
                 count.first_token.observe(now - start)

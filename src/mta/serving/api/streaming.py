@@ -18,15 +18,20 @@ _BYTES = 4  # of the longest character: a character incomplete after as many tok
 class Detokenizer:
     """Detokenizes one answer piece by piece.
 
-    Text is held back while it may be the beginning of a stop text, or part of a character.
+    Text is held back while it may be the beginning of a stop text, or part of a character. ``before`` are tokens that
+    the answer continues in the middle of a text: some tokenizers omit the space before a text's first word.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.stopped = False
-        self._tokens: list[int] = []  # the new tokens, and those of the character before them
+        self._tokens = list(before)  # the new tokens, and those of the character before them
         self._new = 0  # number of new tokens: their text is not in ``_pending``
-        self._known = ""  # the part of their text that ``_pending`` has or had
+        self._known = (
+            self._decoded()
+        )  # the part of their text that is not the answer's, or that ``_pending`` has or had
+        if self._known.endswith(_HALF):  # a character in several tokens, which would be decoded with new ones
+            self._tokens, self._known = [], ""
         self._pending = ""  # text that is not returned yet
 
     def add(self, token: int) -> str:
@@ -62,9 +67,9 @@ class Detokenizer:
 
 
 async def stream_answers(
-    engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str]
+    engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
 ) -> AsyncIterator[AnswerText]:
-    """Stream the parts of ``count`` answers as they come, each until its first stop text.
+    """Stream the parts of ``count`` answers, which continue ``before``, each until its first stop text.
 
     Closing the iterator cancels all answers.
     """
@@ -72,7 +77,7 @@ async def stream_answers(
 
     async def stream_one(index: int) -> None:
         seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
-        text = Detokenizer(tokenizer, stops)
+        text = Detokenizer(tokenizer, stops, before)
         held: list[Token] = []  # tokens with text that is still held back
         try:
             async with aclosing(engine.answer(seeded)) as pieces:  # type: ignore[type-var]
