@@ -14,9 +14,9 @@ from mta.data.tasks import load_task
 TASK_PEOPLE, CANDIDATES = people_of(4, prefix="somebody-t"), people_of(12, prefix="somebody-c")
 
 
-def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = TINY_RUN, **how) -> Path:
+def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = TINY_RUN, encoder=None, **how) -> Path:
     task = load_task("movielens-rating")
-    build_bank(base_of(), task, HashEncoder(), task_people, candidates, run, out, **how)
+    build_bank(base_of(), task, encoder or HashEncoder(), task_people, candidates, run, out, **how)
     return out
 
 

@@ -12,7 +12,7 @@ import kill
 import pytest
 import torch
 from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped_among_anchors, trained
-from conftest import TINY_RUN, memory_for
+from conftest import TINY_RUN, HashEncoder, memory_for
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
@@ -213,6 +213,25 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path,
         assert len(Bank.open(folder, base_of())) == 3
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             assert json.loads(line)["stage"] in ("task LoRA", "anchors", "calibration")
+
+
+def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(tmp_path):
+    """As on a GPU, whose rounding may lead to other clusters."""
+
+    class Turned(HashEncoder):
+        def encode(self, texts):
+            return super().encode(texts)[:, torch.randperm(8, generator=torch.Generator().manual_seed(3))].square()
+
+    def stop(stage, step):
+        if stage == "calibration":
+            raise KeyboardInterrupt
+
+    fresh = build(tmp_path / "fresh", encoder=Turned())
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    resumed = build(tmp_path / "bank", encoder=Turned())
+    assert read_info(fresh).members != read_info(build(tmp_path / "other")).members
+    assert trained(resumed) == trained(fresh)
 
 
 def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(built, tmp_path, monkeypatch):

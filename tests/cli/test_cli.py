@@ -12,7 +12,7 @@ from world import ANN, BOB, MEMBER, QUESTION, mta, ratings, run, tree, written
 from world import world as world  # the fixture
 
 from mta.bank.format import seal
-from mta.cli.options import open_bank
+from mta.cli.options import executor_at, open_bank
 from mta.data.tasks import Task
 from mta.personalize import Personalizer
 
@@ -131,6 +131,17 @@ def test_an_update_from_fewer_items_keeps_the_states_unless_asked_for_the_latest
 
 
 @pytest.mark.slow
+def test_workers_of_a_cluster_take_no_gpu_for_the_cpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "mta.distributed.ray.Cluster", lambda *_, **how: asked.append(how["gpu"]) or contextlib.nullcontext()
+    )
+    for device in ("cpu", "auto", "cuda:1"):
+        with executor_at("local", 2, device):
+            pass
+    assert asked == [False, None, None]
+
+
 def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
     words = ["--bank", world.bank, "--store", tmp_path / "people", "--cluster", "local", "--workers", 2]

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from mta.cli import main
 
@@ -73,6 +74,24 @@ def test_windows_is_refused_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.timeout(120, func_only=True)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\n…"), MemoryError()])
+def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr("mta.cli.app.app", fails)
+    monkeypatch.setattr("mta.cli.app._prepare", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, said[0].startswith("out of memory: "), "memory=" in said[1], len(said)) == (
+        1,
+        True,
+        True,
+        2,
+    )
+
+
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
     words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]

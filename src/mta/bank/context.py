@@ -20,6 +20,7 @@ from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
+from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import RunFolder
 from mta.training.checkpoint import Checkpoint
@@ -38,6 +39,12 @@ class BuildContext:
     keys: BuildKeys
     executor: Executor
     record: RunFolder
+    chosen: tuple[int, ...] = ()  # the anchors among the eligible candidates: another device may choose others
+
+    @property
+    def training(self) -> str:
+        """The key of all that stages 0 and 1 leave in ``work``."""
+        return json_sha256([self.keys.training, self.chosen])
 
     def job(self, key: str, items: Iterable[Item]) -> Job:
         """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
@@ -68,11 +75,11 @@ class BuildContext:
 
     def checkpoint(self, plan: str, name: str) -> Checkpoint:
         """Return the checkpoint of a piece in training, of a plan of stage 0 or 1."""
-        return self._file(self.keys.training, plan, name, "checkpoint")
+        return self._file(self.training, plan, name, "checkpoint")
 
     def result(self, plan: str, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of stage 0 or 1."""
-        return self._file(self.keys.training, plan, name, "safetensors")
+        return self._file(self.training, plan, name, "safetensors")
 
     def calibration_result(self, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of the calibration."""

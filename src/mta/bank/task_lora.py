@@ -103,7 +103,7 @@ def train_task_lora(
     DataError for an item that does not fit.
     """
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
-    if not done.is_file() or done.read_text() != context.keys.training:
+    if not done.is_file() or done.read_text() != context.training:
         if given:
             for temporary in unfinished_in(folder, "*"):  # of a killed copy
                 temporary.unlink()
@@ -112,7 +112,7 @@ def train_task_lora(
         else:
             trained = _train_rounds(context, items, held_out)
             write_peft(folder, trained, context.base.name, fan_in_fan_out=context.base.fan_in_fan_out)
-        write_text(done, context.keys.training)
+        write_text(done, context.training)
     return read_peft(folder).to(context.base.device)
 
 

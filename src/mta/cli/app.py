@@ -54,6 +54,9 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
         raise typer.Exit
 
 
+_LESS_MEMORY = "Lower memory=, set gradient_checkpointing=true, or choose another device:  --device cpu"
+
+
 def main() -> None:
     """Run a command. Print a user's mistake without a traceback, and exit with 1."""
     if sys.platform == "win32":  # writing files needs flags of POSIX: system/atomic.py
@@ -65,6 +68,11 @@ def main() -> None:
     except (MtaError, OSError) as error:  # OSError: for example a full disk or a read-only folder
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        typer.echo(f"out of memory: {(str(error) or 'no memory is left').splitlines()[0]}\n  {_LESS_MEMORY}", err=True)
+        sys.exit(1)
     except Terminated as end:  # now end as if the signal had not been caught, which supervisors expect
         signal.signal(end.number, signal.SIG_DFL)
         os.kill(os.getpid(), end.number)
@@ -73,6 +81,11 @@ def main() -> None:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether Python, a GPU, or torch's allocator on the CPU found no memory; torch may not be imported."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
 def _prepare() -> None:

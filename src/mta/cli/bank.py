@@ -54,7 +54,7 @@ def build(
     people = options.people_in(
         source, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad
     )
-    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+    with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
         bank = mta.Bank.build(
             mta.BaseModel.of(run),
             people,
@@ -198,7 +198,7 @@ def calibrate(
     base, opened, run = options.open_bank(
         folder, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=_COMPUTED_WITH
     )
-    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+    with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
         found = opened.calibrate(base, people, out=out, run=run, since=since, executor=executor, on_step=screen.step)
     _show(found, json)
 

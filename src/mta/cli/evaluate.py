@@ -96,7 +96,7 @@ def evaluate(
     which: Which = "test" if on == "test" else "development"
     exhibits = exhibit or []
     wanted(chosen, which, exhibits)  # before anything is written or loaded
-    with options.executor_at(cluster, workers) as executor, Screen() as screen:
+    with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
         workspace = Workspace.open(
             chosen, out, data, which, test=test, say=screen.say, executor=executor, on_step=screen.step
         )

@@ -173,12 +173,14 @@ def open_bank(
 
 
 @contextmanager
-def executor_at(cluster: str | None, workers: int | None, together: int | None = None) -> Iterator[Executor]:
-    """Yield the executor: this process, or the workers of a cluster until the block ends."""
+def executor_at(
+    cluster: str | None, workers: int | None, device: str, together: int | None = None
+) -> Iterator[Executor]:
+    """Yield the executor: this process, or the workers of a cluster until the block ends; for the CPU, without GPUs."""
     if cluster:
         from mta.distributed.ray import Cluster
 
-        with Cluster(cluster, workers=workers, most=together or 32) as found:
+        with Cluster(cluster, workers=workers, most=together or 32, gpu=False if device == "cpu" else None) as found:
             yield found
     elif workers or together:
         raise InputError("--workers and --together need --cluster", hint="For example:  --cluster local --workers 4")

@@ -75,7 +75,7 @@ def personalize(
     )
     _warn_of_members(opened, people)
     _warn_of_no_gain(opened, settings)
-    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+    with options.executor_at(cluster, workers, settings.device, together) as executor, Screen() as screen:
         personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
         work = json_sha256([used, opened.hash, sorted(p.digest() for p in people)])  # so that `run` can be continued

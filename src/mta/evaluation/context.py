@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mta.model.encoders import Encoder
 from mta.personalize.evidence import Evidence, Labels, gather_evidence
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.system.atomic import json_sha256, write_tensors
+from mta.system.device import clock
 from mta.system.progress import OnStep
 
 ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are computed from
@@ -93,9 +93,9 @@ def evidence_of(context: Context, jobs: Sequence[ShotsJob]) -> tuple[Evidence, f
             seconds = float(file.metadata()["seconds"])
         labels = Labels(tensors["labels"], tensors["gold"]) if "labels" in tensors else None
         return Evidence(tensors["shots"], tensors["counts"], labels), seconds
-    start = time.monotonic()
+    start = clock(base.device)
     found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters, on_step=context.on_step)
-    seconds = time.monotonic() - start
+    seconds = clock(base.device) - start
     if path:
         tensors = {"shots": found.loglik, "counts": found.counts}
         if found.labels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -27,6 +26,7 @@ from mta.personalize.evidence import Evidence
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob, shots_of
+from mta.system.device import clock
 from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
@@ -168,9 +168,9 @@ class Panel:
     def _vectors(self) -> tuple[Tensor, float]:
         if self.merges_from:
             return self.merges_from._vectors
-        start, how = time.monotonic(), self.bank.info.run.bank.encode
+        start, how = clock(self.base.device), self.bank.info.run.bank.encode
         vectors = encode_people(self.context.encoder, self.bank.task, self.people, how)
-        return vectors, time.monotonic() - start
+        return vectors, clock(self.base.device) - start
 
     @property
     def vectors(self) -> Tensor:
@@ -218,7 +218,7 @@ class Panel:
             evidence, gathering = self._evidence if needs_evidence(settings) else (None, 0.0)
             similarity = self.similarity if needs_encodings(settings) else None
             gathering += self.encoding_seconds if similarity is not None else 0.0
-            start = time.monotonic()
+            start = clock(self.base.device)
             merge = fit_merge(
                 self.base,
                 self.jobs,
@@ -232,7 +232,7 @@ class Panel:
                 tokens_per_batch=self.plan(len(self.bank), settings).tokens_per_batch,
                 on_step=partial(on_step, "coefficients") if (on_step := self.context.on_step) else None,
             )
-            self.merges[key] = merge, time.monotonic() - start + gathering
+            self.merges[key] = merge, clock(self.base.device) - start + gathering
         return self.merges[key]
 
     def merge_settings(self, own: MergeSettings | None) -> MergeSettings:

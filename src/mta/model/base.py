@@ -133,11 +133,15 @@ class BaseModel:
         return cls(model, tokenizer, run.base, fingerprint, run.max_tokens)
 
     def as_loaded(self, run: Run) -> Run:
-        """Return the run with this base as loaded and with absolute folders, so that other processes load the same."""
+        """Return the run with this base as loaded and with absolute folders, so that other processes load the same.
+
+        Of several GPUs, another process may see only its own: a device is named without a number.
+        """
         named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
         full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
         dtype = str(self.dtype).removeprefix("torch.")
-        return run.model_copy(update={**full, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
+        device = run.device.partition(":")[0]
+        return run.model_copy(update={**full, "device": device, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
 
     def twin(self) -> BaseModel:
         """Return a base with new modules and the same weights, so that another thread can apply other adapters."""

@@ -77,10 +77,10 @@ def gather_evidence(
     anchors: LoraBatch,
     task_adapters: Sequence[Shared],
     *,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int | None = None,
     on_step: OnStep | None = None,
 ) -> Evidence:
-    """Score all shots under the pooled model and under every anchor: N + 1 passes.
+    """Score all shots under the pooled model and under every anchor: N + 1 passes, as ``log_likelihood`` does.
 
     The anchors were not trained on these shots, so the likelihoods are unbiased.
     """

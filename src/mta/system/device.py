@@ -148,6 +148,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def clock(device: torch.device) -> float:
+    """Return the time in seconds after all work that was given to a device: a GPU computes while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:
     """Return operations per second of a square matrix product on the CPU (best of twenty)."""
     a = torch.ones(size, size, dtype=dtype)

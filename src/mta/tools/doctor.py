@@ -124,7 +124,7 @@ def _machine(wanted: str | None = None) -> Iterator[Finding]:
     driver = shutil.which("nvidia-smi")
     try:
         device = pick_device(wanted or "auto")
-        if device.type == "cuda":
+        if device.type != "cpu":
             _run_a_kernel(device)
     except ModelError as error:
         found = f"{error.message}; torch {torch.__version__} {why}"
@@ -134,6 +134,9 @@ def _machine(wanted: str | None = None) -> Iterator[Finding]:
         yield Finding("machine", "device", "ok", f"{device}: {torch.cuda.get_device_name(device)}")
         dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
         yield Finding("machine", "dtype", "ok", dtype)
+        return
+    if device.type != "cpu":
+        yield Finding("machine", "device", "ok", f"{device} (untested)")
         return
     unused = driver and wanted != "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     found = f"cpu: torch {torch.__version__} {why}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,6 +17,7 @@ from mta.evaluation.methods.plain import Base, TaskLora
 from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import Panel
 from mta.model.generate import generate
+from mta.system.device import clock
 
 _DESCRIBE = Task(
     name="describe-a-person",
@@ -39,10 +39,10 @@ class _Prompted(OverMethod):
         over: AnyMethod = Base()
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        start = time.monotonic()
+        start = clock(panel.base.device)
         stored = self.descriptions(panel)
         profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
-        seconds = time.monotonic() - start
+        seconds = clock(panel.base.device) - start
         _ = profiled.jobs  # no method's seconds include tokenizing
         if self.k:  # the shots must be stored for retrieval
             stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]

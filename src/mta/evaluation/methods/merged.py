@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, needs_encodings, needs_evidence
 from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
+from mta.system.device import clock
 from mta.training.plan import parameters_of
 
 MTA = "https://arxiv.org/abs/2511.20072"
@@ -98,7 +98,7 @@ class MergedByLayer(Method):
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings, bank = panel.merge_settings(self.merge), panel.bank
         first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
-        start = time.monotonic()
+        start = clock(panel.base.device)
         merge = learn(
             panel.base,
             panel.jobs,
@@ -110,7 +110,7 @@ class MergedByLayer(Method):
             seed=seed,
             tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
-        return answered(panel, merge, settings, seconds + time.monotonic() - start)
+        return answered(panel, merge, settings, seconds + clock(panel.base.device) - start)
 
 
 @register
@@ -150,13 +150,13 @@ def adapted(
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
     for cohort in plan.cohorts:
-        start = time.monotonic()
+        start = clock(panel.base.device)
         frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
             frozen.append(merge_adapters(panel.bank, merge.select(cohort), settings))
         jobs = [panel.jobs[i] for i in cohort]
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
-        seconds += time.monotonic() - start
+        seconds += clock(panel.base.device) - start
         answers += answer(panel, cohort, [*frozen, PerPerson(found)])
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
@@ -166,9 +166,9 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
     answers: list[Answers] = []
     settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
     for cohort in panel.plan(1, settings).cohorts:
-        start = time.monotonic()
+        start = clock(panel.base.device)
         merged = merge_adapters(panel.bank, merge.select(cohort), settings)
-        seconds += time.monotonic() - start
+        seconds += clock(panel.base.device) - start
         answers += answer(panel, cohort, [*panel.bank.task_adapters, merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
@@ -210,9 +210,9 @@ def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, fl
     chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
     reads = needs_evidence(settings)
     evidence, similarity = panel.evidence.of_anchors(chosen) if reads else None, panel.similarity[:, chosen]
-    start = time.monotonic()
+    start = clock(panel.base.device)
     found = coefficients(settings, similarity, evidence)
     merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))
     share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
     share += panel.encoding_seconds if needs_encodings(settings) else 0.0
-    return merge, time.monotonic() - start + share
+    return merge, clock(panel.base.device) - start + share

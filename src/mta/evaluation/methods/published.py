@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -19,6 +18,7 @@ from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge, merge_adapters
+from mta.system.device import clock
 from mta.system.extras import require
 from mta.training.scoring import log_likelihood
 
@@ -44,7 +44,7 @@ class PerPcs(Method):
                 hint="Context(…, anchors=…), or leave the method out.",
             )
         anchors = panel.context.anchor_inputs  # shared by all panels, so the seconds do not include them
-        start = time.monotonic()
+        start = clock(panel.base.device)
         inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
         k = min(self.k, len(panel.bank))
         weights = []
@@ -57,7 +57,7 @@ class PerPcs(Method):
         w = torch.stack(weights, 1).to(panel.base.master_dtype)  # (U, L, N)
         ids = torch.arange(len(panel.bank)).expand(len(w), -1)
         settings = MergeSettings(policy="uniform", k=0)
-        return answered(panel, Merge(ids, w), settings, time.monotonic() - start)
+        return answered(panel, Merge(ids, w), settings, clock(panel.base.device) - start)
 
 
 def gate_of(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class Prime(Method):
 
         settings = MergeSettings(policy="uniform", k=min(self.k, len(panel.bank)))
         begun, seconds = panel.merge(settings, seed)
-        start = time.monotonic()
+        start = clock(panel.base.device)
         options = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
         searches = [
             cma.CMAEvolutionStrategy(w, self.sigma, options | {"randn": _normal_draws(seed, job.key)})
@@ -108,7 +108,7 @@ class Prime(Method):
             if len(losses) == len(candidates):  # otherwise the budget is spent
                 for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
                     search.tell(list(asked), scores)
-        return answered(panel, Merge(begun.ids, best), settings, seconds + time.monotonic() - start)
+        return answered(panel, Merge(begun.ids, best), settings, seconds + clock(panel.base.device) - start)
 
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:

@@ -189,14 +189,18 @@ class Jobs:
 
     def _personalize(self, people: list[Person], since: frozenset[str], fewer: bool) -> dict[str, Status]:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""
+        done = None
         try:
             self._trainer = self._trainer or self._load()
             done = self._trainer.update(people, fewer=fewer, since=since)  # grown histories cost only the new items
         except Exception as error:
-            if len(people) > 1 and self._trainer:  # one person's items must not fail the others
-                each = [self._personalize([person], since, fewer) for person in people]
-                return {id: status for one in each for id, status in one.items()}
-            return {person.id: _failed(error) for person in people}
+            if len(people) == 1 or not self._trainer:
+                return {person.id: _failed(error) for person in people}
+        if (
+            done is None
+        ):  # one person's items must not fail the others; the error's traceback, which held memory, is gone
+            each = [self._personalize([person], since, fewer) for person in people]
+            return {id: status for one in each for id, status in one.items()}
         done_ids = [person.id for person in people if person.id not in done.forgotten]
         failed = {id: _failed(error) for id, error in done.failed.items()}
         failed |= {id: Status("failed", message=_AHEAD) for id in done.ahead}
