@@ -27,6 +27,7 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.statistics import Comparison
 from mta.model.base import BaseModel
 from mta.system import assets
+from mta.system.atomic import read_json, write_json
 from mta.system.malloc import keep_freed_memory
 from mta.tools.demo import DemoRecipe, load_demo
 
@@ -124,6 +125,10 @@ def main() -> None:
     if given.table:
         return table(results)
     recipe = override(load_demo("movielens"), given.settings)
+    settings, kept = recipe.model_dump(mode="json"), given.out / "recipe.json"
+    if (read_json(kept) or settings) != settings:
+        words.error(f"{given.out} holds results with other settings; give another --out")
+    write_json(kept, settings)
     done = {json.loads(text)["name"] for text in results.read_text().splitlines()} if results.exists() else set()
     with Screen() as screen:
         panel = panel_of(recipe, given.out, screen)

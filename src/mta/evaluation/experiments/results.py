@@ -201,26 +201,26 @@ class Results:
         return found
 
     def comparison(
-        self, name: str, shots: int | None = None, seed: int | None = None, among: Collection[str] = ()
+        self, name: str, shots: int | None = None, seeds: Collection[int] | None = None, among: Collection[str] = ()
     ) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
-        The seeds are all that were run, or only ``seed``. Methods that do not use the bank have results of one seed.
+        The seeds are all that were run, or only ``seeds``. Methods that do not use the bank have results of one seed.
         With ``among``, only methods with these names count.
         """
-        common = {one for one in self.seeds(name, shots, among) if seed in (None, one)}
+        common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.uses_bank or s in common])
-            for method, bank, seeds in self._methods(name, shots, among)
+            (method.name, bank, [found[s] for s in sorted(found) if not method.uses_bank or s in common])
+            for method, bank, found in self._methods(name, shots, among)
         ]
-        if not rows or not all(seeds for _, _, seeds in rows):
+        if not rows or not all(found for _, _, found in rows):
             return None  # no seed that all methods have
-        people = sorted(set.intersection(*(set(records) for _, _, seeds in rows for records in seeds)))
+        people = sorted(set.intersection(*(set(records) for _, _, found in rows for records in found)))
         if not people:
             return None
         methods = [method for method, _, _ in rows]
         titles = [m if methods.count(m) == 1 or bank == MAIN_BANK else f"{m} ({bank})" for m, bank, _ in rows]
-        averaged = [_row(title, [[s[p] for p in people] for s in seeds]) for title, (_, _, seeds) in zip(titles, rows)]
+        averaged = [_row(title, [[s[p] for p in people] for s in found]) for title, (_, _, found) in zip(titles, rows)]
         first = rows[0][2][0]
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 

@@ -9,9 +9,10 @@ from statistics import fmean
 
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.card import what_to_expect
+from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.methods import OneLora
+from mta.evaluation.methods import AnyMethod, OneLora
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
@@ -75,7 +76,10 @@ def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval
 
 def _shots(found: Results, name: str) -> Drawn | None:
     """Score against the number of shots: differences to the pooled model on the same questions."""
-    many = {m: c for part in found.recipe.exhibits[name] for m in part.shots if (c := found.comparison(name, m))}
+    numbers = [m for part in found.recipe.exhibits[name] for m in part.shots if found.comparison(name, m)]
+    ran = [set(found.seeds(name, m)) for m in numbers]
+    seeds = set.intersection(*ran) if ran else set()  # numbers of different seeds could not be compared
+    many = {m: c for m in numbers if (c := found.comparison(name, m, seeds))}
     if not many:
         return None
     first = next(iter(many.values()))
@@ -85,15 +89,17 @@ def _shots(found: Results, name: str) -> Drawn | None:
         for method in methods
     }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
-    seeds = {m: len(found.seeds(name, m)) for m in many}
-    differ = len({*seeds.values()}) > 1
-    ran = {m: f", {count} seed{'s' * (count > 1)}" if differ else "" for m, count in seeds.items()}
-    heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people{ran[m]})" for m, c in many.items())]
+    heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     same = (
         f" The questions are always the same last {found.recipe.queries} items." if found.recipe.ask == "last" else ""
     )
-    text = f"{measure} against the {POOLED}.{same}\n\n"
+    only = (
+        f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
+        if any(one != seeds for one in ran)
+        else ""
+    )
+    text = f"{measure} against the {POOLED}{only}.{same}\n\n"
     return text + markdown(heads, rows), {name: picture}
 
 
@@ -102,7 +108,7 @@ def _seeds(found: Results, name: str) -> Drawn | None:
     drawn, together, seeds = _against(found, name), found.comparison(name), found.seeds(name)
     if drawn is None or together is None or len(seeds) < 2:
         return drawn
-    columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
+    columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seeds=[seed]))}
     columns["all"] = together
     measure, names, text = together.yardstick, together.names, drawn[0]
     for other in [one for one in (POOLED, RIVAL) if one in names]:
@@ -143,11 +149,15 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
         records = sorted(found.of(method, found.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
-        start, base = sum(bank["seconds"].values()), float(bank["bytes"])
+        kept, pooled = fmean(record.bytes for record in records), found.recipe.run.task_lora
         if isinstance(method, OneLora):  # which needs nothing of the bank but the task LoRA
-            start, base = bank["seconds"].get("task LoRA", 0.0), 0.0
+            start = bank["seconds"].get("task LoRA", 0.0)
+            base = kept * pooled.lora.rank / method.lora.rank if pooled.enabled else 0.0
+        else:
+            unused = 0.0 if _is_calibrated(method, found.recipe.run.merge) else bank["seconds"].get("calibration", 0.0)
+            start, base = sum(bank["seconds"].values()) - unused, float(bank["bytes"])
         sums = list(accumulate((record.seconds for record in records), initial=start))
-        each, kept = (sums[-1] - start) / len(records), fmean(record.bytes for record in records)
+        each = (sums[-1] - start) / len(records)
         measured = [n for n in (1, 4, 16, 64, 128, 256) if n <= len(records)]
         seconds[method.name] = [(n, sums[n]) for n in measured], start, each
         stored[method.name] = [(n, base + n * kept) for n in measured], base, kept
@@ -163,10 +173,16 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
     text = (
-        "Points are measured. Dashed lines extend them to a million people, which has not been run. The bank's seconds "
-        f"are those of the task LoRA, the anchors, and the calibration; {RIVAL} needs the task LoRA only.\n\n"
+        "Points are sums of measured times, each person's share of a batch. Dashed lines extend them to a million "
+        "people, which has not been run. The bank's seconds are those of the task LoRA, the anchors, and, where the "
+        f"method uses it, the calibration; {RIVAL} needs the task LoRA only.\n\n"
     )
     return text + markdown(heads, rows), pictures
+
+
+def _is_calibrated(method: AnyMethod, merge: MergeSettings) -> bool:
+    """Return whether a method reads the bank's calibration; ``merge`` are the recipe's settings."""
+    return (getattr(method, "merge", None) or merge).policy in ("auto", "laplace")
 
 
 def _banks(found: Results, name: str) -> Drawn | None:
