@@ -33,7 +33,7 @@ MtaError
 └── VllmNotStarted        a vLLM server that does not start
 
 A message says what happened, what was found and what was expected; ``hint`` says what to type next. The errors of
-the server are defined in ``mta.serving``.
+the server are defined in ``mta.serving.engine`` and ``mta.serving.api.errors``.
 To add one: subclass the nearest branch, draw it above, and provoke it in tests/project/provoked.py.
 """
 

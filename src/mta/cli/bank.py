@@ -209,7 +209,8 @@ def _show(bank: mta.Bank, json: bool) -> None:
     info = bank.info
     if json:
         found = info.calibration and info.calibration.model_dump(mode="json")
-        facts = {"anchors": len(bank), "hash": bank.hash, "seconds": info.seconds, "cut": info.cut}
+        facts = {"anchors": len(bank), "task_lora": bank.task_lora is not None, "hash": bank.hash}
+        facts |= {"seconds": info.seconds, "cut": info.cut}
         return show_json({"folder": str(bank.folder), **facts, "calibration": found})
     task_lora = "yes" if bank.task_lora else "no"
     typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {task_lora}, hash {bank.hash[:12]}")
@@ -234,7 +235,7 @@ def show(
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
-        return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
+        return show_json(info.model_dump(mode="json") | {"needs_rebuild": stale(folder)})
     if report := stale_report(folder):
         typer.echo(f"{report.found[0].upper()}{report.found[1:]}. {report.hint}\n")
     typer.echo(body(info))

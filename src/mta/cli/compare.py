@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Generic, NamedTuple, TypeVar
 from typer import Option
 
 import mta
-from mta.cli import options
-from mta.cli.screen import Screen, console, show_json
+from mta.cli import options, screen
+from mta.cli.screen import Screen, show_json
 from mta.config import AttackSettings, CompareSettings, Run, load_settings
 from mta.config.loader import read_yaml
 from mta.data.history import Person
@@ -79,7 +79,7 @@ def compare(
 
     if json:
         return show_json(to_json(report.comparison, **report.meta, command=command))
-    tables.show(report.comparison, report.meta, console)
+    tables.show(report.comparison, report.meta, screen.tables())
 
 
 def attack(
@@ -126,7 +126,7 @@ def attack(
         session.folder.outcome = found.outcome()
         if out:
             report.write(found, out, command)
-    show_json(report.to_json(found, command)) if json else report.show(found, console)
+    show_json(report.to_json(found, command)) if json else report.show(found, screen.tables())
 
 
 class _Arguments(NamedTuple):

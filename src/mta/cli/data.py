@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -96,13 +96,18 @@ def show(
     shown = chosen.queries if questions else chosen.items + chosen.queries
     examples = [_shown(base.prompts, load_task(run.task), item) for item in shown[:items]]
     if json:
-        mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in examples]
-        return show_json([{"tokens": e.tokens, "target_mask": m, "cut": e.cut} for e, m in zip(examples, mask)])
+        return show_json([_as_json(base.tokenizer, example) for example in examples])
     decode = base.tokenizer.decode
     for example in examples:
         target = f"⟦{decode(list(example.target))}⟧" if example.target else ""
         typer.echo(f"{decode(list(example.prompt))}{target}")
         typer.echo(f"-- {len(example.tokens)} tokens, {len(example.target)} in the target, {example.cut} cut\n")
+
+
+def _as_json(tokenizer: Any, example: Example) -> dict[str, object]:
+    texts = {"prompt": tokenizer.decode(list(example.prompt)), "target": tokenizer.decode(list(example.target))}
+    mask = [int(i >= example.target_start) for i in range(len(example.tokens))]
+    return texts | {"tokens": example.tokens, "target_mask": mask, "cut": example.cut}
 
 
 def _shown(prompts: PromptFormat, task: TaskType, item: Item) -> Example:

@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from mta.cli import options
-from mta.cli.screen import Screen, console, show_json
+from mta.cli.screen import Screen, show_json, tables
 from mta.config import override
 from mta.data.readers import read_answers
 from mta.data.tasks import load_task
@@ -50,7 +50,7 @@ def demo(
         )
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=command))
-    show_glance(found.comparison, found.samples, tool.next_commands(out, found), console)
+    show_glance(found.comparison, found.samples, tool.next_commands(out, found), tables())
 
 
 def evaluate(

@@ -137,6 +137,11 @@ class Screen:
         console.print(text, highlight=False, soft_wrap=True)
 
 
+def tables() -> Console:
+    """Return a console for tables on stdout; in a file or a pipe, they have the width that they need."""
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
+
+
 def show_json(value: object) -> None:
     """Print a result as JSON on stdout."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=not speaks_unicode()))

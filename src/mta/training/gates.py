@@ -10,6 +10,7 @@ from torch import Tensor
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated
 from mta.model.base import BaseModel
+from mta.training.packing import TOKENS
 from mta.training.trainer import Job, gradient
 
 
@@ -30,7 +31,7 @@ def gate_gradients(
     at: Tensor,
     task_adapters: Sequence[Adapters] = (),
     *,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = TOKENS,
 ) -> GateGradients:
     """Return d log p(examples of a job) / d w for all N anchors at once, at the coefficients ``at``.
 

@@ -22,6 +22,8 @@ from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
 from mta.system.device import moved
 
+TOKENS = 2048  # of a pass for which nothing was planned
+
 
 @dataclass(frozen=True, slots=True)
 class TreeRow:
@@ -98,7 +100,7 @@ def pack(
     attention_price: float,
     *,
     blocked: bool = False,
-    budget: int = 2048,
+    budget: int = TOKENS,
     weight: float = 0.0,
 ) -> list[TreeRow]:
     """Return the cheapest rows for one person's examples.

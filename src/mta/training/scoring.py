@@ -13,7 +13,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
-from mta.training.packing import collate, fitting, pack_for
+from mta.training.packing import TOKENS, collate, fitting, pack_for
 from mta.training.plan import ON_GPU
 from mta.training.trainer import Job
 
@@ -33,7 +33,7 @@ def log_likelihood(
     in ``train``, by default more on a GPU. Up to rounding, results do not depend on which lists share a batch.
     """
     owners = range(len(examples)) if owners is None else owners
-    tokens_per_batch = tokens_per_batch or 2048 * (1 if base.device.type == "cpu" else ON_GPU)
+    tokens_per_batch = tokens_per_batch or TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
     weight = base.footprint.target_weight
     rows = [(i, row) for i, part in enumerate(examples) for row in pack_for(base, part, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))

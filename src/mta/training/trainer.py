@@ -28,7 +28,7 @@ from mta.system.malloc import give_back_memory
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
-from mta.training.packing import TreeRow, collate, fitting, pack_for
+from mta.training.packing import TOKENS, TreeRow, collate, fitting, pack_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def train(
     frozen: Sequence[Adapters] = (),
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = TOKENS,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_first: Callable[[Tensor], None] | None = None,
@@ -336,7 +336,7 @@ def gradient(
     adapters: Build,
     *,
     frozen: Sequence[Adapters] = (),
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = TOKENS,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the gradient of each job's log-likelihood in its parameters, and the log-likelihoods (U,).
 

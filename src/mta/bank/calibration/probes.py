@@ -20,6 +20,7 @@ from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.training.gates import gate_gradients
+from mta.training.packing import TOKENS
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, train_loras
 
@@ -70,7 +71,7 @@ class Measure:
     anchors: LoraBatch
     task_adapters: Sequence[Shared]
     stack: Lora
-    tokens_per_batch: int = 2048
+    tokens_per_batch: int = TOKENS
 
     @classmethod
     def open(cls, run: Run, fingerprint: str, anchors: LoraBatch, task_lora: LoraBatch | None, tokens: int) -> Measure:

@@ -12,7 +12,7 @@ from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, outputs_name, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
-from mta.data.readers.rows import RecordPart, item_parts
+from mta.data.readers.rows import NO_TIME, RecordPart, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
 from mta.data.sharing import connected, missing_from, repeated, same_users, without_answers
@@ -56,6 +56,9 @@ def read_people(
     with Rejects.to(rejects_file) as rejects:
         for part in iter_parts(source, task, rejects, columns, questions):
             gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
+    for id in (id for id in gathered if id.lower() in NO_TIME):
+        count = len(gathered[id].items)
+        log.warning("%s: %d items belong to person %r; if their person is unknown, leave them out", source, count, id)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
     people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]

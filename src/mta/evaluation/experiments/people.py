@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mta.bank.bank import Bank
-from mta.bank.task_lora import LOSSES
-from mta.config import Run, override
 from mta.config.constants import SHOTS
 from mta.data.history import Person
 from mta.data.sharing import Copies, connected, holders_of
@@ -21,7 +16,6 @@ from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.experiments.recipe import Experiment
-from mta.tracking.run_folder import sittings
 
 log = logging.getLogger("mta")
 SHARES = (0.35, 0.1, 0.35)  # largest share of the qualified people in test, development, candidates
@@ -115,28 +109,3 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     if found:
         log.warning("%d of %d test queries also occur in the histories of training people", found, len(asked))
     return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
-
-
-def run_on_everything(
-    run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, trained: int, held_out: int
-) -> Run:
-    """Return a run whose task LoRA is trained on all items of its people. Nothing else of its bank is used.
-
-    ``as-many``: once, for as many examples as the bank in ``folder`` took for its anchors and its task LoRA (with so
-    many items ``trained`` on and ``held_out``), in batches of the task LoRA's size.
-    """
-    words = ["task_lora.enabled=true", f"task_lora.items={10**9}", f"task_lora.per_person={10**9}"]
-    words += ["task_lora.unseen=null", "bank.anchors=1", "calibration.enabled=false"]
-    if pool == "as-many":
-        built = bank.info.run
-        # Without held-out items there is one round. A killed and resumed build may not know its rounds: count the most.
-        most = built.task_lora.rounds if held_out else 1
-        rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), most)
-        pooled = built.task_lora.training
-        examples = pooled.steps * pooled.batch_size if pooled.steps is not None else pooled.epochs * trained
-        examples *= rounds if built.task_lora.enabled else 0
-        own = sum(min(items, built.bank.max_items) for items in bank.info.items)
-        examples += built.bank.training.epochs * own
-        steps = math.ceil(examples / run.task_lora.training.batch_size)
-        words += ["task_lora.rounds=1", f"task_lora.training.steps={steps}"]
-    return override(run, words)

@@ -15,8 +15,6 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
 from mta.bank.keys import NOT_IN_KEY
-from mta.bank.members import TrainedPart
-from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -29,7 +27,8 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.people import draw_splits, run_on_everything, with_tested
+from mta.evaluation.experiments.people import draw_splits, with_tested
+from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_bank, run_on_everything
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
@@ -200,52 +199,24 @@ class Workspace:
         run = override(self.recipe.run, [*words, f"seed={seed}"])
         if part.pool == "task":
             return run
-        items = (sum(len(person.items) for person in people) for people in self._pooled(seed))
+        parts = behind_task_lora(self.bank(MAIN, seed), *self._trained, seed)
+        items = (sum(len(person.items) for person in people) for people in parts)
         return run_on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
 
     def _folder(self, part: Part, seed: int) -> Path:
         return self.out / "banks" / f"{part.bank}-{seed}"
 
-    def _pooled(self, seed: int) -> list[list[Person]]:
-        """Return the people behind the main bank's task LoRA and those held out from it, with only these items."""
-        bank, parts = self.bank(MAIN, seed), []
-        settings, anchors = bank.info.run.task_lora, {person.id for person in self._in_bank(bank, "anchor")}
-        task, candidates = (self.splits.select(name, self.people) for name in ("task", "candidates"))
-        others = pooled_candidates(candidates, anchors, settings)
-        for items in pooled_items(task, settings, seed, candidates=others):
-            chosen = set(map(id, items))
-            cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in (*task, *others))
-            parts.append([person for person in cut if person.items])
-        return parts
-
-    def _in_bank(self, bank: Bank, part: TrainedPart) -> list[Person]:
-        """Return the candidates whom a part of a bank was trained on, with whole histories, in the bank's order."""
-        candidates = self.splits.select("candidates", self.people)
-        found = [p for p in candidates if bank.info.members.trained(p.id, part)]
-        return sorted(found, key=lambda person: person.id)
+    @property
+    def _trained(self) -> tuple[list[Person], list[Person]]:
+        """The task people and the candidates."""
+        return self.splits.select("task", self.people), self.splits.select("candidates", self.people)
 
     def _pool(self, part: Part, seed: int) -> tuple[list[Person], list[Person]]:
-        """Return the people that train a bank's task LoRA, and those held out from it (none: chosen by hash).
-
-        Everything: the items of the main bank's task LoRA, of its anchors, and of the people of its calibration.
-        """
+        """Return the people that train a bank's task LoRA, and those held out from it (none: chosen by hash)."""
         if part.pool == "task":
-            return self._shown(part, self.splits.select("task", self.people)), []
-        task, held_out = self._pooled(seed)
-        bank = self.bank(MAIN, seed)
-        most, kept_back = bank.info.run.bank.max_items, bank.info.run.task_lora.kept_back
-        task += [person.latest(most) for person in self._in_bank(bank, "anchor")]
-        measured = self._in_bank(bank, "calibration")
-        task += [person.latest(most) if kept_back is None else person.first(kept_back) for person in measured]
-        return self._shown(part, self._joined(task)), self._shown(part, held_out)
-
-    def _joined(self, people: Sequence[Person]) -> list[Person]:
-        """Return every person once, with the items of all of ``people`` with this id."""
-        items: dict[str, set[int]] = {}
-        for person in people:
-            items.setdefault(person.id, set()).update(map(id, person.items))
-        known = (person for person in self.people if person.id in items)
-        return [replace(p, items=tuple(item for item in p.items if id(item) in items[p.id])) for p in known]
+            return self._shown(part, self._trained[0]), []
+        pool, held_out = behind_bank(self.bank(MAIN, seed), *self._trained, seed)
+        return self._shown(part, pool), self._shown(part, held_out)
 
     def has_opened(self, part: Part, seed: int) -> bool:
         """Return whether the part's bank for a seed was used so far."""
@@ -293,7 +264,7 @@ class Workspace:
                 bank,
                 bank.encoder(self.base, self._run_of(part, seed).encoder),
                 self._run_of(part, seed),
-                anchors=self._shown(part, self._in_bank(bank, "anchor")),
+                anchors=self._shown(part, in_bank(bank, "anchor", self._trained[1])),
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",
