@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import people_of
 from filelock import FileLock
 
@@ -21,7 +22,7 @@ from mta.bank.notes import mark_stale, stale, stops
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import PromptFormat, load_task
-from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
+from mta.errors import BankCorrupt, BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 from mta.training.checkpoint import Checkpoint
 
@@ -297,6 +298,48 @@ def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(
     assert mta.Bank.open(folder / "bank", base).calibration is None
     assert not (folder / "bank" / "work").exists()
     calibrated(folder, base, OTHERS[1:])
+
+
+def test_a_copy_resumes_and_follows_its_bank_in_forgetting(folder, base, tmp_path, monkeypatch):
+    out, bank = tmp_path / "copy", folder / "bank"
+    whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
+    with monkeypatch.context() as patched:
+        patched.setattr(Measure, "scores", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(folder, base, out=out)
+    assert calibrated(folder, base, out=out).hash == whole.hash
+    assert read_info(bank).calibration is None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Measure, "scores", lambda *_: forget_person(OTHERS[0].id, None, bank) and torch.zeros(8))
+        with pytest.raises(BankError, match="a person was forgotten during the calibration"):
+            calibrated(folder, base, out=tmp_path / "another")
+    (bank / "needs-rebuild.json").write_text(json.dumps({"needs_rebuild": ["anchor"]}))
+    calibrated(folder, base, OTHERS[1:], out=tmp_path / "another")
+    assert stale(tmp_path / "another") == ["anchor"]
+
+
+def test_a_bank_that_cannot_be_written_is_calibrated_in_a_copy(folder, base, tmp_path, monkeypatch):
+    locked = []
+    monkeypatch.setattr(add_calibration, "exclusive", lambda at: locked.append(at) or contextlib.nullcontext())
+    assert calibrated(folder, base, out=tmp_path / "copy").info.calibration
+    assert locked == [tmp_path / "copy"]
+
+
+def test_a_bank_of_others_names_no_file_to_copy(folder, base, tmp_path):
+    bank, info = folder / "bank", read_info(folder / "bank")
+    (bank / "notes").write_text("mine")
+    files = info.files | {"notes": format.file_hashes(bank, ["notes"])["notes"]}
+    format.write_info(bank, format.with_hash(info.model_copy(update={"files": files})))
+    with pytest.raises(BankCorrupt, match="notes"):
+        calibrated(folder, base, out=tmp_path / "copy")
+    assert not list(tmp_path.rglob("copy*"))
+
+
+def test_nothing_is_copied_where_nothing_can_be_calibrated(folder, base, tmp_path):
+    with pytest.raises(InputError, match="1 people are given"):
+        calibrated(folder, base, OTHERS[:1], out=tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, base):

@@ -73,7 +73,6 @@ def test_windows_is_refused_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "mta does not run on Windows. Install and run it in WSL 2.\n")
 
 
-@pytest.mark.timeout(120, func_only=True)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\n…"), MemoryError()])
 def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
     def fails():
@@ -92,6 +91,7 @@ def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
     )
 
 
+@pytest.mark.timeout(120, func_only=True)
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
     words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]

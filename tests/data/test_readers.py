@@ -60,6 +60,7 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("9999-12-31", 253402214400.0),  # as databases write "never"
         ("1.7e9", 1.7e9),
         ("1970-01-02 00:00:00 UTC", 86400.0),
+        ("", None),
         (" NULL", None),
         ("NaN", None),
         ("None", None),
@@ -126,6 +127,11 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
     said = f"field '{reject['field']}': {reject['reason']}" if reject["field"] else reject["reason"]
     assert said == message
     assert "row" in reject
+
+
+def test_spaces_around_an_id_do_not_make_another_person(tmp_path: Path) -> None:
+    people = read_people(jsonl(tmp_path, GOOD, {**GOOD, "person": " ann ", "text": "Bad."}), "lamp3")
+    assert [(person.id, len(person.items)) for person in people] == [("ann", 2)]
 
 
 def test_a_person_called_like_a_missing_value_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

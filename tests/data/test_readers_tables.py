@@ -370,6 +370,16 @@ def test_the_only_table_of_a_folder_is_read(tmp_path):
     assert read_people(tmp_path / "saved", "lamp3") == PEOPLE
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["part-{}-0b07afb8-7f75-40cc-8b1d-7e9a3c5d2f1{}", "{}0b07afb87f7540cc8b1d7e9a3c5d2f{}", "data_{}_{}", "{}.{}"],
+)
+def test_parquet_files_whose_names_differ_in_numbers_are_one_table(tmp_path, name):
+    for n in range(2):
+        pq.write_table(table_of().slice(2 * n, 2), tmp_path / f"{name.format(n, n)}.parquet")
+    assert read_people(tmp_path, "lamp3") == PEOPLE
+
+
 def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found nothing", "Give the path of a file.")
     written(tmp_path / "a.jsonl", "")
@@ -379,10 +389,12 @@ def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     for split in ("train", "test"):
         pq.write_table(table_of(), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     written(tmp_path / "a.csv", ROWS)
-    for name in ("history", "newcomers", "part-0", "part-1"):
+    for name in ("lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
         pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
     first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
-    found = "a.csv, data/history*.parquet, data/newcomers*.parquet, data/part-*.parquet, data/test-*.parquet, …"
+    found = (
+        "a.csv, data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part-*.parquet, data/test*.parquet, …"
+    )
     fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
     written(tmp_path / "dataset_dict.json", "{}")
     (tmp_path / "train").mkdir()

@@ -5,8 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from mta.distributed.executor import Piece
-from mta.distributed.ray import PieceScheduler
+from mta.distributed.ray import Cluster, PieceScheduler
 from mta.errors import ClusterError
+
+
+def test_a_worker_takes_a_gpu_if_there_is_one_and_it_is_not_unwanted(monkeypatch):
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4, "GPU": 2}, shutdown=lambda: None)
+    monkeypatch.setattr("mta.distributed.ray._connected", lambda *_: ray)
+    assert [(one.gpus, one.workers) for one in (Cluster(gpu=False), Cluster())] == [(0, 4), (1, 2)]
 
 
 class Died(Exception):

@@ -88,7 +88,7 @@ def test_means_need_numbers():
     assert SampleAnswers((), (), (), ()).mean("4") is None
 
 
-def test_an_interview_has_the_answers_of_the_library(tiny_personal):
+def test_sample_answers_have_the_answers_of_the_library(tiny_personal):
     personal, people = tiny_personal
     found = sample_answers(personal, people[:2], FIELDS)
     assert found.questions == ("Alien", "Heat")

@@ -107,6 +107,12 @@ def test_the_standard_methods_have_different_names(task):
     assert {"task LoRA", "OPPU", "MTA"} <= set(names)
 
 
+def test_a_brief_comparison_has_what_its_guide_names(task):
+    names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(brief=True), task, 5)]
+    merge = Merged(merge=TINY_RUN.merge).name
+    assert names == ["global constant", "own constant", "task LoRA", "OPPU", merge, "MTA"]
+
+
 def test_ridge_is_left_out_for_free_text():
     names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(), load_task("lamp4"), 5)]
     assert "merge only, posterior" in names

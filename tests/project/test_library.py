@@ -64,6 +64,16 @@ def test_blocks_with_adapters_are_not_nested(known):
     assert len(known.score([(IDS[1], QUESTION, "4")])) == 1
 
 
+def test_samples_depend_on_the_seed_which_is_the_runs_by_default(known):
+    def sampled(**how):
+        return known.generate([(IDS[0], QUESTION)] * 4, temperature=5.0, max_new_tokens=8, **how)
+
+    assert sampled() == sampled(seed=TINY_RUN.seed) == sampled() != sampled(seed=1)
+    for wrong, found in (("temperature", -1.0), ("max_new_tokens", 0), ("max_new_tokens", 10**6)):
+        with pytest.raises(InputError, match=wrong):
+            known.generate([(IDS[0], QUESTION)], **{wrong: found})
+
+
 def test_slices_of_people_keep_their_task(tmp_path):
     path = tmp_path / "people.jsonl"
     path.write_text("".join(f'{{"person": "{who}", "text": "Fine.", "score": "4"}}\n' for who in "abc"))

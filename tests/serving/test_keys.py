@@ -52,3 +52,8 @@ def test_keys_have_names_that_differ(tmp_path, monkeypatch):
     assert Keys.load(path).keys[0].name == "MTA_API_KEY"
     with pytest.raises(ConfigError, match="the name of the key in the environment"):
         Keys.load(path, "secret")
+
+
+def test_a_key_from_the_environment_is_an_admins():
+    keys = Keys.load(None, "secret")
+    assert (keys.of("secret").rights, keys.of("other")) == ("admin", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from files import path_of_open
 
-from mta.errors import ConfigError, StoreError
+from mta.errors import ConfigError, InputError, StoreError
 from mta.system.atomic import make_folder, owner_only, replacing, sync_folder, write_json, write_text
 
 
@@ -221,3 +221,11 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError):
         make_folder(tmp_path / "file")
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        write_text(tmp_path / "out", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").is_fifo()

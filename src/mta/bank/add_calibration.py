@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -17,18 +17,19 @@ from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,
     CALIBRATION,
+    HASHED_FILES,
     INFO,
     MEMBERS,
-    STALE,
     BankInfo,
     check_base,
     file_hashes,
     read_adapters,
     read_info,
+    verify,
     with_hash,
     write_info,
 )
-from mta.bank.notes import clear_stale, stops
+from mta.bank.notes import clear_stale, pass_stale_on, stops
 from mta.config import CalibrationSettings, Run, StackSettings
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
@@ -48,54 +49,82 @@ def calibrate_bank(
     people: Sequence[Person],
     run: Run,
     *,
+    out: Path | None = None,
     since: str | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
-    """Calibrate a finished bank on items behind neither its anchors nor its task LoRA; the bank gets a new hash.
+    """Calibrate a finished bank, or its copy in ``out``, on items behind neither its anchors nor its task LoRA.
 
-    Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)`` returned before the people were read;
-    None: ask it now. An interrupted calibration resumes. Raises InputError if too few people are left or the bank has
-    no list of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile,
-    BankCorrupt, BankMismatch.
+    The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)``
+    returned before the people were read; None: ask it now. An interrupted calibration resumes. Raises InputError if too
+    few people are left or the bank has no list of members, DataError for an item that is too long, BankError if a
+    person is forgotten meanwhile or ``out`` holds anything but an unfinished copy, BankCorrupt, BankMismatch.
     """
-    since = stops(folder) if since is None else since
-    with exclusive(folder):
-        info = read_info(folder)
-        check_base(folder, info, base.name, base.fingerprint)
-        outside = _outside(folder, info, people, run.calibration)
-        measured = {id(item) for parts in measured_items(outside, run.calibration) for item in chain(*parts)}
-        base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
-        found = _measured(folder, info, base, outside, run, since, executor or LocalExecutor(), on_step)
-        _commit(folder, info, outside, run.calibration, found, since)
+    known = {folder: stops(folder) if since is None else since}
+    if out:
+        known.setdefault(out, stops(out))
+
+    def is_stopped() -> bool:
+        return any(stops(one) != text for one, text in known.items())
+
+    if out:
+        _checked(folder, base, people, run.calibration)  # before anything is copied
+        _copy(folder, out)
+    target = out or folder
+    with exclusive(target):
+        info, outside = _checked(target, base, people, run.calibration)
+        found = _measured(target, info, base, outside, run, is_stopped, executor or LocalExecutor(), on_step)
+        _commit(target, info, outside, run.calibration, found, is_stopped)
 
 
-def copy_bank(folder: Path, out: Path) -> None:
-    """Copy a bank to a new folder, to calibrate it there; an earlier copy stays, so that its calibration resumes.
+def _checked(
+    folder: Path, base: BaseModel, people: Sequence[Person], settings: CalibrationSettings
+) -> tuple[BankInfo, list[Person]]:
+    """Return a bank's description, and the people to calibrate it on, whose items fit."""
+    info = read_info(folder)
+    check_base(folder, info, base.name, base.fingerprint)
+    outside = _outside(folder, info, people, settings)
+    measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
+    base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
+    return info, outside
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """Copy a bank to a new folder, or go on with the copy that an interrupted call left there.
 
     Notes on runs and publications are left out: these were about the other folder. Raises BankError if ``out`` holds
     anything else, BankCorrupt.
     """
-    with exclusive(folder):
-        info = read_info(folder)
-        if (out / INFO).exists() and _trained(read_info(out)) == _trained(info):
-            return
+    info = read_info(folder)
+    if not (out / INFO).exists():
         if out.exists() and any(out.iterdir()):
             raise BankError(f"{out} is not empty, and no copy of {folder}", hint="Give a new folder:  --out bank-2/")
-        temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
-        try:
-            for name in (*info.files, MEMBERS, STALE, CARD, INFO):
-                if (folder / name).exists():
-                    copy_file(folder / name, temporary / name)
-            temporary.rename(out)  # in place of an empty folder, if there is one
-            sync_folder(out.absolute().parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _copy_files(folder, info, out)
+    elif out.samefile(folder) or not _is_unfinished(read_info(out), out, info):
+        hint = f"Give a new folder. To calibrate that bank again:  mta bank calibrate {out}"
+        raise BankError(f"{out} is a bank already, and no unfinished copy of {folder}", hint=hint)
+    pass_stale_on(folder, out)
 
 
-def _trained(info: BankInfo) -> dict[str, str]:
-    """Return the hashes of all files that a calibration does not change."""
-    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
+    try:
+        known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
+        for name in (*known, MEMBERS, CARD, INFO):
+            if (folder / name).exists():
+                copy_file(folder / name, temporary / name)
+        verify(temporary, read_info(temporary))  # another process may have calibrated the bank meanwhile
+        temporary.rename(out)  # in place of an empty folder, if there is one
+        sync_folder(out.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
+    """Return whether a bank in ``out`` is a copy whose calibration was interrupted, or did not begin."""
+    trained, of_source = ({name: d for name, d in one.files.items() if name != CALIBRATION} for one in (info, source))
+    return trained == of_source and (info.hash == source.hash or (out / CALIBRATING).exists())
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
@@ -125,7 +154,7 @@ def _measured(
     base: BaseModel,
     people: Sequence[Person],
     run: Run,
-    since: str,
+    is_stopped: Callable[[], bool],
     executor: Executor,
     on_step: OnStep | None,
 ) -> Calibration:
@@ -138,13 +167,13 @@ def _measured(
     write_text(folder / CALIBRATING, work)
 
     def stepped(step: Step) -> None:
-        _check_not_stopped(folder, since)
+        _check_not_stopped(folder, is_stopped)
         if on_step:
             on_step("calibration", step)
 
     def saved(name: str) -> Checkpoint:
         file = folder / "work" / f"{name}.safetensors"
-        return Checkpoint(file, work, allowed=lambda: stops(folder) == since)  # no new file after `forget`
+        return Checkpoint(file, work, allowed=lambda: not is_stopped())  # no new file after `forget`
 
     found = calibrate(
         base,
@@ -169,12 +198,12 @@ def _commit(
     people: Sequence[Person],
     settings: CalibrationSettings,
     found: Calibration,
-    since: str,
+    is_stopped: Callable[[], bool],
 ) -> None:
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
     without = with_hash(info.model_copy(update={"calibration": None, "files": files}))
-    _check_not_stopped(folder, since)
+    _check_not_stopped(folder, is_stopped)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
     write_tensors(folder / CALIBRATION, found.tensors(), {})
@@ -190,7 +219,7 @@ def _commit(
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:
-        _check_not_stopped(folder, since)  # from here on, forgetting finds the person in the bank
+        _check_not_stopped(folder, is_stopped)  # from here on, forgetting finds the person in the bank
     except BankError:
         write_info(folder, without)
         write_text(folder / CARD, card(without))
@@ -199,8 +228,8 @@ def _commit(
     remove_work(folder)
 
 
-def _check_not_stopped(folder: Path, since: str) -> None:
-    if stops(folder) != since:
+def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
+    if is_stopped():
         remove_work(folder)
         raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
 

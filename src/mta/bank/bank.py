@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank.add_calibration import calibrate_bank, copy_bank
+from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.settle import settled
@@ -200,13 +200,11 @@ class Bank:
         ``mta.bank.notes.stops(folder)`` returned before the people were read: the calibration is given up (BankError)
         if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
-        holds anything but an earlier copy of the bank.
+        holds anything but an unfinished copy of the bank.
         """
-        settings, folder = run or self.info.run, Path(out or self.folder)
-        if out:
-            copy_bank(self.folder, folder)
-        calibrate_bank(folder, base, people, settings, since=since, executor=executor, on_step=on_step)
-        return self.open(folder, base)
+        settings, copy = run or self.info.run, Path(out) if out else None
+        calibrate_bank(self.folder, base, people, settings, out=copy, since=since, executor=executor, on_step=on_step)
+        return self.open(copy or self.folder, base)
 
     def settled(self, run: Run | None = None) -> Run:
         """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""

@@ -14,7 +14,7 @@ from filelock import FileLock
 from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, STALE, STOPS, read_info
 from mta.bank.members import TrainedPart
 from mta.errors import BankError
-from mta.system.atomic import file_mode, read_json, write_json, write_text
+from mta.system.atomic import file_mode, read_json, sync_folder, write_json, write_text
 
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -51,6 +51,7 @@ def stop_calibration(folder: Path) -> None:
         _note_stop(folder)
         for _ in range(2):  # a calibration under way may be writing its last file
             shutil.rmtree(work, ignore_errors=True)
+        sync_folder(folder)
         if work.exists():
             raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
     except OSError as error:
@@ -105,6 +106,12 @@ def published(folder: Path) -> list[str]:
     """Return the addresses that a bank was published to from this folder."""
     noted = read_json(folder / PUBLISHED)
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
+
+
+def pass_stale_on(folder: Path, copy: Path) -> None:
+    """Note in a copy of a bank which parts need a rebuild. Raises BankError."""
+    if parts := stale(folder):
+        _note(copy, STALE, parts)
 
 
 def clear_stale(folder: Path, part: str) -> None:

@@ -159,7 +159,7 @@ def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], r
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder of a bank; with --out, also a hub id.")],
+    bank: Annotated[Path, Argument(help="Folder of a bank; with --out, also a hub id (published with its members).")],
     source: options.Source,
     words: options.Words = None,
     out: Annotated[
@@ -193,7 +193,7 @@ def calibrate(
             f"{bank} is on the hub: calibrated in place, its download here would differ from it",
             hint="Calibrate a copy:  --out bank-2/",
         )
-    since = stops(out or folder)  # before the people are read: a person may be forgotten while the base loads
+    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
         folder, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=_COMPUTED_WITH

@@ -211,8 +211,13 @@ def tracker_for(name: str | None, folder: Path | None) -> Opener | None:
 
 
 def command_line() -> str:
-    """Return the command as it was typed, with passwords in URLs replaced by ``***``."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", shlex.join(["mta", *sys.argv[1:]]))
+    """Return the command as it was typed, without passwords."""
+    return without_passwords(shlex.join(["mta", *sys.argv[1:]]))
+
+
+def without_passwords(command: str) -> str:
+    """Return a command with passwords in URLs replaced by ``***``."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", command)
 
 
 def run_folder(

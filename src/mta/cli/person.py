@@ -223,7 +223,7 @@ def forget(
     id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
     words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
-    typer.echo(f"{said}. Correct that, and repeat:  {shlex.join(words)}", err=True)
+    typer.echo(f"{said}. Correct that, and repeat:  {options.without_passwords(shlex.join(words))}", err=True)
     raise typer.Exit(INCOMPLETE)
 
 
@@ -241,9 +241,7 @@ def _tell(done: Forgotten, missing: str) -> None:
     if parts := ", ".join(done.needs_rebuild):
         lines.append(f"trained on the person, until you rebuild the bank without them: {parts}")
     if {"task LoRA", "anchor"} & set(done.needs_rebuild):
-        lines.append(
-            "adapters exported with this bank hold these parts, too; so do copies of the bank (mark each: --bank)"
-        )
+        lines.append("adapters exported with such a bank hold these parts, too; so do its copies (mark each: --bank)")
     lines += [f"not marked as needing a rebuild: {folder} ({reason})" for folder, reason in done.unmarked.items()]
     lines += [f"the bank was published; delete it there by hand: {place}" for place in done.published]
     alone = "came without its members; only its publisher can tell if the person is in it"

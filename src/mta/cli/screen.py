@@ -1,4 +1,4 @@
-"""Output of commands: progress on stderr (a bar per stage on a terminal, plain lines elsewhere), and JSON on stdout."""
+"""Output of commands: progress on stderr (a bar per stage on a terminal, plain lines elsewhere), results on stdout."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Screen:
 
 
 def tables() -> Console:
-    """Return a console for tables on stdout; in a file or a pipe, they have the width that they need."""
+    """Return a console for tables on stdout; in a file or a pipe, they are 160 columns wide."""
     return Console(width=None if sys.stdout and sys.stdout.isatty() else 160)
 
 

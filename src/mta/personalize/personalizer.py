@@ -129,20 +129,10 @@ class Personalizer:
         out. Sampling depends on ``seed``, by default the run's. Raises PersonNotFound, StateCorrupt, OtherBank,
         DataError, and InputError for too many or too few new tokens, or a temperature below 0.
         """
-        if temperature < 0 or (max_new_tokens is not None and max_new_tokens < 1):
-            raise InputError(
-                f"temperature is {temperature}, max_new_tokens {max_new_tokens}; expected at least 0, and at least 1",
-                hint="Leave them out for greedy answers of the task's usual length.",
-            )
-        rows = list(rows)
+        if temperature < 0:
+            raise InputError(f"temperature is {temperature}; expected 0 or more", hint="Leave it out: 0 is greedy.")
+        rows, task, longest = list(rows), self.bank.task, self.longest_answer(max_new_tokens)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        task = self.bank.task
-        longest = max_new_tokens or self.base.prompts.answer_tokens(task)
-        if longest >= (most := self.base.prompts.max_tokens):
-            raise InputError(
-                f"answers of {longest} tokens leave no room for a question in max_tokens={most}",
-                hint="Lower max_new_tokens, or raise max_tokens.",
-            )
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
@@ -151,6 +141,17 @@ class Personalizer:
             self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
         )
         return [self.base.prompts.decode(answer) for answer in answers]
+
+    def longest_answer(self, max_new_tokens: int | None = None) -> int:
+        """Return the most tokens of an answer. Raises InputError for too many, or fewer than one."""
+        most, usual = self.base.prompts.max_tokens, self.base.prompts.answer_tokens(self.bank.task)
+        longest = usual if max_new_tokens is None else max_new_tokens
+        if not 0 < longest < most:
+            raise InputError(
+                f"answers of {longest} tokens leave no room for a question in max_tokens={most}, or for an answer",
+                hint="Change max_new_tokens, or raise max_tokens.",
+            )
+        return longest
 
     def score(self, rows: Sequence[tuple[PersonOrModel, Question, str]], *, stacked: bool = True) -> list[float]:
         """Return the log probability of each row's answer with its end token. Raises as ``generate``."""

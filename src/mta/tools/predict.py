@@ -92,10 +92,10 @@ def predict(
     """
     models, made_from = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
-    task, settings = personal.bank.task, personal.run.model_dump(mode="json")
+    task, prompts = personal.bank.task, personal.base.prompts
+    settings = personal.run.model_dump(mode="json", exclude={"device", "memory", "gradient_checkpointing"})
     scored = bool(task.labels) and not write
-    prompts = personal.base.prompts
-    longest = max_new_tokens or prompts.answer_tokens(task)
+    longest = prompts.answer_tokens(task) if scored else personal.longest_answer(max_new_tokens)
     prompts.check(task, ((f"a question of {one!r}", question) for one, question in rows), longest)
     for start in range(0, len(rows), TOGETHER):
         some = rows[start : start + TOGETHER]

@@ -153,7 +153,7 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     for file in files_in(folder):
         suffix = file.suffix.lower()
         if suffix in (*CSV, ".parquet"):
-            name = file if suffix in CSV else file.with_name(f"{_shared_name(file)}*.parquet")
+            name = file if suffix in CSV else file.with_name(f"{_shared_name(file)}.parquet")
             tables[name.relative_to(folder)].append(file)
     if not tables:
         found = _some(path.name for path in folder.iterdir()) or "nothing"
@@ -169,13 +169,11 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
 
 
 def _shared_name(shard: Path) -> str:
-    """Return how the names of all files of a Parquet table begin: before a number or a UUID, or a split."""
-    if "-of-" in shard.name:
-        return shard.name.partition("-")[0] + "-"
-    if re.fullmatch("[0-9a-f-]{32,36}", shard.stem):
-        return ""
+    """Return what the names of all files of a Parquet table have in common: a split, or all but numbers and UUIDs."""
     word = re.split("[^A-Za-z]", shard.stem)[0]
-    return word if word.lower() in SPLITS else re.split(r"\d", shard.stem)[0]
+    if "-of-" in shard.name or word.lower() in SPLITS:
+        return f"{word}*"
+    return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
 
 
 def _some(names: Iterable[str]) -> str:

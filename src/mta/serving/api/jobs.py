@@ -196,9 +196,8 @@ class Jobs:
         except Exception as error:
             if len(people) == 1 or not self._trainer:
                 return {person.id: _failed(error) for person in people}
-        if (
-            done is None
-        ):  # one person's items must not fail the others; the error's traceback, which held memory, is gone
+        if done is None:
+            # One person's items must not fail the others. Outside of ``except``, the error no longer holds memory.
             each = [self._personalize([person], since, fewer) for person in people]
             return {id: status for one in each for id, status in one.items()}
         done_ids = [person.id for person in people if person.id not in done.forgotten]

@@ -27,9 +27,7 @@ class Detokenizer:
         self.stopped = False
         self._tokens = list(before)  # the new tokens, and those of the character before them
         self._new = 0  # number of new tokens: their text is not in ``_pending``
-        self._known = (
-            self._decoded()
-        )  # the part of their text that is not the answer's, or that ``_pending`` has or had
+        self._known = self._decoded()  # the part of their text that is no part of the answer, or was in ``_pending``
         if self._known.endswith(_HALF):  # a character in several tokens, which would be decoded with new ones
             self._tokens, self._known = [], ""
         self._pending = ""  # text that is not returned yet

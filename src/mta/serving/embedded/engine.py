@@ -191,6 +191,8 @@ class EmbeddedEngine(QueuedEngine):
             with self._lock:
                 self._gone = True
             self._run_calls(wait=False)  # calls queued before the engine was marked gone
+            for row in (row for rows in self._loading.values() for row in rows):
+                row.send(EngineGone("the engine has stopped", hint=LATER))
             self.scheduler.end(EngineGone("the engine has stopped", hint=LATER))
 
     def _run_calls(self, wait: bool) -> None:
