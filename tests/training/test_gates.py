@@ -32,8 +32,10 @@ def dense(scene, u, w) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_gradients_equal_autograd_through_dense_merges(scene, packed):
+@pytest.mark.parametrize("length", [1.0, 0.0])  # at 0, products that would add zeros are left out
+def test_gradients_equal_autograd_through_dense_merges(scene, packed, length):
     base, task, bank, jobs, at = scene
+    at = length * at
     found = gate_gradients(base if packed else unpacked(base), jobs, bank, at, [Shared(task)])
     for u in range(3):
         w = at[u].clone().requires_grad_()

@@ -58,9 +58,11 @@ class Gated(_OfBatch):
 
     ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers, and no factors are gathered.
     Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Gates of owner -1 are 0.
+    ``is_zero`` says that all of ``w`` are 0 and only their gradient is wanted, which costs less.
     """
 
     w: Tensor
+    is_zero: bool = False
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
         w = self.w[:, None] if self.w.ndim == 2 else self.w
@@ -70,7 +72,8 @@ class Gated(_OfBatch):
         by_layer = gates.expand(-1, len(self.batch.factors), -1).unbind(1)
 
         def term(a: Tensor, b: Tensor, gate: Tensor, dtype: torch.dtype) -> Term:
-            return SharedTerm(a.flatten(0, 1).to(dtype), b.transpose(0, 1).flatten(1).to(dtype), gate.to(dtype))
+            wide_a, wide_b = a.flatten(0, 1).to(dtype), b.transpose(0, 1).flatten(1).to(dtype)
+            return SharedTerm(wide_a, wide_b, gate.to(dtype), self.is_zero)
 
         return {name: partial(term, a, b, gate) for (name, (a, b)), gate in zip(self.batch.factors.items(), by_layer)}
 

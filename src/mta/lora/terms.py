@@ -24,12 +24,13 @@ from mta.kernels.functions import add_low_rank, low_rank_gradients, product
 class SharedTerm:
     """One update for all rows; ``gate`` weights its ranks for each row.
 
-    Shapes: a (P, D), b (O, P), gate (B, P) or None.
+    Shapes: a (P, D), b (O, P), gate (B, P) or None. ``is_zero``: all gates are 0, and only their gradient is wanted.
     """
 
     a: Tensor
     b: Tensor
     gate: Tensor | None = None
+    is_zero: bool = False
 
     @property
     def trained(self) -> bool:
@@ -157,18 +158,19 @@ class _AdaptedLinear(Function):
 class _GatedLinear(Function):
     """A frozen linear layer with one gated term, whose gates (B, P) are trained, and frozen terms.
 
-    The backward pass needs neither x nor y, only x A^T.
+    The backward pass needs neither x nor y, only x A^T. Where all gates are 0, products that add zeros are left out.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, layer: nn.Linear, own: SharedTerm, frozen: Sequence[Term]) -> Tensor:
         x, y = x.contiguous(), product(x, layer.weight, layer.bias)
         h = _flat(x) @ own.a.T
-        _flat(y).addmm_(_gated(h, gate), own.b.T)
+        if not own.is_zero:
+            _flat(y).addmm_(_gated(h, gate), own.b.T)
         for term in frozen:
             term.add_(x, y)
         ctx.save_for_backward(h, gate, own.a, own.b)
-        ctx.layer, ctx.frozen = layer, frozen
+        ctx.layer, ctx.frozen, ctx.is_zero = layer, frozen, own.is_zero
         return y
 
     @staticmethod
@@ -181,7 +183,8 @@ class _GatedLinear(Function):
         if not ctx.needs_input_grad[0]:
             return None, dgate, None, None, None
         dx = _input_gradient(dy, ctx.layer, ctx.frozen)
-        _flat(dx).addmm_(_gated(dh, gate), a)
+        if not ctx.is_zero:
+            _flat(dx).addmm_(_gated(dh, gate), a)
         return dx, dgate, None, None, None
 
 
@@ -204,13 +207,13 @@ def joined(terms: Sequence[Term]) -> list[Term]:
 
 def _joined_shared(terms: Sequence[SharedTerm]) -> list[SharedTerm]:
     """Return at most one term; if any term has gates, terms without gates get ones."""
-    if not terms:
-        return []
+    if len(terms) <= 1 and not any(term.a.is_inference() or term.b.is_inference() for term in terms):
+        return list(terms)  # autograd cannot save inference tensors, only their copies
     a, b = torch.cat([term.a for term in terms]), torch.cat([term.b for term in terms], 1)
     gate = next((term.gate for term in terms if term.gate is not None), None)
     if gate is not None:
         gate = torch.cat([gate.new_ones(len(gate), len(t.a)) if t.gate is None else t.gate for t in terms], 1)
-    return [SharedTerm(a, b, gate)]
+    return [SharedTerm(a, b, gate, is_zero=all(term.is_zero for term in terms))]
 
 
 def _joined_rows(rows: Sequence[RowTerm]) -> list[RowTerm]:

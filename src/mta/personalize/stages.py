@@ -85,6 +85,11 @@ class Fitted:
     pooled_losses: Sequence[float] | None = None
     merged_losses: Sequence[float] | None = None
 
+    @property
+    def merged(self) -> list[Adapters]:
+        """The adapters of the merges; none where all coefficients are 0, as in a bank in which merges do not help."""
+        return [self.adapters] if self.merge.w.any() else []
+
 
 @dataclass(frozen=True, slots=True)
 class Stages:
@@ -161,7 +166,7 @@ class Stages:
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.task_adapters, fitted.adapters],
+            [*self.bank.task_adapters, *fitted.merged],
             settings.lora,
             settings.training,
             start=start,
@@ -216,10 +221,10 @@ class Stages:
 
         stacked: Sequence[float | None] = [None] * len(jobs)
         if fitted.stacks:
-            stacked = under(fitted.adapters, PerPerson(fitted.stacks))
+            stacked = under(*fitted.merged, PerPerson(fitted.stacks))
         targets = [job.targets for job in jobs]
         pooled_losses = fitted.pooled_losses or under()
-        merged_losses = fitted.merged_losses or (under(fitted.adapters) if fitted.merge.w.any() else pooled_losses)
+        merged_losses = fitted.merged_losses or (under(*fitted.merged) if fitted.merged else pooled_losses)
         return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
     def earlier_merge(self, cohort: Cohort) -> Merge:

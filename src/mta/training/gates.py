@@ -40,10 +40,10 @@ def gate_gradients(
     applied, too.
     Source: our choice; the gates are those of ``Gated``.
     """
-    rows = at.expand(len(jobs), -1) if at.ndim == 1 else at
+    rows, is_zero = at.expand(len(jobs), -1) if at.ndim == 1 else at, not at.any()
 
     def adapters(parameters: Mapping[str, Tensor], _: Tensor) -> Gated:
-        return Gated(anchors, parameters["w"])
+        return Gated(anchors, parameters["w"], is_zero)
 
     found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=task_adapters, tokens_per_batch=tokens_per_batch)
     return GateGradients(found["w"].double(), loglik.double())

@@ -105,7 +105,8 @@ class Calibrator:
         if self.groups_with(1) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population = self.best_merge(first)
-        found = self.gradients([one.shots for one in self.subjects], mu[1 - self.fold])
+        shots = [one.shots for one in self.subjects]
+        found = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
         prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if self.groups_with(n) >= ENOUGH]
@@ -276,3 +277,8 @@ class Calibrator:
 def _typical(shots: Collection[int]) -> int:
     """Return the number of shots for which merge and rate are chosen."""
     return _TYPICAL if _TYPICAL in shots else max(shots)
+
+
+def of_shots(found: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
+    """Return the part of people's gradients, example by example, that is of their shots, which come first."""
+    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(found, shots)]
