@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -48,6 +50,14 @@ SHAPES = {
     ),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(vocab_size=5000, hidden_size=128, intermediate_size=256, head_dim=64, **COMMON)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=300,
+            hidden_size=192,
+            intermediate_size=256,
+            **COMMON | {"num_key_value_heads": 4},
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=300, n_embd=192, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -90,11 +100,23 @@ def held(base: BaseModel, *batches: object) -> list[torch.Tensor]:
     return [*base.model.parameters(), *base.model.buffers(), *factors]
 
 
+def test_keys_and_values_are_counted_whatever_the_order_of_the_layers():
+    """Phi-3 defines its output projection first."""
+    sums = base_of("phi3").footprint.sums
+    assert (sums.queries, sums.keys) == (3 * 192, 3 * 2 * 192)
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "below"),
-    [("llama", "merge"), ("llama", "gates"), ("large vocabulary", "task"), ("qwen3", "merge"), ("gpt2", "none")],
+    [
+        ("llama", "merge"),
+        ("llama", "gates"),
+        ("large vocabulary", "task"),
+        ("qwen3", "merge"),
+        ("gpt2", "none"),
+    ],
 )
 def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype, compiled):
     with nullcontext() if compiled else without_kernels():

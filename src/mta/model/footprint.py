@@ -82,7 +82,8 @@ class Sums:
         """
         sums, head = cls(), model.get_output_embeddings()
         for parent in model.modules():
-            shapes = [shape_of(child) for child in parent.children() if is_linear(child) and child is not head]
+            named = sorted(parent.named_children(), key=lambda child: "qkv" not in child[0])  # Phi-3: output first
+            shapes = [shape_of(child) for _, child in named if is_linear(child) and child is not head]
             if shapes:
                 sums._add(parent, shapes, exchanged)
             elif routed := _routed(parent, model.config.get_text_config()):
