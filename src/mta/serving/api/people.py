@@ -125,8 +125,9 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
             await run_in_threadpool(service.store.exports.forget, id)
     report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
     report |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
-    named = {"exports": found.exports_left, "banks": found.unmarked} if key.rights == "admin" else {}
-    return report | {name: left for name, left in named.items() if left}
+    named = {"exports": found.exports_left, "banks": found.unmarked, "published": found.published}
+    named |= {"unknown": found.unknown}
+    return report | {name: left for name, left in named.items() if left and key.rights == "admin"}
 
 
 def _check_not_fewer(store: Store, person: Person) -> None:
