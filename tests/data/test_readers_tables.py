@@ -386,15 +386,14 @@ def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     (tmp_path / "b").mkdir()
     fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found a.jsonl, b", "Give the path of a file.")
     (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
+    for split in ("train_gen", "train_sft"):
         pq.write_table(table_of(), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     written(tmp_path / "a.csv", ROWS)
     for name in ("lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
         pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
     first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
-    found = (
-        "a.csv, data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part-*.parquet, data/test*.parquet, …"
-    )
+    some = "data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part-*.parquet, data/train_gen-*.parquet"
+    found = f"a.csv, {some}, …"
     fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
     written(tmp_path / "dataset_dict.json", "{}")
     (tmp_path / "train").mkdir()

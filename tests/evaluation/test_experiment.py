@@ -16,14 +16,14 @@ from tiny import save_base
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
 from mta.data.tasks import load_task
-from mta.errors import ConfigError, DataError, InputError
+from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
 from mta.evaluation.experiments import runner
 from mta.evaluation.experiments import workspace as workspace_module
 from mta.evaluation.experiments.recipe import load_experiment, wanted
 from mta.evaluation.experiments.results import Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import BATCH, MAIN, Workspace, batches
-from mta.evaluation.methods import METHODS
+from mta.evaluation.methods import METHODS, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.reports.report import report
 
@@ -163,6 +163,32 @@ def test_a_report_shows_the_results_of_the_settings_that_were_last_run(world, ca
     assert several[0] == [0, 1]
     assert first == run(plain)  # computes nothing
     assert first[1] != several[1]
+
+
+def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, tmp_path):
+    out = tmp_path / "run"
+    run_experiment(workspace_of(world, out), ["ablation"])
+    before = {name: (out / name).read_bytes() for name in ("recipe.yaml", "current.json", "sizes.json")}
+    with pytest.raises(BankError):
+        run_experiment(workspace_of(world, out, "run.bank.lora.rank=3"), ["ablation"])
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
+    run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
+    assert report([tmp_path / "run"], tmp_path / "report") == ["run: Figure 5: one person's question"]
+
+
+def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):
+    scored = TaskLora.scored
+
+    def diverged(method, panel, seed):
+        outcome, scores = scored(method, panel, seed)
+        return outcome, [replace(one, metrics={**one.metrics, "NLL": math.nan}) for one in scores]
+
+    monkeypatch.setattr(TaskLora, "scored", diverged)
+    with pytest.raises(Diverged, match="task LoRA.*: a person's score is not finite"):
+        run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
 
 
 def test_a_report_never_mixes_the_results_of_two_banks(world, cache, tmp_path):

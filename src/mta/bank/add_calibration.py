@@ -56,17 +56,17 @@ def calibrate_bank(
 ) -> None:
     """Calibrate a finished bank, or its copy in ``out``, on items behind neither its anchors nor its task LoRA.
 
-    The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``since`` is what ``stops(folder)``
-    returned before the people were read; None: ask it now. An interrupted calibration resumes. Raises InputError if too
-    few people are left or the bank has no list of members, DataError for an item that is too long, BankError if a
-    person is forgotten meanwhile or ``out`` holds anything but an unfinished copy, BankCorrupt, BankMismatch.
+    The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``since`` is what ``stops`` of the
+    folders (the bank's, and ``out``) returned before the people were read; None: ask it now. An interrupted calibration
+    resumes. Raises InputError if too few people are left or the bank has no list of members, DataError for an item that
+    is too long, BankError if a person is forgotten meanwhile or ``out`` holds anything but an unfinished copy,
+    BankCorrupt, BankMismatch.
     """
-    known = {folder: stops(folder) if since is None else since}
-    if out:
-        known.setdefault(out, stops(out))
+    folders = [folder, *([out] if out else [])]
+    before = stops(*folders) if since is None else since
 
     def is_stopped() -> bool:
-        return any(stops(one) != text for one, text in known.items())
+        return stops(*folders) != before
 
     if out:
         _checked(folder, base, people, run.calibration)  # before anything is copied
@@ -124,7 +124,8 @@ def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
 def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
     """Return whether a bank in ``out`` is a copy whose calibration was interrupted, or did not begin."""
     trained, of_source = ({name: d for name, d in one.files.items() if name != CALIBRATION} for one in (info, source))
-    return trained == of_source and (info.hash == source.hash or (out / CALIBRATING).exists())
+    begun = info.calibration is None or info.hash == source.hash or (out / CALIBRATING).exists()
+    return trained == of_source and begun
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import secrets
 import shutil
@@ -27,16 +28,17 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     return parts
 
 
-def stops(folder: Path) -> str:
+def stops(*folders: Path) -> str:
     """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
 
-    It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
+    It is about the files, not their content: a forgetting by another account may leave a file that is closed here.
     """
-    try:
-        found = (folder / STOPS).stat()
-    except FileNotFoundError:
-        return ""
-    return f"{found.st_ino} {found.st_mtime_ns}"
+    found = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            file = (folder / STOPS).stat()
+            found.append(f"{file.st_ino} {file.st_mtime_ns}")
+    return " ".join(found)
 
 
 def stop_calibration(folder: Path) -> None:

@@ -193,7 +193,8 @@ def calibrate(
             f"{bank} is on the hub: calibrated in place, its download here would differ from it",
             hint="Calibrate a copy:  --out bank-2/",
         )
-    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
+    folders = [folder, *([out] if out else [])]
+    since = stops(*folders)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
         folder, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=_COMPUTED_WITH

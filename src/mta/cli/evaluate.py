@@ -63,7 +63,10 @@ def evaluate(
     test: Annotated[str | None, Option(help="Test these people; otherwise they are drawn from --data.")] = None,
     exhibit: Annotated[list[str] | None, Option(help="Run only this exhibit; can be repeated.")] = None,
     on: Annotated[str, Option(help="People to run on: test or development.")] = "test",
-    people: Annotated[int | None, Option(min=1, help="Test at most this many people, drawn with the seed.")] = None,
+    people: Annotated[
+        int | None,
+        Option(min=1, help="Test at most this many people: the first ones of the test part, for every seed."),
+    ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
     cluster: options.ClusterAt = None,

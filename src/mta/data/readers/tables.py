@@ -170,8 +170,10 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
 
 def _shared_name(shard: Path) -> str:
     """Return what the names of all files of a Parquet table have in common: a split, or all but numbers and UUIDs."""
+    if shard_of := re.match(r"(.*)-\d+-of-\d+", shard.stem):
+        return f"{shard_of[1]}-*"
     word = re.split("[^A-Za-z]", shard.stem)[0]
-    if "-of-" in shard.name or word.lower() in SPLITS:
+    if word.lower() in SPLITS:
         return f"{word}*"
     return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
 

@@ -114,6 +114,10 @@ def read_records(folder: Path) -> list[Record]:
     raise DataError(f"{folder} holds no {SCORES}", hint="Give the --out folder of mta evaluate, or one of results/.")
 
 
+def _has_scores(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
+
+
 def write_without_texts(records: Sequence[Record], path: Path) -> None:
     """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
@@ -182,8 +186,10 @@ class Results:
             ) from None
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
         current = read_beside(folder / CURRENT)
-        records = _current(read_records(folder), current.get("protocols"), current.get("banks", {}))
-        beside = read_beside(above / SIZES), meta, read_beside(folder / FACTS), read_beside(folder / CASE)
+        facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
+        found = read_records(folder) if _has_scores(folder) or not (facts or case) else []  # some exhibits have none
+        records = _current(found, current.get("protocols"), current.get("banks", {}))
+        beside = read_beside(above / SIZES), meta, facts, case
         return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
 
     @property

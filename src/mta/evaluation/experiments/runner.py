@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mta.distributed.executor import Piece
-from mta.errors import ClusterError, InputError
+from mta.errors import ClusterError, Diverged, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
@@ -67,12 +68,12 @@ def run_experiment(
     ) as folder:
         workspace.splits.save(workspace.out / "splits.json")  # only now: a mistake must not fix the folder's splits
         folder.begin()  # locks the folder
-        workspace.write_recipe()
         records = Records(workspace.folder)
         workspace = replace(workspace, on_step=folder.step)
-        for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
-            _run_seed(workspace, records, exhibits, seed)
-        _write_facts(workspace, exhibits)
+        with workspace.described():
+            for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
+                _run_seed(workspace, records, exhibits, seed)
+            _write_facts(workspace, exhibits)
         if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
             panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
@@ -98,7 +99,7 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
     path, recipe, use = workspace.folder / FACTS, workspace.recipe, "banks" in exhibits
     facts = before = read_beside(path)
     for seed in recipe.seeds:
-        if not ({"banks", "efficiency"} & {*exhibits} or workspace.has_opened(MAIN, seed)):
+        if "banks" not in exhibits and not workspace.has_opened(MAIN, seed):
             continue
         name, found = f"main-{seed}", bank_facts(workspace.bank(MAIN, seed))
         known = before.get(name, {})
@@ -171,6 +172,9 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
     _ = panel.jobs  # no method's seconds include tokenizing
     outcome, scores = run.method.scored(panel, run.seed)
+    for score in scores:
+        if not all(map(math.isfinite, score.metrics.values())):
+            raise Diverged(f"{run}: a person's score is not finite: {dict(score.metrics)}", hint="Lower its rate (lr).")
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import InputError
+from mta.errors import BankError, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.people import draw_splits, with_tested
 from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_bank, run_on_everything
@@ -144,6 +145,19 @@ class Workspace:
         for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
             write_json(folder / SIZES, self.sizes)
             write_text(folder / RECIPE, dump_yaml(self.recipe))
+
+    @contextmanager
+    def described(self) -> Iterator[None]:
+        """Write the recipe. If a bank with other settings is in the folder (BankError), restore the one before."""
+        paths = [folder / name for folder in {self.out, self.folder} for name in (CURRENT, SIZES, RECIPE)]
+        before = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+        self.write_recipe()
+        try:
+            yield
+        except BankError:
+            for path, text in before.items():
+                write_text(path, text)
+            raise
 
     def note_bank(self, part: Part, seed: int) -> None:
         """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""
