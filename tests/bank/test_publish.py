@@ -183,6 +183,14 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
     assert sorted(hub.repos[NAME].files) == SENT
 
 
+def test_a_private_repository_is_not_taken_for_a_public_one(hub, bank):
+    bank.push_to_hub(NAME)
+    sent = dict(hub.repos[NAME].files)
+    said = refused(HubError, bank.push_to_hub, NAME, private=False)
+    assert said.startswith(f"{NAME} exists and is private, expected a public repository; nothing was sent")
+    assert (hub.repos[NAME].files, hub.repos[NAME].private) == (sent, True)
+
+
 def test_without_a_login_nothing_is_sent(hub, bank, logged_out):
     said = refused(HubError, bank.push_to_hub, NAME)
     assert said.startswith(f"the hub denies access to {NAME!r}: ")

@@ -187,7 +187,7 @@ def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monke
         return outcome, [replace(one, metrics={**one.metrics, "NLL": math.nan}) for one in scores]
 
     monkeypatch.setattr(TaskLora, "scored", diverged)
-    with pytest.raises(Diverged, match="task LoRA.*: a person's score is not finite"):
+    with pytest.raises(Diverged, match=r"task LoRA.*: a person's score is not finite"):
         run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
 
 

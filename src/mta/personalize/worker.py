@@ -28,6 +28,10 @@ from mta.store.state import State
 from mta.store.store import overtaken
 from mta.store.tombstones import NOTHING, forgotten_meanwhile
 
+_SAME_FOLDER = (
+    "Give workers the same folder: a shared disk, or a copy in their image. (A hub id is downloaded here only.)"
+)
+
 
 def open_stages(
     run: Run, bank: Path, hash: str, store: str | None, identity: str, since: Collection[str] = NOTHING
@@ -42,12 +46,14 @@ def open_stages(
             f"a worker found another store, or none, at {store}",
             hint="Give an address that means the same on all machines: a shared disk, a bucket.",
         )
+    if not bank.is_dir():
+        raise BankMismatch(f"a worker found no bank at {bank}", hint=_SAME_FOLDER)
     base = BaseModel.of(run, partial(check_base, bank, read_info(bank), run.base))
     found = Bank.open(bank, base)
     if found.hash != hash:
         raise BankMismatch(
             f"a worker found bank {found.hash[:8]}… at {bank}, expected {hash[:8]}…",
-            hint="Give workers the same folder: a shared disk, or a copy in their image.",
+            hint=_SAME_FOLDER,
         )
     encoder = cache(partial(found.encoder, base, run.encoder))
     return Stages(base, found, run, encoder, store=opened, since=since)

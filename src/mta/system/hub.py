@@ -37,12 +37,15 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_cached(name: str) -> bool:
-    """Return whether the model of a hub id was downloaded before."""
+    """Return whether the model of a hub id was downloaded before, with weights or their index."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    def has(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, file), str)
+
     try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+        return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
     except HFValidationError:
         return False
 
@@ -105,7 +108,7 @@ class Repository:
 
     @classmethod
     def begin(cls, name: str, *, private: bool = True, token: str | None = None) -> Repository:
-        """Open or create a repository. Raises HubError, also if ``private`` is set and the repository is public."""
+        """Open or create a repository. Raises HubError, also for one of the other visibility."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -116,6 +119,11 @@ class Repository:
             raise HubError(
                 f"{name} exists and is public, expected a private repository; nothing was sent",
                 hint="Give --public (private=False), or make it private in its settings on the hub first.",
+            )
+        if not private and found.private:
+            raise HubError(
+                f"{name} exists and is private, expected a public repository; nothing was sent",
+                hint="Give --private (private=True), or make it public in its settings on the hub first.",
             )
         return cls(name, api.endpoint, api)
 

@@ -42,7 +42,9 @@ class Storage:
             raise StoreError("the store's address is empty", hint="Name a folder, or a URL:  --store people/")
         try:
             self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # other processes write too
-        except (ImportError, ValueError) as error:
+        except ImportError as error:  # fsspec names the package
+            raise StoreError(f"the store cannot be opened: {error}", hint="pip install that package.") from error
+        except Exception as error:  # some file systems connect at once, with errors of their own
             hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
             raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
         self.root = str(root).rstrip("/")
