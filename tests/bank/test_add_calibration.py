@@ -319,11 +319,20 @@ def test_a_copy_resumes_and_follows_its_bank_in_forgetting(folder, base, tmp_pat
     assert stale(tmp_path / "another") == ["anchor"]
 
 
+def test_an_original_is_not_taken_for_an_unfinished_copy(folder, base, tmp_path):
+    copy = calibrated(folder, base, out=tmp_path / "copy")
+    before = read_info(folder / "bank").hash
+    with pytest.raises(BankError, match="is a bank already"):
+        copy.calibrate(base, OTHERS, run=RUN, out=folder / "bank")
+    assert read_info(folder / "bank").hash == before
+
+
 def test_a_bank_that_cannot_be_written_is_calibrated_in_a_copy(folder, base, tmp_path, monkeypatch):
-    locked = []
+    locked, before = [], {file: file.read_bytes() for file in (folder / "bank").rglob("*") if file.is_file()}
     monkeypatch.setattr(add_calibration, "exclusive", lambda at: locked.append(at) or contextlib.nullcontext())
     assert calibrated(folder, base, out=tmp_path / "copy").info.calibration
     assert locked == [tmp_path / "copy"]
+    assert before == {file: file.read_bytes() for file in (folder / "bank").rglob("*") if file.is_file()}
 
 
 def test_a_bank_of_others_names_no_file_to_copy(folder, base, tmp_path):

@@ -331,6 +331,11 @@ def test_forget_names_the_parts_trained_on_a_person(world, tmp_path):
     )
 
 
+def test_a_member_of_the_bank_without_a_state_is_named_as_such(world, tmp_path):
+    said = run("person", "show", MEMBER, *world.at)
+    assert (said.code, "was trained on them: " in said.err, "mta forget" in said.err) == (1, True, True), said.err
+
+
 def test_forget_marks_every_bank_that_is_named(world, tmp_path):
     banks = [shutil.copytree(world.bank, tmp_path / name) for name in ("one", "two")]
     named = [word for bank in banks for word in ("--bank", bank)]

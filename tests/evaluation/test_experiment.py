@@ -174,6 +174,15 @@ def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, 
     assert before == {name: (out / name).read_bytes() for name in before}
 
 
+def test_results_of_a_refused_recipe_are_not_mixed_with_earlier_ones(world, cache, tmp_path):
+    out = tmp_path / "run"
+    run_experiment(workspace_of(world, out, "seeds=[1]"), ["ablation"])
+    with pytest.raises(BankError):  # after seed 0
+        run_experiment(workspace_of(world, out, "seeds=[0,1]", "run.bank.max_items=3"), ["ablation"])
+    assert {record.seed for record in Results.read(out).records if record.trained} == {1}
+    assert Results.read(out).meta["runs"][-1]["seeds"] == [1]
+
+
 def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
     run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
     assert report([tmp_path / "run"], tmp_path / "report") == ["run: Figure 5: one person's question"]

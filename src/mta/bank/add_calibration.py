@@ -124,8 +124,8 @@ def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
 def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
     """Return whether a bank in ``out`` is a copy whose calibration was interrupted, or did not begin."""
     trained, of_source = ({name: d for name, d in one.files.items() if name != CALIBRATION} for one in (info, source))
-    begun = info.calibration is None or info.hash == source.hash or (out / CALIBRATING).exists()
-    return trained == of_source and begun
+    hashes = source.hash, _without_calibration(source).hash  # the second where a person was forgotten at its end
+    return trained == of_source and (info.hash in hashes or (out / CALIBRATING).exists())
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
@@ -202,8 +202,7 @@ def _commit(
     is_stopped: Callable[[], bool],
 ) -> None:
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
-    files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-    without = with_hash(info.model_copy(update={"calibration": None, "files": files}))
+    without = _without_calibration(info)
     _check_not_stopped(folder, is_stopped)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
@@ -227,6 +226,11 @@ def _commit(
         (folder / CALIBRATION).unlink()
         raise
     remove_work(folder)
+
+
+def _without_calibration(info: BankInfo) -> BankInfo:
+    files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+    return with_hash(info.model_copy(update={"calibration": None, "files": files}))
 
 
 def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:

@@ -197,7 +197,7 @@ class Bank:
 
         Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
         personalize these people again. Settings are those of ``run.calibration``. ``since`` is what
-        ``mta.bank.notes.stops(folder)``, or ``stops(folder, out)``, returned before the people were read: the
+        ``mta.bank.notes.stops(folder)``, with ``out`` ``stops(folder, out)``, returned before the people were read: the
         calibration is given up (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
         holds anything but an unfinished copy of the bank.

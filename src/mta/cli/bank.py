@@ -205,7 +205,7 @@ def calibrate(
 
 
 def _show(bank: mta.Bank, json: bool) -> None:
-    from mta.bank.card import in_words
+    from mta.bank.card import what_to_expect
 
     info = bank.info
     if json:
@@ -216,7 +216,7 @@ def _show(bank: mta.Bank, json: bool) -> None:
     task_lora = "yes" if bank.task_lora else "no"
     typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {task_lora}, hash {bank.hash[:12]}")
     if info.calibration:
-        typer.echo(in_words(info.calibration))
+        typer.echo(what_to_expect(info.calibration))
     return None
 
 

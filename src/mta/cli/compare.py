@@ -10,6 +10,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, NamedTuple, TypeVar
 
+import typer
 from typer import Option
 
 import mta
@@ -80,6 +81,8 @@ def compare(
     if json:
         return show_json(to_json(report.comparison, **report.meta, command=command))
     tables.show(report.comparison, report.meta, screen.tables())
+    if out:
+        typer.echo(f"Report: {out / 'report.html'}; what follows from it: docs/how-to/decide.md", err=True)
 
 
 def attack(

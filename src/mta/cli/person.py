@@ -18,7 +18,7 @@ from typer import Argument, Option
 import mta
 from mta.cli import options
 from mta.cli.screen import confirm, show_json, show_parcel
-from mta.errors import MtaError, StoreError
+from mta.errors import MtaError, PersonNotFound, StoreError
 from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def show(
     from mta.store import Store
     from mta.tools.inspect import summarize
 
-    found = summarize(person, Store(store), bank)
+    try:
+        found = summarize(person, Store(store), bank)
+    except PersonNotFound as error:
+        raise _in_bank(error, person, bank) from None
     if json:
         return show_json(asdict(found))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
@@ -225,6 +228,17 @@ def forget(
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
     typer.echo(f"{said}. Correct that, and repeat:  {options.without_passwords(shlex.join(words))}", err=True)
     raise typer.Exit(INCOMPLETE)
+
+
+def _in_bank(error: PersonNotFound, person: str, bank: Path) -> PersonNotFound:
+    """Return the error for a person without a state; it says so if a bank was trained on the person."""
+    from mta.bank.format import read_info
+
+    parts = list[str]()
+    with suppress(MtaError):  # there may be no bank
+        parts += read_info(bank).members.parts_of(person)
+    found = f"{error.message}; the bank at {bank} was trained on them: {', '.join(parts)}"
+    return PersonNotFound(found, hint="To forget them:  mta forget") if parts else error
 
 
 def _reachable(bank: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mta.errors import AssetError, HubError
 from mta.system.assets import ASSETS, resolve
+from mta.system.atomic import read_json
 from mta.system.model_files import ADAPTER, WEIGHTS, modules_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,7 +38,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_cached(name: str) -> bool:
-    """Return whether the model of a hub id was downloaded before, with weights or their index."""
+    """Return whether the model of a hub id was downloaded before, with all of its weights."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -45,7 +46,10 @@ def is_cached(name: str) -> bool:
         return isinstance(try_to_load_from_cache(name, file), str)
 
     try:
-        return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
+        index = try_to_load_from_cache(name, "model.safetensors.index.json")
+        listed = read_json(Path(index)) if isinstance(index, str) else {}
+        shards = set(listed.get("weight_map", {}).values()) if isinstance(listed, dict) else set()
+        return has("config.json") and all(map(has, shards or {"model.safetensors"}))
     except HFValidationError:
         return False
 

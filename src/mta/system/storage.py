@@ -44,9 +44,12 @@ class Storage:
             self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # other processes write too
         except ImportError as error:  # fsspec names the package
             raise StoreError(f"the store cannot be opened: {error}", hint="pip install that package.") from error
-        except Exception as error:  # some file systems connect at once, with errors of their own
+        except ValueError as error:
             hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
             raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
+        except Exception as error:  # some file systems connect at once, with errors of their own
+            found, hint = str(error) or type(error).__name__, "Check address, login, and network."
+            raise StoreError(f"the store cannot be opened: {found}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         # Absolute, because the working directory may change.

@@ -22,7 +22,6 @@ from mta.system.extras import require
 
 PlacedRow = tuple[Place, dict[str, Any]]
 CSV = (".csv", ".tsv")
-SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # names of files that are tables of their own
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 QUOTES = "close the quotes around a cell, and double those in it"
@@ -169,13 +168,11 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
 
 
 def _shared_name(shard: Path) -> str:
-    """Return what the names of all files of a Parquet table have in common: a split, or all but numbers and UUIDs."""
+    """Return what the names of all files of a Parquet table have in common: all but numbers and UUIDs."""
     if shard_of := re.match(r"(.*)-\d+-of-\d+", shard.stem):
         return f"{shard_of[1]}-*"
-    word = re.split("[^A-Za-z]", shard.stem)[0]
-    if word.lower() in SPLITS:
-        return f"{word}*"
-    return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
+    common = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
+    return re.sub(r"([-_.]*\*)+$", "", common) + "*"
 
 
 def _some(names: Iterable[str]) -> str:

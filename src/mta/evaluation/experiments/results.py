@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.errors import DataError
+from mta.errors import BankError, DataError
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
@@ -114,10 +114,6 @@ def read_records(folder: Path) -> list[Record]:
     raise DataError(f"{folder} holds no {SCORES}", hint="Give the --out folder of mta evaluate, or one of results/.")
 
 
-def _has_scores(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
-
-
 def write_without_texts(records: Sequence[Record], path: Path) -> None:
     """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
@@ -187,7 +183,8 @@ class Results:
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
         current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
-        found = read_records(folder) if _has_scores(folder) or not (facts or case) else []  # some exhibits have none
+        scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
+        found = read_records(folder) if scored or not (facts or case) else []
         records = _current(found, current.get("protocols"), current.get("banks", {}))
         beside = read_beside(above / SIZES), meta, facts, case
         return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
@@ -288,7 +285,8 @@ def _read(path: Path) -> Iterator[Record]:
 def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
     before = read_beside(folder / META)
-    runs = [run for run in sittings(folder) if run["kind"] == KIND]
+    every = [run for run in sittings(folder) if run["kind"] == KIND]
+    runs = [run for run in every if run.get("stopped") != BankError.__name__] or every  # refused by a bank of others
     if not runs:
         return before
     facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}

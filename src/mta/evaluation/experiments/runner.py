@@ -130,9 +130,8 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
     found = workspace.executor.run(compute_records, missing(), workspace, workspace.opener())
     for number, outcome in enumerate(found, 1):
         if outcome.result is None:
-            raise ClusterError(
-                f"{outcome.piece}: {outcome.error}", hint="Finished results are kept; repeat the command to resume."
-            )
+            hint = "Finished results are kept: correct this, or repeat the command."
+            raise ClusterError(f"{outcome.piece}: {outcome.error}", hint=hint)
         records.add(outcome.result)
         if not workspace.executor.in_process:
             workspace.say(f"{number} done, now {outcome.piece}")

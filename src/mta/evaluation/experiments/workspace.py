@@ -155,8 +155,12 @@ class Workspace:
         try:
             yield
         except BankError:
-            for path, text in before.items():
-                write_text(path, text)
+            mixed = dict.fromkeys(read_beside(self.folder / CURRENT).get("banks", {}), "")  # whose bank is unclear now
+            for path in paths:
+                write_text(path, before[path]) if path in before else path.unlink(missing_ok=True)
+            if self.folder / CURRENT in before:
+                found = read_beside(self.folder / CURRENT)
+                write_json(self.folder / CURRENT, found | {"banks": mixed | found.get("banks", {})})
             raise
 
     def note_bank(self, part: Part, seed: int) -> None:
