@@ -19,6 +19,7 @@ MtaError
 ├── ClusterError          a Ray cluster cannot be reached, or its workers cannot start
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
+│   ├── BankRefused       a folder that holds a bank of other people or settings
 │   └── BankCorrupt       files of a bank are missing, truncated or changed
 ├── StoreError
 │   ├── StateCorrupt      a person's file that fails its checks
@@ -114,6 +115,10 @@ class BankError(MtaError):
 
 class BankMismatch(BankError):
     """A bank was built for another base."""
+
+
+class BankRefused(BankError):
+    """A folder holds a bank, perhaps an unfinished one, of other people or settings."""
 
 
 class BankCorrupt(BankError):

@@ -392,7 +392,7 @@ def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     for name in ("lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
         pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
     first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
-    some = "data/lamp*-history*.parquet, data/lamp*-newcomers*.parquet, data/part*.parquet, data/train_gen-*.parquet"
+    some = "data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part*.parquet, data/train_gen-*.parquet"
     found = f"a.csv, {some}, …"
     fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
     written(tmp_path / "dataset_dict.json", "{}")

@@ -155,11 +155,17 @@ def recurrent(_):
     BaseModel(model, tokenizer(), "tiny")
 
 
-def built_over(world):
+def built_over(world, out=None):
     Bank.build(
-        world.base, people_of(12, prefix="c"), world.bank_folder, task="movielens-rating", encoder=HashEncoder(),
+        world.base, people_of(12, prefix="c"), out or world.bank_folder, task="movielens-rating", encoder=HashEncoder(),
         run=TINY_RUN.model_copy(update={"seed": 9}), task_people=people_of(4, prefix="t"),
     )  # fmt: skip
+
+
+def built_beside(world):
+    (world.tmp / "mine").mkdir()
+    (world.tmp / "mine" / "notes.txt").write_text("mine")
+    built_over(world, world.tmp / "mine")
 
 
 BAD = '{"person": "ann", "title": "Heat", "genres": "Crime", "rating": "9"}\n'
@@ -240,6 +246,11 @@ PROVOKED = {
         r"local, host:6379 or ray://host:10001",
     ),
     "BankError": (
+        built_beside,
+        ("holds notes", r"notes\.txt", "does not belong to a bank"),
+        "--out",
+    ),
+    "BankRefused": (
         built_over,
         ("holds a bank built from", r"bank\d*", "other people, another base, or other settings"),
         "--out",

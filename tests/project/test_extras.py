@@ -1,6 +1,7 @@
 """Extras: what works without them, and the error of each feature that needs one."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -33,7 +34,7 @@ OTHERS_NEED |= {"pyarrow"}  # scikit-learn looks for it among the imported modul
 
 def test_the_extras_are_those_of_the_distribution():
     listed = {
-        extra: tuple(line.partition(">=")[0] for line in lines)
+        extra: tuple(re.split(r"\[|>=", line)[0] for line in lines)
         for extra, lines in PROJECT["optional-dependencies"].items()
         if extra not in ("docs", "dev")
     }

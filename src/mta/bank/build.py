@@ -48,7 +48,7 @@ from mta.config import Run
 from mta.data.history import Item, Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError, InputError
+from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.model.base import BaseModel
@@ -255,8 +255,8 @@ def remove_work(out: Path) -> None:
 def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
     """Return whether the bank is complete, perhaps without its calibration.
 
-    Raises BankError for another bank, foreign files, and if the build may ``resume``, for an interrupted build with
-    other keys: its finished work would be overwritten.
+    Raises BankError for foreign files, BankRefused for another bank and, if the build may ``resume``, for an
+    interrupted build with other keys: its finished work would be overwritten.
     """
     if (out / INFO).exists():
         if (info := read_info(out)).work in (keys.whole, keys.training, keys.older):
@@ -265,7 +265,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
             if not (out / CALIBRATING).exists():
                 remove_work(out)
             return True
-        raise BankError(
+        raise BankRefused(
             f"{out} holds a bank built from other people, another base, or other settings (memory, dtype, …)",
             hint="Choose another folder with --out: the states of people need this bank.",
         )
@@ -275,7 +275,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
             hint="Choose an empty or a new folder with --out.",
         )
     if resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
-        raise BankError(
+        raise BankRefused(
             f"{out} holds an interrupted build from other people, another base, or other settings (memory, dtype, …)",
             hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
             f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",

@@ -51,7 +51,7 @@ def show(
     try:
         found = summarize(person, Store(store), bank)
     except PersonNotFound as error:
-        raise _in_bank(error, person, bank) from None
+        raise _in_bank(error, person, bank, store) from None
     if json:
         return show_json(asdict(found))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
@@ -230,7 +230,7 @@ def forget(
     raise typer.Exit(INCOMPLETE)
 
 
-def _in_bank(error: PersonNotFound, person: str, bank: Path) -> PersonNotFound:
+def _in_bank(error: PersonNotFound, person: str, bank: Path, store: str) -> PersonNotFound:
     """Return the error for a person without a state; it says so if a bank was trained on the person."""
     from mta.bank.format import read_info
 
@@ -238,7 +238,9 @@ def _in_bank(error: PersonNotFound, person: str, bank: Path) -> PersonNotFound:
     with suppress(MtaError):  # there may be no bank
         parts += read_info(bank).members.parts_of(person)
     found = f"{error.message}; the bank at {bank} was trained on them: {', '.join(parts)}"
-    return PersonNotFound(found, hint="To forget them:  mta forget") if parts else error
+    command = shlex.join(["mta", "forget", "--bank", str(bank), "--store", store, "--", person])
+    hint = f"To forget them:  {options.without_passwords(command)}"
+    return PersonNotFound(found, hint=hint) if parts else error
 
 
 def _reachable(bank: Path) -> Path:

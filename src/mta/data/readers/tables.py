@@ -172,7 +172,7 @@ def _shared_name(shard: Path) -> str:
     if shard_of := re.match(r"(.*)-\d+-of-\d+", shard.stem):
         return f"{shard_of[1]}-*"
     common = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
-    return re.sub(r"([-_.]*\*)+$", "", common) + "*"
+    return re.sub(r"([-_.]*\*)+$", "*", common)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.errors import BankError, DataError
+from mta.errors import BankRefused, DataError
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
@@ -286,7 +286,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
     before = read_beside(folder / META)
     every = [run for run in sittings(folder) if run["kind"] == KIND]
-    runs = [run for run in every if run.get("stopped") != BankError.__name__] or every  # refused by a bank of others
+    runs = [run for run in every if run.get("stopped") != BankRefused.__name__] or every  # refused by a bank of others
     if not runs:
         return before
     facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}

@@ -26,7 +26,7 @@ from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError, InputError
+from mta.errors import BankRefused, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.people import draw_splits, with_tested
 from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_bank, run_on_everything
@@ -148,13 +148,13 @@ class Workspace:
 
     @contextmanager
     def described(self) -> Iterator[None]:
-        """Write the recipe. If a bank with other settings is in the folder (BankError), restore the one before."""
+        """Write the recipe. If a bank with other settings is in the folder (BankRefused), restore the one before."""
         paths = [folder / name for folder in {self.out, self.folder} for name in (CURRENT, SIZES, RECIPE)]
         before = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
         self.write_recipe()
         try:
             yield
-        except BankError:
+        except BankRefused:
             mixed = dict.fromkeys(read_beside(self.folder / CURRENT).get("banks", {}), "")  # whose bank is unclear now
             for path in paths:
                 write_text(path, before[path]) if path in before else path.unlink(missing_ok=True)
