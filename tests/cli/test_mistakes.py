@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "a build over another bank": (
         "bank build {members} {settings} --out {bank} seed=9",
-        "BankError: {bank} holds a bank built from other people",
+        "BankRefused: {bank} holds a bank built from other people",
     ),
     "a bank that is not there": ("bank show {root}/no", "BankCorrupt: no bank at {root}/no: bank.json is missing"),
     "personalize with a bank that is not there": (
