@@ -185,7 +185,7 @@ def test_results_of_a_refused_recipe_are_not_mixed_with_earlier_ones(world, cach
 
 def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
     run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
-    assert report([tmp_path / "run"], tmp_path / "report") == ["run: Figure 5: one person's question"]
+    assert report([tmp_path / "run"], tmp_path / "report") == ["people.jsonl: Figure 5: one person's question"]
 
 
 def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):
