@@ -123,9 +123,10 @@ def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
 
 def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
     """Return whether a bank in ``out`` is a copy whose calibration was interrupted, or did not begin."""
-    trained, of_source = ({name: d for name, d in one.files.items() if name != CALIBRATION} for one in (info, source))
-    hashes = source.hash, _without_calibration(source).hash  # the second where a person was forgotten at its end
-    return trained == of_source and (info.hash in hashes or (out / CALIBRATING).exists())
+    trained = _without_calibration(source)
+    hashes = source.hash, trained.hash  # the second where a person was forgotten at its end
+    same = _without_calibration(info).files == trained.files
+    return same and (info.hash in hashes or (out / CALIBRATING).exists())
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
