@@ -10,7 +10,7 @@ import pytest
 from files import path_of_open
 
 from mta.errors import ConfigError, InputError, StoreError
-from mta.system.atomic import make_folder, owner_only, replacing, sync_folder, write_json, write_text
+from mta.system.atomic import make_folder, owner_only, replacing, replacing_folder, sync_folder, write_json, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -166,6 +166,36 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), replacing(tmp_path / "file"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_whole_in_place_of_none_or_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with replacing_folder(tmp_path / name) as temporary:
+            write_text(temporary / "file", "text")
+            assert not (tmp_path / name / "file").exists()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "empty",
+        "empty/file",
+        "new",
+        "new/file",
+    ]
+
+
+def test_a_folder_is_not_published_over_another_or_after_an_error(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(OSError, match="full"), replacing_folder(tmp_path / "full") as temporary:
+        write_text(temporary / "file", "text")
+
+    def write_and_fail() -> None:
+        with replacing_folder(tmp_path / "new") as temporary:
+            write_text(temporary / "file", "text")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]
 
 
 def test_a_file_is_flushed_before_it_has_its_name_and_its_folder_after(

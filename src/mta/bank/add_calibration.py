@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -37,7 +35,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
-from mta.system.atomic import copy_file, json_sha256, sync_folder, write_tensors, write_text
+from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_tensors, write_text
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
@@ -108,17 +106,12 @@ def _copy(folder: Path, out: Path) -> None:
 
 
 def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
-    try:
-        known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
+    known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
+    with replacing_folder(out) as temporary:
         for name in (*known, MEMBERS, CARD, INFO):
             if (folder / name).exists():
                 copy_file(folder / name, temporary / name)
         verify(temporary, read_info(temporary))  # another process may have calibrated the bank meanwhile
-        temporary.rename(out)  # in place of an empty folder, if there is one
-        sync_folder(out.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:

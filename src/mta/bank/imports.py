@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +37,7 @@ from mta.lora.batch import Factors, LoraBatch, concatenate
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.system.atomic import copy_file, json_sha256, sync_folder, write_tensors, write_text
+from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_tensors, write_text
 
 log = logging.getLogger("mta")
 _NAMED = 5  # bases in a warning
@@ -213,8 +211,7 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
     """Write the files of a bank beside ``out``, and rename the folder when it is complete."""
     lora = Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank))
     bank = info.run.bank.model_copy(update={"anchors": len(anchors), "lora": lora})
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
-    try:
+    with replacing_folder(out) as temporary:
         write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
         if task_lora:
@@ -229,7 +226,3 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
         whole = with_hash(info.model_copy(update=changed))
         write_text(temporary / CARD, card(whole))
         write_info(temporary, whole)
-        temporary.rename(out)  # in place of an empty folder, if there is one
-        sync_folder(out.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
-from mta.system.atomic import make_folder, sync_folder, unfinished_in, write_tensors, write_text
+from mta.system.atomic import replacing_folder, sync_folder, unfinished_in, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -66,9 +65,7 @@ def write_peft(
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        make_folder(temporary)
+    with replacing_folder(target, _publish) as temporary:
         write_tensors(temporary / WEIGHTS, _tensors(adapter), {"format": "pt"})
         config = _config(adapter, base_name, fan_in_fan_out)
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -76,9 +73,6 @@ def write_peft(
             write_text(temporary / CARD, card)
         if on_weights:
             on_weights(temporary / WEIGHTS)
-        _publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -193,7 +187,6 @@ def alpha_of(scale: float, rank: int) -> int | float:
 def _publish(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
-        sync_folder(target.parent)
         return
     (target / CONFIG).unlink(missing_ok=True)
     if (temporary / CARD).exists() and (has_own_card(target) or not (target / CARD).exists()):

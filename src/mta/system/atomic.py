@@ -129,7 +129,7 @@ def replacing(
     """
     check_ordinary(path)
     make_folder(path.parent, private)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb", opener=owner_only if private else None) as file:
             yield file
@@ -140,6 +140,27 @@ def replacing(
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, publish: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
+    """Yield the path of a temporary folder beside ``path``. After the block, rename it to ``path``.
+
+    ``path`` is missing or an empty folder, unless ``publish(temporary, path)`` replaces the rename. On an error in the
+    block, the temporary folder is removed.
+    """
+    temporary = _temporary(path.absolute())
+    try:
+        yield temporary
+        publish(temporary, path)
+        sync_folder(temporary.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a new name beside ``path``, which ``unfinished_in`` finds if the writer is killed."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def check_ordinary(path: Path) -> None:
