@@ -1,6 +1,5 @@
 """Detokenized text while tokens arrive: whole characters, and nothing of a stop text."""
 
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -8,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from mta.serving.api.schemas import AnswerText, CompletionRequest, ResponseFormatter
 from mta.serving.api.streaming import Detokenizer
@@ -41,6 +41,20 @@ def test_an_answer_in_the_middle_of_a_text_keeps_its_first_space(text, split, st
     prompt, answer = ids[:split], ids[split:]
     shown = Detokenizer(made, before=prompt[-1:])
     assert made.decode(prompt) + "".join([*map(shown.add, answer), shown.end()]) == made.decode(ids)
+
+
+def logprobs_formatter(made):
+    request = CompletionRequest(model="task", prompt="x", logprobs=3)
+    return ResponseFormatter(request, "task", PreTrainedTokenizerFast(tokenizer_object=made))
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_tokens_with_log_probabilities_keep_their_spaces(strip):
+    made = byte_fallback_tokenizer(strip)
+    formatter = logprobs_formatter(made)
+    tokens = tuple(Token(id, -1.0) for id in made.encode("b ab").ids)
+    shown = formatter.choice([AnswerText(0, "b ab", tokens, "stop")])["logprobs"]
+    assert (shown["tokens"], shown["text_offset"]) == (["b", " a", "b"], [0, 1, 3])
 
 
 def pieces_of(text, stops=()):
@@ -100,9 +114,9 @@ def test_every_version_of_every_id_can_be_named(id, version):
 
 
 def test_of_tokens_with_the_same_text_the_likeliest_has_its_log_probability():
-    request = CompletionRequest(model="task", prompt="x", logprobs=3)
-    same = SimpleNamespace(decode=lambda ids: "\N{REPLACEMENT CHARACTER}" if ids[0] < 9 else "a")
-    formatter = ResponseFormatter(request, "task", same)
-    token = Token(1, -0.5, ((1, -0.5), (2, -1.0), (9, -3.0)))
+    made = byte_fallback_tokenizer()
+    formatter = logprobs_formatter(made)
+    half, other, whole = map(made.token_to_id, ("<0xE2>", "<0xE3>", "a"))
+    token = Token(half, -0.5, ((half, -0.5), (other, -1.0), (whole, -3.0)))
     found = formatter.choice([AnswerText(0, "?", (token,), "length")])["logprobs"]
     assert found["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -0.5, "a": -3.0}]

@@ -140,6 +140,8 @@ class ResponseFormatter:
     def __init__(self, request: Request, model: str, tokenizer: Any) -> None:
         self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
         self._ids = request.return_tokens_as_token_ids
+        # A token is decoded behind another: some tokenizers omit the space before a text's first word.
+        self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
@@ -192,7 +194,10 @@ class ResponseFormatter:
         return {"token": text, "logprob": logprob, "bytes": None if partial or self._ids else list(text.encode())}
 
     def _text(self, id: int) -> str:
-        return f"token_id:{id}" if self._ids else str(self.tokenizer.decode([id]))
+        if self._ids:
+            return f"token_id:{id}"
+        before, both = (str(self.tokenizer.decode(tokens)) for tokens in (self._before, [*self._before, id]))
+        return both[len(before) :]
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
