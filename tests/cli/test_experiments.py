@@ -1,5 +1,6 @@
 """``mta evaluate`` on a recipe, and ``mta report``: on a small world, and on real data if available."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,22 @@ def test_an_experiment_and_a_bank_are_drawn(smoke, world, tmp_path):
     drawn = mta("report", out, world.bank, "--out", tmp_path / "report", "--json").json["drawn"]
     assert {"members.jsonl: Ablation", "bank: Outcome"} <= {*drawn}
     assert (tmp_path / "report" / "bank" / "README.md").read_text().startswith("# bank: bank\n")
-    assert (tmp_path / "report" / "members.jsonl" / "run.json").exists()
+
+
+def test_a_report_is_drawn_again_from_itself_also_in_place_of_an_older_one(smoke, tmp_path):
+    command, out = smoke
+    mta(*command)
+    drawn, again = (tmp_path / name / "members.jsonl" for name in ("drawn", "again"))
+    drawn.mkdir(parents=True)
+    older = {"machine": "another", "threads": 1, "versions": {}, "hours": 1, "command": "older", "commit": "older"}
+    (drawn / "meta.json").write_text(json.dumps({"exhibits": ["case"], "runs": [older]}))
+    (drawn / "case.json").write_text("{}")
+    mta("report", out, "--out", drawn.parent)
+    mta("report", drawn, "--out", again.parent)
+    assert not (drawn / "case.json").exists()
+    assert {file.name: file.read_bytes() for file in drawn.glob("*.*")} == {
+        file.name: file.read_bytes() for file in again.glob("*.*")
+    }
 
 
 @pytest.mark.parametrize(

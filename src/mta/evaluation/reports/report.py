@@ -33,6 +33,7 @@ from mta.system.atomic import copy_file, make_folder, write_json
 from mta.tracking.run_folder import RUN, lines, sittings
 
 ANSWERS = "answers"
+_SHOWN = ("command", "commit", "machine", "threads", "versions", "exhibits", "hours", "stopped", "remark")  # of a run
 
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:
@@ -125,14 +126,15 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
     if folder.resolve() == found.folder.resolve():
         return
     write_without_texts(found.records, folder / f"{SCORES}.gz")
-    for name, value in ((SIZES, found.sizes), (FACTS, found.facts), (CASE, found.case)):
+    runs = [{name: run[name] for name in _SHOWN if name in run} for run in found.meta.get("runs", ())]
+    meta = found.meta | {"runs": runs}
+    for name, value in ((SIZES, found.sizes), (META, meta), (FACTS, found.facts), (CASE, found.case)):
         if value:
             write_json(folder / name, value)
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an earlier experiment
     recipe = found.folder / RECIPE
     copy_file(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
-    for name in (RUN, META):
-        if (found.folder / name).exists():
-            copy_file(found.folder / name, folder / name)
     if texts:
         lamp_answers(found.records, found.task, folder / ANSWERS)
 
