@@ -1,7 +1,7 @@
 """Many people at once through the gateway, against the base alone under the same load, and against PEFT.
 
     python -m benchmarks.serve --bank demo/bank                                     # 16 people, 30 seconds each way
-    python -m benchmarks.serve --bank demo/bank --clients 64 --seconds 60 --vllm .vllm/bin/python
+    python -m benchmarks.serve --bank demo/bank --ways vllm embedded --clients 64 --seconds 60 --vllm .vllm/bin/python
     python -m benchmarks.serve --bank demo/bank --ways embedded peft --json results/serve.json
 
 A real server for each way, in a process of its own, asked over loopback by one process of clients. Every client is
