@@ -12,7 +12,7 @@ import kill
 import pytest
 import torch
 from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped_among_anchors, trained
-from conftest import TINY_RUN, HashEncoder, memory_for
+from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
@@ -215,22 +215,26 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path,
             assert json.loads(line)["stage"] in ("task LoRA", "anchors", "calibration")
 
 
-def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(tmp_path):
-    """As on a GPU, whose rounding may lead to other clusters."""
+@pytest.mark.parametrize(("candidates", "stop_at"), [(len(CANDIDATES), 1), (40, 2)])
+def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(tmp_path, candidates, stop_at):
+    """As on a GPU, whose rounding may lead to other clusters. Of 40 candidates, the same 8 calibrate both banks."""
+
+    def made(name, **how):
+        return build(tmp_path / name, candidates=people_of(candidates, prefix="somebody-c"), **how)
 
     class Turned(HashEncoder):
         def encode(self, texts):
-            return super().encode(texts)[:, torch.randperm(8, generator=torch.Generator().manual_seed(3))].square()
+            return super().encode([text[::-1] for text in texts])
 
     def stop(stage, step):
-        if stage == "calibration":
+        if stage == "calibration" and step.step == stop_at:
             raise KeyboardInterrupt
 
-    fresh = build(tmp_path / "fresh", encoder=Turned())
+    fresh = made("fresh", encoder=Turned())
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
-    resumed = build(tmp_path / "bank", encoder=Turned())
-    assert read_info(fresh).members != read_info(build(tmp_path / "other")).members
+        made("bank", on_step=stop)
+    resumed = made("bank", encoder=Turned())
+    assert read_info(fresh).members != read_info(made("other")).members
     assert trained(resumed) == trained(fresh)
 
 

@@ -23,7 +23,8 @@ from mta.evaluation.experiments.recipe import load_experiment, wanted
 from mta.evaluation.experiments.results import Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import BATCH, MAIN, Workspace, batches
-from mta.evaluation.methods import METHODS, TaskLora
+from mta.evaluation.methods import METHODS
+from mta.evaluation.metrics import measure
 from mta.evaluation.protocol import Panel
 from mta.evaluation.reports.report import report
 
@@ -189,13 +190,11 @@ def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
 
 
 def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):
-    scored = TaskLora.scored
+    def diverged(*given):
+        found = measure(*given)
+        return replace(found, metrics={**found.metrics, "NLL": math.nan})
 
-    def diverged(method, panel, seed):
-        outcome, scores = scored(method, panel, seed)
-        return outcome, [replace(one, metrics={**one.metrics, "NLL": math.nan}) for one in scores]
-
-    monkeypatch.setattr(TaskLora, "scored", diverged)
+    monkeypatch.setattr("mta.evaluation.methods.method.measure", diverged)
     with pytest.raises(Diverged, match=r"task LoRA.*: a person's score is not finite"):
         run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
 

@@ -8,7 +8,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from mta.config import CompareSettings, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.errors import InputError
+from mta.errors import Diverged, InputError
 from mta.evaluation import Context, Panel, context, run_methods
 from mta.evaluation.compare import compare, standard_methods
 from mta.evaluation.experiments.runner import compute_records
@@ -189,6 +189,12 @@ def test_people_are_measured_with_every_seed(panel):
     for metric, values in both.people.items():
         assert torch.equal(values, torch.cat([first.people[metric], second.people[metric]]))
     assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's answers
+
+
+def test_a_method_that_diverges_is_an_error_and_no_result(panel):
+    diverging = OneLora(name="OPPU", training=Training(lr=1e200, steps=3, batch_size=8))
+    with pytest.raises(Diverged, match="OPPU, seed 0: a person's score is not finite"):
+        run_methods(panel, [diverging])
 
 
 def test_the_same_seed_gives_the_same_numbers(panel, tiny):

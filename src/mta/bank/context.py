@@ -83,7 +83,7 @@ class BuildContext:
 
     def calibration_result(self, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of the calibration."""
-        return self._file(self.keys.whole, "calibration", name, "safetensors")
+        return self._file(json_sha256([self.keys.whole, self.chosen]), "calibration", name, "safetensors")
 
     def _file(self, key: str, plan: str, name: str, ending: str) -> Checkpoint:
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()

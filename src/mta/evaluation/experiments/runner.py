@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mta.distributed.executor import Piece
-from mta.errors import ClusterError, Diverged, InputError
+from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
@@ -171,9 +170,6 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
     _ = panel.jobs  # no method's seconds include tokenizing
     outcome, scores = run.method.scored(panel, run.seed)
-    for score in scores:
-        if not all(map(math.isfinite, score.metrics.values())):
-            raise Diverged(f"{run}: a person's score is not finite: {dict(score.metrics)}", hint="Lower its rate (lr).")
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None
     return [

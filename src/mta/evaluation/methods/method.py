@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
-from mta.errors import ConfigError
+from mta.errors import ConfigError, Diverged
 from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, Panel
 from mta.lora.layers import Adapters
@@ -70,10 +71,15 @@ class Method(Settings, ABC):
         return panel.outcomes[key]
 
     def scored(self, panel: Panel, seed: int) -> tuple[Outcome, list[PersonScore]]:
-        """Return the outcome and each person's score."""
+        """Return the outcome and each person's score. Raises Diverged for a score that is not finite."""
         outcome = self.outcome(panel, seed)
         pairs = zip(outcome.answers, panel.golds)
-        return outcome, [measure(panel.task, answers, golds, panel.write_texts) for answers, golds in pairs]
+        scores = [measure(panel.task, answers, golds, panel.write_texts) for answers, golds in pairs]
+        for score in scores:
+            if not all(map(math.isfinite, score.metrics.values())):
+                found = f"a person's score is not finite: {dict(score.metrics)}"
+                raise Diverged(f"{self.name}, seed {seed}: {found}", hint="Lower its rate (lr).")
+        return outcome, scores
 
     @abstractmethod
     def run(self, panel: Panel, seed: int) -> Outcome:
