@@ -55,6 +55,13 @@ def test_a_prompt_with_a_profile_shows_items_answers_and_all_before_the_question
     assert LAMP4.profiled().target(item) == "x"
 
 
+def test_a_task_without_a_sentence_of_its_own_shows_earlier_items_as_they_are_asked():
+    task = LAMP4.model_copy(update={"profile": None})
+    shown = "Generate a headline for the following article: a cake with lemon and sugar a title"
+    assert task.sentence(EARLIER[1]) == shown
+    assert task.profiled().sentence(with_profile(task, EARLIER[1], EARLIER[:1], 1)) == shown
+
+
 def test_without_earlier_items_the_prompt_has_no_profile():
     item = with_profile(LAMP4, EARLIER[0], [], 3)
     assert LAMP4.profiled().prompt(item) == LAMP4.prompt(EARLIER[0])

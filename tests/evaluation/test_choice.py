@@ -5,6 +5,7 @@ import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 from panels import PEOPLE, POSTERIOR, QUERIES, SHOTS
 from panels import panel as panel  # the fixture
+from pydantic import ValidationError
 
 from mta.config import Training
 from mta.data.history import Item, Person
@@ -12,6 +13,7 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Chosen, Merged, OneLora, Outcome, TaskLora
 from mta.evaluation.methods.combined import pick
+from mta.evaluation.methods.method import parse_method
 from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import Panel
 
@@ -66,6 +68,13 @@ def test_chosen_does_not_read_queries(tiny):
     ]
     one, other = (Chosen(margin=0.0).run(panel, 0).chosen for panel in panels)
     assert one == other
+
+
+@pytest.mark.parametrize("candidate", ["own-constant", "other-person", {"method": "rag", "over": "other-person"}])
+def test_a_method_that_reads_other_people_cannot_be_chosen(candidate):
+    """In the folds of a choice, other rows hold the shots that a row holds out."""
+    with pytest.raises(ValidationError, match="reads other people"):
+        parse_method({"method": "choice", "candidates": ["task-lora", candidate]})
 
 
 class Silent(TaskLora):

@@ -227,6 +227,14 @@ def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(panel):
     assert 1.2 * one < found.bytes_per_person < 2.2 * one
 
 
+@pytest.mark.parametrize("start", ["zero", "posterior"])
+def test_merged_by_one_layer_group_is_the_learned_policy(panel, start):
+    settings = POSTERIOR.model_copy(update={"policy": "learned", "start": start})
+    one, other = MergedByLayer(groups=1, merge=settings).run(panel, 0).merge, Merged(merge=settings).run(panel, 0).merge
+    torch.testing.assert_close(one.w[:, 0], other.w)
+    assert not MergedByLayer(merge=MergeSettings(policy="learned", k=8)).fits(panel.task, 4, True)
+
+
 def test_a_smaller_bank_merges_only_its_own_anchors(panel):
     found = Merged(merge=POSTERIOR, anchors=2).run(panel, 0).merge
     bank, chosen = panel.bank, sorted(found.ids[0].tolist())

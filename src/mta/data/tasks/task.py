@@ -39,6 +39,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
+_PROFILE = "{profile}"  # in front of the prompts of ``Task.profiled``
 UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
 
 
@@ -220,7 +221,7 @@ class Task(Settings):
     def sentence(self, item: Item) -> str:
         """Return an earlier item with its answer in one sentence, for prompts that show a person's history."""
         form = self.item
-        return self._fill(self.profile or f"{form.prompt} {{{form.target}}}", item)
+        return self._fill(self.profile or f"{form.prompt.removeprefix(_PROFILE)} {{{form.target}}}", item)
 
     def profiled(self) -> Task:
         """Return the task with a field ``profile`` in front of every prompt, which may be cut.
@@ -231,7 +232,7 @@ class Task(Settings):
             return self
         forms = {
             name: form.model_copy(
-                update={"prompt": "{profile}" + form.prompt, "cut": (*form.cut, "profile"), "pattern": None}
+                update={"prompt": _PROFILE + form.prompt, "cut": (*form.cut, "profile"), "pattern": None}
             )
             for name, form in (("item", self.item), ("query", self.query))
             if form

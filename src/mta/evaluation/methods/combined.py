@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from mta.data.history import Item
@@ -103,6 +104,13 @@ class Chosen(Method):
     candidates: tuple[AnyMethod, ...] = (TaskLora(), Merged(), MergeThenAdapt())
     folds: int = 4
     margin: float = 0.5
+
+    @model_validator(mode="after")
+    def _read_one_person(self) -> Self:
+        for one in self.candidates:
+            if one.uses_other_people or one.uses_task_people:  # in folds, other rows hold this row's held-out shots
+                raise ValueError(f"candidates: {one.name!r} reads other people; choose among methods that do not")
+        return self
 
     @property
     def seeded(self) -> bool:

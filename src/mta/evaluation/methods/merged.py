@@ -95,9 +95,16 @@ class MergedByLayer(Method):
     merge: MergeSettings | None = None
     groups: int = 3
 
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return _fits(self.merge, task, anchors, calibrated)
+
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings, bank = panel.merge_settings(self.merge), panel.bank
-        first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
+        from_zero = settings.start == "zero"
+        first, seconds = panel.merge(
+            settings.model_copy(update={"policy": "uniform" if from_zero else "posterior"}), seed
+        )
+        first = replace(first, w=torch.zeros_like(first.w)) if from_zero else first
         start = clock(panel.base.device)
         merge = learn(
             panel.base,

@@ -132,6 +132,14 @@ class OverMethod(Method):
     def uses_bank(self) -> bool:
         return self.over.uses_bank
 
+    @property
+    def uses_other_people(self) -> bool:
+        return self.over.uses_other_people
+
+    @property
+    def uses_task_people(self) -> bool:
+        return self.over.uses_task_people
+
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return self.over.fits(task, anchors, calibrated)
 
