@@ -159,6 +159,30 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
     assert [type(error) for error in asyncio.run(go())] == [EngineGone, EngineGone]
 
 
+def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_person_can_come_back(tmp_path):
+    person, loaded = Version("ann", 1, seal="a" * 16), {wire_name(Version("ann", 1, seal="a" * 16))}
+    answers = [500, 200]
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx2.Response(200, json={"data": [{"id": name} for name in loaded]})
+        status = answers.pop(0)
+        loaded.difference_update(loaded if status == 200 else ())
+        return httpx2.Response(status)
+
+    async def go():
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+            registry = AdapterRegistry(client, tmp_path, count=4)
+            with pytest.raises(EngineGone):
+                await registry.drop({person}.__contains__, lambda answer: None)
+            await registry.versions()  # as every sweep asks
+            await registry.settled()
+            async with registry.held(person) as name:
+                return name
+
+    assert asyncio.run(go()) == wire_name(person)
+
+
 @pytest.mark.parametrize("seed", [None, 0, -1, -2, 2**63 - 1, 2**63])
 def test_every_seed_is_one_that_vllm_takes(seed):
     """It takes -1 for no seed, and refuses larger ones; the second of two answers has the next seed."""

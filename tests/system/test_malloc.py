@@ -71,3 +71,11 @@ def test_memory_is_not_given_back_in_a_process_that_does_not_keep_it(monkeypatch
     monkeypatch.setattr(malloc, "_keeps", False)  # an earlier test may have run the command line in this process
     monkeypatch.setattr(malloc, "_resident", lambda: pytest.fail("memory was looked at"))
     malloc.give_back_memory(keep=0)
+
+
+def test_a_kernel_that_does_not_tell_the_memory_is_no_error(monkeypatch):
+    from mta.system import malloc
+
+    monkeypatch.setattr(malloc, "_keeps", True)
+    monkeypatch.setattr(malloc.Path, "read_text", lambda *_, **__: "VmRSS: 1 kB\n")
+    malloc.give_back_memory(keep=0)

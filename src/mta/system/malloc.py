@@ -45,7 +45,9 @@ def give_back_memory(keep: int) -> None:
     """
     if not _keeps:
         return
-    with contextlib.suppress(OSError, AttributeError, ValueError):
+    with contextlib.suppress(
+        OSError, AttributeError, ValueError, KeyError
+    ):  # not every kernel has all files and fields
         libc = ctypes.CDLL("libc.so.6")
         libc.mallinfo2.restype = _Mallinfo
         if _resident() - libc.mallinfo2().used > keep:

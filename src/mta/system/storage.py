@@ -70,10 +70,10 @@ class Storage:
             return bool(self.fs.exists(self.at(name)))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Return names and sizes (bytes) of the files in a folder; empty if the folder does not exist."""
+        """Return names and sizes (bytes) of the files and links in a folder; empty if the folder does not exist."""
         with self._reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
             infos = self.fs.ls(self.at(folder), detail=True)
-            return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
+            return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] != "directory"}
         return {}
 
     def folders(self, name: str) -> list[str]:

@@ -36,7 +36,7 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     return {"object": "list", "data": [_model(name) for name in names]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:whole}")
 async def model(service: Gateway, name: str, key: Caller) -> dict[str, Any]:
     """Return a model that the key may use: the base, the pooled model, or a person's."""
     await service.resolve_model(name, key)

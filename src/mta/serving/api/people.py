@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -26,7 +27,14 @@ from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import Refused
 from mta.store import Store
 
-router = APIRouter(prefix="/v1/people")
+
+def _ends_with_a_name(http: HttpRequest) -> None:
+    """Raises UnknownOrForbidden for a path that ends with a line break: routes would find the path without it."""
+    if http.scope["path"].endswith("\n"):
+        raise _unknown()
+
+
+router = APIRouter(prefix="/v1/people", dependencies=[Depends(_ends_with_a_name)])
 
 
 class NewItem(BaseModel, extra="forbid"):
@@ -49,7 +57,7 @@ class Personalize(BaseModel, extra="forbid"):
     latest: Annotated[int | None, Field(ge=1)] = None
 
 
-@router.post("/{id:path}/history")
+@router.post("/{id:whole}/history")
 async def history(service: Gateway, id: str, body: History, key: Caller) -> dict[str, Any]:
     """Append items to a person's history."""
     _own(key, id)
@@ -61,7 +69,7 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     return {"items": count, "kept": body.keep}
 
 
-@router.post("/{id:path}/personalize", status_code=202)
+@router.post("/{id:whole}/personalize", status_code=202)
 async def personalize(service: Gateway, id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
     """Start stages 2 and 3 in the background."""
     _own(key, id)
@@ -78,7 +86,7 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
         return _status_body(await run_in_threadpool(service.jobs.put, chosen, key, since, fewer=latest is not None))
 
 
-@router.get("/{id:path}/personalize")
+@router.get("/{id:whole}/personalize")
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
@@ -91,7 +99,7 @@ async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     return _status_body(found)
 
 
-@router.get("/{id:path}")
+@router.get("/{id:whole}")
 def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the stored data of a person: opaque anchor numbers, coefficients, versions, bytes."""
     _own(key, id)
@@ -108,7 +116,7 @@ def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     return report
 
 
-@router.delete("/{id:path}")
+@router.delete("/{id:whole}")
 async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Delete all stored data of a person; name the task LoRA and banks that must be rebuilt without the person."""
     _own(key, id)

@@ -109,7 +109,8 @@ class AdapterRegistry:
     async def versions(self) -> set[Version]:
         """Return the person versions that may be loaded. Raises EngineGone.
 
-        Adapters from before this gateway started count as idle ones from now on: the first to be unloaded.
+        Adapters from before this gateway started count as idle ones from now on: the first to be unloaded. Dropped ones
+        that could not be unloaded are tried again.
         """
         removed: set[str] = set()
         self._removed.append(removed)
@@ -122,6 +123,9 @@ class AdapterRegistry:
             if isinstance(who, Version) and name not in self._loaded and name not in removed:
                 self._loaded[name] = Loaded(who)
                 self._loaded.move_to_end(name, last=False)
+        for name, one in self._of().items():
+            if one.dropped and not one.answers and not one.unloading:
+                self._start_unloading(name).add_done_callback(_note_failure)
         return {one.who for one in self._loaded.values() if isinstance(one.who, Version)}
 
     async def settled(self) -> None:
