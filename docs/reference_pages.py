@@ -51,7 +51,8 @@ def settings() -> str:
         "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists "
         "you can change:\n\n"
         "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `attack`, `serve`);\n"
-        "- `calibration.…` (`mta bank calibrate`);\n"
+        "- `calibration.…` (`mta bank calibrate`; of the following it takes only `base`, `device`, `memory`, and "
+        "`gradient_checkpointing`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
         "Other changes are an error: build another bank.\n\n"
     )

@@ -7,6 +7,8 @@ import pytest
 from world import BOB, TASK, mta, ratings, run, written
 from world import world as world  # the fixture
 
+from mta.data.tasks import load_task
+
 
 def test_data_describe_counts(world):
     assert mta("data", "describe", world.new, *TASK).out.startswith("people 4  items 24  min 6  median 6")
@@ -18,7 +20,8 @@ def test_data_describe_counts_in_json(world):
     splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
     assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
     assert splits["people with times"] == 4
-    assert (splits["anchors"], splits["compared"]) == ({"items": 11, "people": 0}, {"items": 20, "people": 0})
+    assert splits["anchors"] == {"items": 11, "people": 0}
+    assert splits["compared"] == {"shots": 8, "queries": 12, "people": 0}
     assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
 
 
@@ -27,6 +30,16 @@ def test_data_describe_counts_people_with_enough_items(world):
     assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
     assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
     assert "people with a time on every item: 4" in said
+
+
+def test_people_with_questions_of_a_benchmark_need_only_shots_to_be_compared(tmp_path):
+    profile = [{"id": f"{n}", "text": f"Review {n} of a lamp.", "score": "4"} for n in range(8)]
+    asked = {"id": "q", "input": load_task("lamp3").item.prompt.format(text="Bright."), "profile": profile}
+    (tmp_path / "dev_questions.json").write_text(json.dumps([asked]))
+    golds = [{"id": "q", "output": "5"}]
+    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
+    said = mta("data", "describe", tmp_path / "dev_questions.json", "--task", "lamp3").out
+    assert "enough for the 8 shots and 12 queries of mta compare: 1 people" in said
 
 
 def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):

@@ -85,6 +85,21 @@ def test_mistakes_are_reported_without_a_traceback(world, tmp_path, words, expec
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_rows_and_names_of_columns_are_as_for_other_commands(tmp_path):
+    table, bad = tmp_path / "reviews.csv", tmp_path / "bad.jsonl"
+    table.write_text("who,text,score\nann,Fine.,4\nann,Bad.,9\n")
+    words = ["evaluate", "lamp3", "--data", table, "--out", tmp_path / "out"]
+    assert run(*words).err.rstrip().endswith("or give its name:  --person-column NAME")
+    words += ["--person-column", "who"]
+    assert "--skip-bad FILE" in run(*words).err
+    assert "1 bad rows" in run(*words, "--skip-bad", bad).err  # and too few people
+    assert json.loads(bad.read_text())["row"]["score"] == "9"
+    assert "--test names another" in run(*words, "--skip-bad", bad, "--test", table).err
+    table.write_text("who,text,score\nann,Fine.,4\n")
+    said = run(*words, "--time-column", "day")
+    assert said.err.rstrip().endswith("Name a column of the file:  --time-column NAME")
+
+
 def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
     command, _ = smoke
     said = run(*command[:-1], "tune")

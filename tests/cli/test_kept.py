@@ -55,6 +55,16 @@ def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(wor
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 
 
+def test_a_word_counts_after_the_settings_of_a_file(world, tmp_path):
+    """A training of the stack that is asked for replaces the calibrated one, and epochs replace steps."""
+    file, out = tmp_path / "config.yaml", tmp_path / "out"
+    file.write_text("shots: 2\nqueries: 2\nbrief: true\nstack: {calibrated: true, training: {steps: 8}}\n")
+    given = ["--config", file, "stack.training.epochs=1"]
+    mta("compare", world.new, "--bank", world.bank, *given, "--out", out)
+    stack = sitting(out)["settings"]["stack"]
+    assert (stack.get("calibrated", False), stack["training"]["steps"], stack["training"]["epochs"]) == (False, None, 1)
+
+
 def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
     (tmp_path / "config.yaml").write_text("shotz: 2\nmerge: {policy: uniform}\n")
     said = run("compare", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")

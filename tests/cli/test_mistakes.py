@@ -185,6 +185,10 @@ MISTAKES = {
         "compare {new} --bank {bank} --out {new} shots=2 queries=2",
         "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
+    "forgetting with a bank and without": (
+        "forget ann --bank {bank} --no-bank --store {store}",
+        "InputError: --bank and --no-bank exclude each other",
+    ),
     "forgetting in a store that is not there": (
         "forget ann --bank {bank} --store {root}/s",
         "StoreError: there is no store at {root}/s",

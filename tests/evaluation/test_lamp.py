@@ -69,6 +69,16 @@ def test_an_answer_may_be_empty_but_a_gold_may_not(tmp_path):
         read_answers(path, HEADLINE)
 
 
+def test_a_models_answers_are_those_of_the_file_itself(tmp_path):
+    """The outputs beside a file of questions are the true answers, whose score would be perfect."""
+    written(tmp_path / "dev_outputs.json", {"1": "4"})
+    (tmp_path / "dev_questions.json").write_text("[]")
+    with pytest.raises(DataError, match=r"dev_questions\.json"):
+        read_answers(tmp_path / "dev_questions.json", RATING, empty=True)
+    path = written(tmp_path / "my_questions.json", {"1": "5"})
+    assert read_answers(path, RATING, empty=True) == {"1": "5"}
+
+
 def test_golds_are_found_in_the_folder_of_their_questions(tmp_path):
     (tmp_path / "dev_questions.json").write_text("[]")
     with pytest.raises(DataError, match="no outputs file beside"):

@@ -14,7 +14,7 @@ from mta.bank.bank import Bank
 from mta.errors import InputError, PersonNotFound
 from mta.store import Store
 from mta.store.state import State
-from mta.tools.served import Server, check_served
+from mta.tools.served import Server, base_at, check_served
 
 
 def state_of(base, bank, seed):
@@ -44,6 +44,12 @@ def test_a_server_of_the_same_models_agrees(world):
     assert [one.name for one in found] == [world.service.base.name, "task", "person:ann", "person:bob"]
     assert {one.verdict for one in found} == {"ok"}
     assert all("differ by 0.00" in one.found for one in found)
+
+
+def test_the_base_is_called_as_the_server_calls_it(world):
+    assert base_at(server_of(world), "/elsewhere/base") == world.service.base.name
+    assert base_at(Server(world.url, "wrong"), "/elsewhere/base") == "/elsewhere/base"
+    assert base_at(Server("http://127.0.0.1:9"), "/elsewhere/base") == "/elsewhere/base"
 
 
 def test_a_check_of_no_person_is_a_warning_that_says_how_to_name_people(world):

@@ -165,19 +165,24 @@ def _open(given: _Arguments, name: str, kind: type[Kind]) -> Iterator[_Session[K
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
     tracker = options.tracker_for(given.track, given.out)
     people = options.people_in(given.source, options.task_of(given.bank), given.columns, given.skip_bad)
-    chosen, run_words = _settings(kind, given.config, given.words)
+    chosen, run_words, file_words = _settings(kind, given.config, given.words)
     base, bank, run = options.open_bank(
-        given.bank, run_words, seed=given.seed, device=given.device, open_to=options.MERGE_AND_STACK
+        given.bank,
+        run_words,
+        seed=given.seed,
+        device=given.device,
+        file_words=file_words,
+        open_to=options.MERGE_AND_STACK,
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     with Screen() as screen, options.run_folder(name, given.out, base, bank, used, tracker, screen.step) as folder:
         yield _Session(base, bank, run, people, chosen, screen, folder)
 
 
-def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str]]:
-    """Return the settings of a comparison or an attack, and the settings of the run as key=value."""
+def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str], list[str]]:
+    """Return the settings of a comparison or an attack, and as key=value those of the run: of words, of the file."""
     given = read_yaml(config).items()
-    run_words = [f"{key}={dumps(value, default=str)}" for key, value in given if key in RUN_SETTINGS]
-    run_words += [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
+    file_words = [f"{key}={dumps(value, default=str)}" for key, value in given if key in RUN_SETTINGS]
+    run_words = [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
     own_words = [word for word in words if word not in run_words]
-    return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words
+    return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words, file_words

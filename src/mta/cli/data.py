@@ -47,8 +47,14 @@ def describe(
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})
     lines = ["  ".join(f"{name} {value:,.12g}" for name, value in found.items())]
-    for name, use in (("anchors", "to become anchors of a bank"), ("compared", "for mta compare")):
-        lines.append("with {items} items or more, enough {use}: {people} people".format(use=use, **splits[name]))
+    lines.append(
+        "with {items} items or more, enough to become anchors of a bank: {people} people".format(**splits["anchors"])
+    )
+    lines.append(
+        "enough for the {shots} shots and {queries} queries of mta compare: {people} people".format(
+            **splits["compared"]
+        )
+    )
     for shots, able in splits["shots"].items():
         lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
     timed = splits["people with times"]

@@ -13,7 +13,7 @@ from typer import Argument, Option
 from mta.cli import options
 from mta.cli.screen import Screen, show_json, tables
 from mta.config import override
-from mta.data.readers import read_answers
+from mta.data.readers import read_answers, read_people
 from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.system.assets import resolve
@@ -69,6 +69,11 @@ def evaluate(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
+    skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     track: options.Track = None,
@@ -99,9 +104,20 @@ def evaluate(
     which: Which = "test" if on == "test" else "development"
     exhibits = exhibit or []
     wanted(chosen, which, exhibits)  # before anything is written or loaded
+    if skip_bad and test:
+        raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint="Correct both.")
+    columns = options.Columns(person_column, input_column, output_column, time_column)
     with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
         workspace = Workspace.open(
-            chosen, out, data, which, test=test, say=screen.say, executor=executor, on_step=screen.step
+            chosen,
+            out,
+            data,
+            which,
+            test=test,
+            read=partial(read_people, columns=columns.given, skip_bad=skip_bad),
+            say=screen.say,
+            executor=executor,
+            on_step=screen.step,
         )
         run_experiment(workspace, exhibits, options.command_line(), tracker)
     if json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bol
 
 
 def doctor(
-    bank: Annotated[Path | None, Option("--bank", help="Check this bank too.")] = None,
+    bank: Annotated[Path | None, Option("--bank", help="Check this bank too: a folder.")] = None,
     store: Annotated[str | None, Option("--store", help="Check this store too.")] = None,
     served: Annotated[
         str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
@@ -91,7 +91,7 @@ def _served(
     device: str | None,
 ) -> list[Finding]:
     import mta
-    from mta.tools.served import PERSON, Server, check_served
+    from mta.tools.served import PERSON, Server, base_at, check_served
 
     require("serve")
     if not bank or not store:
@@ -100,9 +100,9 @@ def _served(
         raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
     key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
     base, opened, run = options.open_bank(options.bank_at(bank), options.as_words(base=moved), device=device)
-    ours = served_as == PERSON  # a server of ours also serves the pooled model and the base
-    names = {"task": "task", "base": base.name} if ours else {"task": "", "base": ""}
-    server = Server(url, key, served_as, **names)
+    server = Server(url, key, served_as, task="")
+    if served_as == PERSON:  # a server of ours also serves the pooled model and the base
+        server = replace(server, task="task", base=base_at(server, base.name))
     return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 

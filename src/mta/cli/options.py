@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PosixPath
@@ -112,13 +112,17 @@ class Columns(NamedTuple):
     output: str | None = None
     time: str | None = None
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The names that were given."""
+        return {name: column for name, column in self._asdict().items() if column}
+
 
 def people_in(
     source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None, questions: bool = False
 ) -> list[Person]:
     """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
-    named = {name: column for name, column in columns._asdict().items() if column}
-    read = partial(read_people, task=task, columns=named, skip_bad=skip_bad, questions=questions)
+    read = partial(read_people, task=task, columns=columns.given, skip_bad=skip_bad, questions=questions)
     path = Path(os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
         return read(source)
@@ -145,20 +149,22 @@ def open_bank(
     seed: int | None = None,
     device: str | None = None,
     config: Path | None = None,
+    file_words: Sequence[str] = (),
     open_to: frozenset[str] = frozenset(),
     machine: frozenset[str] = MACHINE_SETTINGS,
     weights: bool = True,
 ) -> tuple[mta.BaseModel, mta.Bank, Run]:
     """Return the base of a bank, the bank, and its settings, changed by ``config``, ``words``, ``seed`` and ``device``.
 
-    Without ``weights`` the base is an outline, which computes nothing. Only the settings in ``open_to`` and
-    ``machine`` may change. Raises ConfigError for all other settings, which would have no effect.
+    ``file_words`` change them first: they are of a file that also holds other settings. Without ``weights`` the base is
+    an outline, which computes nothing. Only the settings in ``open_to`` and ``machine`` may change. Raises ConfigError
+    for all other settings, which would have no effect.
     """
     from mta.bank.format import check_base, read_info
 
     info = read_info(folder)
     built = info.run
-    run = override(built, [*(words or []), *as_words(seed=seed, device=device)], config)
+    run = override(override(built, file_words), [*(words or []), *as_words(seed=seed, device=device)], config)
     settled = set(Run.model_fields) - machine - open_to
     if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
         settled -= {"task"}  # the same task under another name

@@ -18,7 +18,7 @@ from typer import Argument, Option
 import mta
 from mta.cli import options
 from mta.cli.screen import confirm, show_json, show_parcel
-from mta.errors import MtaError, PersonNotFound, StoreError
+from mta.errors import InputError, MtaError, PersonNotFound, StoreError
 from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ def forget(
     from mta.personalize.forgetting import forget_person
     from mta.store import Store
 
+    if no_bank and bank:
+        raise InputError("--bank and --no-bank exclude each other", hint="Leave one of them out.")
     people, banks = Store(store), [] if no_bank else bank or [Path("bank")]
     done = forget_person(person, people, *map(_reachable, banks))
     missing = ""

@@ -9,7 +9,7 @@ from typing import Any
 from mta.config import CompareSettings, Run
 from mta.config.constants import SHOTS
 from mta.data.history import Person
-from mta.data.shots_and_queries import has_enough_items
+from mta.data.shots_and_queries import QueryOrder, has_enough_items
 from mta.data.tasks.task import Task
 
 
@@ -33,21 +33,23 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
     items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
     ``compared``: people with enough items for an anchor of ``mta bank build``, and for ``mta compare``, by default.
     """
+    least, default = Run().bank.min_items, CompareSettings()
 
-    def able(shots: int) -> int:
-        return sum(has_enough_items(task, person, shots, queries, "last") for person in people)
-
-    def with_items(least: int) -> dict[str, int]:
-        return {"items": least, "people": sum(len(person.items) >= least for person in people)}
+    def able(shots: int, queries: int, ask: QueryOrder) -> int:
+        return sum(has_enough_items(task, person, shots, queries, ask) for person in people)
 
     times = [[item.time for item in person.items] for person in people]
     known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
         "asked": queries,
-        "shots": {m: able(m) for m in SHOTS},
-        "anchors": with_items(Run().bank.min_items),
-        "compared": with_items(CompareSettings().shots + CompareSettings().queries),
+        "shots": {m: able(m, queries, "last") for m in SHOTS},
+        "anchors": {"items": least, "people": sum(len(person.items) >= least for person in people)},
+        "compared": {
+            "shots": default.shots,
+            "queries": default.queries,
+            "people": able(default.shots, default.queries, "next"),
+        },
         "people with times": sum(None not in each for each in times),
         "oldest": min(known, default=None),
         "newest": max(known, default=None),

@@ -111,7 +111,7 @@ class Store:
         if there := self.versions(id):
             raise PersonNotFound(
                 f"{id!r} has no version {chosen}; expected one of: {', '.join(map(str, there))}",
-                hint=f"Load the latest (version=None) or one of these versions, for example version={there[-1]}.",
+                hint=f"Choose one of these, for example {there[-1]}, or none: the latest.",
             )
         where = f"in the store {self.files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")

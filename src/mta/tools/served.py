@@ -7,6 +7,7 @@ here, with the code that trained the models, so that another adapter, scale, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ class Server:
         if isinstance(who, str):
             return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
         return {TASK: self.task, BASE: self.base}[who]
+
+
+def base_at(server: Server, otherwise: str) -> str:
+    """Return the base's name at a server of ours, which may be its path there; ``otherwise`` if it does not say."""
+    import httpx2 as httpx
+
+    with server.client() as client, suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+        return str(client.get("/v1/task").json()["base"])
+    return otherwise
 
 
 def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:

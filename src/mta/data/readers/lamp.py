@@ -146,13 +146,11 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
 def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, str]:
     """Return question id -> answer. ``path`` is LaMP's outputs file, the questions file beside it, or their folder.
 
-    ``empty`` is for a model's answers: they may be empty, or no label. Raises DataError, which names file, line, field.
+    ``empty`` is for a model's answers: they are in the file itself, and may be empty, or no label. Raises DataError,
+    which names file, line, and field.
     """
-    questions = questions_in(path) if path.is_dir() else path
-    outputs = outputs_beside(questions) or questions
-    if outputs == questions and "questions" in outputs.name:
-        raise DataError(f"no outputs file beside {questions}", hint="Give the path of an outputs file.")
-    found = outputs_in(outputs, task, Rejects(), empty=empty)
+    outputs = path if empty else _outputs_of(path)
+    found = outputs_in(outputs, task, Rejects(hint="Correct the answer."), empty=empty)
     for gold in () if empty else found.values():  # a model may answer with anything
         if task.labels and gold.output not in task.labels:
             raise data_error(
@@ -162,6 +160,14 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
                 hint="Give the model's answers first, and the true ones with --true; or another --task.",
             )
     return {id: gold.output for id, gold in found.items()}
+
+
+def _outputs_of(path: Path) -> Path:
+    questions = questions_in(path) if path.is_dir() else path
+    outputs = outputs_beside(questions) or questions
+    if outputs == questions and "questions" in outputs.name:
+        raise DataError(f"no outputs file beside {questions}", hint="Give the path of an outputs file.")
+    return outputs
 
 
 def _check_task(outputs: Path, task: Task) -> None:

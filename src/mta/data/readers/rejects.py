@@ -59,6 +59,7 @@ class Rejects:
 
     file: IO[bytes] | None = None
     count: int = 0
+    hint: str = HINT
 
     @classmethod
     @contextmanager
@@ -81,7 +82,7 @@ class Rejects:
     def add(self, place: Place, field: str | None, reason: str, row: Any = None, hint: str = "") -> None:
         """Record one bad row. Raises DataError if there is no file of rejects."""
         if self.file is None:
-            raise data_error(place, field, reason, hint=hint or HINT)
+            raise data_error(place, field, reason, hint=hint or self.hint)
         self.count += 1
         at = {"line": place.line} | ({"element": place.element} if place.element else {})
         record = {"file": str(place.file), **at, "field": field, "reason": reason}

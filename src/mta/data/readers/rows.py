@@ -21,7 +21,6 @@ from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
 NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
-_COLUMNS = "Name a column of the file, for example:  --time-column date"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +218,12 @@ def _rename(field: str, wanted: _Wanted) -> str:
     return f"Rename {these}" + (f", or give its name:  --{names[field]}-column NAME" if field in names else ".")
 
 
+def _named_otherwise(column: str | None, columns: Mapping[str, str]) -> str:
+    """Return the hint for a column that was named, and that the file does not have."""
+    name = next((name for name, given in columns.items() if given == column), "person")
+    return f"Name a column of the file:  --{name}-column NAME"
+
+
 def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     """Return the task's own fields, person, and time -> their columns; and which of input and output they replace.
 
@@ -275,11 +280,14 @@ def item_parts(
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
                     reason = has if needed else _missing(record, wanted, named)
-                    hint = _COLUMNS if needed else hint
+                    hint = _named_otherwise(column, columns) if needed else hint
                 raise Bad(column, reason, bad.place, hint) from None
             yield part
     if wrong := sorted({*named.values()} - seen) if seen else ():
-        raise DataError(f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}", hint=_COLUMNS)
+        raise DataError(
+            f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}",
+            hint=_named_otherwise(wrong[0], columns),
+        )
     if unread:
         names = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
         more, time = ", …" * (len(unread) > 3), named.get("time", "time")

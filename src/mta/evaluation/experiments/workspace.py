@@ -99,11 +99,12 @@ class Workspace:
         which: Which = "test",
         *,
         test: str | None = None,
+        read: Callable[[str, Task], Sequence[Person]] = read_people,
         say: Callable[[str], None] = lambda _: None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Self:
-        """Read the people of ``data`` (or of the recipe), draw the parts, and load the base.
+        """Read the people of ``data`` (or of the recipe) with ``read``, draw the parts, and load the base.
 
         ``test`` names other data with the people to test; without it they are drawn from ``data``.
         Raises InputError without data.
@@ -112,9 +113,9 @@ class Workspace:
         if source is None:
             raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
         task = load_task(recipe.run.task)
-        people, tested = list(read_people(resolve(source), task)), list[Person]()
+        people, tested = list(read(resolve(source), task)), list[Person]()
         if test:
-            people, tested = with_tested(recipe, task, people, read_people(resolve(test), task))
+            people, tested = with_tested(recipe, task, people, read(resolve(test), task))
         elif recipe.needs_test:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_splits(recipe, task, people, tested)
