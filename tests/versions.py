@@ -28,6 +28,8 @@ TOOLS = [
     "pytest",
     "pytest-timeout",
     "s3fs",
+    "trackio",
+    "wandb",
 ]
 SHOWN = ("torch", "transformers", "peft", "numpy", "pydantic", "typer", "fastapi")
 TESTS = [
@@ -66,6 +68,7 @@ TESTS = [
     "store/test_state.py",
     "store/test_store.py",
     "tools/test_cost.py",
+    "tracking",
     "training",
 ]
 

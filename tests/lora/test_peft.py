@@ -292,29 +292,40 @@ def test_a_folder_in_use_keeps_its_other_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", ["rename", "replace", "fsync"])
-@pytest.mark.parametrize("there", [False, True])
-def test_a_failed_export_leaves_no_wrong_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: bool
+@pytest.mark.parametrize("done", range(3))
+def test_a_failed_export_leaves_no_wrong_adapter_in_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
+    """New weights beside the old alpha would be another adapter. Card, weights, and configuration are replaced."""
     out, old, newer = tmp_path / "out", adapter_of("llama"), adapter_of("llama", seed=1, scale=3.0)
-    if there:
-        write_peft(out, old, "base")
+    write_peft(out, old, "base")
+    replace, left = Path.replace, [None] * done
 
+    def until_full(path: Path, target: Path) -> Path:
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", until_full)
+        with pytest.raises(OSError, match="No space left"):
+            write_peft(out, newer, "base", card="a card")
+    assert not (out / CONFIG).exists() or same(read_peft(out), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write_peft(out, newer, "base")
+    assert same(read_peft(out), newer)
+
+
+@pytest.mark.parametrize(("where", "name"), [(Path, "rename"), (os, "fsync")])
+def test_a_failed_export_leaves_no_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, name, full)
-        patched.setattr(Path, "replace", full) if name == "replace" else None
-        patched.setattr(Path, "rename", full) if name == "rename" else None
-        try:
-            write_peft(out, newer, "base")
-            assert same(read_peft(out), newer)
-        except OSError as error:
-            assert error.errno == 28  # noqa: PT017
-            if (out / CONFIG).exists():
-                assert same(read_peft(out), old)
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
-    write_peft(out, newer, "base")
-    assert same(read_peft(out), newer)
+        patched.setattr(where, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            write_peft(tmp_path / "out", adapter_of("llama"), "base")
+    assert list(tmp_path.iterdir()) == []

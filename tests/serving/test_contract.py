@@ -191,6 +191,7 @@ def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines
         assert "scored" not in {who.person for who in await engine.versions()}
         ended = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(end, list | ModelRemoved | PersonNotFound) for end in ended)
+        assert isinstance(ended[-1], ModelRemoved | PersonNotFound)  # there are more than slots
         return await collect(engine, beside)
 
     assert run(engines, forgotten) == world.expected(beside)

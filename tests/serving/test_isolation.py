@@ -168,6 +168,7 @@ def test_no_answer_comes_from_another_persons_adapter(tiny, tmp_path):
     assert wrong_in(found) == []
     assert found["right"] > 240  # of 480 requests
     assert found["left early"] > 24
+    assert found["forgotten"] > 0
 
 
 @pytest.mark.slow

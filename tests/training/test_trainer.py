@@ -187,16 +187,16 @@ def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
     """What float32 can promise: after one plain step the same within 1e-3."""
     base = base_of(dtype=torch.float32)
     jobs = jobs_of(3, 5, 1, 4)
-    training = Training(lr=1.0, steps=1, batch_size=8, eps=1e6, clip=1e9)  # a step in proportion to the gradient
+    training = Training(lr=1e6, steps=1, batch_size=8, eps=1e6, clip=1e9)  # a step by the gradient
     start = random_loras(base, 4)
     together = train_loras(base, jobs, start, training)
     for i, job in enumerate(jobs):
         alone = train_loras(unpacked(base), [job], start.select([i]), training)
         for name in start.names:
             for now, then, first in zip(together.factors[name], alone.factors[name], start.factors[name]):
-                change, reference = (now[i] - first[i]) * 1e6, (then[0] - first[i]) * 1e6
-                rounding = 1e-1  # of the start, a million times
-                assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + rounding
+                change, reference = now[i] - first[i], then[0] - first[i]
+                assert float(reference.norm()) > 0
+                assert float((change - reference).norm()) <= 1e-3 * float(reference.norm())
 
 
 @settings(max_examples=8, deadline=None)
