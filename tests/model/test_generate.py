@@ -1,5 +1,7 @@
 """Decoding rows of different people together: everybody answers as if they were alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import base_of, changed_json, random_loras, save_base
@@ -142,16 +144,29 @@ def test_generating_does_not_change_the_callers_random_state(temperature):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_a_seed_draws_what_torchs_global_generator_draws_with_it():
+@pytest.mark.parametrize("temperature", [1, 3.0])
+def test_tokens_are_drawn_with_the_probabilities_of_the_model(temperature):
+    base, count = endless(base_of()), 20_000
+    (prompt,), adapters = prompts_of(6), people(base, 1)
+    found = generate(base, [prompt] * count, [0] * count, adapters, max_new_tokens=1, temperature=temperature)
+    with torch.no_grad(), applied(base.model, adapters, torch.tensor([0])):
+        expected = (base.model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    (stop,) = base.stop_tokens
+    tokens = torch.tensor([answer[0] if answer else stop for answer in found])
+    shares = torch.bincount(tokens, minlength=len(expected)) / count
+    assert float((shares - expected).abs().sum()) < 2 * float((expected * (1 - expected) / count).sqrt().sum())
+
+
+def test_threads_draw_what_they_would_draw_alone():
     base = endless(base_of())
-    prompts, adapters = prompts_of(6), people(base, 1)
-    found = generate(base, prompts, [0], adapters, max_new_tokens=6, temperature=2.0, seed=7)
-    torch.manual_seed(7)
-    with applied(base.model, adapters, torch.tensor([0])):
-        tokens = base.model.generate(
-            torch.tensor(prompts), max_new_tokens=6, do_sample=True, temperature=2.0, top_k=0, eos_token_id=None
-        )
-    assert found == [tokens[0, 6:].tolist()]
+    bases = [base, *(base.twin() for _ in range(3))]
+
+    def drawn(seed):
+        return generate(bases[seed], prompts_of(6), [0], people(base, 1), max_new_tokens=12, temperature=2.0, seed=seed)
+
+    alone = [drawn(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, range(4))) == alone
 
 
 def test_decoding_ignores_the_sampling_settings_of_the_base(tmp_path):

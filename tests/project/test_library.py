@@ -3,6 +3,7 @@
 import shutil
 import threading
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from crowd import PEOPLE, QUESTION, same
 from tiny import base_of, tokenizer
 
 import mta
-from mta.config import CompareSettings
+from mta.config import CompareSettings, override
 from mta.data.history import Item, Person
-from mta.errors import BankMismatch, ConfigError, InputError, StoreError, UnsupportedModel
+from mta.errors import BankMismatch, ConfigError, DataError, InputError, StoreError, UnsupportedModel
 from mta.evaluation.compare import compare
+from mta.evaluation.methods import Outcome, TaskLora
+from mta.evaluation.metrics import from_scores
 from mta.model.base import BaseModel
 from mta.store import Store
 
@@ -113,19 +116,89 @@ def test_a_bank_of_another_base_is_refused(tiny):
 
 
 def test_nobody_is_compared_twice(tiny):
-    with pytest.raises(InputError, match="a person is given twice"):
+    with pytest.raises(InputError, match="1 people are given twice"):
         compare(*tiny, [*PEOPLE, PEOPLE[0]], CompareSettings(shots=2, queries=1), run=TINY_RUN, encoder=HashEncoder())
 
 
-@pytest.mark.parametrize(("rating", "reason"), [(None, "missing"), (4.0, "expected text"), ("4.0", "unknown label")])
-def test_items_made_in_python_are_checked(tiny, rating, reason):
-    odd = Person.of("odd", [Item({"title": "Alien", "genres": "Horror", "rating": rating})])
+@pytest.mark.parametrize(("given", "reason"), [({}, "missing"), ({"rating": "4.0"}, "unknown label")])
+def test_items_made_in_python_are_checked(tiny, given, reason):
+    odd = Person.of("odd", [Item({"title": "Alien", "genres": "Horror"} | given)] * 4)
     done = personalizer(*tiny).personalize([*PEOPLE, odd])
     assert (done.trained, list(done.failed)) == (len(PEOPLE), ["odd"])
     assert reason in str(done.failed["odd"])
+    with pytest.raises(DataError, match=reason):
+        compare(*tiny, [*PEOPLE, odd], CompareSettings(shots=2, queries=1), run=TINY_RUN, encoder=HashEncoder())
 
 
-@pytest.mark.parametrize("time", [float("nan"), float("inf")])
+def test_a_bank_is_built_of_items_of_its_task(tmp_path):
+    people = [Person.of(p.id, [Item({**i.fields, "rating": "5.0"}) for i in p.items]) for p in people_of(16)]
+    given = {"task": "movielens-rating", "run": TINY_RUN, "encoder": HashEncoder()}
+    with pytest.raises(DataError, match=r"field 'rating': unknown label '5\.0'"):
+        mta.Bank.build(base_of(), people, tmp_path / "bank", **given)
+
+
+@pytest.mark.parametrize("value", [5, None, 4.0])
+def test_fields_of_an_item_are_text(value):
+    with pytest.raises(InputError, match="field 'rating' of an item is a value of type"):
+        Item({"title": "Alien", "rating": value})
+
+
+def test_a_bank_of_people_without_a_task_is_not_one_of_free_texts(tmp_path):
+    with pytest.raises(InputError, match="no task"):
+        mta.Bank.build(base_of(), people_of(16), tmp_path / "bank", anchors=3, encoder=HashEncoder())
+
+
+def test_a_task_lora_is_given_as_a_text_too_and_only_to_a_bank_with_one(tiny, tmp_path):
+    base, bank = tiny
+    given = {"task": "movielens-rating", "encoder": HashEncoder(), "task_lora": str(bank.folder / "task_lora")}
+    without = override(TINY_RUN, ["task_lora.enabled=false"])
+    with pytest.raises(InputError, match=r"task_lora is given, but task_lora\.enabled is false"):
+        mta.Bank.build(base, people_of(16), tmp_path / "bank", run=without, **given)
+    built = mta.Bank.build(base, people_of(16), tmp_path / "bank", run=TINY_RUN, **given)
+    assert all(torch.equal(a, b) for a, b in zip(built.task_lora.tensors().values(), bank.task_lora.tensors().values()))
+
+
+def test_nobody_is_built_or_calibrated_on_twice(tiny, tmp_path):
+    base, bank = tiny
+    people = people_of(16)
+    with pytest.raises(InputError, match="1 people are given twice"):
+        mta.Bank.build(base, people, tmp_path / "bank", task="movielens-rating", task_people=[people[3]], run=TINY_RUN)
+    with pytest.raises(InputError, match="16 people are given twice"):
+        bank.calibrate(base, (one for one in [*people, *people]))
+
+
+class First(TaskLora):
+    """A method that answers otherwise than its base class."""
+
+    name: str = "first label"
+
+    def run(self, panel, seed):
+        shares = torch.tensor([0.9, *[0.025] * 4]).log()
+        return Outcome([from_scores(panel.task, shares.expand(len(asked), -1)) for asked in panel.queries], 0.0, 0.0)
+
+
+class Unfit(First):
+    name: str = "unfit"
+
+    def fits(self, task, anchors, calibrated):
+        return False
+
+
+def test_further_methods_have_results_of_their_own_and_are_left_out_where_they_do_not_fit(tiny, caplog):
+    settings = CompareSettings(shots=2, queries=1, brief=True)
+    found = compare(*tiny, PEOPLE, settings, run=TINY_RUN, encoder=HashEncoder(), more=[First(), Unfit()]).comparison
+    assert found.score("first label", "NLL") != found.score("task LoRA", "NLL")
+    assert "unfit" not in found.names
+    assert "left out: unfit" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_somebody_is_compared(tiny, limit):
+    with pytest.raises(InputError, match=f"limit is {limit}; expected 1 or more"):
+        compare(*tiny, PEOPLE, CompareSettings(shots=2, queries=1), run=TINY_RUN, encoder=HashEncoder(), limit=limit)
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), "2024-03-01", datetime(2024, 3, 1)])
 def test_a_time_is_finite(time):
     with pytest.raises(InputError, match="the time of an item"):
         Item({"title": "Alien"}, time=time)

@@ -20,7 +20,7 @@ from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters,
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run, override
-from mta.data.history import Person
+from mta.data.history import Person, check_distinct
 from mta.data.splits import draw
 from mta.data.tasks.load import as_today, load_task
 from mta.data.tasks.task import Task
@@ -70,7 +70,7 @@ class Bank:
         run: Run | None = None,
         encoder: Encoder | None = None,
         task_people: Sequence[Person] | None = None,
-        task_lora: Path | None = None,
+        task_lora: str | Path | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
         resume: bool = True,
@@ -88,15 +88,16 @@ class Bank:
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()
+        task = task or getattr(people, "task", None) or (run.task if run.task != Run().task else None)
         if anchors is not None:
             run = override(run, [f"bank.anchors={anchors}"])
-        task = task or getattr(people, "task", None) or (run.task if "task" in run.model_fields_set else None)
         if task is None:
             raise InputError(
                 "no task: this list of people does not name its own", hint="Give task=..., for example task='lamp3'."
             )
         chosen, people = load_task(task), list(people)
         task_people = None if task_people is None else list(task_people)
+        check_distinct([*(task_people or ()), *people])
         if task_people is None:
             half = len(people) // 2 if run.task_lora.enabled else 0
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half
@@ -104,11 +105,6 @@ class Bank:
                 log.warning("more than half of the people share items with each other, so the two halves share items")
             halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
-        if shared := {person.id for person in task_people} & {person.id for person in people}:
-            raise InputError(
-                f"{len(shared)} people are both in the task LoRA's part and candidates for anchors",
-                hint="Remove them from people or from task_people.",
-            )
         build_bank(
             base,
             chosen,
@@ -117,7 +113,7 @@ class Bank:
             people,
             run,
             Path(out),
-            task_lora=task_lora,
+            task_lora=Path(task_lora) if task_lora else None,
             executor=executor,
             on_step=on_step,
             resume=resume,
@@ -202,7 +198,8 @@ class Bank:
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
         holds anything but an unfinished copy of the bank.
         """
-        settings, copy = run or self.info.run, Path(out) if out else None
+        settings, copy, people = run or self.info.run, Path(out) if out else None, list(people)
+        check_distinct(people)
         calibrate_bank(self.folder, base, people, settings, out=copy, since=since, executor=executor, on_step=on_step)
         return self.open(copy or self.folder, base)
 

@@ -94,6 +94,8 @@ def build_bank(
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
+    if task_lora and not run.task_lora.enabled:
+        raise InputError(f"{task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")
     if task_lora and read_peft(task_lora).shapes != base.targets:
         raise InputError(
             f"{task_lora} does not change exactly the {len(base.targets)} layers that a bank of {base.name} changes",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -30,12 +31,23 @@ class Item:
     is_query: bool = False
 
     def __post_init__(self) -> None:
-        if self.time is not None and not math.isfinite(self.time):
-            raise InputError(f"the time of an item is {self.time}", hint="Give a number, or None for an unknown time.")
+        if self.time is not None and not _is_finite(self.time):
+            hint = "Give a number, such as seconds since 1970, or None for an unknown time."
+            raise InputError(f"the time of an item is {self.time!r}", hint=hint)
+        if other := next((name for name, value in self.fields.items() if not isinstance(value, str)), None):
+            kind = type(self.fields[other]).__name__
+            raise InputError(f"field {other!r} of an item is a value of type {kind}", hint="Give every field as text.")
         object.__setattr__(self, "fields", MappingProxyType(dict(self.fields)))
 
     def __reduce__(self) -> tuple[type[Item], tuple[dict[str, str], float | None, str | None, bool]]:
         return Item, (dict(self.fields), self.time, self.id, self.is_query)
+
+
+def _is_finite(time: object) -> bool:
+    try:
+        return math.isfinite(time)  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +103,14 @@ class Person:
 
 def _row(item: Item) -> str:
     return json.dumps([sorted(item.fields.items()), item.time], ensure_ascii=False)
+
+
+def check_distinct(people: Iterable[Person]) -> None:
+    """Raise InputError if a person is given twice."""
+    if twice := [id for id, count in Counter(person.id for person in people).items() if count > 1]:
+        raise InputError(
+            f"{len(twice)} people are given twice", hint="Put all items of a person into one history, and give it once."
+        )
 
 
 class People(list[Person]):

@@ -12,7 +12,7 @@ from typing import Any
 from mta.bank.bank import Bank
 from mta.bank.format import check_base
 from mta.config import CompareSettings, MergeSettings, Run
-from mta.data.history import Person
+from mta.data.history import Person, check_distinct
 from mta.data.sharing import Copies
 from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import draw
@@ -164,8 +164,9 @@ def compare(
     settings = settings or CompareSettings()
     check_base(bank.folder, bank.info, base.name, base.fingerprint)
     people = list(people)
-    if len({person.id for person in people}) < len(people):
-        raise InputError("a person is given twice", hint="Put all items of a person into one history.")
+    check_distinct(people)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected 1 or more people", hint="Leave it out to test everybody.")
     task, shots, queries, run = bank.task, settings.shots, settings.queries, bank.settled(run)
     calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
     check_merge(run.merge, len(bank), task.labelled, calibrated)
@@ -191,7 +192,10 @@ def compare(
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
-    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded), *more]
+    fitting = [method for method in more if method.fits(task, len(bank), calibrated)]
+    if len(fitting) < len(more):
+        log.warning("left out: %s", ", ".join(method.name for method in more if method not in fitting))
+    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded), *fitting]
     comparison = run_methods(panel, methods, seeds, on_method)
     meta = _meta(context, settings, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return ComparisonReport(comparison, panel, meta)

@@ -85,7 +85,7 @@ class Panel:
     tested: Sequence[Person] = ()
     merges_from: Panel | None = None
     fold: Fold | None = None
-    outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
+    outcomes: dict[tuple[type, str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
     merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
-from mta.data.history import Person
+from mta.data.history import Person, check_distinct
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import (
     ClusterError,
@@ -254,8 +254,7 @@ class Pipeline:
             raise DataError(
                 f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
             )
-        if len({person.id for person in people}) < len(people):
-            raise DataError("a person is given twice", hint="Put all items of a person into one history.")
+        check_distinct(people)
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
         ordered, store = sorted(people, key=lambda person: person.id), self.store
         if store is None:

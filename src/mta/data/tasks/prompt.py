@@ -75,11 +75,13 @@ class PromptFormat:
         return [Example(tokens + end, len(tokens), cut) for end in ends]
 
     def check(self, task: Task, items: Iterable[tuple[str, Item]], reserve: int | None = None) -> None:
-        """Raise DataError with its place for the first item that is too long, even if its text is cut.
+        """Raise DataError with its place for the first item that is wrong for the task, or too long even if it is cut.
 
         With ``reserve``, the items are questions, and so many tokens stay free for the answer.
         """
         for place, item in items:
+            if wrong := task.wrong(item):
+                raise DataError(f"{place}: field {wrong[0]!r}: {wrong[1]}", hint="Correct the item, or leave it out.")
             form = task.form(item)
             kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in form.cut)
             if kept + len(form.prompt.encode()) < (self.max_tokens - (reserve or 0)) // 2:  # a token is a byte or more

@@ -65,7 +65,7 @@ class Method(Settings, ABC):
 
     def outcome(self, panel: Panel, seed: int) -> Outcome:
         """Return the outcome of ``run``, computed once per panel: ``Chosen`` reads outcomes of other methods again."""
-        key = (self.digest, seed)
+        key = (type(self), self.digest, seed)
         if key not in panel.outcomes:
             panel.outcomes[key] = self.run(panel, seed)
         return panel.outcomes[key]
