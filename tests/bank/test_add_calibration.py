@@ -59,6 +59,13 @@ def test_an_older_bank_is_calibrated_in_place(folder, base):
     assert "What to expect" in (folder / "bank" / "README.md").read_text()
 
 
+def test_settings_that_were_chosen_for_a_bank_stay(tiny, tmp_path):
+    base, bank = tiny
+    after = bank.calibrate(base, OTHERS, run=bank.info.run, out=tmp_path / "copy")
+    assert bank.info.run.merge.policy == "posterior"  # today's default is another
+    assert (after.info.run.merge, after.info.run.stack) == (bank.info.run.merge, bank.info.run.stack)
+
+
 def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):
     said = []
     with caplog.at_level("INFO", "mta"):

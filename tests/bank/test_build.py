@@ -19,6 +19,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.format import CALIBRATING, read_info, seal, with_hash
+from mta.bank.task_lora import LOSSES
 from mta.data.history import Item
 from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, DataError, InputError
@@ -236,6 +237,29 @@ def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(t
     resumed = made("bank", encoder=Turned())
     assert read_info(fresh).members != read_info(made("other")).members
     assert trained(resumed) == trained(fresh)
+
+
+def test_the_losses_of_rounds_are_known_before_the_anchors_train(tmp_path):
+    known = []
+
+    def look(stage, step):
+        if stage == "anchors" and not known:
+            known.append(sittings(tmp_path / "bank")[-1].get(LOSSES))
+
+    many = people_of(24, prefix="somebody-t")
+    build(tmp_path / "bank", many, run=changed("task_lora", rounds=2), on_step=look)
+    assert len(known[0]) == 2
+
+
+def test_a_build_with_another_calibration_counts_the_seconds_of_its_training(tmp_path):
+    def stop(stage, step):
+        if stage == "calibration":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    build(tmp_path / "bank", run=changed("calibration", enabled=False))
+    assert {"task LoRA", "anchors"} <= read_info(tmp_path / "bank").seconds.keys()
 
 
 def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(built, tmp_path, monkeypatch):

@@ -13,13 +13,14 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.card import card
-from mta.bank.notes import mark_stale
+from mta.bank.notes import mark_stale, stale
 from mta.config import CompareSettings, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, InputError
 from mta.evaluation.compare import standard_methods
 from mta.evaluation.methods import Merged
+from mta.lora.batch import concatenate
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.model.encoders import encode_people
 from mta.personalize.merge import Merge, coefficients, merge_loras
@@ -141,6 +142,20 @@ def test_loras_join_a_bank(trained, tmp_path, monkeypatch):
     with pytest.raises(BankError, match="a forgotten person is in the"):
         first.added(base_of("llama"), folders[1:], tmp_path / "more")
     assert not (tmp_path / "more").exists()
+
+
+def test_a_person_forgotten_while_loras_join_their_bank_is_noted_in_the_larger_one(trained, tmp_path, monkeypatch):
+    folders = trained[0]
+    first = imported(tmp_path / "first", folders[:1])
+    monkeypatch.setattr(Bank, "encoder", lambda *_: HashEncoder())
+
+    def meanwhile(loras):
+        mark_stale(first.folder, "ann")
+        return concatenate(loras)
+
+    monkeypatch.setattr("mta.bank.imports.concatenate", meanwhile)
+    first.added(base_of("llama"), folders[1:], tmp_path / "both")
+    assert stale(tmp_path / "both") == stale(tmp_path / "first") != []
 
 
 def test_loras_join_a_bank_with_a_task_lora(trained, tiny, tmp_path, monkeypatch):

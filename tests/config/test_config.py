@@ -65,6 +65,14 @@ def test_the_last_of_two_equal_words_wins():
     assert load_settings(Run, None, ["seed=1", "seed=2"]).seed == 2
 
 
+@pytest.mark.parametrize(
+    "words", [["merge.k=2", "merge={policy: similarity}"], ["merge={policy: similarity}", "merge.k=2"]]
+)
+def test_words_for_a_group_and_for_a_part_of_it_add_up(words):
+    merge = load_settings(Run, None, words).merge
+    assert (merge.k, merge.policy) == (2, "similarity")
+
+
 def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
     assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
     assert load_settings(CompareSettings, None, ["seeds=[1, 2]"]).seeds == (1, 2)

@@ -1,11 +1,15 @@
 """BM25 over a person's own earlier items, and prompts that show them."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.data.bm25 import retrieve, with_profile
-from mta.data.history import Item
+from mta.bank.task_lora import not_kept_back
+from mta.data.bm25 import retrieve, with_profile, with_profiles
+from mta.data.history import Item, Person
+from mta.data.sharing import connected
 from mta.data.tasks import Task, load_task, task_names
 from mta.errors import TaskError
 
@@ -60,6 +64,17 @@ def test_a_task_without_a_sentence_of_its_own_shows_earlier_items_as_they_are_as
     shown = "Generate a headline for the following article: a cake with lemon and sugar a title"
     assert task.sentence(EARLIER[1]) == shown
     assert task.profiled().sentence(with_profile(task, EARLIER[1], EARLIER[:1], 1)) == shown
+
+
+def test_copies_are_found_below_the_earlier_items_that_they_show():
+    text = "An article so long that nobody else writes it by coincidence, word for word."
+    people = [Person.of(id, [article(id), article(text)]) for id in ("ann", "bob")]
+    shown = [with_profiles(LAMP4, person, 1) for person in people]
+    assert connected(shown, LAMP4.profiled())[1] == connected(people, LAMP4)[1]
+    assert connected(people, LAMP4)[1].items == 1
+    again = replace(people[0], items=(people[0].items[1], *people[0].items))
+    kept, plain = (not_kept_back(one, 1).items for one in (with_profiles(LAMP4, again, 1), again))
+    assert len(kept) == len(plain) == 1
 
 
 def test_without_earlier_items_the_prompt_has_no_profile():

@@ -15,6 +15,7 @@ from tiny import save_base
 
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
+from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
 from mta.evaluation.experiments import runner
@@ -164,6 +165,32 @@ def test_a_report_shows_the_results_of_the_settings_that_were_last_run(world, ca
     assert several[0] == [0, 1]
     assert first == run(plain)  # computes nothing
     assert first[1] != several[1]
+
+
+def test_the_case_of_other_settings_is_not_drawn(world, cache, tmp_path):
+    run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
+    assert Results.read(tmp_path / "run").case
+    run_experiment(workspace_of(world, tmp_path / "run", "run.merge.policy=uniform"), ["ablation"])
+    assert not Results.read(tmp_path / "run").case
+
+
+def test_a_bank_that_comes_before_the_main_one_has_its_task_lora_too(world, cache, tmp_path):
+    """So that an interrupted experiment finds the banks that it built."""
+    hard = {"bank": "hard", "words": ["bank.training.epochs=2"], "methods": [{"method": "mta", "name": "MTA, longer"}]}
+    given = f"exhibits.ablation={json.dumps([hard, {'methods': ['task-lora']}])}"
+    for _ in range(2):
+        workspace = workspace_of(world, tmp_path / "run", given)
+        run_experiment(workspace, ["ablation"])
+    hard, main = (workspace.bank(part, 0) for part in workspace.recipe.exhibits["ablation"])
+    assert hard.folder != main.folder
+    assert all(torch.equal(a, b) for a, b in zip(hard.task_lora.tensors().values(), main.task_lora.tensors().values()))
+
+
+def test_workers_of_a_cluster_have_the_people_that_were_read(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path / "run", read=lambda path, task: read_people(path, task)[:28])
+    there = workspace.opener()()
+    assert (there.people, there.splits, there.sizes) == (workspace.people, workspace.splits, workspace.sizes)
+    assert len(there.people) == 28
 
 
 def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, tmp_path):

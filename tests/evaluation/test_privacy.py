@@ -15,8 +15,9 @@ from tiny import base_of, unpacked
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.task_lora import pooled_items
-from mta.config import AttackSettings, Lora, MergeSettings, StackSettings, Training
+from mta.config import AttackSettings, Lora, MergeSettings, StackSettings, Training, override
 from mta.data.history import Item, Person
+from mta.data.tasks import load_task
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.privacy import report as privacy_report
@@ -77,8 +78,6 @@ def world(tmp_path_factory):
     base, task = base_of(), "movielens-rating"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(root / "cache"))
-        from mta.data.tasks import load_task
-
         build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, MEMORIZING, root / "bank")
         yield base, Bank.open(root / "bank", base)
 
@@ -115,6 +114,23 @@ def test_the_task_loras_items_are_those_it_was_trained_on(world):
     assert (
         sample_people(bank, EVERYBODY[:-1], SETTINGS, seed=0).pool == []
     )  # one is missing: who knows which items were pooled
+
+
+def test_outsiders_who_share_items_do_not_change_what_trained_the_task_lora(tmp_path, cache):
+    task, many = load_task("movielens-rating"), people_of(24, prefix="task-", seed=1)
+    run = MEMORIZING.model_copy(
+        update={"task_lora": MEMORIZING.task_lora.model_copy(update={"rounds": 2, "items": 400})}
+    )
+    run = override(run, ["task_lora.training.epochs=1", "bank.training.epochs=1", "calibration.enabled=false"])
+    base = base_of()
+    build_bank(base, task, HashEncoder(), many, CANDIDATES, run, tmp_path / "bank")
+    bank = Bank.open(tmp_path / "bank", base)
+
+    def known(people):
+        return {one.id for one in sample_people(bank, [*STRANGERS, *CANDIDATES, *people], SETTINGS, seed=0).pool}
+
+    assert len(known(many)) == 22  # a tenth is held out
+    assert known([replace(one, group="a") for one in many]) == known(many)  # as if a stranger held an item of each
 
 
 def test_at_most_about_a_thousand_items_of_others_are_sampled(world):

@@ -18,7 +18,9 @@ from mta.bank.format import (
     HASHED_FILES,
     INFO,
     MEMBERS,
+    UNKNOWN_TO_0_1_0,
     BankInfo,
+    as_before,
     check_base,
     file_hashes,
     read_adapters,
@@ -234,7 +236,9 @@ def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
 
 
 def _following(run: Run) -> Run:
-    """Return the settings of a bank that had the old defaults, so that the calibration counts."""
+    """Return the settings of a bank of 0.1.0 that had its defaults changed, so that the calibration counts."""
+    if as_before(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
+        return run
     policy = "auto" if run.merge.policy == "posterior" else run.merge.policy
     calibrated = run.stack.calibrated or run.stack.training == StackSettings().training
     merge, stack = ({"policy": policy}, {"calibrated": calibrated})

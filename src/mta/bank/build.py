@@ -120,7 +120,7 @@ def build_bank(
         base=base,
         settings=run.model_dump(mode="json") | own_task,
         about={"seeds": [run.seed]},
-        work=keys.whole,
+        work=keys.training,  # what is measured with another calibration goes on with the same training
         command=command,
         track=track,
         on_step=on_step,
@@ -232,7 +232,7 @@ def _finish(
         plan=plan.digest,
         items=tuple(items),
         cut=cut,
-        seconds=run_folder.seconds_of(context.out, context.keys.whole),
+        seconds=run_folder.seconds_of(context.out, context.keys.training),
         members=members,
         files=file_hashes(context.out, names),
         hash="",  # set below: a hash of the other fields

@@ -28,7 +28,7 @@ from mta.bank.format import (
     write_info,
 )
 from mta.bank.members import Members
-from mta.bank.notes import stale_report
+from mta.bank.notes import pass_stale_on, stale_report
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -128,6 +128,7 @@ def add_to_bank(
         torch.cat([before, vectors]),
         task_lora,
     )
+    pass_stale_on(folder, out)  # of a person who was forgotten meanwhile
 
 
 def _refuse_existing(out: Path) -> None:

@@ -12,6 +12,7 @@ from mta.bank.format import TASK_LORA
 from mta.bank.worker import LoraPiece
 from mta.config import TaskLoraSettings
 from mta.data.history import Item, Person
+from mta.data.tasks.task import PROFILE
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
@@ -44,7 +45,7 @@ def not_kept_back(person: Person, count: int) -> Person:
 
 
 def _fields(item: Item) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(item.fields.items()))
+    return tuple(sorted(pair for pair in item.fields.items() if pair[0] != PROFILE))
 
 
 def pooled_items(
@@ -131,7 +132,7 @@ def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequen
         if best and not losses[-1] < min(losses[:-1]):
             break
         best = found
-    context.record.about[LOSSES] = losses
+    context.record.note(LOSSES, losses)
     assert best is not None  # there is at least one round
     return best
 

@@ -14,7 +14,7 @@ from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
 from mta.data.tasks import Task
-from mta.errors import InputError, MtaError
+from mta.errors import BankError, InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 _COMPUTED_WITH = frozenset({"base", "device", "memory", "gradient_checkpointing"})  # what a calibration may change
@@ -122,10 +122,16 @@ def add(
 
     Example:  mta bank add bank/ loras/dora --out larger/
     """
-    task = options.task_of(folder)
+    from mta.bank.notes import stops
+
+    task, since = options.task_of(folder), stops(folder)
     read = _people(people, task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
-    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run), json)
+    larger = _calibrated(bank.added(model, adapters, out, people=read), model, read, run)
+    if stops(folder) != since:
+        hint = f"Forget them there, too (mta forget … --bank {out}), or remove it and repeat the command without them."
+        raise BankError(f"a person was forgotten in {folder} meanwhile; {out} may hold this person", hint=hint)
+    _show(larger, json)
 
 
 def _people(source: str | None, task: str | Task, columns: options.Columns, skip_bad: Path | None) -> list[mta.Person]:

@@ -282,9 +282,11 @@ def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
                     hint=f"Set it directly:  {parent}=…",
                 )
         try:
-            inner[last] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-99-99
             raise ConfigError(
                 f"{word!r}: the value is not readable YAML", hint=f"If it is text, quote it:  '{key}=\"…\"'"
             ) from None
+        both = isinstance(value, dict) and isinstance(inner.get(last), dict)
+        inner[last] = merged_over(inner[last], value) if both else value
     return merged_over(values, given)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
 from mta.data.overlap import SAME_ITEMS, Sets, nearly_equal
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import PROFILE, Task
 
 LONG = 64  # characters: two people can write a shorter text by coincidence
 CROWD = 10  # people: an item held by more people is common text and connects no people
@@ -155,7 +155,8 @@ class Copies:
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
-        inputs = [_plain(item.fields[name]) for name in task.item.inputs] if like_items else []
+        names = [name for name in task.item.inputs if name != PROFILE] if like_items else []
+        inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
@@ -218,8 +219,8 @@ def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int
 
 
 def _contents(person: Person) -> frozenset[bytes]:
-    """Return digests of the items of a person's history, without ids and times."""
-    fields = (sorted(item.fields.items()) for item in person.items)
+    """Return digests of the items of a person's history, without ids, times, and earlier items that they show."""
+    fields = (sorted(pair for pair in item.fields.items() if pair[0] != PROFILE) for item in person.items)
     return frozenset(_digest([_plain(text) for pair in one for text in pair]) for one in fields)
 
 

@@ -122,6 +122,12 @@ class RunFolder:
             write_text(self.folder / CONFIG, to_yaml(self.settings))
         self._sink = self.track(self.folder) if self.track else None
 
+    def note(self, name: str, value: Any) -> None:
+        """Record a fact of the run at once, so that it survives a kill."""
+        self.begin()
+        self.about[name] = value
+        self._write()
+
     def stage_begins(self) -> None:
         """Start the clock of the next step now."""
         self._last = time.monotonic()

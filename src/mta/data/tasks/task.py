@@ -39,7 +39,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
-_PROFILE = "{profile}"  # in front of the prompts of ``Task.profiled``
+PROFILE = "profile"  # field in front of the prompts of ``Task.profiled``: a person's earlier items
 UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
 
 
@@ -104,7 +104,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} contains the target {{{form.target}}}; leave it out, mta adds the target where known")
     if extra := fields - set(form.inputs):
         raise ValueError(f"{key} has the fields {sorted(extra)}; the prompt has {sorted(form.inputs)}")
-    if set(form.inputs) - {"profile"} and not fields:  # encoders do not read a profile
+    if set(form.inputs) - {PROFILE} and not fields:  # encoders do not read a profile
         raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 
@@ -220,19 +220,19 @@ class Task(Settings):
 
     def sentence(self, item: Item) -> str:
         """Return an earlier item with its answer in one sentence, for prompts that show a person's history."""
-        form = self.item
-        return self._fill(self.profile or f"{form.prompt.removeprefix(_PROFILE)} {{{form.target}}}", item)
+        asked = self.item.prompt.removeprefix(f"{{{PROFILE}}}")
+        return self._fill(self.profile or f"{asked} {{{self.item.target}}}", item)
 
     def profiled(self) -> Task:
         """Return the task with a field ``profile`` in front of every prompt, which may be cut.
 
         A task that already has the field is returned as it is.
         """
-        if "profile" in self.item.inputs:
+        if PROFILE in self.item.inputs:
             return self
         forms = {
             name: form.model_copy(
-                update={"prompt": _PROFILE + form.prompt, "cut": (*form.cut, "profile"), "pattern": None}
+                update={"prompt": f"{{{PROFILE}}}{form.prompt}", "cut": (*form.cut, PROFILE), "pattern": None}
             )
             for name, form in (("item", self.item), ("query", self.query))
             if form
@@ -255,7 +255,7 @@ class Task(Settings):
                 return name, f"missing; task {self.name!r} needs {', '.join(self.fields(item.is_query))}"
             if not isinstance(value, str):  # of an item that was made in Python
                 return name, f"expected text, got {type(value).__name__}"
-            if not value.strip() and name != "profile":  # the first items have no earlier ones to show
+            if not value.strip() and name != PROFILE:  # the first items have no earlier ones to show
                 return name, "empty; expected some text"
             if name == form.target and labels is not None and value not in labels:
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"

@@ -25,7 +25,7 @@ from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
-from mta.system.atomic import append_lines, make_folder, replacing
+from mta.system.atomic import append_lines, json_sha256, make_folder, replacing
 from mta.tracking.run_folder import sittings
 
 CURRENT = "current.json"  # the protocols of the settings that were last run, and the banks
@@ -183,6 +183,9 @@ class Results:
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
         current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
+        now = case_key(recipe, current.get("banks", {}).get(f"main-{recipe.seeds[0]}", ""))
+        if current and case.get("made_with", now) != now:
+            case = {}  # of other settings, or of an earlier bank
         scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
         found = read_records(folder) if scored or not (facts or case) else []
         records = _current(found, current.get("protocols"), current.get("banks", {}))
@@ -292,6 +295,12 @@ def _meta(folder: Path) -> dict[str, Any]:
     facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}
     exhibits = {name for run in (before, *runs) for name in run.get("exhibits", ())}
     return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *runs]}
+
+
+def case_key(recipe: Experiment, bank: str) -> str:
+    """Return a hash of what determines the case study: bank, merge, stack, shots, and queries."""
+    run, settings = recipe.run.model_dump(mode="json"), [recipe.shots, recipe.queries, recipe.ask]
+    return json_sha256([bank, run["merge"], run["stack"], *settings])[:16]
 
 
 def read_beside(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mta.distributed.executor import Piece
 from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
-from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
+from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, case_key, read_beside
 from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
 from mta.system.atomic import json_sha256, write_json
@@ -74,8 +74,11 @@ def run_experiment(
                 _run_seed(workspace, records, exhibits, seed)
             _write_facts(workspace, exhibits)
         if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
-            panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
-            write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
+            seed = recipe.seeds[0]
+            panel = next(workspace.panels(MAIN, seed, recipe.shots))
+            workspace.note_bank(MAIN, seed)
+            made = {"made_with": case_key(recipe, panel.bank.hash)}
+            write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, seed) | made)
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import INFO, TASK_LORA
+from mta.bank.format import TASK_LORA
 from mta.bank.keys import NOT_IN_KEY
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
@@ -172,11 +172,8 @@ class Workspace:
     def opener(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
-        data, test = (
-            name if not name or name in ASSETS else str(Path(name).resolve())
-            for name in (self.source, self.test_source)
-        )
-        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, test=test)
+        read = ("source", "test_source", "which", "task", "people", "splits", "sizes")
+        return partial(_open_remote, recipe, out=self.out.resolve(), **{name: getattr(self, name) for name in read})
 
     # -- people --------------------------------------------------------------------------------------------------------
 
@@ -265,13 +262,14 @@ class Workspace:
         return self._banks[name]
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
-        """Return the main bank's task LoRA if the part's bank would have the same."""
-        main, plain = self._folder(MAIN, run.seed), self._run_of(MAIN, run.seed)
+        """Return the main bank's task LoRA if the part's bank would have the same. Builds that bank first."""
+        if part.bank == MAIN_BANK or not run.task_lora.enabled:
+            return None
+        plain = self._run_of(MAIN, run.seed)
         same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
         if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
             same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
-        exists = part.bank != MAIN_BANK and run.task_lora.enabled and (main / INFO).exists()
-        return main / TASK_LORA if same and exists else None
+        return self.bank(MAIN, run.seed).folder / TASK_LORA if same else None
 
     def _context(self, part: Part, seed: int) -> Context:
         """Return the context of a part's panels for a seed."""
@@ -345,3 +343,9 @@ class Workspace:
         """Return the settings of merges and stacks that methods without own ones take."""
         run = override(self.recipe.run, [*part.words])
         return [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
+
+
+def _open_remote(recipe: Experiment, **read: Any) -> Workspace:
+    """Open a workspace with the people that another process read."""
+    base = BaseModel.of(recipe.run)
+    return Workspace(recipe, base=base, say=lambda _: None, executor=LocalExecutor(), on_step=None, **read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from mta.bank.bank import Bank
 from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import AttackSettings
 from mta.data.history import Item, Person
+from mta.data.sharing import connected
 from mta.data.splits import draw
 from mta.errors import InputError
 from mta.evaluation.protocol import members_and_others
@@ -149,7 +150,10 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
     """Return people behind the task LoRA who are no anchors, with items it was trained on, about ``items`` in all."""
     info, run = bank.info, bank.info.run
-    behind = [(person, of) for person in people if "task LoRA" in (of := info.members.parts_of(person.id))]
+    own = [person for person in people if info.members.parts_of(person.id)]
+    if any(person.group for person in people):  # groups as when the bank was built, without others who connect them
+        own = connected([replace(person, group="") for person in own], bank.task)[0]
+    behind = [(person, of) for person in own if "task LoRA" in (of := info.members.parts_of(person.id))]
     if not bank.task_lora or len(behind) < info.members.task:
         return []  # the pooled items of a person depend on the missing people
     own = [person for person, of in behind if "clusters" not in of]
