@@ -133,6 +133,37 @@ def test_an_answer_is_read_back_without_its_end_token(task):
     assert form().decode(form().example(task, RATING).target) == "4"
 
 
+# what comes before an answer
+
+_INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ ' ' + m.content }}<|end|>{% endif %}{% endfor %}"
+)
+_THINKING = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
+)
+_SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+
+
+def test_a_space_that_the_template_writes_before_an_answer_begins_the_answer(task):
+    made = PromptFormat(tokenizer_of(_INST))
+    example = made.example(task, RATING)
+    assert words(made, example.prompt).endswith(" [/INST]")
+    assert words(made, example.target) == " 4<|end|>"
+    assert made.decode(example.target) == "4"
+    assert made.answer_tokens(task) == len(example.target)
+
+
+@pytest.mark.parametrize("switch", [_SWITCH, ""])
+def test_a_base_that_can_think_answers_at_once(task, switch):
+    made = PromptFormat(tokenizer_of(_THINKING + switch + "{% endif %}"))
+    example = made.example(task, RATING)
+    assert words(made, example.prompt).endswith("<|start|>assistant\n<think></think>")
+    assert words(made, example.prompt).count("<think>") == 1
+    assert words(made, example.target) == "4<|end|>"
+
+
 # the end token
 
 

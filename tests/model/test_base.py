@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,9 +165,14 @@ def test_a_quantized_folder_is_refused_before_its_weights_are_read(copy, method)
     assert "'llama' is quantized; adapters are trained over unquantized weights only" in message
 
 
-def test_a_quantized_model_is_refused():
+@pytest.mark.parametrize("of_text", [False, True])
+def test_a_quantized_model_is_refused(of_text):
     model = KINDS["llama"]()
-    model.config.quantization_config = {"quant_method": "gptq"}
+    part = SimpleNamespace(quantization_config={"quant_method": "gptq"})
+    if of_text:
+        model.config.get_text_config = lambda **_: part
+    else:
+        model.config.quantization_config = part.quantization_config
     with pytest.raises(UnsupportedModel, match="is quantized"):
         BaseModel(model, tokenizer(), "tiny")
 

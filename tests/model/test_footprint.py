@@ -7,6 +7,8 @@ import torch
 from memory import TensorMemory
 from tiny import random_loras, tokenizer
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -47,6 +49,16 @@ SHAPES = {
     ),
     "large vocabulary": lambda: LlamaForCausalLM(
         LlamaConfig(vocab_size=LARGE, hidden_size=64, intermediate_size=160, **COMMON)
+    ),
+    "bounded logits": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=LARGE,
+            hidden_size=64,
+            intermediate_size=160,
+            head_dim=16,
+            final_logit_softcapping=30.0,
+            **COMMON,
+        )
     ),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(vocab_size=5000, hidden_size=128, intermediate_size=256, head_dim=64, **COMMON)
@@ -114,6 +126,7 @@ def test_keys_and_values_are_counted_whatever_the_order_of_the_layers():
         ("llama", "merge"),
         ("llama", "gates"),
         ("large vocabulary", "task"),
+        ("bounded logits", "task"),
         ("qwen3", "merge"),
         ("gpt2", "none"),
     ],

@@ -14,7 +14,7 @@ from mta.config import MergeSettings
 from mta.errors import ConfigError, InputError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join
 from mta.lora.merge import truncate
-from mta.lora.peft import read_peft
+from mta.lora.peft import read_peft, write_peft
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
 from mta.personalize.merge import Merge, merge_loras
@@ -86,6 +86,20 @@ def test_the_randomized_svd_for_many_anchors_is_as_accurate():
     assert error == pytest.approx(float(least), rel=1e-4)
     assert differ(found, best) < 1e-2
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in found.tensors().items())
+
+
+def test_layers_with_fewer_outputs_than_the_slot_have_its_rank_too(tmp_path):
+    """As the gate of a shared expert, which has one output."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"gate": 1, "layer": 24}
+    factors = {
+        name: Factors(torch.randn(3, 2, 16, generator=draw), torch.randn(3, out, 2, generator=draw))
+        for name, out in sizes.items()
+    }
+    state = State("bank", (0, 1, 2), (0.5, -1.0, 2.0), "fixed", "", "work", 0)
+    found, error = LoraExporter(LoraBatch(factors), None, "bank", 8).adapter(state)
+    write_peft(tmp_path / "ann", found, "base")
+    assert (read_peft(tmp_path / "ann").rank, error) == (6, pytest.approx(0, abs=1e-5))
 
 
 def test_the_pooled_model_is_the_task_lora_and_the_adapter_of_the_base_is_zero():

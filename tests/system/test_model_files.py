@@ -343,6 +343,12 @@ def test_weights_that_are_no_safetensors_of_the_folder_are_refused(base, name):
     assert f"names {name!r} as its weights; expected safetensors of its own folder" in refused(load, base)
 
 
+def test_weights_that_a_part_of_the_configuration_names_are_refused(base):
+    """transformers takes some models' text_config for the whole configuration."""
+    changed_json(base / "config.json", text_config={"transformers_weights": "other.safetensors"})
+    assert "a part of config.json sets transformers_weights" in refused(load, base)
+
+
 def test_an_adapter_beside_a_base_is_refused(base):
     """transformers would load it too, but only where PEFT is installed."""
     changed_json(base / "adapter_config.json", peft_type="LORA", base_model_name_or_path="owner/name")

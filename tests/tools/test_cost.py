@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3Config, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from mta.cli.app import app
@@ -22,6 +22,13 @@ from mta.tools.cost import DataSizes, Shape, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = Gemma3TextConfig(vocab_size=300, head_dim=16, num_key_value_heads=1, **SIZES)
+WITH_IMAGES = Gemma3Config(
+    text_config=TEXT.to_dict(), vision_config=SIZES | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+)
 
 
 def off(found, expected):
@@ -110,11 +117,21 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     assert predicted.bank == 2 * (shared + working)
 
 
+def test_layers_that_no_pass_of_a_text_calls_have_no_adapters(tmp_path):
+    """As the encoder of images in Gemma 3."""
+    for name, config in (("text", TEXT), ("both", WITH_IMAGES)):
+        config.save_pretrained(tmp_path / name)
+    text, vision = (Shape.of(str(tmp_path / name)) for name in ("text", "both"))
+    assert (vision.layers, vision.width, vision.linear) == (text.layers, text.width, text.linear)
+    assert vision.footprint.sums.width == text.footprint.sums.width
+    assert vision.parameters > text.parameters
+
+
 def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     base, run = base_of(dtype=torch.bfloat16), override(Run(), ["bank.lora.rank=4", "task_lora.lora.rank=3"])
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
-    planned = Footprint.of(base.model, itemsize=2)
+    planned = Footprint.of(base.model, 2, base.targets.values())
     predicted, numbers = (
         memory(shape, run, DataSizes(tokens=90, shared=40)),
         ParameterCounts(4 * shape.width, task_lora=3 * shape.width),

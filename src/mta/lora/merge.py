@@ -6,6 +6,8 @@ Modes: ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -63,9 +65,13 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
         factors[name] = Factors(root[:, :, None] * (v[:, :keep] @ q_a.mT), (q_b @ u[:, :, :keep]) * root[:, None, :])
         lost = lost + (s[:, keep:] ** 2).sum(-1)
         total = total + (s**2).sum(-1)
-    widest = max(f.a.shape[1] for f in factors.values())
-    even = {name: LoraBatch({name: f}).padded(widest).factors[name] for name, f in factors.items()}
-    return LoraBatch(even), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+    return even(factors), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def even(factors: Mapping[str, Factors]) -> LoraBatch:
+    """Return adapters of factors whose ranks differ between layers, zero-padded to the largest."""
+    widest = max(pair.a.shape[1] for pair in factors.values())
+    return LoraBatch({name: LoraBatch({name: pair}).padded(widest).factors[name] for name, pair in factors.items()})
 
 
 def _per_layer(anchors: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def enable_checkpointing(model: Any, name: str) -> None:
 
 def refuse_quantized(config: Any) -> None:
     """Raise UnsupportedModel for quantized weights."""
-    if getattr(config, "quantization_config", None) is not None:
+    if any(getattr(one, "quantization_config", None) is not None for one in (config, config.get_text_config())):
         raise UnsupportedModel(
             f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over unquantized weights only",
             hint="Load the unquantized model, or dequantize the model first.",

@@ -207,11 +207,8 @@ class BaseModel:
     def footprint(self) -> Footprint:
         """Memory model of passes through this base."""
         compiled = kernels("attention", next(self.model.parameters())) is not None
-        plain, shapes = Footprint.of(self.model, self.dtype.itemsize, self.exchanged), self.targets.values()
-        # Modules that a forward pass does not use, such as encoders of other inputs, have no adapters.
-        adapted = {"width": sum(map(sum, shapes)), "outputs": sum(o for _, o in shapes), "adapted": len(shapes)}
-        sums = replace(plain.sums, **adapted)
-        return replace(plain, sums=sums, kernels=compiled, checkpointed=self.gradient_checkpointing)
+        plain = Footprint.of(self.model, self.dtype.itemsize, self.targets.values(), self.exchanged)
+        return replace(plain, kernels=compiled, checkpointed=self.gradient_checkpointing)
 
     @contextmanager
     def in_training(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -68,7 +68,7 @@ class Sums:
     inner: int = 0  # inputs of activation functions
     outer: int = 0  # outputs of activation functions
     python: int = 0  # intermediate results of activation functions without a kernel
-    width: int = 0  # D + O of adapted layers
+    width: int = 0  # D + O of adapted layers; this and the next two come from their shapes
     outputs: int = 0  # O of adapted layers
     adapted: int = 0  # adapted layers
     routed: int = 0  # inputs (and outputs) of the experts of a token
@@ -96,9 +96,6 @@ class Sums:
     def _add(self, parent: Any, shapes: list[tuple[int, int]], exchanged: Collection[str]) -> None:
         inner, (d, _) = sum(o for _, o in shapes[:-1]), shapes[-1]
         self.linear += d + (shapes[0][0] if len(shapes) > 1 else 0)
-        self.width += sum(map(sum, shapes))
-        self.outputs += sum(o for _, o in shapes)
-        self.adapted += len(shapes)
         if "attention" not in (kind := type(parent).__name__).lower():
             self.inner, self.outer = self.inner + inner, self.outer + d
             self.python += 0 if kind in exchanged else d if inner >= 2 * d else _PYTHON_GELU * inner
@@ -132,13 +129,21 @@ class Footprint:
     itemsize: int
     kernels: bool = False
     checkpointed: bool = False
+    capped: bool = False  # whether the base bounds its logits by a tanh
 
     @classmethod
-    def of(cls, model: Any, itemsize: int, exchanged: Collection[str] = ()) -> Footprint:
-        """Return the footprint of a transformers model, which may be on the meta device."""
+    def of(
+        cls, model: Any, itemsize: int, shapes: Collection[tuple[int, int]], exchanged: Collection[str] = ()
+    ) -> Footprint:
+        """Return the footprint of a transformers model, which may be on the meta device.
+
+        ``shapes`` are (D, O) of its adapted layers: modules that no pass calls, such as encoders of images, have none.
+        """
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
-        return cls(Sums.of(model, exchanged), *shape, itemsize)
+        capped = getattr(config, "final_logit_softcapping", None) is not None
+        adapted = {"width": sum(map(sum, shapes)), "outputs": sum(o for _, o in shapes), "adapted": len(shapes)}
+        return cls(replace(Sums.of(model, exchanged), **adapted), *shape, itemsize, capped=capped)
 
     @property
     def _wide(self) -> int:
@@ -157,8 +162,8 @@ class Footprint:
 
     @property
     def target(self) -> int:
-        """Bytes of a training pass for one target token: logits, log-probabilities, and their gradient."""
-        return self.vocabulary * 3 * self._wide
+        """Bytes of a training pass for one target token: logits, log-probabilities, their gradient, the bound's."""
+        return self.vocabulary * (3 + self.capped) * self._wide
 
     @property
     def target_weight(self) -> float:

@@ -28,7 +28,8 @@ NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
 _GATHER = 16  # cost of fetching a token, in query-key pairs
 _EVEN = 8  # K is a multiple of this: products with odd rows of bfloat16 take twice as long
-_REFUSED = ("softcap", "s_aux", "position_bias")  # not supported by SDPA either, or need dense rows
+# Not supported by SDPA either, or need dense rows:
+_REFUSED = frozenset({"softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"})
 
 
 def visible(ends: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 
 def can_block(model: Any) -> bool:
     """Return whether a model's attention is an exchangeable function of query, key, and value only."""
-    special = ("attn_logit_softcapping", "attention_bias_type", "alibi")
+    special = ("attn_logit_softcapping", "attention_bias_type", "alibi", "index_topk")
     plain = not any(getattr(model.config.get_text_config(), name, None) for name in special)
     exchangeable = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
     return bool(exchangeable) and plain

@@ -100,7 +100,7 @@ def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _DTYPES.values():
         raise ModelError(
             f"the model's weights are {dtype}; expected one of: {', '.join(_DTYPES)}",
-            hint="Convert them first:  model.bfloat16()",
+            hint="Load them in one of these:  AutoModelForCausalLM.from_pretrained(…, dtype=torch.bfloat16)",
         )
 
 

@@ -62,10 +62,15 @@ def weight_files(folder: Path, name: str = "") -> list[Path]:
     safetensors files (Mistral's consolidated.safetensors, adapters, other formats) are never loaded. Raises ModelError
     for a file that is not safetensors, or lies outside the folder; ``name`` is what the message calls the folder.
     """
-    named = _json(folder / _CONFIG).get("transformers_weights")
+    config = _json(folder / _CONFIG)
+    named, source = config.get("transformers_weights"), name or str(folder)
+    if any(key == "transformers_weights" for part in config.values() for key, _ in _items(part)):
+        raise ModelError(
+            f"{source!r}: a part of {_CONFIG} sets transformers_weights, which transformers may load instead",
+            hint=f"Give a copy of the folder without that key in {_CONFIG}.",
+        )
     if named is None and ((folder / WEIGHTS).exists() or not (folder / INDEX).exists()):
         return [folder / WEIGHTS]
-    source = name or str(folder)
     if named is not None and not str(named).endswith(".index.json"):
         return [folder / _safetensors(named, source)]
     index = INDEX if named is None else _safetensors(named, source, (".safetensors.index.json",))

@@ -17,7 +17,8 @@ from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.settle import settled
 from mta.config import CompareSettings, Run, Training
 from mta.errors import ConfigError
-from mta.model.adaptable import is_linear, shape_of
+from mta.model.adaptable import adapted_layers
+from mta.model.agreement import called_layers
 from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
@@ -78,8 +79,7 @@ class Shape:
 
     @classmethod
     def _of(cls, name: str, model: Any) -> Shape:
-        head, text = model.get_output_embeddings(), model.config.get_text_config()
-        shapes = [shape_of(m) for m in model.modules() if is_linear(m) and m is not head]
+        text, shapes = model.config.get_text_config(), adapted_layers(model, called_layers(model), name).values()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
@@ -90,7 +90,7 @@ class Shape:
             len(shapes),
             text.hidden_size * text.vocab_size,
             2 * text.num_hidden_layers * heads * size,
-            Footprint.of(model, itemsize=SERVED),
+            Footprint.of(model, SERVED, shapes),
         )
 
 

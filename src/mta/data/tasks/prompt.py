@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
 DATE = "26 Jul 2024"  # of templates that ask for today's; Llama 3.2's says this one without a clock
 ANSWER_TOKENS = 128  # default answer length of tasks without ``answer_tokens`` and labels; 280 characters fit
+_ANSWER = "§answer§"
+_ANSWERED = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class PromptFormat:
         self._added = _added_after(tokenizer)
         tokens = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_token, special = self._end_token(tokens), set(tokens.values())
+        self._opening, self._space = self._before_answer()
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def example(self, task: Task, item: Item, target: str | None = None) -> Example:
@@ -103,7 +106,8 @@ class PromptFormat:
         ``max_tokens``, so that prompts fit.
         """
         if task.answer_tokens is None and task.labels is not None:
-            labels = [self.tokenizer(self._as_text(label), add_special_tokens=False) for label in task.labels]
+            texts = [self._space + self._as_text(label) for label in task.labels]
+            labels = [self.tokenizer(text, add_special_tokens=False) for text in texts]
             found = max(len(label["input_ids"]) for label in labels) + 1
         else:
             found = task.answer_tokens or ANSWER_TOKENS
@@ -138,12 +142,13 @@ class PromptFormat:
         messages = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
         if not self.has_template:
             return PLAIN.format(prompt="\n".join(turn["content"] for turn in messages))
-        return self._templated(messages, add_generation_prompt=True)
+        return self._templated(messages, add_generation_prompt=True) + self._opening
 
     def _templated(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
         how = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": self._template}
+        how["enable_thinking"] = False  # of templates that know it: an answer comes at once
         try:
             return str(self.tokenizer.apply_chat_template(list(turns), **how))
         except TemplateError as error:
@@ -173,7 +178,7 @@ class PromptFormat:
 
     def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
         """Return the target's tokens, cut from those of the whole text if these begin with ``prompt``."""
-        target = self._as_text(target)
+        target = self._space + self._as_text(target)
         whole = self._tokens(text + target)
         if whole[: len(prompt)] == prompt:
             return (*whole[len(prompt) :], self.end_token)
@@ -205,12 +210,24 @@ class PromptFormat:
         kept = text[:end].rstrip()
         return kept, sum(start >= len(kept) for start, _ in offsets)
 
+    def _before_answer(self) -> tuple[str, str]:
+        """Return what the template has between the prompt of an answer and the answer: text, or else white space.
+
+        Text belongs to the prompt. A space (of Llama 2) begins the answer: it is a part of many tokenizers' words.
+        """
+        if not self.has_template:
+            return "", ""
+        prompt, whole = self._templated(_ANSWERED[:1], add_generation_prompt=True), self._templated(_ANSWERED)
+        between, found, _ = whole[len(prompt) :].partition(_ANSWER) if whole.startswith(prompt) else ("", "", "")
+        if not found:
+            return "", ""
+        return ("", between) if between.isspace() else (between, "")
+
     def _end_token(self, special: Collection[int]) -> int:
         """Return the token that ends an answer: the template's ``special`` one after it, else the tokenizer's."""
         if self.has_template:
-            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "§answer§"}]
-            text = self._templated(chat)
-            after = self.tokenizer(text.rpartition("§answer§")[2].lstrip(), add_special_tokens=False)["input_ids"]
+            text = self._templated(_ANSWERED)
+            after = self.tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
             if after and after[0] in special:
                 return int(after[0])
         if self.tokenizer.eos_token_id is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mta.bank.format import read_adapters, read_info, verify
 from mta.errors import InputError, MtaError, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
-from mta.lora.merge import truncate
+from mta.lora.merge import even, truncate
 from mta.lora.peft import read_peft, write_peft
 from mta.personalize.adapters import BASE, SharedModel, adapter_parts
 from mta.serving.engine import Version
@@ -165,7 +165,7 @@ class LoraExporter:
                 factors[name] = Factors(((v * root).mT @ q_a.mT)[None], (q_b @ (u * root))[None])
                 lost += float((core - (u * s) @ v.mT).square().sum())
                 total += float(core.square().sum())
-        return LoraBatch(factors), (lost / total) ** 0.5 if total else 0.0
+        return even(factors), (lost / total) ** 0.5 if total else 0.0
 
 
 def _zero(pair: Factors) -> Factors:
