@@ -99,7 +99,7 @@ def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
     assert {name for values in logged for name in values} >= {"task_LoRA/loss", "anchors/loss"}
     ((asked,), (plain,)) = sittings(again), sittings(built)
     assert (asked["command"], plain["command"]) == ("mta bank build", "")
-    assert asked["work"] == plain["work"] == read_info(built).work[:12]
+    assert asked["work"] == plain["work"]
     assert asked["plan"] == read_info(built).plan
     assert asked["outcome"] == {"anchors": 3, "items": 18, "items left out": 6, "texts shortened": 0}
 

@@ -62,14 +62,11 @@ def _name_of(source: str) -> str:
 class Workspace:
     """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
 
-    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json. ``source`` names the data, and
-    ``test_source`` that of the tested people if they are others.
+    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json.
     """
 
     recipe: Experiment
     out: Path
-    source: str
-    test_source: str | None
     which: Which
     task: Task
     people: Sequence[Person]
@@ -123,7 +120,7 @@ class Workspace:
         sizes = {key: _name_of(name) for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
         every = [*people, *tested]
-        return cls(recipe, out, source, test, which, task, every, splits, sizes, base, say, executor, on_step)
+        return cls(recipe, out, which, task, every, splits, sizes, base, say, executor, on_step)
 
     @property
     def folder(self) -> Path:
@@ -172,7 +169,7 @@ class Workspace:
     def opener(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
-        read = ("source", "test_source", "which", "task", "people", "splits", "sizes")
+        read = ("which", "task", "people", "splits", "sizes")
         return partial(_open_remote, recipe, out=self.out.resolve(), **{name: getattr(self, name) for name in read})
 
     # -- people --------------------------------------------------------------------------------------------------------

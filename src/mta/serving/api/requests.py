@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from mta.errors import DataError
 from mta.personalize.adapters import BASE, TASK
@@ -16,16 +16,10 @@ from mta.serving.api.service import Service
 from mta.serving.engine import TOO_LONG, Refused, ServedModel
 
 
-class _Whole(Convertor[str]):
+class _Whole(PathConvertor):
     """The rest of a path, or of the part before a known ending. Starlette's ``path`` does not match line breaks."""
 
     regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 register_url_convertor("whole", _Whole())
