@@ -18,7 +18,7 @@ SETS = {  # title -> file below results/gradient
     "headlines, 36 people": "lamp4_huffpost/README.md",
     "news, 31 people": "lamp2n_huffpost/README.md",
     "ratings, 240 people": "movielens-100k/README.md",
-    "reviews, 60 (OPPU: 32)": "lamp3_amazon/README.md",
+    "reviews, 60 people": "lamp3_amazon/README.md",
     "titles, 66 (OPPU: 26) †": "lamp5_papers/README.md",
 }
 METHODS = {  # name in the figure -> names in the files

@@ -59,7 +59,7 @@ def test_too_few_people_are_counted() -> None:
         draw(crowd(3), 0, task=0, development=0, test=-1)
     with pytest.raises(InputError, match="candidates is -2; expected 0 or more people"):
         draw(crowd(3), 0, task=0, development=0, test=1, candidates=-2)
-    with pytest.raises(InputError, match="two people have the same id; expected distinct ids"):
+    with pytest.raises(InputError, match="3 people are given twice"):
         draw(crowd(3) * 2, 0, task=0, development=0, test=1)
     with pytest.raises(InputError, match="splits must be disjoint: a person is in them twice"):
         Splits(("a",), (), ("a",), ())

@@ -91,4 +91,4 @@ def test_rates_of_a_growing_history_add_up_to_that_of_the_whole_one(parts):
 
 @given(n=st.integers(1, 400))
 def test_without_a_prior_the_rate_is_exactly_the_given_one(n):
-    assert learning_rate(Training(lr=2e-4, steps=1), 0, 1, n, known=n) == 2e-4
+    assert learning_rate(Training(lr=2e-4, steps=1), 0, 1, n, examples_before=n) == 2e-4

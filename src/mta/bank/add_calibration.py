@@ -20,9 +20,9 @@ from mta.bank.format import (
     MEMBERS,
     UNKNOWN_TO_0_1_0,
     BankInfo,
-    as_before,
     check_base,
     file_hashes,
+    names_as_in_0_1_0,
     read_adapters,
     read_info,
     verify,
@@ -237,10 +237,10 @@ def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
 
 def _following(run: Run) -> Run:
     """Return the settings of a bank of 0.1.0 that had its defaults changed, so that the calibration counts."""
-    if as_before(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
+    if names_as_in_0_1_0(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
         return run
     policy = "auto" if run.merge.policy == "posterior" else run.merge.policy
-    calibrated = run.stack.calibrated or run.stack.training == StackSettings().training
+    calibrated = run.stack.training == StackSettings().training
     merge, stack = ({"policy": policy}, {"calibrated": calibrated})
     update = {"merge": run.merge.model_copy(update=merge), "stack": run.stack.model_copy(update=stack)}
     return run.model_copy(update=update)

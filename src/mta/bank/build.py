@@ -92,7 +92,7 @@ def build_bank(
     for fields of its task that do not affect training (``UNTRAINED``).
     Settings, steps, and ``command`` are recorded in the folder (``mta.tracking.run_folder``); ``track`` opens a tracker
     for the steps.
-    Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
+    Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
     if task_lora and not run.task_lora.enabled:
         raise InputError(f"{task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")

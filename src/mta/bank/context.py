@@ -42,8 +42,8 @@ class BuildContext:
     chosen: tuple[int, ...] = ()  # the anchors among the eligible candidates: another device may choose others
 
     @property
-    def training(self) -> str:
-        """The key of all that stages 0 and 1 leave in ``work``."""
+    def training_key(self) -> str:
+        """The key of all that stages 0 and 1 leave in ``work``: ``keys.training`` and the chosen anchors."""
         return json_sha256([self.keys.training, self.chosen])
 
     def job(self, key: str, items: Iterable[Item]) -> Job:
@@ -55,7 +55,7 @@ class BuildContext:
 
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-        below = ParameterCounts(task_lora=frozen.rank * self.base.footprint.sums.width if frozen else 0)
+        below = ParameterCounts(task_lora=parameters_of(self.base, frozen) if frozen else 0)
         numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
@@ -75,11 +75,11 @@ class BuildContext:
 
     def checkpoint(self, plan: str, name: str) -> Checkpoint:
         """Return the checkpoint of a piece in training, of a plan of stage 0 or 1."""
-        return self._file(self.training, plan, name, "checkpoint")
+        return self._file(self.training_key, plan, name, "checkpoint")
 
     def result(self, plan: str, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of stage 0 or 1."""
-        return self._file(self.training, plan, name, "safetensors")
+        return self._file(self.training_key, plan, name, "safetensors")
 
     def calibration_result(self, name: str) -> Checkpoint:
         """Return the file with the result of a finished piece of the calibration."""

@@ -39,9 +39,9 @@ STOPS = "stops"  # another text after each forgetting: a calibration of people w
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
-ADAPTER = f"{TASK_LORA}/{CONFIG}"
+TASK_LORA_CONFIG = f"{TASK_LORA}/{CONFIG}"
 # The files whose hashes bank.json holds.
-HASHED_FILES = ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}"
+HASHED_FILES = ANCHORS, INDEX, CALIBRATION, TASK_LORA_CONFIG, f"{TASK_LORA}/{WEIGHTS}"
 _FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, STOPS, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
 UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
@@ -125,14 +125,14 @@ def _settle_members(folder: Path) -> None:
         new.replace(folder / MEMBERS)
 
 
-def as_before(settings: TaskLoraSettings) -> set[str]:
+def names_as_in_0_1_0(settings: TaskLoraSettings) -> set[str]:
     """Return the names of settings unknown to version 0.1.0 whose values make no difference to it."""
     return {name for name, value in UNKNOWN_TO_0_1_0.items() if getattr(settings, name) == value}
 
 
 def _unset(info: BankInfo) -> dict[str, Any]:
     """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
-    run: dict[str, Any] = {"task_lora": as_before(info.run.task_lora)}
+    run: dict[str, Any] = {"task_lora": names_as_in_0_1_0(info.run.task_lora)}
     return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 

@@ -222,7 +222,6 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
         changed = {
             "run": info.run.model_copy(update={"bank": bank}),
             "files": file_hashes(temporary, names),
-            "hash": "",
         }
         whole = with_hash(info.model_copy(update=changed))
         write_text(temporary / CARD, card(whole))

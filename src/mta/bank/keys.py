@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.bank.format import UNKNOWN_TO_0_1_0, as_before, file_hashes
+from mta.bank.format import UNKNOWN_TO_0_1_0, file_hashes, names_as_in_0_1_0
 from mta.config import Run, TaskLoraSettings
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -61,7 +61,7 @@ def build_key(
     settings = run.model_dump(mode="json", exclude=NOT_IN_KEY | unused)
     if run.calibration.enabled:  # it measures stacks too
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
-    for name in as_before(run.task_lora):  # as version 0.1.0 wrote it
+    for name in names_as_in_0_1_0(run.task_lora):  # as version 0.1.0 wrote it
         del settings["task_lora"][name]
     work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, settings, histories])
     if task_lora is None:

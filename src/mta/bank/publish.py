@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.card import card, table_of
-from mta.bank.format import ADAPTER, HASHED_FILES, INFO, MEMBERS, BankInfo, read_description, read_info, seal, verify
+from mta.bank.format import (
+    HASHED_FILES,
+    INFO,
+    MEMBERS,
+    TASK_LORA_CONFIG,
+    BankInfo,
+    read_description,
+    read_info,
+    seal,
+    verify,
+)
 from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CARD
@@ -107,11 +117,11 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     if Path(run["base"]).is_absolute():
         values["base"] = run["base"] = Path(run["base"]).name
-        if ADAPTER in sent:
-            adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        if TASK_LORA_CONFIG in sent:
+            adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
-            sent[ADAPTER], digest = data, hashlib.sha256(data).hexdigest()
-            values["files"] = values["files"] | {ADAPTER: digest}
+            sent[TASK_LORA_CONFIG], digest = data, hashlib.sha256(data).hexdigest()
+            values["files"] = values["files"] | {TASK_LORA_CONFIG: digest}
     if Path(run["encoder"]).is_absolute():
         values["encoder"] = run["encoder"] = Path(run["encoder"]).name
     return values

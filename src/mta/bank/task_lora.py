@@ -104,7 +104,7 @@ def train_task_lora(
     DataError for an item that does not fit.
     """
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
-    if not done.is_file() or done.read_text() != context.training:
+    if not done.is_file() or done.read_text() != context.training_key:
         if given:
             for temporary in unfinished_in(folder, "*"):  # of a killed copy
                 temporary.unlink()
@@ -113,7 +113,7 @@ def train_task_lora(
         else:
             trained = _train_rounds(context, items, held_out)
             write_peft(folder, trained, context.base.name, fan_in_fan_out=context.base.fan_in_fan_out)
-        write_text(done, context.training)
+        write_text(done, context.training_key)
     return read_peft(folder).to(context.base.device)
 
 
@@ -124,11 +124,11 @@ def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequen
     tokens = context.plan([job], context.run.task_lora.lora).tokens_per_batch
     if not held.examples:
         return _train_round(context, 0, 1, job, tokens)
-    tested = context.plan([held], context.run.task_lora.lora).tokens_per_batch
+    held_tokens = context.plan([held], context.run.task_lora.lora).tokens_per_batch
     most, losses, best = context.run.task_lora.rounds, list[float](), None
     for number in range(most):
         found = _train_round(context, number, most, job, tokens, best)
-        losses.append(_loss(context, found, held, tested))
+        losses.append(_loss(context, found, held, held_tokens))
         if best and not losses[-1] < min(losses[:-1]):
             break
         best = found

@@ -68,7 +68,7 @@ def open_worker(run: Run, fingerprint: str, task_lora: LoraBatch | None) -> Bank
 def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
     """Train one LoRA per job over the frozen task LoRA, if there is one.
 
-    Source: arXiv:2511.20072, stages 0 and 1. Raises Diverged as soon as a loss is not finite.
+    Source: arXiv:2511.20072, stage 1; stage 0 is our choice. Raises Diverged as soon as a loss is not finite.
     """
     base, run, stage = worker.base, worker.run, piece.stage
     settings = run.bank if stage == "anchors" else run.task_lora

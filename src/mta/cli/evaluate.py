@@ -105,7 +105,8 @@ def evaluate(
     exhibits = exhibit or []
     wanted(chosen, which, exhibits)  # before anything is written or loaded
     if skip_bad and test:
-        raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint="Correct both.")
+        hint = "Correct the bad rows of both files, and leave --skip-bad out."
+        raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint=hint)
     columns = options.Columns(person_column, input_column, output_column, time_column)
     with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
         workspace = Workspace.open(

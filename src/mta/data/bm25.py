@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mta.data.history import Item, Person
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import PROFILE, Task
 from mta.system.extras import require
 
 
@@ -37,7 +37,7 @@ def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before
     """Return the item with the field ``profile`` of ``task.profiled()``: ``before``, then the ``k`` nearest items."""
     nearest = ", and ".join(task.sentence(one) for one in retrieve(task, item, earlier, k))
     profile = f"{before}{nearest}. " if nearest else before
-    return Item({**item.fields, "profile": profile}, item.time, item.id, item.is_query)
+    return Item({**item.fields, PROFILE: profile}, item.time, item.id, item.is_query)
 
 
 def with_profiles(task: Task, person: Person, k: int, before: str = "") -> Person:

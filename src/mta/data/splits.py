@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mta.data.history import Person
+from mta.data.history import Person, check_distinct
 from mta.errors import DataError, InputError
 from mta.system.atomic import json_sha256, read_json, write_json
 
@@ -94,11 +94,8 @@ def draw(
                 f"{name} is {size}; expected 0 or more people", hint="Give a number of people; 0 leaves the part empty."
             )
     fit = [person for person in people if len(person.items) >= min_items]
+    check_distinct(fit)
     ids = [person.id for person in fit]
-    if len(set(ids)) < len(ids):
-        raise InputError(
-            "two people have the same id; expected distinct ids", hint="Put all items of a person into one history."
-        )
     if len(ids) < (asked := sum(sizes.values())):
         parts_asked = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
         raise InputError(

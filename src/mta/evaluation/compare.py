@@ -38,6 +38,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import check_merge
 from mta.personalize.policies import POLICIES
+from mta.system.device import dtype_name
 from mta.system.extras import require
 from mta.system.progress import OnStep
 from mta.system.provenance import versions
@@ -206,7 +207,7 @@ def _meta(context: Context, settings: CompareSettings, seeds: Sequence[int]) -> 
     return {
         "base": base.name,
         "note": base.note,
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "task": bank.task.name,
         "shots": settings.shots,
         "queries": settings.queries,

@@ -136,6 +136,12 @@ def concatenate(batches: Iterable[LoraBatch]) -> LoraBatch:
     return _concatenated([part.padded(rank) for part in parts], 0, 0)
 
 
+def even(factors: Mapping[str, Factors]) -> LoraBatch:
+    """Return adapters of factors whose ranks differ between layers, zero-padded to the largest."""
+    widest = max(pair.a.shape[1] for pair in factors.values())
+    return LoraBatch({name: LoraBatch({name: pair}).padded(widest).factors[name] for name, pair in factors.items()})
+
+
 def _concatenated(parts: Sequence[LoraBatch], a: int, b: int) -> LoraBatch:
     """Concatenate batches of equal scale on axis ``a`` of A and axis ``b`` of B."""
     if any(part.factors.keys() != parts[0].factors.keys() for part in parts):

@@ -6,13 +6,11 @@ Modes: ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from mta.errors import AnchorNotFound, InputError
-from mta.lora.batch import Factors, LoraBatch
+from mta.lora.batch import Factors, LoraBatch, even
 
 
 def merge_exact(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
@@ -66,12 +64,6 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
         lost = lost + (s[:, keep:] ** 2).sum(-1)
         total = total + (s**2).sum(-1)
     return even(factors), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
-
-
-def even(factors: Mapping[str, Factors]) -> LoraBatch:
-    """Return adapters of factors whose ranks differ between layers, zero-padded to the largest."""
-    widest = max(pair.a.shape[1] for pair in factors.values())
-    return LoraBatch({name: LoraBatch({name: pair}).padded(widest).factors[name] for name, pair in factors.items()})
 
 
 def _per_layer(anchors: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:

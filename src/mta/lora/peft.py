@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mta.errors import InputError
-from mta.lora.batch import Factors, LoraBatch
+from mta.lora.batch import Factors, LoraBatch, even
 from mta.system.atomic import replacing_folder, sync_folder, unfinished_in, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
@@ -106,9 +107,8 @@ def read_peft(folder: str | Path) -> LoraBatch:
     parts = {name: LoraBatch({name: pair}, _scale(folder, config, name, pair)) for name, pair in found.items()}
     if len({part.scale for part in parts.values()}) > 1:
         parts = {name: part.scaled_into_b() for name, part in parts.items()}
-    rank = max(part.rank for part in parts.values())
-    factors = {name: part.padded(rank).factors[name] for name, part in parts.items()}
-    return LoraBatch(factors, next(iter(parts.values())).scale)
+    found = {name: part.factors[name] for name, part in parts.items()}
+    return replace(even(found), scale=next(iter(parts.values())).scale)
 
 
 def _scale(folder: str | Path, config: Mapping[str, Any], name: str, factors: Factors) -> float:

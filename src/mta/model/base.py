@@ -35,7 +35,7 @@ from mta.model.fingerprint import fingerprint_of, folder_fingerprint
 from mta.model.footprint import Footprint
 from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
 from mta.system.assets import ASSETS
-from mta.system.device import check_dtype, moved, pick_device, pick_dtype
+from mta.system.device import check_dtype, dtype_name, moved, pick_device, pick_dtype
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
 
@@ -139,7 +139,7 @@ class BaseModel:
         """
         named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
         full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         device = run.device.partition(":")[0]
         return run.model_copy(update={**full, "device": device, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
 

@@ -26,13 +26,14 @@ class Personalized:
 
     def __str__(self) -> str:
         up = f"{self.trained} people personalized, {self.unchanged} were up to date"
-        return f"{up}; {self.shortened} texts were shortened{_without_state(self)}"
+        return f"{up}; {self.shortened} texts were shortened{_failures(self)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Updated:
     """Counts of ``update``: actions for people with new items (``mta.personalize.update``), people begun, unchanged.
 
+    ``refreshed`` people have new coefficients, by the actions ``merge`` and ``refresh``.
     ``ahead`` are ids of people whose states were made from more items than were given: these were kept.
     """
 
@@ -49,10 +50,10 @@ class Updated:
     def __str__(self) -> str:
         new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
         begun = f"{self.begun} personalized anew, {self.unchanged} had no new items"
-        return f"of people with new items {new}; {begun}{_without_state(self)}"
+        return f"of people with new items {new}; {begun}{_failures(self)}"
 
 
-def _without_state(done: Personalized | Updated) -> str:
+def _failures(done: Personalized | Updated) -> str:
     return f"; {len(done.failed)} failed" if done.failed else ""
 
 

@@ -23,16 +23,16 @@ class ShotsJob(Job):
     alternatives: Sequence[Sequence[Example]] = ()  # each example's prompt with every label, scored but not trained on
 
 
-def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True, known: int = 0) -> ShotsJob:
+def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True, known_items: int = 0) -> ShotsJob:
     """Return a person's items as training examples, with ``alternatives`` if the task has labels.
 
     Only policies that need evidence read alternatives, which take most of the tokenizer's time. The job's key is the
     digest of the items, not the id: a hash of the key must not confirm a guessed id. Raises DataError for an item that
-    is not one of the task, or does not fit the model's tokens; ``known`` is the number of earlier items that the person
-    has, and that errors count too.
+    is not one of the task, or does not fit the model's tokens; ``known_items`` is the number of earlier items that the
+    person has, and that errors count too.
     """
     examples = list[Example]()
-    for n, item in enumerate(person.items, known + 1):
+    for n, item in enumerate(person.items, known_items + 1):
         if found := task.wrong(item):
             raise DataError(f"item {n}, field {found[0]!r}: {found[1]}", hint="Correct the item, or leave it out.")
         try:
@@ -42,7 +42,7 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
     labels = [task.labels_of(item) for item in person.items]
     if not alternatives or not all(labels):
         return ShotsJob(person.digest(), examples)
-    others = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
+    others = [base.prompts.examples(task, item, own or ()) for item, own in zip(person.items, labels)]
     return ShotsJob(person.digest(), examples, alternatives=others)
 
 

@@ -34,6 +34,7 @@ from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.atomic import file_mode
+from mta.system.device import dtype_name
 from mta.system.hub import local_folder
 
 log = logging.getLogger("mta")
@@ -172,7 +173,7 @@ def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots
         rank = parser.parse_known_args(words)[0].rank
     except (ValueError, ArgumentError) as error:
         raise ConfigError(f"cannot parse --vllm-args {args!r}: {error}", hint="Write them as for vllm serve.") from None
-    length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
+    length, dtype = base.prompts.max_tokens, dtype_name(base.dtype)
     paths = local_folder(base.name), str(bank), store
     return VllmSettings(python, *paths, length, rank, slots, args=(f"--dtype={dtype}", *words))
 

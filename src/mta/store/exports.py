@@ -174,7 +174,7 @@ class Exports:
         self._keep_out(id, since)
 
     def remove(self, id: str) -> dict[Export | None, str]:
-        """Remove a person's exports; return those that are left, with the reasons."""
+        """Remove a person's exported adapters, and keep their records; return those that are left, with the reasons."""
         try:
             return {export: left for export in self.of(id) if (left := export.remove())}
         except StateCorrupt as error:  # a damaged list must not stop `forget`

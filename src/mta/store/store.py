@@ -7,7 +7,7 @@
         history.json                      only if ``save_history`` was called
         exports.json                      where adapters were exported to, readable only with the id
     forgotten/                            records that a person was forgotten, for a week (``tombstones``)
-    work/                                 checkpoints of interrupted runs (``workspace``)
+    work/                                 checkpoints of interrupted runs (``run_checkpoints``)
     .lock                                 only in local stores: one process at a time changes a history or exports
 
 No file contains raw ids. Readers of store.json can test a guessed id, so protect this file like the data.
@@ -84,22 +84,23 @@ class Store:
         if after is not None and last != after:
             raise overtaken(id)
         version = last + 1
+        files = f"{version}.safetensors", "latest.json"
         try:
             self.files.create(f"{path}/{version}.safetensors", state.to_bytes())
             pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
             self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
         except FileExistsError:
             if self._work(f"{path}/{version}.safetensors") == state.work:  # perhaps by an earlier attempt of this call
-                self._keep_out(id, since, f"{version}.safetensors", "latest.json")
+                self._keep_out(id, since, *files)
                 return version
             raise StoreConflict(
                 f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
                 hint=f"Save again: it becomes version {version + 1}.",
             ) from None
         except StoreError:  # the state may have been written nevertheless
-            self._keep_out(id, since, f"{version}.safetensors", "latest.json")
+            self._keep_out(id, since, *files)
             raise
-        self._keep_out(id, since, f"{version}.safetensors", "latest.json")
+        self._keep_out(id, since, *files)
         return version
 
     def load(self, id: str, version: int | None = None) -> State:

@@ -95,6 +95,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as in settings: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise ModelError for weights in a dtype that is not trained over: gradients in float16 need scaled losses."""
     if dtype not in _DTYPES.values():

@@ -23,7 +23,7 @@ from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
-from mta.system.device import REACHED, cores, cpu, gemm_rate, pick_dtype
+from mta.system.device import REACHED, cores, cpu, dtype_name, gemm_rate, pick_dtype
 
 _FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 _FIELDS += ["num_key_value_heads", "tie_word_embeddings"]
@@ -159,7 +159,7 @@ def hardware(name: str) -> Hardware:
     if name != "this":
         raise ConfigError(f"no such hardware: {name!r}", hint=f"Give one of: this, {', '.join(_GPUS)}.")
     dtype = pick_dtype("auto", torch.device("cpu"))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     source = f"matrix products in {name}, measured now; the share from docs/explanation/performance.md"
     return Hardware(f"{cpu()}, {cores()} cores", gemm_rate(dtype), REACHED, source)
 

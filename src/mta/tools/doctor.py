@@ -29,7 +29,7 @@ from mta.errors import ModelError, MtaError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
-from mta.system.device import cores, gemm_rate, pick_device, pick_dtype, processor
+from mta.system.device import cores, dtype_name, gemm_rate, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS
 from mta.system.hub import is_cached
 from mta.system.provenance import version_of
@@ -133,7 +133,7 @@ def _machine(wanted: str | None = None) -> Iterator[Finding]:
         return
     if device.type == "cuda":
         yield Finding("machine", "device", "ok", f"{device}: {torch.cuda.get_device_name(device)}")
-        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+        dtype = dtype_name(pick_dtype("auto", device))
         yield Finding("machine", "dtype", "ok", dtype)
         return
     if device.type != "cpu":
@@ -168,7 +168,7 @@ def _threads(count: int, threads: int) -> Finding:
 
 
 def _dtype(device: torch.device) -> Finding:
-    chosen = str(pick_dtype("auto", device)).removeprefix("torch.")
+    chosen = dtype_name(pick_dtype("auto", device))
     rates = [f"{gemm_rate(dtype) / 1e9:.0f}" for dtype in (torch.bfloat16, torch.float32)]
     found = f"{chosen}: matrix products at {rates[0]} GFLOP/s in bfloat16, {rates[1]} in float32"
     return Finding("machine", "dtype", "ok", found)

@@ -4,7 +4,8 @@
     config.yaml    the resolved settings, for --config
     metrics.jsonl  one line per step: stage, step, people, examples, loss, seconds
 
-Banks, comparisons, experiments and demos have such folders. None of these files contains ids or texts of people.
+Banks, personalizations, comparisons, attacks, experiments and demos have such folders. None of these files contains ids
+or texts of people.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from mta.config.loader import to_yaml
 from mta.errors import DataError
 from mta.system.atomic import append_lines, write_json, write_text
-from mta.system.device import cores, processor
+from mta.system.device import cores, dtype_name, processor
 from mta.system.exclusive import exclusive
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
@@ -51,7 +52,7 @@ class RunFolder:
     ``on_step`` is still called for every step.
 
     >>> with RunFolder(folder=out, kind="personalize", base=base, settings=settings) as kept:
-    ...     kept.outcome = asdict(personal.personalize(people, on_step=kept.step))
+    ...     kept.outcome = counts(personal.personalize(people, on_step=kept.step))  # mta.personalize.outcomes: no ids
     """
 
     folder: Path | None
@@ -172,7 +173,7 @@ class RunFolder:
             "machine": f"{processor()}, {cores()} cores",
             "threads": torch.get_num_threads(),
             "device": str(self.base.device),
-            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.base.dtype),
             "base": self.base.name,
             "note": self.base.note,
             "versions": versions(),

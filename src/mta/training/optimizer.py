@@ -76,16 +76,17 @@ class BatchedAdamW:
         return self.values, self.gradient, self.mean, self.square
 
 
-def learning_rate(training: Training, step: int, steps: int, examples: int, known: int = 0) -> float:
+def learning_rate(training: Training, step: int, steps: int, examples: int, examples_before: int = 0) -> float:
     """Return the rate of 0-based ``step`` of ``steps``, for a job with that many examples.
 
     Linear warmup, then constant, linear, or cosine decay to 0. With ``training.prior``, few examples lower it, and so
-    do ``known`` examples that the adapter was trained on before: the rates of its updates add up to that of all its
+    do ``examples_before`` that the adapter was trained on already: the rates of its updates add up to that of all its
     examples at once.
     """
     lr, prior = training.lr, training.prior
     if prior:
-        lr *= (known + examples) / (known + examples + prior) - known / (known + prior)
+        before = examples_before
+        lr *= (before + examples) / (before + examples + prior) - before / (before + prior)
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return lr * (step + 1) / warmup

@@ -3,7 +3,7 @@
 Each step takes a batch of each person, packs it into rows, runs the rows of as many people as fit into one pass, and
 updates all adapters at once. A person's loss is the mean over their target tokens of the step, in any number of rows.
 Losses of people are summed, so gradients never mix. People leave the cohort after their last step.
-Source: arXiv:2511.20072 stages 0, 1 and 3 train LoRAs one by one; training them together is our choice.
+Source: arXiv:2511.20072 stages 1 and 3 train LoRAs one by one; training them together is our choice.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A bank's calibration: what it is (``result``), and how it is measured on people who are not in the bank."""
+"""A bank's calibration: what it is (``info``, ``laplace``), and how it is measured on people outside the bank."""

@@ -81,7 +81,7 @@ def calibrate(
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
-    made = Calibrator(
+    calibrator = Calibrator(
         subjects,
         anchors=len(anchors),
         settings=run.calibration,
@@ -91,16 +91,16 @@ def calibrate(
         together=together,
     )
     if base.device.type == "cpu" and subjects:
-        seconds = _expected_seconds(base, made, len(anchors) * anchors.rank, tokens)
+        seconds = _expected_seconds(base, calibrator, len(anchors) * anchors.rank, tokens)
         log.info("calibration: %d people, about %s in one process here", len(subjects), human_seconds(seconds))
-    return made.run()
+    return calibrator.run()
 
 
 def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run) -> Plan:
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
-    width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
-    every = anchors * run.bank.lora.rank * width
-    sizes = ParameterCounts(task_lora=pooled * width, shared=every, gated=every)
+    task_lora = parameters_of(base, run.task_lora.lora) if run.task_lora.enabled else 0
+    every = anchors * parameters_of(base, run.bank.lora)
+    sizes = ParameterCounts(task_lora=task_lora, shared=every, gated=every)
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     if not jobs:
@@ -108,9 +108,9 @@ def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run
     return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=PIECE)
 
 
-def _expected_seconds(base: BaseModel, planned: Calibrator, ranks: int, tokens_per_batch: int) -> float:
+def _expected_seconds(base: BaseModel, calibrator: Calibrator, ranks: int, tokens_per_batch: int) -> float:
     """Return the time of a calibration on this CPU with ``ranks`` shared ranks, by the rate of its matrix products."""
-    examples = sum(len(one.all) for one in planned.subjects)
-    tokens = sum(len(row.tokens) for one in planned.subjects for row in pack_for(base, one.all, tokens_per_batch))
+    examples = sum(len(one.all) for one in calibrator.subjects)
+    tokens = sum(len(row.tokens) for one in calibrator.subjects for row in pack_for(base, one.all, tokens_per_batch))
     linear = sum(d * o for d, o in base.targets.values()) + ranks * base.footprint.sums.width
-    return planned.planned * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))
+    return calibrator.planned_cost * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))

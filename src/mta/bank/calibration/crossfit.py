@@ -89,7 +89,7 @@ class Calibrator:
         return torch.tensor([len(one.shots) for one in self.subjects])
 
     @property
-    def planned(self) -> int:
+    def planned_cost(self) -> int:
         """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.subjects)
         counts = [n for n in SHOTS if n <= self.settings.shots]
@@ -270,7 +270,7 @@ class Calibrator:
             found[piece.name] = result
             self.done += piece.cost
             if self.on_step:
-                self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned)))
+                self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned_cost)))
         return [found[piece.name] for piece in pieces]
 
 

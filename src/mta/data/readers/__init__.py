@@ -1,4 +1,4 @@
-"""Readers of people's items from JSONL, LaMP, Per-Pcs, and RecBole files; the content decides the format.
+"""Readers of people's items from JSONL, CSV, Parquet, ``datasets``, LaMP, Per-Pcs, and RecBole, by name and content.
 
 ``read_people`` returns all people; ``iter_parts`` streams and never holds a whole file. A bad row raises a DataError
 that names file, line, and field, or is written to a file of rejects while reading continues.

@@ -19,6 +19,13 @@ from mta.evaluation.methods import METHODS, AnyMethod, Method
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]
 MAIN_BANK = "main"
+
+
+def bank_name(bank: str, seed: int) -> str:
+    """Return the name of a bank for a seed: in its folder, current.json, and banks.json."""
+    return f"{bank}-{seed}"
+
+
 FREE = ("merge.", "merge=", "stack.", "stack=", "memory=")  # settings that do not change how a bank is trained
 FIXED = ("base", "dtype", "device", "task=", "task.", "max_tokens", "seed")  # settings of the whole experiment
 

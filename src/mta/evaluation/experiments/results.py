@@ -21,7 +21,7 @@ from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import BankRefused, DataError
-from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
+from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, bank_name
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
@@ -140,7 +140,7 @@ def _current(
         one
         for one in records
         if (protocols is None or one.protocol in ("", *protocols))
-        and one.trained in ("", banks.get(f"{one.bank}-{one.seed}", one.trained))
+        and one.trained in ("", banks.get(bank_name(one.bank, one.seed), one.trained))
     ]
 
 
@@ -183,7 +183,7 @@ class Results:
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
         current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
-        now = case_key(recipe, current.get("banks", {}).get(f"main-{recipe.seeds[0]}", ""))
+        now = case_key(recipe, current.get("banks", {}).get(bank_name(MAIN_BANK, recipe.seeds[0]), ""))
         if current and case.get("made_with", now) != now:
             case = {}  # of other settings, or of an earlier bank
         scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mta.distributed.executor import Piece
 from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
-from mta.evaluation.experiments.recipe import Part, wanted
+from mta.evaluation.experiments.recipe import MAIN_BANK, Part, bank_name, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, case_key, read_beside
 from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
@@ -101,9 +101,9 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
     path, recipe, use = workspace.folder / FACTS, workspace.recipe, "banks" in exhibits
     facts = before = read_beside(path)
     for seed in recipe.seeds:
-        if "banks" not in exhibits and not workspace.has_opened(MAIN, seed):
+        if not use and not workspace.has_opened(MAIN, seed):
             continue
-        name, found = f"main-{seed}", bank_facts(workspace.bank(MAIN, seed))
+        name, found = bank_name(MAIN_BANK, seed), bank_facts(workspace.bank(MAIN, seed))
         known = before.get(name, {})
         own = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):

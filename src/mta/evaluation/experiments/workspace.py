@@ -30,7 +30,7 @@ from mta.errors import BankRefused, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.people import draw_splits, with_tested
 from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_bank, run_on_everything
-from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
+from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel
@@ -163,7 +163,7 @@ class Workspace:
 
     def note_bank(self, part: Part, seed: int) -> None:
         """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""
-        found, bank = read_beside(self.folder / CURRENT), {f"{part.bank}-{seed}": self.bank(part, seed).hash}
+        found, bank = read_beside(self.folder / CURRENT), {bank_name(part.bank, seed): self.bank(part, seed).hash}
         write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
 
     def opener(self) -> Callable[[], Workspace]:
@@ -217,7 +217,7 @@ class Workspace:
         return run_on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
 
     def _folder(self, part: Part, seed: int) -> Path:
-        return self.out / "banks" / f"{part.bank}-{seed}"
+        return self.out / "banks" / bank_name(part.bank, seed)
 
     @property
     def _trained(self) -> tuple[list[Person], list[Person]]:
@@ -233,11 +233,11 @@ class Workspace:
 
     def has_opened(self, part: Part, seed: int) -> bool:
         """Return whether the part's bank for a seed was used so far."""
-        return f"{part.bank}-{seed}" in self._banks
+        return bank_name(part.bank, seed) in self._banks
 
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
-        name = f"{part.bank}-{seed}"
+        name = bank_name(part.bank, seed)
         if name not in self._banks:
             run, (pool, held_out) = self._run_of(part, seed, as_trained=True), self._pool(part, seed)
             self.say(f"bank {name}")
@@ -270,14 +270,14 @@ class Workspace:
 
     def _context(self, part: Part, seed: int) -> Context:
         """Return the context of a part's panels for a seed."""
-        key = (f"{part.bank}-{seed}", part.words)
+        key = (bank_name(part.bank, seed), part.words)
         if key not in self._contexts:
-            bank = self.bank(part, seed)
+            bank, run = self.bank(part, seed), self._run_of(part, seed)
             self._contexts[key] = Context(
                 self.base,
                 bank,
-                bank.encoder(self.base, self._run_of(part, seed).encoder),
-                self._run_of(part, seed),
+                bank.encoder(self.base, run.encoder),
+                run,
                 anchors=self._shown(part, in_bank(bank, "anchor", self._trained[1])),
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,

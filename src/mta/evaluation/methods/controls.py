@@ -11,7 +11,7 @@ import torch
 
 from mta.config import MergeSettings
 from mta.data.history import Person
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import PROFILE, Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
@@ -51,7 +51,7 @@ class OtherPerson(OverMethod):
     uses_other_people: ClassVar[bool] = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        if "profile" in panel.task.item.inputs:
+        if PROFILE in panel.task.item.inputs:
             raise ConfigError(f"{self.name!r} cannot use prompts that show earlier items", hint="Use plain prompts.")
         givers = givers_of(panel.people, panel.tested or panel.people)
         people = [replace(one, items=giver.items) for one, giver in zip(panel.people, givers)]

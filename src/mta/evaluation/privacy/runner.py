@@ -27,6 +27,7 @@ from mta.evaluation.protocol import Outcome, Panel
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import Merge, check_merge
+from mta.system.device import dtype_name
 from mta.system.progress import OnStep
 from mta.system.provenance import versions
 
@@ -118,7 +119,7 @@ def _meta(panel: Panel, sample: AttackSample, settings: AttackSettings) -> dict[
     return {
         "base": base.name,
         "note": base.note,
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "task": panel.task.name,
         "loss": "NLL of the true answer, " + ("among the labels" if panel.task.labelled else "per token"),
         **{kind: len(theirs) for kind, theirs in people.items()},

@@ -11,6 +11,7 @@ from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.card import what_to_expect
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
+from mta.evaluation.experiments.recipe import MAIN_BANK, bank_name
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.methods import AnyMethod, OneLora
 from mta.evaluation.reports import figures
@@ -141,7 +142,7 @@ def _over(pattern: str, x_label: str) -> Exhibit:
 
 def _efficiency(found: Results, name: str) -> Drawn | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    bank = found.facts.get(f"main-{found.recipe.seeds[0]}")
+    bank = found.facts.get(bank_name(MAIN_BANK, found.recipe.seeds[0]))
     if not bank:
         return None
     seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []

@@ -5,8 +5,8 @@
     person      one person's model, history, and state
     prefix      the same for all people whose id starts with the prefix
 
-A key file is YAML, a list of ``{name, sha256, rights, of}``; ``mta serve --new-key ann --rights person --of ann`` adds
-one and shows the key once.
+A key file is YAML: under ``keys``, a list of ``{name, sha256, rights, of}``. ``mta serve --new-key ann --rights person
+--of ann`` adds one and shows the key once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mta.system.atomic import file_mode, make_folder, write_text
 ENV = "MTA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
 _WAIT = 10.0  # seconds to wait for another process that adds a key
-Kind = Literal["admin", "serve", "person", "prefix"]
+Rights = Literal["admin", "serve", "person", "prefix"]
 
 
 class Key(Settings):
@@ -36,7 +36,7 @@ class Key(Settings):
 
     name: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    rights: Kind
+    rights: Rights
     of: str = ""
 
     @model_validator(mode="after")
@@ -81,7 +81,9 @@ class Keys(Settings):
         try:
             found = checked(cls, read_yaml(path), str(path)).keys if path else ()
         except ConfigError as error:
-            hint = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
+            made, other = "This command creates a key file:", "Correct that file, or make another one:"
+            begin = other if path and path.exists() else made
+            hint = f"{begin}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
         if from_env and ENV in {key.name for key in found}:

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mta.serving.api.auth import Key
 from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_disconnect
-from mta.serving.api.schemas import ClassifyRequest
+from mta.serving.api.schemas import ClassifyRequest, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import AnswerPiece, Ask, Engine, Refused, ServedModel, together
 
@@ -50,11 +50,10 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
         best = labels[int(probs.argmax())]
         data.append({"index": index, "label": best, "probs": probs.tolist(), "num_classes": len(labels)})
-    count, cached = sum(len(ask.prompt) for ask in asks), sum(piece.cached for piece in found)
-    usage = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
+    usage = usage_of(sum(len(ask.prompt) for ask in asks), 0, sum(piece.cached for piece in found))
     body: dict[str, Any] = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
     body |= {"model": name_of(who, service, request.model), "data": data, "labels": list(labels)}
-    return JSONResponse(body | {"usage": usage | {"prompt_tokens_details": {"cached_tokens": cached}}})
+    return JSONResponse(body | {"usage": usage})
 
 
 def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key) -> Ask:

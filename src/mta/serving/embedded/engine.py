@@ -221,7 +221,7 @@ class EmbeddedEngine(QueuedEngine):
             for row in rows:
                 row.send(adapter)
         elif isinstance(adapter, Exception):
-            self.scheduler.fail(rows, adapter)
+            self.scheduler.fail(rows, adapter, "loading an adapter")
         elif adapter is None or drops_before != self._drops:  # rows came since, or the person may have been forgotten
             for row in rows:
                 self._enter(row)

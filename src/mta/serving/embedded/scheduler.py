@@ -111,13 +111,13 @@ class Scheduler:
         except Exception as failure:
             self._restart(failure)
 
-    def fail(self, rows: Sequence[AnswerRow], error: Exception) -> None:
-        """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
+    def fail(self, rows: Sequence[AnswerRow], error: Exception, what: str = "a decoding step") -> None:
+        """End the answers of ``rows`` because ``what`` failed with ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
         self.failed, self.lost = self.failed + 1, self.lost + len(lost)
         self._failures_in_a_row += self._failure_counts  # before the callers know: they may ask for the engine's health
         self._failure_counts = False
-        log_failure("a decoding step", error)
+        log_failure(what, error)
         for row in lost:
             row.send(AnswerLost(LOST, hint=LATER))
             row.cancelled = True
@@ -147,7 +147,7 @@ class Scheduler:
                 place, row.cached = self.slots.take((row.ask.who, row.ask.asker), row.ask.prompt)
                 self.adapters.take(place, row.adapter)
             except Exception as error:
-                self.fail([row], error)
+                self.fail([row], error, "an admission")
                 self.slots.empty_from(len(self.rows))  # slots in use were not touched
                 continue
             row.left = list(row.ask.prompt[row.cached :])

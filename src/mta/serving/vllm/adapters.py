@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mta.bank.format import read_adapters, read_info, verify
 from mta.errors import InputError, MtaError, StateCorrupt
-from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
-from mta.lora.merge import even, truncate
+from mta.lora.batch import Factors, LoraBatch, even, join, shared_ranks
+from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
 from mta.personalize.adapters import BASE, SharedModel, adapter_parts
 from mta.serving.engine import Version
