@@ -3,7 +3,7 @@
 ``drawing/<name>.txt`` describes a picture: title, subtitle, size, then one shape per line: the name of a function of
 this module, numbers, options, and texts after ``|``. Colors have a meaning: ``base`` is the frozen base, ``task`` the
 task LoRA, ``anchor`` the anchors and their merge, ``person`` the parts of one person, ``texts`` people's texts. They
-are from the palette of Okabe and Ito, for color-blind readers.
+are near the palette of Okabe and Ito, and differ in lightness where color-blind readers see equal hues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TONES = {  # line, fill, text
     "task": ("#0072b2", "#cfe4f3", "#00507d"),
     "anchor": ("#d08700", "#fce6bd", "#825200"),
     "person": ("#009e73", "#c9eddf", "#00664a"),
-    "texts": ("#b0528a", "#f7e0ee", "#7e2f60"),
+    "texts": ("#8a2b6b", "#efc3dc", "#6a1f52"),
 }
 GRADIENTS = (3.0, -2.0, 1.5, -4.0, 5.0, 0.5)  # of four shots, in the coefficient of each anchor
 MU = (0.2, 0.15, 0.25, 0.1, 0.2, 0.15)

@@ -58,12 +58,12 @@ async def pieces(client: httpx2.AsyncClient, model: str, text: str, most: int) -
                     yield now, event["usage"]["completion_tokens"] - count
 
 
-async def load(url: str, models: Sequence[str], seconds: float, most: int) -> Times:
-    """One client for each model, asking again and again."""
+async def load(url: str, models: Sequence[str], seconds: float, most: int, seed: int = 0) -> Times:
+    """One client for each model, asking again and again; the same questions only with the same seed."""
     times, until = Times(), time.monotonic() + seconds
 
     async def client(n: int) -> None:
-        draw = random.Random(n)
+        draw = random.Random(f"{seed}/{n}")
         while time.monotonic() < until:
             last = begun = time.monotonic()
             async for now, count in pieces(http, models[n], prompt(draw, draw.randrange(40, 120)), most):

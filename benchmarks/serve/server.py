@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,13 @@ async def _base_alone(_: object) -> AsyncIterator[str]:
     yield BASE.value
 
 
+def _leave_out(adapters: Any) -> None:
+    """Apply no adapters, and move none between slots."""
+    adapters.opened = lambda rows: nullcontext()
+    for name in ("take", "clear", "exchange"):
+        setattr(adapters, name, lambda *_: None)
+
+
 def main() -> None:
     words = argparse.ArgumentParser()
     words.add_argument("--bank", type=Path)
@@ -75,7 +83,7 @@ def main() -> None:
             if args.alone:
                 service.engine.adapters.held = _base_alone  # type: ignore[attr-defined]
         elif args.alone:
-            service.engine.scheduler.adapters.opened = lambda rows: nullcontext()  # type: ignore[attr-defined]
+            _leave_out(service.engine.scheduler.adapters)  # type: ignore[attr-defined]
         serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
 
 

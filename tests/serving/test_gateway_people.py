@@ -131,6 +131,22 @@ def test_a_state_is_not_replaced_by_one_of_fewer_items_unless_the_request_says_s
         http.delete(where)
 
 
+def test_a_state_of_as_many_other_items_is_not_replaced(world):
+    where, store = "/v1/people/team/others", world.service.store
+    (person,) = people_of(1, items=2, prefix="others")
+    store.save(
+        "team/others",
+        State(world.service.jobs.personal.bank.hash, (0,), (1.0,), "posterior", person.digest(), "work", 0, shots=2),
+    )
+    items = [{"fields": dict(item.fields)} for item in people_of(1, items=2, seed=5)[0].items]
+    with world.http("team") as http:
+        http.post(f"{where}/history", json={"items": items})
+        refused = http.post(f"{where}/personalize")
+        assert refused.status_code == 400
+        assert "made from 2 items, and this server knows 2 of the person's items, others" in refused.text
+        http.delete(where)
+
+
 @pytest.mark.parametrize("running", [False, True])
 def test_a_state_of_more_items_that_another_process_saves_meanwhile_stays(world, monkeypatch, running):
     """It is saved while the person waits in the queue, or while the job runs."""

@@ -92,7 +92,7 @@ def test_ask_add_personalize_and_forget(page, world):
     for name, text in (("title", "Film 9"), ("genres", "Drama")):
         page.find_element("css selector", f"#item [name={name}]").send_keys(text)
     page.find_element("css selector", "#add button[type=submit]").click()
-    until(page, lambda: "1 items are known" in at(page, "done").text)
+    until(page, lambda: "1 items are in memory" in at(page, "done").text)
     at(page, "personalize").click()
     until(page, lambda: "version 2" in at(page, "done").text)
     until(page, lambda: "Version 2" in at(page, "state").text)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,80 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
         asyncio.run(jobs.close())
 
 
+@contextmanager
+def busy():
+    """Jobs whose running one, of the person "first", goes on until the block ends."""
+    going_on, forgotten = threading.Event(), []
+    personal = SimpleNamespace(
+        update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
+        store=None,
+        forget=lambda person, **how: forgotten.append(person) or person,
+    )
+    jobs = Jobs(personal)
+    try:
+        jobs.put(Person.of("first", [item()]))
+        while jobs.status("first").state == "waiting":
+            time.sleep(0.01)
+        yield jobs, forgotten, going_on
+    finally:
+        going_on.set()
+        asyncio.run(jobs.close())
+
+
+def test_keys_take_turns_and_a_job_has_few_items():
+    with busy() as (jobs, *_):
+        for n in range(5):
+            jobs.put(Person.of(f"team1/{n}", [item()] * 100), team(1))
+        jobs.put(Person.of("team2/0", [item()] * 50), team(2))
+        jobs.put(Person.of("other", [item()] * 300))
+        assert list(jobs._next()) == ["team1/0", "team2/0"]  # more than 256 items with the next in turn
+        asyncio.run(jobs.forget("team1/0"))
+        asyncio.run(jobs.forget("team2/0"))
+        asyncio.run(jobs.forget("team1/1"))
+        asyncio.run(jobs.forget("team1/2"))
+        jobs.put(Person.of("team1/3", [item()] * 400), team(1))
+        assert list(jobs._next()) == ["team1/3"]  # one person at least
+
+
+def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
+    monkeypatch.setattr("mta.serving.api.jobs.ROOM", ROOM)
+    with busy() as (jobs, *_):
+        jobs.put(Person.of("team1/0", [item(9000)]), team(1))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("team1/1", [item(2000)]), team(1))
+        jobs.put(Person.of("team1/0", [item(9500)]), team(1))  # in place of the items before
+        jobs.put(Person.of("team2/0", [item(2000)]), team(2))
+        jobs.put(Person.of("other", [item(30_000)]))
+
+
+def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
+    with busy() as (jobs, forgotten, going_on):
+        jobs.put(Person.of("other", [item()]))
+        assert asyncio.run(jobs.forget("other")) == "other"
+        assert forgotten == ["other"]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(jobs._forget, "first")
+            while forgotten != ["other", "first"]:  # at once; and again when the job has ended
+                time.sleep(0.01)
+            assert not waiting.done()
+            going_on.set()
+            waiting.result(30)
+        assert forgotten == ["other", "first", "first"]
+
+
+def test_items_that_came_by_a_file_too_count_once(tmp_path):
+    store = Store(tmp_path)
+    histories = Histories(store, 50)
+    one, two, three = (Item({"text": text}, time=n) for n, text in enumerate("abc"))
+    store.save_history(Person.of("ann", [one]))
+    histories.append("ann", [two, two], False)
+    store.save_history(Person.of("ann", [one, two]))  # as the nightly update of a file keeps it
+    histories.append("ann", [three], False)
+    assert histories.of("ann", frozenset()).items == (one, two, two, three)  # sent twice, kept once
+    store.save_history(Person.of("ann", [one, two, two, three]))
+    assert histories.of("ann", frozenset()).items == (one, two, two, three)
+
+
 def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
     going_on, forgotten = threading.Event(), []
     personal = SimpleNamespace(
@@ -167,16 +242,15 @@ def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
         jobs.put(Person.of("first", [item()]))
         while jobs.status("first").state == "waiting":
             await asyncio.sleep(0.01)
-        other = asyncio.create_task(jobs.forget("other"))
+        forgetting = asyncio.create_task(jobs.forget("first"))
         await asyncio.sleep(0.05)
         await jobs.close(patience=0.2)
-        await other
+        await forgetting
 
     jobs = Jobs(personal)
     try:
         asyncio.run(stopped())
-        assert forgotten == ["other"]
+        assert forgotten == ["first", "first"]
         assert not going_on.is_set()  # the job was still running
-        assert jobs.status("first").state == "running"
     finally:
         going_on.set()

@@ -107,6 +107,7 @@ class Screen:
         now = time.monotonic()
         if done <= known.done:  # the first or the next cohort begins
             known.began, known.before = now, done
+            self._progress.reset(known.bar, total=total)  # or a finished cohort's times would stay
         known.done = done
         rate = (done - known.before) / max(now - known.began, 1e-9)
         notes = [note] if note else []

@@ -177,7 +177,7 @@ def next_commands(out: Path, found: ComparisonReport) -> list[str]:
     A line above each command says what it does: a comment after the command is an error in interactive zsh.
     """
     bank, store, report = (shlex.quote(str(out / name)) for name in ("bank", "people", "report.html"))
-    lines = ["Ask several people's models, at http://127.0.0.1:8000:"]
+    lines = ["Compare a person's model with the others, at http://127.0.0.1:8000:"]
     lines += [f"  mta serve --bank {bank} --store {store} --insecure-local"]
     lines += [f"Open {report} in a browser (pictures, every number):"]
     lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {report}"]

@@ -158,8 +158,8 @@ def _coefficients(
         return []
     same = "the same as under the questions below" if samples else "the first of the test, not selected"
     text = (
-        "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people are "
-        f"{same}."
+        "The weight of each anchor in a person's model. Of the merge, the weights of all anchors are stored and, with "
+        f"the default policy, the gradient that they come from. The people are {same}."
     )
     bars = figures.coefficient_bars(merge, bank.info.items, shown)
     return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]

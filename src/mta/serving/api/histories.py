@@ -12,6 +12,7 @@ from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
 
+ROOM = 1 << 28  # bytes of items in memory
 _OVERHEAD = 64 - sys.getsizeof("")  # of a text in an item, besides its object
 
 
@@ -25,7 +26,7 @@ class Histories:
     items older than a tombstone are dropped and never used.
     """
 
-    def __init__(self, store: Store, limit: int, room: int = 1 << 28) -> None:
+    def __init__(self, store: Store, limit: int, room: int = ROOM) -> None:
         self._store, self._limit, self._room = store, limit, room
         self._held: dict[str, OrderedDict[str, Person]] = {}  # by share; "" is the operator
         self._used: Counter[str] = Counter()
@@ -43,7 +44,7 @@ class Histories:
             beside = self._of(id, since)
             return len(self._store.change_history(id, lambda kept: self._joined(kept, id, new, beside), since).items)
         person = self._joined(self._of(id, since), id, new, beside=self._store.history(id))
-        if key.share and _size(person) > self._room // 4:
+        if key.share and size_of(person) > self._room // 4:
             raise Refused(
                 f"a history may have at most {self._room // 4} bytes in memory",
                 hint='Send "keep": true, or fewer and shorter items.',
@@ -53,7 +54,7 @@ class Histories:
             share = self._share[id] = key.share
             self._held.setdefault(share, OrderedDict())[id] = person
             self._since[id] = since
-            self._used[share] += _size(person)
+            self._used[share] += size_of(person)
             self._make_room(id)
         return len(person.items)
 
@@ -91,7 +92,7 @@ class Histories:
         if share is None:
             return False
         del self._since[id]
-        self._used[share] -= _size(self._held[share].pop(id))
+        self._used[share] -= size_of(self._held[share].pop(id))
         return True
 
     def _of(self, id: str, known: frozenset[str]) -> Person | None:
@@ -105,7 +106,8 @@ class Histories:
     def of(self, id: str, known: frozenset[str]) -> Person | None:
         """Return all items of a person, stored and in memory, or None. ``known`` are the person's tombstones."""
         kept, held = self._store.history(id), self._of(id, known)
-        items = (*(kept.items if kept else ()), *(held.items if held else ()))
+        stored = kept.items if kept else ()
+        items = (*stored, *_without(held.items if held else (), stored))
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
@@ -130,6 +132,22 @@ class Histories:
             return self._drop(id)
 
 
-def _size(person: Person) -> int:
+def _without(items: Sequence[Item], others: Sequence[Item]) -> list[Item]:
+    """Return the items without those that are among the others, as after they came by a file, too."""
+
+    def content(item: Item) -> object:
+        return frozenset(item.fields.items()), item.time
+
+    left = Counter(map(content, others))
+    found = []
+    for item in items:
+        if left[content(item)] > 0:
+            left[content(item)] -= 1
+        else:
+            found.append(item)
+    return found
+
+
+def size_of(person: Person) -> int:
     """Return the approximate bytes of a person's items: a character takes one, two, or four."""
     return sum(sys.getsizeof(text) + _OVERHEAD for item in person.items for text in item.fields.values())

@@ -22,12 +22,13 @@ from mta.personalize import Personalizer
 from mta.personalize.forgetting import Forgotten
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.errors import public_message
+from mta.serving.api.histories import ROOM, size_of
 from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
 
 log = logging.getLogger("mta")
-TOGETHER = 32  # people per job
+TOGETHER, ITEMS = 32, 256  # people, and their items, per job: forgetting and other keys' people wait for one
 REMEMBERED = 4096  # finished people whose status is still reported
 _AHEAD = "meanwhile another process made the person's model from more items: append these first"
 _PATIENCE = 20.0  # seconds that a running job has once the gateway stops
@@ -49,6 +50,7 @@ class _Entry:
     person: Person | None
     share: str  # of the key that put the person; "" is the operator
     since: frozenset[str]  # the person's tombstones from before the items were read
+    size: int = 0  # bytes of the items
     fewer: bool = False  # whether the new state may replace one of more items
     status: Status = Status("waiting")
 
@@ -77,24 +79,45 @@ class Jobs:
 
         Only with ``fewer``, the state may replace one that was made from more items.
         ``since`` are the person's tombstones from before the items were read. Raises QueueFull: one prefix key's people
-        fill at most a quarter of the queue, all prefix keys' people three quarters.
+        fill at most a quarter of the queue and of the memory for items, all prefix keys' people three quarters.
         """
+        size = size_of(person)
         with self._changed:
+            if self._full(person.id, key.share, size):
+                raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
             if person.id not in self._waiting():
-                if self._full(key.share):
-                    raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
                 self._entries.pop(person.id, None)  # a new entry goes to the end of the queue
-            entry = self._entries[person.id] = _Entry(person, key.share, since, fewer)
+            entry = self._entries[person.id] = _Entry(person, key.share, since, size, fewer)
             self._changed.notify_all()
             return entry.status
 
     def _waiting(self) -> dict[str, _Entry]:
         return {id: entry for id, entry in self._entries.items() if entry.status.state == "waiting"}
 
-    def _full(self, share: str) -> bool:
-        waiting = Counter(entry.share for entry in self._waiting().values())
-        share_full = waiting[share] >= self.most // 4 or waiting.total() - waiting[""] >= self.most * 3 // 4
-        return waiting.total() >= self.most or (bool(share) and share_full)
+    def _full(self, person: str, share: str, size: int) -> bool:
+        """Return whether there is no place for a person, who may wait already, with items of so many bytes."""
+        waiting = {id: entry for id, entry in self._waiting().items() if id != person}
+        limited = [entry for entry in waiting.values() if entry.share]
+        own = [entry for entry in limited if entry.share == share]
+        if len(waiting) >= self.most or not share:
+            return len(waiting) >= self.most
+        used, own_used = (sum(entry.size for entry in some) for some in (limited, own))
+        few = len(own) < self.most // 4 and len(limited) < self.most * 3 // 4
+        return not few or own_used + size > ROOM // 4 or used + size > ROOM * 3 // 4
+
+    def _next(self) -> dict[str, _Entry]:
+        """Return who is personalized now: the keys' first people in turn, as many as fit into a job, at least one."""
+        turns, ranked = Counter[str](), list[tuple[int, str, _Entry]]()
+        for id, entry in self._waiting().items():
+            ranked.append((turns[entry.share], id, entry))
+            turns[entry.share] += 1
+        chosen, items = dict[str, _Entry](), 0
+        for _, id, entry in sorted(ranked, key=lambda one: one[0]):
+            items += len(entry.person.items) if entry.person else 0
+            if chosen and (items > ITEMS or len(chosen) == TOGETHER):
+                break
+            chosen[id] = entry
+        return chosen
 
     def status(self, person: str) -> Status | None:
         """Return a person's progress, or None if nothing was requested since the server started."""
@@ -102,9 +125,10 @@ class Jobs:
         return entry.status if entry else None
 
     async def forget(self, person: str) -> Forgotten:
-        """Remove a person from the queue, wait for the running job, and delete everything stored about the person.
+        """Remove a person from the queue, and delete everything stored about the person.
 
-        No other job starts until then. The caller must not put the same id meanwhile.
+        Waits for the running job if the person is in it. No other job starts until then. The caller must not put the
+        same id meanwhile.
         """
         return await asyncio.get_running_loop().run_in_executor(self._forgetters, self._forget, person)
 
@@ -112,9 +136,14 @@ class Jobs:
         with self._changed:
             self._entries.pop(person, None)
             self._forgetting += 1
-            self._changed.wait_for(lambda: not self._running or self._abandoned)  # its checkpoints are deleted too
         try:
-            return self.personal.forget(person, keep_exports=True)
+            found = self.personal.forget(person, keep_exports=True)  # from its tombstone on, nothing new is saved
+            with self._changed:
+                is_running = person in self._running
+                self._changed.wait_for(lambda: person not in self._running or self._abandoned)
+            if is_running:
+                self.personal.forget(person, keep_exports=True)  # what the job was writing at that moment
+            return found
         finally:
             with self._changed:
                 self._entries.pop(person, None)
@@ -157,10 +186,8 @@ class Jobs:
                 self._changed.wait_for(lambda: (self._waiting() and not self._forgetting) or self._closed)
                 if self._closed:
                     return
-                chosen = list(self._waiting().items())[:TOGETHER]
-                self._running = {id: replace(entry, status=Status("running")) for id, entry in chosen}
+                self._running = {id: replace(one, status=Status("running")) for id, one in self._next().items()}
                 self._entries |= self._running
-                del chosen  # holds people's items, which nothing may keep while this thread waits
             self._run_job()
 
     def _run_job(self) -> None:

@@ -63,7 +63,8 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     _own(key, id)
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
-    await run_in_threadpool(_check_lengths, service, new)
+    async with service.checking(key):
+        await run_in_threadpool(_check_lengths, service, new)
     async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}
@@ -139,14 +140,19 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
 
 
 def _check_not_fewer(store: Store, person: Person) -> None:
-    """Raises Refused if the person's state was made from more items than this server knows, as after a restart."""
+    """Raises Refused if the person's state was made from items that this server does not know, as after a restart.
+
+    Of these there must be one, if the items are not more than the state's, and the state's do not come first.
+    """
     try:
-        shots = store.load(person.id).shots
+        state = store.load(person.id)
     except (PersonNotFound, StateCorrupt):
         return
-    if shots > (known := len(person.items)):
+    known = len(person.items)
+    if state.shots > known or (state.shots == known and not person.grown_from(state.history)):
         raise Refused(
-            f"the person's model was made from {shots} items, and this server knows {known} of the person's items",
+            f"the person's model was made from {state.shots} items, and this server knows {known} of the person's items"
+            + (", others" if state.shots == known else ""),
             hint="Append the others first (mta personalize --keep-histories keeps those of a file); "
             f'or make it from these alone: {{"latest": {known}}}',
         )

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,11 +64,16 @@ class Service:
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
+    _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
+
+    def checking(self, key: Key) -> AbstractAsyncContextManager[object]:
+        """Return a context for checks that tokenize: one at a time for a person or prefix key, which others share."""
+        return self._checking.setdefault(key.share, asyncio.Semaphore(1)) if key.share else nullcontext()
 
     async def resolve_model(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
