@@ -78,14 +78,13 @@ def test_an_experiment_tests_people_of_another_file(world, cache, tmp_path):
     assert found.comparison("ablation").people == 4
 
 
-def test_results_hold_hashed_groups(world, cache, tmp_path, monkeypatch):
-    people, connect = people_of(30, items=8), workspace_module.read_people
+def test_results_hold_hashed_groups(world, cache, tmp_path):
+    people = people_of(30, items=8)
 
-    def paired(*args, **how):
-        return [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(connect(*args, **how))]
+    def paired(path, task):
+        return [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(read_people(path, task))]
 
-    monkeypatch.setattr(workspace_module, "read_people", paired)
-    run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
+    run_experiment(workspace_of(world, tmp_path / "run", read=paired), ["ablation"])
     found = Results.read(tmp_path / "run")
     groups = found.comparison("ablation").groups
     assert len(groups) == 4
