@@ -236,7 +236,7 @@ def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
 
 
 def _following(run: Run) -> Run:
-    """Return the settings of a bank of 0.1.0 that had its defaults changed, so that the calibration counts."""
+    """Return a bank's settings. Defaults of 0.1.0, in a bank of that time, become today's: the calibration counts."""
     if names_as_in_0_1_0(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
         return run
     policy = "auto" if run.merge.policy == "posterior" else run.merge.policy

@@ -82,8 +82,9 @@ class Bank:
         Without ``task_people``, they are half of ``people``, drawn by hash (nobody without a task LoRA), and the others
         are the candidates for anchors; people who share items stay together, unless more than half of all people do.
         Candidates train the task LoRA, too (``task_lora.unseen``).
-        ``task`` defaults to the task that ``people`` were read for, then to that of ``run``. ``task_lora`` is the
-        folder of a task LoRA that was trained earlier on the same people with the same settings. A killed build resumes
+        ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
+        named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
+        same settings. A killed build resumes
         unless ``resume`` is False. ``command`` is recorded in the folder, and ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """

@@ -12,7 +12,7 @@ from mta.bank.format import TASK_LORA
 from mta.bank.worker import LoraPiece
 from mta.config import TaskLoraSettings
 from mta.data.history import Item, Person
-from mta.data.tasks.task import PROFILE
+from mta.data.tasks.task import own_fields
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
@@ -40,12 +40,8 @@ def pooled_candidates(candidates: Sequence[Person], anchors: Set[str], settings:
 
 def not_kept_back(person: Person, count: int) -> Person:
     """Return the person without the first ``count`` items, and without later copies of these."""
-    first = {_fields(item) for item in person.items[:count]}
-    return replace(person, items=tuple(item for item in person.items[count:] if _fields(item) not in first))
-
-
-def _fields(item: Item) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(pair for pair in item.fields.items() if pair[0] != PROFILE))
+    first = {tuple(own_fields(item)) for item in person.items[:count]}
+    return replace(person, items=tuple(item for item in person.items[count:] if tuple(own_fields(item)) not in first))
 
 
 def pooled_items(

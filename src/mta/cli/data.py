@@ -47,16 +47,12 @@ def describe(
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})
     lines = ["  ".join(f"{name} {value:,.12g}" for name, value in found.items())]
-    lines.append(
-        "with {items} items or more, enough to become anchors of a bank: {people} people".format(**splits["anchors"])
-    )
-    lines.append(
-        "enough for the {shots} shots and {queries} queries of mta compare: {people} people".format(
-            **splits["compared"]
-        )
-    )
-    for shots, able in splits["shots"].items():
-        lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
+    able, compared = splits["anchors"], splits["compared"]
+    lines.append(f"with {able['items']} items or more, enough to become anchors of a bank: {able['people']} people")
+    asked = f"{compared['shots']} shots and {compared['queries']} queries"
+    lines.append(f"enough for the {asked} of mta compare: {compared['people']} people")
+    for shots, count in splits["shots"].items():
+        lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {count} people")
     timed = splits["people with times"]
     lines.append(f"people with a time on every item: {timed}; other items keep the file's order, and come first")
     lines.append(f"shared items: {shared if shared.items else 'none'}")

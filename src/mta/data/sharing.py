@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
 from mta.data.overlap import SAME_ITEMS, Sets, nearly_equal
-from mta.data.tasks.task import PROFILE, Task
+from mta.data.tasks.task import PROFILE, Task, own_fields
 
 LONG = 64  # characters: two people can write a shorter text by coincidence
 CROWD = 10  # people: an item held by more people is common text and connects no people
@@ -220,8 +220,7 @@ def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int
 
 def _contents(person: Person) -> frozenset[bytes]:
     """Return digests of the items of a person's history, without ids, times, and earlier items that they show."""
-    fields = (sorted(pair for pair in item.fields.items() if pair[0] != PROFILE) for item in person.items)
-    return frozenset(_digest([_plain(text) for pair in one for text in pair]) for one in fields)
+    return frozenset(_digest([_plain(text) for pair in own_fields(one) for text in pair]) for one in person.items)
 
 
 def _independent(inputs: Collection[Mapping[bytes, set[int]]], chance: float) -> bool:

@@ -162,7 +162,7 @@ class Footprint:
 
     @property
     def target(self) -> int:
-        """Bytes of a training pass for one target token: logits, log-probabilities, their gradient, the bound's."""
+        """Bytes of a training pass for one target token: logits, log-probabilities, gradient, and a tanh if any."""
         return self.vocabulary * (3 + self.capped) * self._wide
 
     @property

@@ -45,9 +45,8 @@ def give_back_memory(keep: int) -> None:
     """
     if not _keeps:
         return
-    with contextlib.suppress(
-        OSError, AttributeError, ValueError, KeyError
-    ):  # not every kernel has all files and fields
+    # Not every kernel has all files and fields:
+    with contextlib.suppress(OSError, AttributeError, ValueError, KeyError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallinfo2.restype = _Mallinfo
         if _resident() - libc.mallinfo2().used > keep:

@@ -215,13 +215,12 @@ class PromptFormat:
 
         Text belongs to the prompt. A space (of Llama 2) begins the answer: it is a part of many tokenizers' words.
         """
-        if not self.has_template:
-            return "", ""
-        prompt, whole = self._templated(_ANSWERED[:1], add_generation_prompt=True), self._templated(_ANSWERED)
-        between, found, _ = whole[len(prompt) :].partition(_ANSWER) if whole.startswith(prompt) else ("", "", "")
-        if not found:
-            return "", ""
-        return ("", between) if between.isspace() else (between, "")
+        if self.has_template:
+            prompt, whole = self._templated(_ANSWERED[:1], add_generation_prompt=True), self._templated(_ANSWERED)
+            if whole.startswith(prompt) and _ANSWER in whole:
+                between = whole[len(prompt) :].partition(_ANSWER)[0]
+                return ("", between) if between.isspace() else (between, "")
+        return "", ""
 
     def _end_token(self, special: Collection[int]) -> int:
         """Return the token that ends an answer: the template's ``special`` one after it, else the tokenizer's."""

@@ -43,6 +43,11 @@ PROFILE = "profile"  # field in front of the prompts of ``Task.profiled``: a per
 UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
 
 
+def own_fields(item: Item) -> list[tuple[str, str]]:
+    """Return an item's fields in order, without the earlier items that its prompt shows."""
+    return sorted(pair for pair in item.fields.items() if pair[0] != PROFILE)
+
+
 class Form(Settings):
     """The wording of one kind of item: ``prompt`` is a template, ``target`` the name of the target field.
 
@@ -253,8 +258,6 @@ class Task(Settings):
                 if item.is_query and name == form.target:
                     continue
                 return name, f"missing; task {self.name!r} needs {', '.join(self.fields(item.is_query))}"
-            if not isinstance(value, str):  # of an item that was made in Python
-                return name, f"expected text, got {type(value).__name__}"
             if not value.strip() and name != PROFILE:  # the first items have no earlier ones to show
                 return name, "empty; expected some text"
             if name == form.target and labels is not None and value not in labels:

@@ -100,11 +100,10 @@ class MergedByLayer(Method):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings, bank = panel.merge_settings(self.merge), panel.bank
-        from_zero = settings.start == "zero"
-        first, seconds = panel.merge(
-            settings.model_copy(update={"policy": "uniform" if from_zero else "posterior"}), seed
-        )
-        first = replace(first, w=torch.zeros_like(first.w)) if from_zero else first
+        policy = "uniform" if settings.start == "zero" else "posterior"  # of the same anchors
+        first, seconds = panel.merge(settings.model_copy(update={"policy": policy}), seed)
+        if settings.start == "zero":
+            first = replace(first, w=torch.zeros_like(first.w))
         start = clock(panel.base.device)
         merge = learn(
             panel.base,

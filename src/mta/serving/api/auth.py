@@ -81,9 +81,9 @@ class Keys(Settings):
         try:
             found = checked(cls, read_yaml(path), str(path)).keys if path else ()
         except ConfigError as error:
-            made, other = "This command creates a key file:", "Correct that file, or make another one:"
-            begin = other if path and path.exists() else made
-            hint = f"{begin}  mta serve --keys keys.yaml --new-key ops"
+            there = path and path.exists()
+            what = "Correct that file, or make another one:" if there else "This command creates a key file:"
+            hint = f"{what}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
         if from_env and ENV in {key.name for key in found}:

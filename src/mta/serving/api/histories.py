@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from mta.data.history import Item, Person
+from mta.data.sharing import missing_from
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
@@ -107,7 +108,7 @@ class Histories:
         """Return all items of a person, stored and in memory, or None. ``known`` are the person's tombstones."""
         kept, held = self._store.history(id), self._of(id, known)
         stored = kept.items if kept else ()
-        items = (*stored, *_without(held.items if held else (), stored))
+        items = (*stored, *missing_from(stored, held.items if held else ()))  # a file may have brought them, too
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
@@ -130,22 +131,6 @@ class Histories:
         """Drop a person's items from memory; return whether there were any."""
         with self._lock:
             return self._drop(id)
-
-
-def _without(items: Sequence[Item], others: Sequence[Item]) -> list[Item]:
-    """Return the items without those that are among the others, as after they came by a file, too."""
-
-    def content(item: Item) -> object:
-        return frozenset(item.fields.items()), item.time
-
-    left = Counter(map(content, others))
-    found = []
-    for item in items:
-        if left[content(item)] > 0:
-            left[content(item)] -= 1
-        else:
-            found.append(item)
-    return found
 
 
 def size_of(person: Person) -> int:

@@ -96,14 +96,13 @@ class Jobs:
 
     def _full(self, person: str, share: str, size: int) -> bool:
         """Return whether there is no place for a person, who may wait already, with items of so many bytes."""
-        waiting = {id: entry for id, entry in self._waiting().items() if id != person}
-        limited = [entry for entry in waiting.values() if entry.share]
+        waiting = [entry for id, entry in self._waiting().items() if id != person]
+        limited = [entry for entry in waiting if entry.share]
         own = [entry for entry in limited if entry.share == share]
-        if len(waiting) >= self.most or not share:
-            return len(waiting) >= self.most
-        used, own_used = (sum(entry.size for entry in some) for some in (limited, own))
-        few = len(own) < self.most // 4 and len(limited) < self.most * 3 // 4
-        return not few or own_used + size > ROOM // 4 or used + size > ROOM * 3 // 4
+        parts = [(waiting, 4)] + ([(limited, 3), (own, 1)] if share else [])  # and the quarters that they may fill
+        if any(len(some) >= self.most * quarters // 4 for some, quarters in parts):
+            return True
+        return any(sum(one.size for one in some) + size > ROOM * quarters // 4 for some, quarters in parts[1:])
 
     def _next(self) -> dict[str, _Entry]:
         """Return who is personalized now: the keys' first people in turn, as many as fit into a job, at least one."""

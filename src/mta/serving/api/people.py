@@ -28,13 +28,13 @@ from mta.serving.engine import Refused
 from mta.store import Store
 
 
-def _ends_with_a_name(http: HttpRequest) -> None:
+def _refuse_final_line_break(http: HttpRequest) -> None:
     """Raises UnknownOrForbidden for a path that ends with a line break: routes would find the path without it."""
     if http.scope["path"].endswith("\n"):
         raise _unknown()
 
 
-router = APIRouter(prefix="/v1/people", dependencies=[Depends(_ends_with_a_name)])
+router = APIRouter(prefix="/v1/people", dependencies=[Depends(_refuse_final_line_break)])
 
 
 class NewItem(BaseModel, extra="forbid"):
@@ -140,9 +140,9 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
 
 
 def _check_not_fewer(store: Store, person: Person) -> None:
-    """Raises Refused if the person's state was made from items that this server does not know, as after a restart.
+    """Raises Refused if the person's state was made from more items than this server knows, or from as many others.
 
-    Of these there must be one, if the items are not more than the state's, and the state's do not come first.
+    So it is after a restart, for items that were not kept.
     """
     try:
         state = store.load(person.id)

@@ -72,7 +72,7 @@ class Service:
         self.histories = Histories(self.store, self.limits.items)
 
     def checking(self, key: Key) -> AbstractAsyncContextManager[object]:
-        """Return a context for checks that tokenize: one at a time for a person or prefix key, which others share."""
+        """Return a context for checks that tokenize: a person or prefix key makes one at a time."""
         return self._checking.setdefault(key.share, asyncio.Semaphore(1)) if key.share else nullcontext()
 
     async def resolve_model(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
