@@ -12,7 +12,16 @@ from tiny import random_examples, random_loras
 from mta.config import MergeSettings, Training
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Merge, fit_merge, learn, merge_adapters
+from mta.personalize.merge import (
+    Earlier,
+    Merge,
+    fit_merge,
+    learn,
+    merge_adapters,
+    needs_encodings,
+    needs_evidence,
+    weighed,
+)
 from mta.training.scoring import log_likelihood
 
 START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], [0.1, 0.6], [0.3, 0.3]]).double())
@@ -94,6 +103,44 @@ def test_the_learned_policy_starts_from_the_posterior(scene):
     near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
 
 
+@pytest.mark.parametrize("start", ["zero", "posterior"])
+def test_scale_multiplies_what_was_learned(scene, start):
+    base, task, bank, jobs = scene
+    pooled = [Shared(task)]
+    given = {"similarity": normal(3, 4), "evidence": gather_evidence(base, jobs, bank, pooled)}
+    plainly, scaled = (
+        fit_merge(
+            base, jobs, bank, pooled, MergeSettings(policy="learned", learned=DESCENT, start=start, scale=s), **given
+        )
+        for s in (1.0, 2.0)
+    )
+    near(scaled.w, 2 * plainly.w)
+    again = [
+        fit_merge(base, jobs, bank, pooled, settings, earlier=Earlier(before, torch.ones(3)))
+        for before, s in ((plainly, 1.0), (scaled, 2.0))
+        for settings in [MergeSettings(policy="learned", learned=DESCENT, scale=s)]
+    ]
+    near(again[1].w, 2 * again[0].w)
+
+
+@pytest.mark.parametrize("policy", ["similarity", "uniform"])
+def test_anchors_that_were_retrieved_by_losses_stay_when_a_history_grows(scene, policy):
+    """Weights by content are those of the whole history; the anchors' losses are not needed again."""
+    base, task, bank, jobs = scene
+    pooled, similarity = [Shared(task)], normal(3, 4)
+    settings = MergeSettings(policy=policy, k=2, retrieve="loss")
+    assert not needs_evidence(settings, grown=True)
+    assert needs_encodings(settings, grown=True) == (policy == "similarity")
+    before = fit_merge(
+        base, jobs, bank, pooled, settings, similarity=-similarity, evidence=gather_evidence(base, jobs, bank, pooled)
+    )
+    earlier = Earlier(before, torch.ones(3))
+    after = fit_merge(base, jobs, bank, pooled, settings, similarity=similarity, earlier=earlier)
+    assert after.ids.equal(before.ids)
+    near(after.w, weighed(settings, before.ids, similarity).w)
+    assert (after.w == before.w).all() == (policy == "uniform")
+
+
 WAYS = Merge(torch.tensor([[2, 7], [0, 5]]), torch.tensor([[0.5, -0.2], [0.9, 0.3]], dtype=torch.float64))
 
 
@@ -119,7 +166,7 @@ def same_model(base, bank, merge, adapters) -> None:
 @pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
 def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
     base, bank = bank_of_eight
-    found = merge_adapters(bank, merge, MergeSettings(mode="exact"))
+    (found,) = merge_adapters(bank, merge, MergeSettings(mode="exact"))
     assert isinstance(found, way)  # whichever is less to move
     same_model(base, bank, merge, found)
 
@@ -131,18 +178,19 @@ def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
 
 def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
     base, bank = bank_of_eight
-    same_model(base, bank, WAYS, merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
+    (found,) = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank))
+    same_model(base, bank, WAYS, found)
 
 
 def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
     _, bank = bank_of_eight
-    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
-    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2
+    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd"))[0].batch.rank == bank.anchors.rank
+    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2))[0].batch.rank == 2
 
 
 def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
     _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch
+    found = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2))[0].batch
     for u in range(2):
         for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
             left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
@@ -151,8 +199,15 @@ def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
 
 def test_factor_averages_both_factors_apart(bank_of_eight):
     _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, MergeSettings(mode="factor")).batch
+    found = merge_adapters(bank, WAYS, MergeSettings(mode="factor"))[0].batch
     for u in range(2):
         for name, (a, b) in bank.anchors.factors.items():
             mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))
             near(found.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)
+
+
+def test_a_merge_of_nothing_is_not_computed(bank_of_eight):
+    _, bank = bank_of_eight
+    nothing = Merge(WAYS.ids, torch.zeros_like(WAYS.w))
+    for mode in ("exact", "svd", "factor"):
+        assert merge_adapters(bank, nothing, MergeSettings(mode=mode)) == []

@@ -17,6 +17,7 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
+from mta.data.tasks.prompt import PromptFormat
 from mta.errors import (
     AnchorNotFound,
     ConfigError,
@@ -255,3 +256,11 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
 def test_a_shortened_question_is_reported(known, caplog):
     known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
     assert caplog.messages == ["1 of 1 questions were too long: the end of their text was cut off"]
+
+
+@pytest.mark.parametrize(("policy", "most"), [("posterior", 1), ("ridge", 5)])
+def test_all_labels_are_only_scored_for_policies_that_read_them(tiny, monkeypatch, policy, most):
+    examples, targets = PromptFormat.examples, []
+    monkeypatch.setattr(PromptFormat, "examples", lambda *given: (targets.append(len(given[-1])), examples(*given))[1])
+    personalizer(*tiny, merge=MergeSettings(policy=policy)).personalize(PEOPLE[:1])
+    assert max(targets) == most

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -80,6 +81,21 @@ def test_an_anchor_with_weight_zero_adds_no_rank_to_an_export(tiny, tmp_path):
     assert personal.state("x0").w == (1.0, 0.0)
     personal.export("x0", tmp_path / "out")
     assert read_peft(tmp_path / "out").rank == 2 + 2 + 1
+
+
+def test_an_export_without_a_merge_holds_no_anchors_factors(tiny, tmp_path):
+    """As in a bank whose calibration found that merges do not help."""
+    base, bank = tiny
+    made = personalizer(*tiny, tmp_path / "people", merge=MergeSettings(policy="uniform", k=2))
+    made.personalize(PEOPLE[:1])
+    made.store.save("x0", replace(made.state("x0"), w=(0.0, 0.0), work="f" * 64))
+    personal = personalizer(*tiny, tmp_path / "people")
+    assert personal.export("x0", tmp_path / "out") == 0.0
+    assert read_peft(tmp_path / "out").rank == bank.task_lora.rank + 1
+    found = loaded_by_peft(tmp_path / "out")(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
+    with torch.inference_mode(), personal.applied(["x0"]):
+        expected = base.model(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 4])

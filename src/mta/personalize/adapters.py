@@ -80,7 +80,7 @@ def row_adapters(
     for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):
         alike = [one if isinstance(one, State) and (one.mode, one.rank) == (mode, rank) else TASK for one in owners]
         merge = stored_merges(alike, base.master_dtype)
-        adapters.append(merge_adapters(bank, merge, MergeSettings(mode=mode, rank=rank)))
+        adapters += merge_adapters(bank, merge, MergeSettings(mode=mode, rank=rank))
     if bank.task_lora:
         on = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
         adapters.append(Gated(bank.task_lora, on))
@@ -115,5 +115,6 @@ def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraB
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:
     """Return task LoRA, merge, and stack of one person as one LoRA in float32 on the CPU. Nothing is lost."""
     parts = [part for part in (bank.task_lora, state.stack) if part]
-    parts = [merge_as_lora(bank.anchors, state, dtype), *parts]
+    if any(state.w) or not parts:  # a merge of nothing needs no anchor's factors
+        parts = [merge_as_lora(bank.anchors, state, dtype), *parts]
     return join([part.to(torch.device("cpu"), torch.float32) for part in parts])

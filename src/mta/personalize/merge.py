@@ -56,12 +56,12 @@ class Merge:
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
     """Return whether stage 2 reads the anchors' losses (``gather_evidence``).
 
-    ``grown`` says that earlier merges are known: policies that learn then start from these.
+    ``grown`` says that earlier merges are known: their anchors stay, and policies that learn start from them.
     """
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
         return False
-    return settings.retrieve == "loss" or policy.evidence(settings)
+    return (settings.retrieve == "loss" and not grown) or policy.evidence(settings)
 
 
 def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
@@ -133,6 +133,11 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
         )
     rank_by = evidence.anchor_loglik if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
+    return weighed(settings, ids, similarity, evidence)
+
+
+def weighed(settings: MergeSettings, ids: Tensor, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
+    """Return the merge of the anchors ``ids`` (U, K), by ``settings.policy``; similarity (U, N)."""
     known = PolicyInput(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, known))
 
@@ -164,7 +169,8 @@ def fit_merge(
     ``similarity`` (U, N) is the cosine of person and anchor, required if ``needs_encodings``.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
     only. The laplace, posterior, and loss policies then return the result of all items; ridge and learned start
-    from the earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
+    from the earlier coefficients and are pulled to them; policies that read only encodings are given all items' and
+    keep of ``earlier`` the anchors that were retrieved by losses.
     ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.
     """
@@ -180,9 +186,16 @@ def fit_merge(
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
         if similarity is None:
             similarity = torch.zeros(len(jobs), len(anchors))
-        found = coefficients(settings, similarity, evidence)
+        if earlier and settings.retrieve == "loss":
+            found = weighed(settings, earlier.merge.ids, similarity)
+        else:
+            found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    return learn(base, jobs, anchors, task_adapters, found, settings.learned, seed=seed, **passes) if learns else found
+    if not learns:
+        return found
+    start = Merge(found.ids, found.w / settings.scale)
+    learned = learn(base, jobs, anchors, task_adapters, start, settings.learned, seed=seed, **passes)
+    return Merge(learned.ids, settings.scale * learned.w)
 
 
 def _from_gradients(
@@ -268,15 +281,17 @@ def learn(
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
-def merge_adapters(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
-    """Return a merge as adapters, in the mode of ``settings``.
+def merge_adapters(bank: Bank, merge: Merge, settings: MergeSettings) -> list[Adapters]:
+    """Return a merge as adapters, in the mode of ``settings``; none if all coefficients are 0.
 
     An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
     """
+    if not merge.w.any():
+        return []
     if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
-        return merge.adapters(bank.device_anchors)
+        return [merge.adapters(bank.device_anchors)]
     anchors = bank.anchors.to(bank.device_anchors.device) if settings.mode == "svd" else bank.device_anchors
-    return PerPerson(merge_loras(anchors, merge, settings))
+    return [PerPerson(merge_loras(anchors, merge, settings))]
 
 
 def _is_direct(k: int, anchors: int) -> bool:

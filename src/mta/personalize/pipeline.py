@@ -26,8 +26,9 @@ from mta.errors import (
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
-from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients, needs_evidence
+from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients
 from mta.personalize.outcomes import Personalized, Updated
+from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
@@ -235,7 +236,7 @@ class Pipeline:
 
     def _jobs(self, items: Sequence[WorkItem], errors: dict[str, MtaError]) -> Iterator[ShotsJob]:
         """Yield the jobs of people whose items fit; add the others' errors to ``errors``."""
-        alternatives = needs_evidence(self.run.merge)
+        alternatives = policy_of(self.run.merge).labels
         for item in items:
             try:
                 yield shots_of(self.base, self.bank.task, item.new_items, alternatives, item.known_items)

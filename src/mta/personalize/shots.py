@@ -26,7 +26,7 @@ class ShotsJob(Job):
 def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True, known_items: int = 0) -> ShotsJob:
     """Return a person's items as training examples, with ``alternatives`` if the task has labels.
 
-    Only policies that need evidence read alternatives, which take most of the tokenizer's time. The job's key is the
+    Only policies that need labels read alternatives, which take most of the tokenizer's time. The job's key is the
     digest of the items, not the id: a hash of the key must not confirm a guessed id. Raises DataError for an item that
     is not one of the task, or does not fit the model's tokens; ``known_items`` is the number of earlier items that the
     person has, and that errors count too.

@@ -28,6 +28,7 @@ from mta.personalize.merge import (
     needs_encodings,
     needs_evidence,
 )
+from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
 from mta.personalize.work import Cohort, WorkItem, settings_digest, settings_text
 from mta.store import Store
@@ -79,16 +80,11 @@ class Fitted:
     """
 
     merge: Merge
-    adapters: Adapters  # of ``merge``
+    adapters: list[Adapters]  # of ``merge``
     stacks: LoraBatch | None = None
     stacks_kept: bool = False
     pooled_losses: Sequence[float] | None = None
     merged_losses: Sequence[float] | None = None
-
-    @property
-    def merged(self) -> list[Adapters]:
-        """The adapters of the merges; none where all coefficients are 0, as in a bank in which merges do not help."""
-        return [self.adapters] if self.merge.w.any() else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +112,7 @@ class Stages:
 
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
-        alternatives = needs_evidence(self.run.merge)
+        alternatives = policy_of(self.run.merge).labels
         jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
         return [replace(job, examples_before=item.items_in_stack) for job, item in zip(jobs, cohort.items)]
 
@@ -166,7 +162,7 @@ class Stages:
         stacks = adapt(
             self.base,
             jobs,
-            [*self.bank.task_adapters, *fitted.merged],
+            [*self.bank.task_adapters, *fitted.adapters],
             settings.lora,
             settings.training,
             start=start,
@@ -221,10 +217,10 @@ class Stages:
 
         stacked: Sequence[float | None] = [None] * len(jobs)
         if fitted.stacks:
-            stacked = under(*fitted.merged, PerPerson(fitted.stacks))
+            stacked = under(*fitted.adapters, PerPerson(fitted.stacks))
         targets = [job.targets for job in jobs]
         pooled_losses = fitted.pooled_losses or under()
-        merged_losses = fitted.merged_losses or (under(*fitted.merged) if fitted.merged else pooled_losses)
+        merged_losses = fitted.merged_losses or (under(*fitted.adapters) if fitted.adapters else pooled_losses)
         return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
 
     def earlier_merge(self, cohort: Cohort) -> Merge:

@@ -159,7 +159,7 @@ def adapted(
         start = clock(panel.base.device)
         frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
-            frozen.append(merge_adapters(panel.bank, merge.select(cohort), settings))
+            frozen += merge_adapters(panel.bank, merge.select(cohort), settings)
         jobs = [panel.jobs[i] for i in cohort]
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += clock(panel.base.device) - start
@@ -175,7 +175,7 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
         start = clock(panel.base.device)
         merged = merge_adapters(panel.bank, merge.select(cohort), settings)
         seconds += clock(panel.base.device) - start
-        answers += answer(panel, cohort, [*panel.bank.task_adapters, merged])
+        answers += answer(panel, cohort, [*panel.bank.task_adapters, *merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
 

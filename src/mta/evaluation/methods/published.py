@@ -113,7 +113,7 @@ class Prime(Method):
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
-        adapters = [*panel.bank.task_adapters, merge_adapters(panel.bank, merge, settings)]
+        adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge, settings)]
         found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
         return torch.stack([-scores.sum() for scores in found])
 
