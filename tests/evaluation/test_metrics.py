@@ -50,6 +50,22 @@ def test_without_scores_there_is_no_likelihood():
     assert list(measure(RATING, Answers(["3", "3"]), ["3", "5"]).metrics) == ["MAE", "accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "shared"),
+    [
+        ("Привет, большой мир", "большой мир!", 0.8),
+        ("हिन्दी में लिखा", "हिन्दी में", 0.8),
+        ("天気がいい", "天気", 4 / 7),
+        ("Ein Gruß", "ein gruß", 1),
+        ("Der Fuß", "der Fuchs", 0.5),  # mostly a-z: words as LaMP has them, here der, fu
+    ],
+)
+def test_words_of_other_scripts_are_counted(gold, text, shared):
+    found = measure(load_task("text"), Answers([text]), [gold]).metrics
+    assert found["ROUGE-1"] == pytest.approx(shared)
+    assert found["ROUGE-L"] == pytest.approx(shared)
+
+
 @pytest.mark.parametrize(("gold", "distance"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
 def test_text_that_is_not_a_number_counts_as_the_farther_extreme(gold, distance):
     assert measure(RATING, Answers(["four stars"]), [gold]).metrics["MAE"] == distance

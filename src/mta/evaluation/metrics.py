@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.system.extras import require
 
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # kana and Chinese characters
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 
 
@@ -154,14 +157,28 @@ def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """Return the F-measures as in LaMP, and over word stems as in the code of arXiv:2511.20072."""
+    """Return the F-measures as in LaMP, and over word stems as in the code of arXiv:2511.20072.
+
+    LaMP's words are made of a-z and 0-9 alone. If most letters of the true texts are others, these make words, too.
+    """
     require("eval", "rouge-score")
     from rouge_score.rouge_scorer import RougeScorer
 
     names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1"}
     found: dict[str, float] = {}
+    letters = [letter for gold in golds for letter in gold if letter.isalpha()]
+    foreign = 2 * sum(not letter.isascii() for letter in letters) > len(letters)
     for suffix, stems in (("", False), (", stemmed", True)):
-        scorer = RougeScorer([*names.values()], use_stemmer=stems)
+        scorer = RougeScorer([*names.values()], use_stemmer=stems, tokenizer=_AllLetters() if foreign else None)
         scores = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
         found |= {name + suffix: sum(one[key].fmeasure for one in scores) / len(scores) for name, key in names.items()}
     return found
+
+
+class _AllLetters:
+    """A tokenizer for rouge-score: the words of any script. Where words have no spaces, each character is one."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words, in lower case."""
+        kept = "".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in text.lower())
+        return _UNSPACED.sub(r" \g<0> ", kept).split()
