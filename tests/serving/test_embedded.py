@@ -256,6 +256,24 @@ def test_forgetting_zeroes_slots_and_adapters_of_the_person():
     assert set(after) == {1}
 
 
+def test_forgetting_empties_the_slots_of_what_the_person_asked_other_models():
+    base, bank, models = world()
+
+    async def go():
+        engine = engine_of(base, bank, models, slots=3)
+        for who, asker in ((TASK, "ann"), (BASE, "ann"), (TASK, "bob")):
+            await tokens_of(engine, Ask((7, 8, 9), who, max_tokens=2, asker=asker))
+        before = [slot.owner for slot in engine.scheduler.slots._slots]
+        await engine.forget("1", ["ann"])
+        after = [slot.owner for slot in engine.scheduler.slots._slots if slot.owner]
+        await engine.close()
+        return before, after
+
+    before, after = asyncio.run(go())
+    assert len(set(before)) == 3
+    assert after == [(TASK, "bob")]
+
+
 def test_forgetting_ends_only_the_persons_running_answers():
     base, bank, models = world()
 

@@ -85,15 +85,10 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
         return made
 
     monkeypatch.setattr(Stages, "states", slow)
-    for id in ("eve", "bob"):
-        http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
-    with gateway.service.jobs._changed:  # both in one job
-        gateway.service.jobs._forgetting += 1
-    for id in ("eve", "bob"):
-        assert http.post(f"/v1/people/{id}/personalize").status_code == 202
-    with gateway.service.jobs._changed:
-        gateway.service.jobs._forgetting -= 1
-        gateway.service.jobs._changed.notify_all()
+    jobs = gateway.service.jobs
+    with jobs._changed:  # both in one job
+        for id in ("eve", "bob"):
+            jobs.put(replace(people_of(1, items=4, seed=9)[0], id=id))
     assert begun.wait(600)
     gateway.forget()
     going_on.set()

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +15,7 @@ import openai
 from served import endless, served, stepped, waited
 
 from mta.serving import launch
-from mta.serving.api import limits
+from mta.serving.api import completions, limits
 from mta.serving.api.limits import Limits
 from mta.serving.api.service import Service
 from mta.store.tombstones import LIFETIME
@@ -49,6 +53,31 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
         found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
         assert found.status_code == 200
         assert row.count < 10
+
+
+def test_a_person_keys_prompts_are_tokenized_one_at_a_time(tiny, tmp_path, monkeypatch):
+    """Others need these threads: a key may send many long prompts at once."""
+    now, most, lock = [], [], threading.Lock()
+    tokenize = completions._ask
+
+    def slow(*given):
+        with lock:
+            now.append(1)
+            most.append(len(now))
+        time.sleep(0.05)
+        with lock:
+            now.pop()
+        return tokenize(*given)
+
+    monkeypatch.setattr(completions, "_ask", slow)
+    with served(*tiny, tmp_path, limits=Limits(own=8)) as here, ThreadPoolExecutor(6) as pool:
+        for name, expected in (("ann", 1), ("serve", 2)):
+            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
+            body = {"model": "task", "prompt": "x", "max_tokens": 1}
+            post = partial(httpx2.post, f"{here.url}/v1/completions", json=body, headers=headers, timeout=60)
+            most.clear()
+            assert [one.result().status_code for one in [pool.submit(post) for _ in range(6)]] == [200] * 6
+            assert (max(most) > 1) == (expected > 1)
 
 
 def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from contract import World
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mta.bank.bank import Bank
 from mta.bank.format import read_info, with_hash, write_info
 from mta.cli.app import app
 from mta.cli.options import open_bank
@@ -53,11 +55,15 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
     )
 
 
-def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(world, tmp_path):
+def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(world, tmp_path, monkeypatch):
     base, bank, run = open_bank(world.folder / "bank")
-    older = shutil.copytree(bank.folder, tmp_path / "older")
+    older, threads = shutil.copytree(bank.folder, tmp_path / "older"), []
+    load = Bank.open
+    monkeypatch.setattr(Bank, "open", lambda *given: (threads.append(threading.current_thread()), load(*given))[1])
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older, strict=True)
     assert list(service.strict_banks) == [bank.folder, older]
+    assert threads
+    assert threading.current_thread() not in threads  # its OpenMP threads would slow decoding down as long as it lives
     asyncio.run(service.engine.close())
     info = read_info(older)
     write_info(older, with_hash(info.model_copy(update={"task": load_task("lamp4").model_dump(mode="json")})))

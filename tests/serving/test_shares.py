@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories
-from mta.serving.api.jobs import Jobs
+from mta.serving.api.jobs import TOGETHER, Jobs
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
@@ -157,8 +157,8 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
 
 
 @contextmanager
-def busy():
-    """Jobs whose running one, of the person "first", goes on until the block ends."""
+def busy(*people):
+    """Jobs whose running one, of the person "first" or of ``people``, goes on until the block ends."""
     going_on, forgotten = threading.Event(), []
     personal = SimpleNamespace(
         update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
@@ -167,8 +167,10 @@ def busy():
     )
     jobs = Jobs(personal)
     try:
-        jobs.put(Person.of("first", [item()]))
-        while jobs.status("first").state == "waiting":
+        with jobs._changed:
+            for id in people or ["first"]:
+                jobs.put(Person.of(id, [item()]))
+        while jobs._waiting():
             time.sleep(0.01)
         yield jobs, forgotten, going_on
     finally:
@@ -215,6 +217,45 @@ def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
             going_on.set()
             waiting.result(30)
         assert forgotten == ["other", "first", "first"]
+
+
+def test_people_of_a_running_job_do_not_delay_the_forgetting_of_others():
+    several = [f"first{n}" for n in range(TOGETHER)]
+    with busy(*several) as (jobs, forgotten, going_on):
+
+        async def forget():
+            waiting = [asyncio.create_task(jobs.forget(id)) for id in several]
+            while len(forgotten) < len(several):
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(jobs.forget("other"), 20) == "other"
+            going_on.set()
+            assert await asyncio.gather(*waiting) == several
+
+        asyncio.run(forget())
+
+
+def test_a_job_starts_while_others_are_forgotten():
+    removed = threading.Event()
+    personal = SimpleNamespace(
+        update=lambda people, **how: SimpleNamespace(failed={}, forgotten=(), ahead=()),
+        store=None,
+        forget=lambda person, **how: removed.wait(30),
+    )
+    jobs = Jobs(personal)
+    with ThreadPoolExecutor(1) as pool:
+        forgetting = pool.submit(jobs._forget, "other")
+        while not forgetting.running():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        jobs.put(Person.of("ann", [item()]))
+        for _ in range(1000):
+            if jobs.status("ann").state == "done":
+                break
+            time.sleep(0.01)
+        assert jobs.status("ann").state == "done"
+        removed.set()
+        assert forgetting.result(30)
+    asyncio.run(jobs.close())
 
 
 def test_items_that_came_by_a_file_too_count_once(tmp_path):

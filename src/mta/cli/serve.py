@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from json import loads
 from pathlib import Path
@@ -104,7 +105,9 @@ def serve(
     secret: Annotated[
         Path | None, Option(help="With --new-key: write it to this new file, which only you can read.", dir_okay=False)
     ] = None,
-    rights: Annotated[str, Option(help="Rights of the new key: admin, serve, person or prefix.")] = "admin",
+    rights: Annotated[
+        str | None, Option(help="Rights of the new key: admin (the default), serve, person or prefix.")
+    ] = None,
     of: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
     slots: Annotated[int, Option(min=1, help="Maximum number of simultaneous answers.")] = 32,
     vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
@@ -135,9 +138,16 @@ def serve(
     from mta.system.device import in_passing
 
     if new_key is not None:
-        return _add_key(keys, new_key, rights, of, secret, json)
-    if secret is not None:
-        raise ConfigError("--secret needs --new-key", hint="For example:  --new-key app --secret app.key")
+        return _add_key(keys, new_key, rights or "admin", of, secret, json)
+    _refuse_unused(
+        {
+            "--secret": (secret, "--new-key", new_key),
+            "--rights": (rights, "--new-key", new_key),
+            "--of": (of, "--new-key", new_key),
+            "--vllm-args": (vllm_args, "--vllm", vllm),
+            "--vllm-folder": (vllm_folder, "--vllm-url", vllm_url),
+        }
+    )
     known = serving.keys_for(keys, host, insecure_local, port)
     remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     weights = not (remote or vllm)
@@ -158,6 +168,13 @@ def serve(
             *opened, store, known, rate=rate, slots=slots, vllm=server, bank_before=bank_before, strict=strict
         )
         serving.serve(service, host, port, show)
+
+
+def _refuse_unused(options: Mapping[str, tuple[object, str, object]]) -> None:
+    """Raise ConfigError for an option that has no effect without another one: its value, that one, and its value."""
+    for name, (given, other, needed) in options.items():
+        if given and not needed:
+            raise ConfigError(f"{name} needs {other}", hint="Add it, or leave this one out:  mta serve --help")
 
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | None, json: bool) -> None:

@@ -130,8 +130,11 @@ class Engine(Protocol):
     def answer(self, ask: Ask) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, ModelRemoved, EngineGone."""
 
-    async def forget(self, person: str) -> None:
-        """End the person's running answers with ModelRemoved, and drop everything computed for the person."""
+    async def forget(self, person: str, askers: Collection[str] = ()) -> None:
+        """End the person's running answers with ModelRemoved, and drop everything computed for the person.
+
+        ``askers`` are the person's own: what they asked other models ends, too.
+        """
 
     async def drop(self, versions: Collection[Version]) -> None:
         """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
@@ -207,10 +210,13 @@ class QueuedEngine(ABC):
     def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
         """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""
 
-    async def forget(self, person: str) -> None:
-        """End the person's running answers with ModelRemoved, and drop everything computed for the person."""
+    async def forget(self, person: str, askers: Collection[str] = ()) -> None:
+        """End the person's running answers with ModelRemoved, and drop everything computed for the person.
+
+        ``askers`` are the person's own: what they asked other models ends, too.
+        """
         error = ModelRemoved("the person was forgotten", hint="Ask the pooled model: task")
-        await self._drop(lambda who: who.person == person, error)
+        await self._drop(lambda who: who.person == person, error, askers)
 
     async def drop(self, versions: Collection[Version]) -> None:
         """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
@@ -218,5 +224,5 @@ class QueuedEngine(ABC):
         await self._drop(versions.__contains__, ModelRemoved("the store no longer has this version", hint))
 
     @abstractmethod
-    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
-        """End the running answers of the versions that match with an error, and drop everything computed for them."""
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
+        """End the answers of the versions that match, and to ``askers``; drop everything computed for them."""

@@ -34,7 +34,7 @@ from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.atomic import file_mode
-from mta.system.device import dtype_name
+from mta.system.device import dtype_name, in_passing
 from mta.system.hub import local_folder
 
 log = logging.getLogger("mta")
@@ -103,7 +103,7 @@ def service_of(
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
-        old_bank = Bank.open(bank_before, base) if bank_before else None
+        old_bank = in_passing(lambda: Bank.open(bank_before, base)) if bank_before else None
         if old_bank and old_bank.task.identity != bank.task.identity:
             raise ConfigError(
                 f"the bank at {bank_before} is for task {old_bank.task.name!r}, expected {bank.task.name!r}",

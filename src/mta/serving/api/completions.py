@@ -65,7 +65,8 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
     with service.refusals(kind):
-        ask = await run_in_threadpool(_ask, service, request, who, key)  # long prompts take long to tokenize
+        async with service.checking(key):
+            ask = await run_in_threadpool(_ask, service, request, who, key)  # long prompts take long to tokenize
     formatter = ResponseFormatter(request, name_of(who, service, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, ask, request, key)
     if request.stream:

@@ -68,9 +68,8 @@ class Jobs:
         self._entries: dict[str, _Entry] = {}  # by person, in the order of the queue
         self._running: dict[str, _Entry] = {}
         self._changed = threading.Condition()
-        self._forgetting = 0
         self._closed = self._abandoned = False
-        self._forgetters = ThreadPoolExecutor(4, "mta-forget")  # own threads: they wait for a job to end
+        self._forgetters = ThreadPoolExecutor(TOGETHER + 4, "mta-forget")  # a job's people wait in them for its end
         self._thread = threading.Thread(target=self._run, name="mta-personalize", daemon=True)
         self._thread.start()
 
@@ -126,15 +125,13 @@ class Jobs:
     async def forget(self, person: str) -> Forgotten:
         """Remove a person from the queue, and delete everything stored about the person.
 
-        Waits for the running job if the person is in it. No other job starts until then. The caller must not put the
-        same id meanwhile.
+        Waits for the running job if the person is in it. The caller must not put or forget the same id meanwhile.
         """
         return await asyncio.get_running_loop().run_in_executor(self._forgetters, self._forget, person)
 
     def _forget(self, person: str) -> Forgotten:
         with self._changed:
             self._entries.pop(person, None)
-            self._forgetting += 1
         try:
             found = self.personal.forget(person, keep_exports=True)  # from its tombstone on, nothing new is saved
             with self._changed:
@@ -146,8 +143,6 @@ class Jobs:
         finally:
             with self._changed:
                 self._entries.pop(person, None)
-                self._forgetting -= 1
-                self._changed.notify_all()
 
     def drop_forgotten(self) -> None:
         """Drop waiting people and statuses that are older than a tombstone.
@@ -182,7 +177,7 @@ class Jobs:
         compute_with(1)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: (self._waiting() and not self._forgetting) or self._closed)
+                self._changed.wait_for(lambda: self._waiting() or self._closed)
                 if self._closed:
                     return
                 self._running = {id: replace(one, status=Status("running")) for id, one in self._next().items()}

@@ -129,7 +129,8 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
             found = await service.jobs.forget(id)
             service.is_stale |= bool(found.needs_rebuild)
         finally:
-            await service.engine.forget(id)
+            own = [one.name for one in service.keys.keys if one.rights == "person" and one.of == id]
+            await service.engine.forget(id, own)
         if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
     report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -92,7 +92,7 @@ class EmbeddedEngine(QueuedEngine):
 
         return cancel
 
-    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
         def dropped(who: ServedModel) -> bool:
             return isinstance(who, Version) and matches(who)
 
@@ -100,7 +100,7 @@ class EmbeddedEngine(QueuedEngine):
             self._drops += 1
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
-            self.scheduler.end(error, dropped)
+            self.scheduler.end(error, lambda owner: dropped(owner[0]) or owner[1] in askers)
 
         await self._in_thread(work)
 

@@ -138,10 +138,10 @@ class Slots:
         self.used -= 1
         self.exchange(place, self.used)
 
-    def forget(self, matches: Callable[[ServedModel], bool]) -> None:
-        """Empty the warm slots whose person, version, and mode match."""
+    def forget(self, matches: Callable[[Owner], bool]) -> None:
+        """Empty the warm slots whose owner matches."""
         for place, slot in enumerate(self._slots[self.used :], self.used):
-            if slot.owner and matches(slot.owner[0]):
+            if slot.owner and matches(slot.owner):
                 self.empty(place)
 
     def empty_from(self, used: int) -> None:

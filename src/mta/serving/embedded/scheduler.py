@@ -28,7 +28,7 @@ from torch import Tensor
 from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
-from mta.serving.embedded.kv_cache import Slots
+from mta.serving.embedded.kv_cache import Owner, Slots
 from mta.serving.embedded.label_walk import LabelWalk
 from mta.serving.engine import LATER, LOST, AnswerLost, AnswerPiece, Ask, Finish, ServedModel, log_failure
 from mta.serving.sampling import Sampler
@@ -100,9 +100,9 @@ class Scheduler:
         self._failure_counts = False
 
     @torch.inference_mode()
-    def end(self, error: MtaError, matches: Callable[[ServedModel], bool] = lambda _: True) -> None:
+    def end(self, error: MtaError, matches: Callable[[Owner], bool] = lambda _: True) -> None:
         """End the rows whose owner ``matches``, and empty their warm slots."""
-        for row in [row for row in (*self.rows, *self.waiting) if matches(row.ask.who)]:
+        for row in [row for row in (*self.rows, *self.waiting) if matches((row.ask.who, row.ask.asker))]:
             row.send(error)
             row.cancelled = True
         try:

@@ -86,13 +86,13 @@ class VllmEngine(QueuedEngine):
         task.add_done_callback(self._open.pop)
         return task.cancel
 
-    async def forget(self, person: str) -> None:
+    async def forget(self, person: str, askers: Collection[str] = ()) -> None:
         """Forget as every engine does, and delete files that are left of the person's adapters. Raises EngineGone."""
-        await super().forget(person)
+        await super().forget(person, askers)
         remove_all(self.adapters.folder, person)
 
-    async def _drop(self, matches: Callable[[Version], bool], error: MtaError) -> None:
-        """Unload the adapters, too, and delete their files. Raises EngineGone."""
+    async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
+        """Unload the adapters, too, and delete their files; vLLM's cache of prompts stays. Raises EngineGone."""
 
         def end(answer: asyncio.Task[None]) -> None:
             self._open[answer].put_nowait(error)
