@@ -41,6 +41,12 @@ def test_compare_prints_a_table(world):
     assert "2 people, 2 shots and 1 later queries each" in said.out
 
 
+def test_the_seeds_that_were_run_are_named(world, tmp_path):
+    given = ["shots=2", "queries=1", "brief=true", "seeds=[1,2]", "--people", 2, "--out", tmp_path / "out"]
+    assert "seeds 1, 2" in " ".join(mta("compare", world.new, "--bank", world.bank, *given).out.split())
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["sittings"][-1]["seeds"] == [1, 2]
+
+
 def test_attack_attacks_the_bank(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())

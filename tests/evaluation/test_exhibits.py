@@ -82,6 +82,15 @@ def test_seeds_are_averaged_person_by_person_and_only_those_that_all_have():
     assert results(base).comparison("main").score("base", "NLL").mean == pytest.approx(1.6)
 
 
+def test_a_method_without_a_bank_may_have_some_people_of_each_seed():
+    """Its results do not depend on the seed: those of an interrupted run with another one are not computed again."""
+    rows = [*everybody(TaskLora(), 0.0, (0, 1)), *everybody(Base(), 0.5)[:5]]
+    rows += [r.model_copy(update={"seed": 1}) for r in everybody(Base(), 0.5)[5:]]
+    comparison = results(rows).comparison("main")
+    assert comparison.people == len(PEOPLE)
+    assert comparison.score("base", "NLL").mean == pytest.approx(1.6)
+
+
 def test_comparisons_named_in_advance_are_corrected_for_their_number():
     noisy = [r.model_copy(update={"metrics": {"NLL": 1.1 + n % 5 - 1.6}}) for n, r in enumerate(everybody(OneLora()))]
     rows = [*everybody(TaskLora()), *noisy, *everybody(MergeThenAdapt(), -0.25)]

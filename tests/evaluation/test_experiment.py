@@ -15,6 +15,7 @@ from tiny import save_base
 
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
+from mta.data.history import Item, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
@@ -171,6 +172,35 @@ def test_the_case_of_other_settings_is_not_drawn(world, cache, tmp_path):
     assert Results.read(tmp_path / "run").case
     run_experiment(workspace_of(world, tmp_path / "run", "run.merge.policy=uniform"), ["ablation"])
     assert not Results.read(tmp_path / "run").case
+
+
+def test_the_use_of_a_bank_with_other_settings_or_of_an_earlier_bank_is_not_drawn(world, cache, tmp_path):
+    def run(exhibit, *words):
+        run_experiment(workspace_of(world, tmp_path / "run", *words), [exhibit])
+        return Results.read(tmp_path / "run").facts
+
+    first = run("banks")
+    assert all("others" in one for one in first.values())
+    other = run("ablation", "run.merge.policy=uniform")
+    assert other.keys() == first.keys()
+    assert not any("others" in one or "fidelity" in one for one in other.values())
+    assert run("ablation") == first  # the settings that it was measured with
+    shutil.rmtree(tmp_path / "run" / "banks")
+    words = "run.bank.training.lr=1e-3", "seeds=[0]"
+    again = run("ablation", *words)
+    assert list(again) == ["main-0"]
+    assert again["main-0"]["bank"] != first["main-0"]["bank"]
+
+
+def test_an_item_of_a_tested_person_that_is_too_long_is_named_before_anything_is_trained(world, cache, tmp_path):
+    def with_long(path, task):
+        people = read_people(path, task)
+        long = {"title": "Long", "genres": "Drama, " * 1000, "rating": "3"}
+        return [Person.of(p.id, [*p.items[:-1], Item(long, p.items[-1].time)]) for p in people]
+
+    with pytest.raises(DataError, match=r"^an item of '.*': .* instruction and target take"):
+        run_experiment(workspace_of(world, tmp_path / "run", read=with_long), ["ablation"])
+    assert not (tmp_path / "run" / "banks").exists()
 
 
 def test_a_bank_that_comes_before_the_main_one_has_its_task_lora_too(world, cache, tmp_path):

@@ -52,6 +52,26 @@ def test_people_whom_settings_were_chosen_on_are_never_tested():
     assert {*usual.test} <= {*later.task}
 
 
+def test_too_few_people_beside_those_who_are_never_tested_is_an_error_that_names_the_setting():
+    people, task = authors(40), load_task("lamp5")
+    draw_splits(recipe_of("people.never_tested=30"), task, people)
+    for count, others in ((40, 24), (400, 0)):
+        with pytest.raises(InputError, match=f"of the other {others} people with enough items, 32 are") as caught:
+            draw_splits(recipe_of(f"people.never_tested={count}"), task, people)
+        assert "people.never_tested=0" in caught.value.hint
+
+
+def test_tested_people_are_counted_as_they_are_asked():
+    """Where questions differ from history items, only own questions are asked: shots are all they need besides."""
+    task, recipe = load_task("lamp1"), override(recipe_of("shots=4"), ["run.task=lamp1", "queries=2"])
+    history = [Item({"title": f"Paper {n}", "abstract": f"About {n}"}, float(n)) for n in range(4)]
+    own = Item({"title": "Mine", "ref1": "A", "ref2": "B", "reference": "[1]"}, is_query=True)
+    people = [Person.of(f"p{n}", history, [own]) for n in range(40)]
+    splits, sizes = draw_splits(recipe, task, people)
+    assert splits.test
+    assert sizes["test people with shots"] == {1: len(splits.test), 4: len(splits.test), 8: 0, 16: 0}
+
+
 def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     people, recipe = authors(40), recipe_of("people.together=false")
     _, sizes = draw_splits(recipe_of("people.together=false"), load_task("lamp5"), people)

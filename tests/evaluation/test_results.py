@@ -90,6 +90,20 @@ def test_answers_of_methods_with_one_name_are_in_different_files_and_those_not_w
     assert found == {"m-main-8-0": "one", "m-main-8-0-2": "two", "golds-8": "gold"}
 
 
+def test_every_file_of_answers_can_be_scored_also_where_methods_answered_for_different_people(tmp_path):
+    rows = [
+        record(
+            person, texts={"method": name, "ids": (person,), "answers": ("a",), "golds": (person,)}, **{"ROUGE-L": 1}
+        )
+        for name, people in (("all", "pqr"), ("few", "pq"))
+        for person in people
+    ]
+    lamp_answers(rows, load_task("lamp4"), tmp_path)
+    ids = {p.stem: {one["id"] for one in json.loads(p.read_text())["golds"]} for p in tmp_path.iterdir()}
+    assert ids.pop("golds-8") == ids.pop("all-main-8-0") == {"p", "q", "r"}
+    assert ids == {"few-main-8-0": {"p", "q"}, "few-main-8-0-golds": {"p", "q"}}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("scores.jsonl.gz")), ids=lambda path: path.parent.name)
 def test_published_scores_have_one_key_for_each_method_and_seed(path):
     keys = {}

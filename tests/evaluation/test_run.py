@@ -308,3 +308,17 @@ def test_people_who_share_items_with_bank_members_are_not_tested(tiny, caplog):
     found = compare(base, bank, [*kin, *others[1:]], evaluation, run=TINY_RUN, encoder=HashEncoder())
     assert [person.id for person in found.panel.people] == ["x1", "x2", "x3", "x4"]
     assert "1 people are left out, because they share items with people in the bank" in caplog.text
+
+
+def test_queries_in_the_bank_are_only_counted_if_all_its_histories_are_given(tiny):
+    base, bank = tiny
+    everybody = [*people_of(12, prefix="c"), *people_of(4, prefix="t"), *people_of(4, prefix="x", seed=7)]
+    given = {"some": everybody[1:], "none": everybody[-4:], "all": everybody}
+    evaluation = CompareSettings(shots=2, queries=2, policies=(), brief=True)
+    found = {
+        name: compare(base, bank, people, evaluation, run=TINY_RUN, encoder=HashEncoder()).meta["queries_in_bank"]
+        for name, people in given.items()
+    }
+    assert found["some"] is None
+    assert found["none"] is None
+    assert found["all"] is not None

@@ -95,6 +95,11 @@ class Members(BaseModel):
             "calibration": frozenset(known.calibration),
         }
 
+    @property
+    def people(self) -> int:
+        """The number of people behind all parts, each counted once; 0 if the members are unknown."""
+        return len(frozenset().union(*self.hashes.values()))
+
     @cached_property
     def kept_back_hashes(self) -> frozenset[str]:
         """The hashes of candidates with the items that they kept back."""

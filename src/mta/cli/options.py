@@ -246,7 +246,7 @@ def run_folder(
         settings=settings,
         command=command_line(),
         work=work,
-        about={"bank": bank.hash[:12], "seeds": [settings["seed"]]},
+        about={"bank": bank.hash[:12], "seeds": settings.get("seeds") or [settings["seed"]]},
         track=track,
         on_step=on_step,
     )

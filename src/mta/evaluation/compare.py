@@ -31,7 +31,7 @@ from mta.evaluation.methods import (
     PopulationMerge,
     TaskLora,
 )
-from mta.evaluation.protocol import Panel, members_and_others
+from mta.evaluation.protocol import Panel, check_lengths, members_and_others
 from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
@@ -186,11 +186,10 @@ def compare(
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     panel = Panel.of(context, tested, shots=shots, queries=queries)
-    asked = (
-        (f"an item of {one.id!r}", item) for one, own in zip(panel.people, panel.queries) for item in (*one.items, *own)
-    )
-    base.prompts.check(task, asked)
-    known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
+    check_lengths(base, task, ((one.id, one.items, own) for one, own in zip(panel.people, panel.queries)))
+    known = None  # unless all histories behind the bank are given
+    if members and len(members) == bank.info.members.people:
+        known = Copies(people, task).in_histories(members, chain(*panel.queries))
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
     fitting = [method for method in more if method.fits(task, len(bank), calibrated)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -40,6 +40,19 @@ def members_and_others(bank: Bank, people: Sequence[Person]) -> tuple[list[Perso
     if connected := len(people) - len(members) - len(others):
         log.warning("%d people are left out, because they share items with people in the bank", connected)
     return members, others
+
+
+def check_lengths(base: BaseModel, task: Task, asked: Iterable[tuple[str, Sequence[Item], Sequence[Item]]]) -> None:
+    """Raise DataError with the person's id for the first item that is too long even if it is cut.
+
+    ``asked`` are people's ids, shots, and queries. Where the answer is free text, a query leaves room for it.
+    """
+    room = base.prompts.answer_tokens(task) if task.labels is None else None
+    for id, shots, queries in asked:
+        place = f"an item of {id!r}"
+        base.prompts.check(task, ((place, item) for item in (*shots, *queries)))
+        if room is not None:
+            base.prompts.check(task, ((place, query) for query in queries), room)
 
 
 @dataclass(frozen=True, slots=True)

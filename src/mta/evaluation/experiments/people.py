@@ -68,6 +68,13 @@ def draw_splits(
     shares = (0.0, SHARES[1], SHARES[0] + SHARES[2]) if given else SHARES
     wanted = zip((sizes.test, sizes.development, sizes.candidates), shares)
     test, development, candidates = (min(size, int(share * len(qualified))) for size, share in wanted)
+    if 0 < sizes.never_tested > len(qualified) - test - development - candidates:
+        raise InputError(
+            f"{sizes.never_tested} people are never tested (people.never_tested); of the other "
+            f"{max(len(qualified) - sizes.never_tested, 0)} people with enough items, "
+            f"{test + development + candidates} are needed",
+            hint="If no settings were chosen on people of this file, add:  people.never_tested=0",
+        )
     known = draw(qualified, 0, task=0, development=0, test=sizes.never_tested, candidates=0, together=together)
     free = [p for p in qualified if p.id not in known.test]
     drawn = draw(free, 0, task=0, development=development, test=test, candidates=candidates, together=together)
@@ -78,14 +85,16 @@ def draw_splits(
     test_ids = tuple(person.id for person in given) or drawn.test
     splits = Splits(pooled.task, drawn.development, drawn.candidates, test_ids)
     people = [*people, *given]
-    test_lengths = [lengths[id] for id in test_ids]
+    asked = splits.select("test", people)
     return splits, {
         "people": len(people),
         "qualified": len(qualified),
         **{name: len(getattr(splits, name)) for name in ("task", "candidates", "development", "test")},
         "anchors": min(recipe.run.bank.anchors, len(splits.candidates) // 4),
         "queries": recipe.queries,
-        "test people with shots": {m: sum(n >= m + recipe.queries for n in test_lengths) for m in SHOTS},
+        "test people with shots": {
+            m: sum(has_enough_items(task, p, m, recipe.queries, recipe.ask) for p in asked) for m in SHOTS
+        },
         **_sharing(recipe, task, people, splits),
     }
 

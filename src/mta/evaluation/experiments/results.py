@@ -183,9 +183,8 @@ class Results:
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
         current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
-        now = case_key(recipe, current.get("banks", {}).get(bank_name(MAIN_BANK, recipe.seeds[0]), ""))
-        if current and case.get("made_with", now) != now:
-            case = {}  # of other settings, or of an earlier bank
+        if current:
+            facts, case = _up_to_date(recipe, current.get("banks", {}), facts, case)
         scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
         found = read_records(folder) if scored or not (facts or case) else []
         records = _current(found, current.get("protocols"), current.get("banks", {}))
@@ -211,12 +210,16 @@ class Results:
     ) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
-        The seeds are all that were run, or only ``seeds``. Methods that do not use the bank have results of one seed.
-        With ``among``, only methods with these names count.
+        The seeds are all that were run, or only ``seeds``. Methods that do not use the bank have one result for each
+        person, of whichever seed was run first. With ``among``, only methods with these names count.
         """
         common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (method.name, bank, [found[s] for s in sorted(found) if not method.uses_bank or s in common])
+            (
+                method.name,
+                bank,
+                [found[s] for s in sorted(found) if s in common] if method.uses_bank else _joined(found),
+            )
             for method, bank, found in self._methods(name, shots, among)
         ]
         if not rows or not all(found for _, _, found in rows):
@@ -251,6 +254,11 @@ class Results:
         pairs = [(method, bank) for method, bank in every if not among or method.name in among]
         found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
         return [row for row in found if row[2]]
+
+
+def _joined(seeds: Seeds) -> list[dict[str, Record]]:
+    """Return the results of a method that every seed gives the same results."""
+    return [_fullest(pair for seed in sorted(seeds) for pair in seeds[seed].items())]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
@@ -297,8 +305,20 @@ def _meta(folder: Path) -> dict[str, Any]:
     return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *runs]}
 
 
-def case_key(recipe: Experiment, bank: str) -> str:
-    """Return a hash of what determines the case study: bank, merge, stack, shots, and queries."""
+def _up_to_date(
+    recipe: Experiment, banks: Mapping[str, str], facts: dict[str, Any], case: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the facts and the case without those of other settings, or of banks that were trained again since."""
+    now = facts_key(recipe, banks.get(bank_name(MAIN_BANK, recipe.seeds[0]), ""))
+    kept = {name: dict(one) for name, one in facts.items() if one.get("bank") == banks.get(name, one.get("bank"))}
+    for one in kept.values():
+        if "made_with" in one and one["made_with"] != facts_key(recipe, one["bank"]):
+            one.pop("others"), one.pop("fidelity")
+    return kept, case if case.get("made_with", now) == now else {}
+
+
+def facts_key(recipe: Experiment, bank: str) -> str:
+    """Return a hash of what determines the case study and a bank's use: bank, merge, stack, shots, and queries."""
     run, settings = recipe.run.model_dump(mode="json"), [recipe.shots, recipe.queries, recipe.ask]
     return json_sha256([bank, run["merge"], run["stack"], *settings])[:16]
 

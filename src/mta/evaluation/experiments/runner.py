@@ -10,7 +10,7 @@ from mta.distributed.executor import Piece
 from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import MAIN_BANK, Part, bank_name, wanted
-from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, case_key, read_beside
+from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, facts_key, read_beside
 from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
 from mta.system.atomic import json_sha256, write_json
@@ -77,20 +77,22 @@ def run_experiment(
             seed = recipe.seeds[0]
             panel = next(workspace.panels(MAIN, seed, recipe.shots))
             workspace.note_bank(MAIN, seed)
-            made = {"made_with": case_key(recipe, panel.bank.hash)}
+            made = {"made_with": facts_key(recipe, panel.bank.hash)}
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, seed) | made)
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 
 def _check_people(workspace: Workspace, exhibits: Sequence[str]) -> None:
-    """Raise InputError if no exhibit has anybody to test, before anything is trained."""
+    """Raise InputError if no exhibit has anybody to test, DataError for an item that is too long: before training."""
     recipe = workspace.recipe
     parts = [(part, shots) for name in exhibits for part in recipe.exhibits[name] for shots in part.shots]
-    if not any(workspace.tested(part, shots) for part, shots in [*parts, (MAIN, recipe.shots)]):
+    parts.append((MAIN, recipe.shots))
+    if not any(workspace.tested(part, shots) for part, shots in parts):
         raise InputError(
             f"fewer than {recipe.few} people have {recipe.shots} shots and {recipe.queries} answered questions",
             hint="Lower shots=, queries=, or few=. LaMP's questions need their outputs file beside them.",
         )
+    workspace.check_lengths([shots for _, shots in parts])
 
 
 def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
@@ -108,6 +110,7 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
         own = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
+            own["made_with"] = facts_key(recipe, found["bank"])
         facts = facts | {name: own}
     if facts:
         write_json(path, facts)

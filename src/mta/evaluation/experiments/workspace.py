@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
-from mta.data.shots_and_queries import has_enough_items
+from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
@@ -33,7 +33,7 @@ from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_ba
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import Panel, check_lengths
 from mta.model.base import BaseModel
 from mta.model.encoders import load_encoder
 from mta.system.assets import ASSETS, resolve
@@ -183,6 +183,12 @@ class Workspace:
         recipe, chosen = self.recipe, self.splits.select(self.which, self.people)
         able = [p for p in chosen if has_enough_items(self.task, p, shots, recipe.queries, recipe.ask)]
         return able if len(able) >= min(recipe.few, len(chosen)) else []
+
+    def check_lengths(self, shots: Collection[int]) -> None:
+        """Raise DataError for an item of a tested person that is too long, before anything is trained."""
+        protocol = partial(shots_and_queries, self.task, queries=self.recipe.queries, ask=self.recipe.ask)
+        asked = ((p.id, *protocol(p, shots=count)) for count in sorted(set(shots)) for p in self._able(count))
+        check_lengths(self.base, self.task, asked)
 
     def hashed(self, id: str) -> str:
         """Return the name of a person or group in the records: a hash that only the whole data can resolve."""

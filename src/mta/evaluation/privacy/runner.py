@@ -89,6 +89,8 @@ def privacy(
     run = bank.settled(run)
     check_merge(run.merge, len(bank), bank.task.labelled, bank.calibration is not None)
     sample = sample_people(bank, people, settings, run.seed)
+    asked = (*sample.anchors, *sample.pool, *sample.targets, *sample.others)
+    base.prompts.check(bank.task, ((f"an item of {one.id!r}", item) for one in asked for item in one.items))
     shots = [person.first(settings.shots) for person in sample.targets]
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     panel = Panel(context, shots, [()] * len(shots), bank.task, write_texts=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,12 @@ def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Sectio
 def lamp_answers(records: Sequence[Record], task: Task, folder: Path) -> None:
     """Write each method's answers in LaMP's format: one file per method, bank, seed, and number of shots.
 
-    A number tells methods with the same name apart. ``golds-<shots>.json`` contains the true answers to the same
-    questions, for the benchmark's own script. Results without written answers are left out.
+    A number tells methods with the same name apart. ``golds-<shots>.json`` contains the true answers to all questions
+    with so many shots, for the benchmark's own script. A method that answered fewer of them has a file of golds of its
+    own. Results without written answers are left out.
     """
-    files: dict[str, dict[str, str]] = {}
+    files, golds = defaultdict[str, dict[str, str]](dict), defaultdict[int, dict[str, str]](dict)
+    shots: dict[str, int] = {}
     written = [record for record in records if record.full]
     named: dict[str, set[str]] = {}  # settings of the methods with the same name
     for record in written:
@@ -109,12 +112,14 @@ def lamp_answers(records: Sequence[Record], task: Task, folder: Path) -> None:
     for record in written:
         name = _slug(f"{record.method} {record.bank} {record.shots} {record.seed}")
         number = sorted(named[_slug(record.method)]).index(record.settings) + 1
-        for called, texts in (
-            (f"{name}-{number}" if number > 1 else name, record.answers),
-            (f"golds-{record.shots}", record.golds),
-        ):
-            files.setdefault(called, {}).update(zip(record.ids, texts))
-    for name, rows in files.items():
+        called = f"{name}-{number}" if number > 1 else name
+        shots[called] = record.shots
+        files[called].update(zip(record.ids, record.answers))
+        golds[record.shots].update(zip(record.ids, record.golds))
+    for called, count in shots.items():
+        if files[called].keys() != golds[count].keys():
+            files[f"{called}-golds"] = {id: golds[count][id] for id in files[called]}
+    for name, rows in (files | {f"golds-{count}": rows for count, rows in golds.items()}).items():
         write_json(folder / f"{name}.json", task.outputs(sorted(rows.items())))
 
 

@@ -129,7 +129,8 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
     queries = comparison.queries_each or meta["queries"]
     lines = [
         f"{meta['people']} people, {meta['shots']} shots and {queries} later queries each; "
-        f"{meta['base']}{note}, {meta['dtype']}, seed {meta['seed']}"
+        f"{meta['base']}{note}, {meta['dtype']}, {'seeds' if len(meta['seeds']) > 1 else 'seed'} "
+        + ", ".join(map(str, meta["seeds"]))
     ]
     if meta.get("left_out"):
         lines.append(f"{meta['left_out']} people left out: in the bank, sharing items with it, or with too few items")
