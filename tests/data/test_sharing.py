@@ -13,8 +13,9 @@ from mta.data import overlap
 from mta.data.history import Item, Person
 from mta.data.overlap import SAME_ITEMS
 from mta.data.readers import read_people
-from mta.data.sharing import CROWD, Copies, connected, same_users
+from mta.data.sharing import CROWD, Copies, connected, same_users, without_answers
 from mta.data.tasks import load_task
+from mta.data.tasks.task import Task
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 LAMP3 = load_task("lamp3")
@@ -323,3 +324,13 @@ def test_real_questions_of_one_author_are_one_person(tmp_path) -> None:
     questions = [{**one["query"][0], "id": one["user_id"], "profile": one["profile"]} for one in records]
     people = read_people(dumped(tmp_path / "q.json", questions), "lamp4")
     assert (len(people), {len(person.queries) for person in people}) == (50, {2})
+
+
+def test_a_query_with_other_fields_than_an_item_is_like_no_item() -> None:
+    """Though both have the same target: what they ask about cannot be compared."""
+    given = LAMP3.model_dump(mode="json", exclude={"examples"}) | {"query_text": "{review}"}
+    task = Task.model_validate(given | {"query": {"prompt": "Rate this: {review}", "target": "score"}})
+    item, query = Item(review(1)), Item({"review": prose(1), "score": "4"}, is_query=True)
+    assert without_answers(task, [item], [query]) == [item]
+    _, found = connected([Person("a", (item,), (query,)), Person("b", (item,), (query,))], task)
+    assert found.items == 1

@@ -4,7 +4,9 @@ import shutil
 import threading
 from dataclasses import replace
 from datetime import datetime
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
@@ -248,3 +250,9 @@ def test_wrong_numbers_are_refused(known, tiny, task, tmp_path):
     with pytest.raises(ConfigError, match="anchors"):
         mta.Bank.build(tiny[0], people_of(12), tmp_path / "bank", task=task, run=TINY_RUN, anchors=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_equal_times_of_any_kind_are_the_same_item():
+    made = [Person.of("a", [mta.Item({"text": "x"}, time)]) for time in (np.int64(5), 5, 5.0, Decimal(5))]
+    assert len({person.digest() for person in made}) == 1
+    assert {type(person.items[0].time) for person in made} == {float}

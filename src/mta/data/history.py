@@ -34,6 +34,8 @@ class Item:
         if self.time is not None and not _is_finite(self.time):
             hint = "Give a number, such as seconds since 1970, or None for an unknown time."
             raise InputError(f"the time of an item is {self.time!r}", hint=hint)
+        if self.time is not None:  # equal items have equal digests, whatever the kind of number
+            object.__setattr__(self, "time", float(self.time))
         if other := next((name for name, value in self.fields.items() if not isinstance(value, str)), None):
             kind = type(self.fields[other]).__name__
             raise InputError(f"field {other!r} of an item is a value of type {kind}", hint="Give every field as text.")

@@ -88,8 +88,13 @@ def _question(task: Task, item: Item) -> tuple[str, ...]:
     """Return a key that an item and a query about the same text share: the inputs or, without inputs, the target."""
     names = task.item.inputs
     if names:
-        return tuple(item.fields[name] for name in names) if task.asks_as_items or not item.is_query else ()
+        return tuple(item.fields[name] for name in names) if _like_items(task, item) else ()
     return (task.target(item),) if task.has_target(item) else ()
+
+
+def _like_items(task: Task, item: Item) -> bool:
+    """Return whether this is an item of the history, or a query with the same fields."""
+    return not item.is_query or (task.asks_as_items and task.form(item).inputs == task.item.inputs)
 
 
 # -- people who share items --------------------------------------------------------------------------------------------
@@ -151,11 +156,11 @@ class Copies:
 
     def _key(self, item: Item) -> Key | None:
         """Return digests of an item's inputs and answer; None if the item is too short to identify a person."""
-        task, like_items = self.task, self.task.asks_as_items or not item.is_query
+        task = self.task
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
-        names = [name for name in task.item.inputs if name != PROFILE] if like_items else []
+        names = [name for name in task.item.inputs if name != PROFILE] if _like_items(task, item) else []
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
