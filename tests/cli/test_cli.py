@@ -373,3 +373,14 @@ def test_forget_with_an_unknown_hub_id_still_removes_the_person(world, tmp_path)
     at = world.copy(tmp_path)
     said = run("forget", ANN, "--store", at[3], "--bank", "nobody/nothing", "--json")
     assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, ["nobody/nothing"])
+
+
+def test_export_replaces_no_adapter_that_took_the_place_of_its_own(world, tmp_path):
+    at, here = world.copy(tmp_path), tmp_path / "here"
+    mta("export", ANN, "--out", here, *at)
+    here.rename(tmp_path / "moved")
+    mta("export", BOB, "--out", here, *at)
+    before = tree(here)
+    said = run("export", ANN, "--out", here, *at)
+    assert (said.code, tree(here)) == (1, before)
+    assert f"InputError: {here} holds another adapter" in said.err

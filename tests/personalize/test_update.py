@@ -27,6 +27,7 @@ from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.personalize.update import decide
 from mta.store import Store
+from mta.store.run_checkpoints import RunCheckpoints
 from mta.store.state import Losses
 
 U, N, C = 2, 4, 3
@@ -441,3 +442,18 @@ def test_a_null_that_is_as_good_as_gone_comes_back():
     against = evidence(4, 0)
     against.loglik[:, :, 1:] -= 30.0
     assert float(updated_coefficients(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01
+
+
+def test_an_update_that_is_repeated_removes_what_a_kill_at_its_end_left(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patched.setattr(RunCheckpoints, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            personalizer(*tiny, tmp_path).update(YOUNG)
+    assert list((tmp_path / "work").iterdir())
+    done = personalizer(*tiny, tmp_path).update(YOUNG)
+    assert (done.unchanged, done.begun) == (4, 0)
+    assert not (tmp_path / "work").exists()

@@ -31,7 +31,6 @@ from mta.personalize.outcomes import Personalized, Updated
 from mta.personalize.pipeline import Pipeline
 from mta.personalize.publish import publish_adapter
 from mta.store import Store
-from mta.store.exports import Export
 from mta.store.state import State
 from mta.system.progress import OnStep
 from mta.training.scoring import label_scores, log_likelihood
@@ -217,8 +216,7 @@ class Personalizer:
         """Raise InputError if a folder holds an adapter that is no earlier export of this person."""
         if not any((folder / name).exists() for name in (CONFIG, WEIGHTS)):
             return
-        exported = self.store and [export.folder for export in self.store.exports.of(person)]
-        if not (has_own_card(folder) if exported is None else Export.begun(folder).folder in exported):
+        if not (self.store.exports.written(person, folder) if self.store else has_own_card(folder)):
             raise InputError(f"{folder} holds another adapter", hint="Export to a new folder.")
 
     def push_to_hub(

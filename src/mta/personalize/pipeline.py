@@ -194,8 +194,6 @@ class Pipeline:
 
         ``everybody`` names the run, so that it resumes after some of these people have got their states.
         """
-        if not items:
-            return Personalized(0, 0, 0)
         call = self._call_for([item.person for item in everybody], since)
         ids = {person.id for person in call.people}
         named, left = ([item for item in some if item.person.id in ids] for some in (everybody, items))

@@ -136,6 +136,13 @@ class Exports:
         data = self.files.read(name := f"{self.path(id, False)}/exports.json")
         return [] if data is None else exports_from_bytes(data, self.secret(id), self.files.at(name))
 
+    def written(self, id: str, folder: Path) -> bool:
+        """Return whether the adapter in a folder is an export of this person, perhaps one that was interrupted."""
+        there = [one.sha256 for one in self.of(id) if one.folder == Export.begun(folder).folder]
+        with contextlib.suppress(FileNotFoundError):
+            return file_sha256(folder / WEIGHTS) in there
+        return bool(there)
+
     @contextlib.contextmanager
     def writing(
         self, id: str, folder: str | Path, since: Collection[str] | None = None
