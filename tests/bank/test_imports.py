@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 from safetensors.torch import load_file, save_file
-from tiny import base_of
+from tiny import base_of, save_base
 
+import mta
 from mta.bank.bank import Bank
 from mta.bank.card import card
 from mta.bank.notes import mark_stale, stale
@@ -229,3 +230,25 @@ def test_loras_of_another_base_and_equal_names_are_refused(trained, tmp_path):
         imported(tmp_path / "bank", [*folders, twin])
     with pytest.raises(InputError, match="no adapters were given"):
         imported(tmp_path / "bank", [])
+
+
+def test_an_imported_bank_is_found_by_whole_paths_and_a_larger_one_by_those_that_were_given(
+    trained, tmp_path, monkeypatch
+):
+    folders, places = trained[0], [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        save_base(place / "base")
+        (place / "encoder").mkdir()
+    monkeypatch.chdir(places[0])
+    encoder = HashEncoder()
+    encoder.name = "./encoder"
+    base = mta.BaseModel.load("./base", dtype="float64")
+    first = Bank.of_adapters(base, folders[:1], tmp_path / "first", task=TASK, run=TINY_RUN, encoder=encoder)
+    assert first.info.encoder == first.info.run.encoder == str(places[0] / "encoder")
+    assert first.info.run.base == str(places[0] / "base")
+    monkeypatch.chdir(places[1])
+    again = mta.BaseModel.load("./base", dtype="float64")
+    monkeypatch.setattr(Bank, "encoder", lambda *_: encoder)
+    larger = first.added(again, folders[1:], tmp_path / "larger")
+    assert larger.info.run.base == str(places[1] / "base")
+    assert larger.info.encoder == larger.info.run.encoder == str(places[1] / "encoder")

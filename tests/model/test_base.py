@@ -373,3 +373,12 @@ def test_the_real_base_answers_sensibly(smollm2):
     prompt = smollm2.prompts.prompt(load_task("text"), Item({"input": "What is the capital of France?"}))
     answers = generate(smollm2, [prompt.tokens], [-1], [], max_new_tokens=16)
     assert "Paris" in smollm2.prompts.decode(answers[0])
+
+
+def test_a_base_in_the_home_folder_has_its_whole_path(saved, monkeypatch):
+    """Other processes may have another home, and what is published must not name the folder."""
+    monkeypatch.setenv("HOME", str(saved.parent))
+    short = f"~/{saved.name}"
+    for base in (BaseModel.load(short), BaseModel.outline(Run(base=short))):
+        run = base.as_loaded(Run(base=short, encoder=short))
+        assert base.name == run.base == run.encoder == str(saved.resolve())

@@ -1,6 +1,7 @@
 """Written files: whole or not at all, readable by their owner alone, durable, and never through a planted link."""
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -259,3 +260,9 @@ def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
         write_text(tmp_path / "out", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").is_fifo()
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_json(tmp_path: Path) -> None:
+    """Names of files on Linux may be any bytes; a run records the command that named them."""
+    write_json(tmp_path / "run.json", {"command": "mta data show caf\udce9.jsonl"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"command": "mta data show caf\udce9.jsonl"}

@@ -4,8 +4,10 @@ import errno
 import os
 from pathlib import Path
 
+import fsspec
 import pytest
 from files import path_of, path_of_open
+from fsspec.implementations.memory import MemoryFileSystem
 from stores import ANN, state
 from test_atomic import mode
 
@@ -206,3 +208,20 @@ def test_a_store_of_a_group_is_reported_as_open_without_the_setting(
         store.save(ANN, state())
         assert not store.files.exposed()
     assert store.files.exposed().endswith("   (or, if its group shares it: export MTA_SHARED=group)")
+
+
+def test_a_file_system_that_knows_no_setting_of_ours_can_hold_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sftp passes all settings on to its client, which refuses unknown ones."""
+
+    class Strict(MemoryFileSystem):
+        protocol = "strict"
+
+        def __init__(self, **settings: object) -> None:
+            if settings:
+                raise TypeError(f"unexpected keyword arguments {settings}")
+            super().__init__()
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    store = Store("strict://people")
+    store.save(ANN, state())
+    assert Store("strict://people").latest(ANN) == 1

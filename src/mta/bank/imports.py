@@ -69,15 +69,16 @@ def import_bank(
             "calibration": run.calibration.model_copy(update={"enabled": False}),
         }
     )
+    loaded = base.as_loaded(settings)
     info = BankInfo(
         version=SCHEMA,
         base=base.name,
         base_fingerprint=base.fingerprint,
         base_note=base.note,
         task=task.model_dump(mode="json"),
-        encoder=encoder.name,
+        encoder=loaded.encoder,
         encoder_fingerprint=encoder.fingerprint,
-        run=base.as_loaded(settings),
+        run=loaded,
         work=work,
         plan="",
         items=given.items,
@@ -109,6 +110,7 @@ def add_to_bank(
         raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")
     anchors, _ = read_adapters(folder, info)
     vectors = _vectors(encoder, Task.model_validate(info.task), given.owners, info.run)
+    loaded = base.as_loaded(info.run.model_copy(update={"encoder": encoder.name}))  # both may have moved
     changed = {
         "work": json_sha256([info.hash, given.files]),
         "items": (*info.items, *given.items),
@@ -116,7 +118,14 @@ def add_to_bank(
         "plan": "",
         "cut": {},
         "seconds": {},
-        "run": info.run.model_copy(update={"calibration": info.run.calibration.model_copy(update={"enabled": False})}),
+        "encoder": loaded.encoder,
+        "run": info.run.model_copy(
+            update={
+                "base": loaded.base,
+                "encoder": loaded.encoder,
+                "calibration": info.run.calibration.model_copy(update={"enabled": False}),
+            }
+        ),
         "calibration": None,
     }
     before = load_file(folder / INDEX)["vectors"]

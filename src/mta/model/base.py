@@ -112,7 +112,7 @@ class BaseModel:
         ``gradient_checkpointing`` keeps one layer's activations and recomputes the others in the backward pass, for big
         bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
         """
-        place, name = pick_device(device), os.fspath(name)
+        place, name = pick_device(device), os.path.expanduser(name)
         model, tokenizer, fingerprint = _read(load_weights, name, pick_dtype(dtype, place), check)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
 
@@ -129,8 +129,9 @@ class BaseModel:
         errors are those of ``load``.
         """
         dtype = pick_dtype(run.dtype, pick_device(run.device))
-        model, tokenizer, fingerprint = _read(outline_model, run.base, dtype, check)
-        return cls(model, tokenizer, run.base, fingerprint, run.max_tokens)
+        name = os.path.expanduser(run.base)
+        model, tokenizer, fingerprint = _read(outline_model, name, dtype, check)
+        return cls(model, tokenizer, name, fingerprint, run.max_tokens)
 
     def as_loaded(self, run: Run) -> Run:
         """Return the run with this base as loaded and with absolute folders, so that other processes load the same.
@@ -138,7 +139,8 @@ class BaseModel:
         Of several GPUs, another process may see only its own: a device is named without a number.
         """
         named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
-        full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
+        places = {key: Path(os.path.expanduser(name)) for key, name in named.items()}
+        full = {key: str(places[key].resolve()) if places[key].is_dir() else name for key, name in named.items()}
         dtype = dtype_name(self.dtype)
         device = run.device.partition(":")[0]
         return run.model_copy(update={**full, "device": device, "dtype": dtype, "max_tokens": self.prompts.max_tokens})

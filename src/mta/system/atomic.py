@@ -204,9 +204,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object, private: bool = True) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically. Names of files that are not UTF-8 are escaped."""
     with replacing(path, private) as temporary:
-        temporary.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        temporary.write(json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -34,6 +35,14 @@ def in_threads(work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
             yield from pool.map(work, values[start : start + 16 * _TOGETHER])
 
 
+def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it, without a cache of listings: other processes write too."""
+    try:
+        return url_to_fs(url, use_listings_cache=False)  # type: ignore[no-any-return]
+    except TypeError:  # it has no such cache, and passes all settings on to its server (sftp)
+        return url_to_fs(url)  # type: ignore[no-any-return]
+
+
 class Storage:
     """File operations of a store, by names relative to its root. Failures become StoreError."""
 
@@ -41,7 +50,7 @@ class Storage:
         if not str(url).strip():
             raise StoreError("the store's address is empty", hint="Name a folder, or a URL:  --store people/")
         try:
-            self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # other processes write too
+            self.fs, root = _file_system(str(url))
         except ImportError as error:  # fsspec names the package
             raise StoreError(f"the store cannot be opened: {error}", hint="pip install that package.") from error
         except ValueError as error:
