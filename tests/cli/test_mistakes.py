@@ -30,6 +30,10 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
         "ClusterError: ",
     ),
+    "questions of an unknown user": (
+        "predict ~nobody-here/q.jsonl --bank {bank} --out {root}/a.jsonl",
+        "DataError: no such file: ~nobody-here/q.jsonl",
+    ),
     "an unknown task": ("data describe {new} --task lampe3", "TaskError: unknown task 'lampe3'"),
     "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: no person 'eve' in "),
     "a build of an unknown base": (
@@ -330,3 +334,13 @@ def test_true_answers_must_be_labels(tmp_path):
     assert (said.code, "'I think 4' is no label of task 'lamp3'" in said.err) == (1, True), said.err
     said = run("score", tmp_path / "true.json", "--true", tmp_path / "mine.json", "--task", "lamp3")
     assert (said.code, said.out[:3]) == (0, "MAE"), said.err
+
+
+@pytest.mark.parametrize("words", ["predict . --out a.jsonl", "bank build . {settings} --out b --skip-bad bad.jsonl"])
+def test_a_working_folder_without_a_file_to_read_is_a_mistake(world, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    words = words.format(settings=" ".join(map(str, world.settings))).split()
+    said = run(*words, *(["--bank", world.bank] if words[0] == "predict" else []))
+    assert said.code == 1
+    assert said.err.startswith("DataError: ")
+    assert not [*tmp_path.iterdir()]

@@ -35,6 +35,11 @@ def test_a_line_has_progress_loss_rate_and_time_left(lines):
     ]
 
 
+def test_names_in_brackets_are_shown_as_they_are(capsys):
+    Screen().say("MTA [k=2] [/old]")
+    assert capsys.readouterr().err == "MTA [k=2] [/old]\n"
+
+
 def test_each_cohort_has_its_own_rate(lines):
     cohort = (Step(1, 1, 20, 40), Step(2, 1, 40, 40))
     found = lines(*cohort, *cohort)

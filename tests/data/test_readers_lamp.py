@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,18 @@ def test_a_bad_person_file(tmp_path: Path, changes: dict[str, Any], message: str
     row = {"user_id": "a", "profile": PROFILE, "query": []}
     path = jsonl(tmp_path, row, {**row, "user_id": "b", **changes})
     fails(path, "lamp3", f"{path}:2: {message}")
+
+
+def test_true_answers_are_not_read_where_questions_are_to_be_answered(tmp_path) -> None:
+    """Wrong ones are no obstacle, and answers files do not repeat them."""
+    profile, question = [{"text": "Warm sound.", "score": "4"}], {"id": "1", "input": f"{ASK}Broke."}
+    lamp, perpcs = tmp_path / "dev_questions.json", tmp_path / "perpcs.json"
+    lamp.write_text(json.dumps([{"user_id": "ann", "profile": profile, **question}]))
+    outputs = {"task": "LaMP_3", "golds": [{"id": "another", "output": "no label"}]}
+    (tmp_path / "dev_outputs.json").write_text(json.dumps(outputs))
+    perpcs.write_text(json.dumps([{"user_id": "ann", "profile": profile, "query": [question | {"gold": "no label"}]}]))
+    for path in (lamp, perpcs):
+        (person,) = read_people(path, load_task("lamp3"), questions=True)
+        assert [dict(query.fields) for query in person.queries] == [{"text": "Broke."}]
+        with pytest.raises(DataError):
+            read_people(path, load_task("lamp3"))

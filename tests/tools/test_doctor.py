@@ -123,7 +123,7 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
     ("free", "verdict", "hint"),
     [
         (8 * GIB, "ok", ""),
-        (4 * GIB, "warning", "Give memory=3GiB."),
+        (4 * GIB, "warning", "Give memory=3GiB (mta demo and mta evaluate: run.memory=3GiB)."),
         (BASE, "problem", "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."),
         (None, "warning", ""),
     ],

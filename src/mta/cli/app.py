@@ -54,7 +54,10 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
         raise typer.Exit
 
 
-_LESS_MEMORY = "Lower memory=, set gradient_checkpointing=true, or choose another device:  --device cpu"
+_LESS_MEMORY = (
+    "Lower memory=, set gradient_checkpointing=true (of a recipe: run.memory= and so on), or choose another device:  "
+    "--device cpu"
+)
 
 
 def main() -> None:

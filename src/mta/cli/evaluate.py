@@ -21,7 +21,7 @@ from mta.system.extras import require
 
 
 def demo(
-    words: options.Words = None,
+    words: options.RecipeWords = None,
     out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
     recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
     full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
@@ -54,8 +54,10 @@ def demo(
 
 
 def evaluate(
-    recipe: Annotated[str, Argument(help="lamp1 to lamp5, lamp2n, lamp7, movielens, or a .yaml file.")],
-    words: options.Words = None,
+    recipe: Annotated[
+        str, Argument(help="lamp1 to lamp5, lamp2n, lamp7, authors-lamp1 to -lamp5, movielens, or a .yaml file.")
+    ],
+    words: options.RecipeWords = None,
     out: Annotated[
         Path | None, Option(help="Folder for banks and results; default: runs/ and the recipe's name.")
     ] = None,

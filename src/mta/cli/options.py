@@ -56,6 +56,7 @@ InputColumn = Annotated[str | None, Option(help="Column of the input, if it is n
 OutputColumn = Annotated[str | None, Option(help="Column of the output, if it is not called output.")]
 TimeColumn = Annotated[str | None, Option(help="Column of the time, if it is not called time.")]
 Words = Annotated[list[str] | None, Argument(help="Settings as key=value, for example memory=8GiB.")]
+RecipeWords = Annotated[list[str] | None, Argument(help="Settings as key=value, for example run.memory=8GiB.")]
 PersonId = Annotated[str, Argument(help="Person id.")]
 BankDir = Annotated[Path, Option("--bank", help="Folder or hub id of a bank.", callback=bank_at)]
 StoreUrl = Annotated[str, Option("--store", help="Store of people's states: a folder or an fsspec URL.")]

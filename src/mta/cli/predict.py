@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from json import dumps
 from pathlib import Path
@@ -69,7 +70,7 @@ def predict(
         raise InputError(f"{out} is a folder", hint=_OTHER)
     if out:
         check_ordinary(out)
-    if out and (is_read(out, Path(source).expanduser()) or (skip_bad and out.resolve() == skip_bad.resolve())):
+    if out and (is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve())):
         raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
     options.check_out(out and out.parent)
     columns = options.Columns(person_column, input_column)

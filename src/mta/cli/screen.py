@@ -135,7 +135,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def tables() -> Console:

@@ -185,7 +185,8 @@ def _memory() -> Iterator[Finding]:
     if free <= 3 * BASE:
         problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
     elif free <= bound + BASE:
-        warning = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
+        less = f"memory={max((free - BASE) // (1 << 30), 1)}GiB"
+        warning = f"Give {less} (mta demo and mta evaluate: run.{less})."
     yield _judged("memory", "free", f"{human_memory(free)}; {needs}", problem=problem, warning=warning)
 
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def predict(
         if on_step:
             on_step("answers", Step(done, len({person for person, _ in some}), done, len(rows)))
         for (person, question), (answer, shares) in zip(some, found):
-            yield Prediction(person, question, answer, models[person], shares)
+            asked_fields = replace(question, fields=_fields(task, question))  # without an answer that it came with
+            yield Prediction(person, asked_fields, answer, models[person], shares)
 
 
 def _models(

@@ -97,7 +97,7 @@ def plan_cohorts(
             f"one person needs about {needed / 2**20:.1f} MiB "
             f"(a text of {lengths.texts.longest} tokens, {trained:,} numbers to train); "
             f"the budget is {memory / 2**20:.1f} MiB",
-            hint="Raise memory=…, lower max_tokens or the rank.",
+            hint="Raise memory=… (of a recipe: run.memory=…), lower max_tokens or the rank.",
         )
     most_tokens = _MOST_TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
     enough = int(most_tokens * (1 + footprint.target_weight * lengths.share))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ class Gold(NamedTuple):
     place: Place
 
 
+Answer = Callable[[dict[str, Any], str], tuple[str | None, Place | None]]  # of a question with an id, and its place
+
+
 def questions_in(folder: Path) -> Path:
     """Return the questions file of a folder. Raises DataError if there are several or none."""
     return only_file(folder, "*questions.json", hint="Give the path of the file itself, or a RecBole folder (*.inter).")
@@ -41,14 +45,16 @@ def outputs_name(questions: Path) -> Path:
 
 
 def lamp_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects
+    records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects, answers: bool = True
 ) -> Iterator[RecordPart]:
     """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
-    Without an outputs file beside the questions, queries have no target: they can be answered, but not scored.
+    Without an outputs file beside the questions, or without ``answers``, queries have no target: they can be answered,
+    but not scored.
     """
-    outputs = outputs_beside(questions)
+    outputs = outputs_beside(questions) if answers else None
     golds = outputs_in(outputs, task, rejects) if outputs else None
+    answer = partial(_answer, golds=golds) if answers else _no_answer
     seen: set[str] = set()
     for place, record in records:
         with rejects.skipping(place, {"id": record.get("id")}):
@@ -58,22 +64,25 @@ def lamp_parts(
             person = id_in(record, "user_id") if named else id
             items = _profile(record, task, place, rejects)
             yield RecordPart(
-                person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named
+                person, items, place, _queries([record], answer, task, place, rejects), repeats=True, named=named
             )
     for id, gold in (golds or {}).items():
         if id not in seen:
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
 
 
-def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[RecordPart]:
-    """Yield one person per record, with any number of questions and their gold answers where known."""
+def perpcs_parts(
+    records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects, answers: bool = True
+) -> Iterator[RecordPart]:
+    """Yield one person per record, with any number of questions and, with ``answers``, the gold ones where known."""
+    answer = partial(_answer, golds=None) if answers else _no_answer
     seen: set[str] = set()
     for place, record in records:
         with rejects.skipping(place, {"user_id": record.get("user_id")}):
             person = _new_id(record, "user_id", seen, "person")
             seen.add(person)
             items, questions = _profile(record, task, place, rejects), list_in(record, "query")
-            yield RecordPart(person, items, place, _queries(questions, None, task, place, rejects))
+            yield RecordPart(person, items, place, _queries(questions, answer, task, place, rejects))
 
 
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
@@ -96,21 +105,19 @@ def _profile(record: dict[str, Any], task: Task, place: Place, rejects: Rejects)
     return tuple(items)
 
 
-def _queries(
-    rows: list[Any], golds: dict[str, Gold] | None, task: Task, place: Place, rejects: Rejects
-) -> tuple[Item, ...]:
+def _queries(rows: list[Any], answer: Answer, task: Task, place: Place, rejects: Rejects) -> tuple[Item, ...]:
     queries: dict[str, Item] = {}
     for row in rows:
         # A LaMP record holds a whole profile: write only the question to the rejects.
         kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
         with rejects.skipping(place, kept):
             id = _new_id(object_in(row, "query", "a list of objects"), "id", queries)
-            queries[id] = _query(row, id, golds, task)
+            queries[id] = _query(row, id, answer, task)
     return tuple(queries.values())
 
 
-def _query(row: dict[str, Any], id: str, golds: dict[str, Gold] | None, task: Task) -> Item:
-    output, place = _answer(row, id, golds)
+def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
+    output, place = answer(row, id)
     try:
         query = task.parse_query(text_in(row, "input"), output, id)
     except DataError as error:
@@ -122,13 +129,17 @@ def _query(row: dict[str, Any], id: str, golds: dict[str, Gold] | None, task: Ta
     return query
 
 
-def _answer(row: dict[str, Any], id: str, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:
+def _answer(row: dict[str, Any], id: str, *, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:
     """Return the gold answer to a question, and its place if it comes from an outputs file."""
     if golds is None:
         return (text_in(row, "gold").strip() if row.get("gold") is not None else None), None
     if id not in golds:
         raise Bad("id", f"the outputs file has no answer for question {id!r}")
     return golds[id]
+
+
+def _no_answer(row: dict[str, Any], id: str) -> tuple[None, None]:
+    return None, None
 
 
 def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = False) -> dict[str, Gold]:

@@ -106,9 +106,9 @@ def iter_parts(
     if columns:
         yield from item_parts(every, task, rejects, columns, questions)
     elif isinstance(first[1].get("profile"), list) and "query" in keys:
-        yield from perpcs_parts(every, task, rejects)
+        yield from perpcs_parts(every, task, rejects, answers=not questions)
     elif isinstance(first[1].get("profile"), list) and "input" in keys:
-        yield from lamp_parts(every, file, task, rejects)
+        yield from lamp_parts(every, file, task, rejects, answers=not questions)
     elif keys & {"person", "input", "output", *task.fields()}:
         yield from item_parts(every, task, rejects, questions=questions)
     else:
@@ -190,7 +190,8 @@ def is_read(path: Path, source: Path) -> bool:
     Reading LaMP's questions would take the outputs file beside them for the true answers.
     """
     inside = files_in(source) if source.is_dir() else ()
-    files = [file for file in inside if file.suffix != ".jsonl"] or [source]  # no input file in a folder is JSONL
+    files = [file for file in inside if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
+    files = files if source.is_dir() else [source]
     of_lamp = [outputs_name(file) for file in files if ".json" in file.suffixes]  # whether or not they exist already
     read = [*files, *of_lamp, *filter(None, map(outputs_beside, files))]
     return any(path.resolve() == file.resolve() for file in read)
