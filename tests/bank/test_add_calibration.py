@@ -19,7 +19,7 @@ from mta.bank.calibration.people import Subject, calibration_people
 from mta.bank.calibration.probes import Measure
 from mta.bank.format import read_info, verify
 from mta.bank.notes import mark_stale, stale, stops
-from mta.config import CalibrationSettings, Run, override
+from mta.config import CalibrationSettings, Run, load_settings, override
 from mta.data.history import Item, Person
 from mta.data.tasks import PromptFormat, load_task
 from mta.errors import BankCorrupt, BankError, ConfigError, DataError, InputError, OtherBank
@@ -64,6 +64,18 @@ def test_settings_that_were_chosen_for_a_bank_stay(tiny, tmp_path):
     after = bank.calibrate(base, OTHERS, run=bank.info.run, out=tmp_path / "copy")
     assert bank.info.run.merge.policy == "posterior"  # today's default is another
     assert (after.info.run.merge, after.info.run.stack) == (bank.info.run.merge, bank.info.run.stack)
+
+
+def test_the_settings_beside_a_bank_are_those_of_its_calibration(tiny, tmp_path):
+    base, bank = tiny
+    after = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
+    written = load_settings(Run, after.folder / "config.yaml")
+    assert written.calibration == after.info.run.calibration == RUN.calibration
+    assert (written.merge, written.stack, written.seed) == (
+        after.info.run.merge,
+        after.info.run.stack,
+        bank.info.run.seed,
+    )
 
 
 def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):

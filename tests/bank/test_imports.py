@@ -14,7 +14,7 @@ from tiny import base_of, save_base
 import mta
 from mta.bank.bank import Bank
 from mta.bank.card import card
-from mta.bank.notes import mark_stale, stale
+from mta.bank.notes import mark_stale, stale, stale_report
 from mta.config import CompareSettings, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task
@@ -252,3 +252,9 @@ def test_an_imported_bank_is_found_by_whole_paths_and_a_larger_one_by_those_that
     larger = first.added(again, folders[1:], tmp_path / "larger")
     assert larger.info.run.base == str(places[1] / "base")
     assert larger.info.encoder == larger.info.run.encoder == str(places[1] / "encoder")
+
+
+def test_a_bank_with_the_lora_of_a_forgotten_person_is_imported_anew(trained, tmp_path):
+    bank = imported(tmp_path / "bank", trained[0])
+    mark_stale(bank.folder, "ann")
+    assert "mta bank import --out NEW" in stale_report(bank.folder).hint

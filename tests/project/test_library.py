@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from crowd import PEOPLE, QUESTION, same
 from tiny import base_of, tokenizer
 
 import mta
-from mta.config import CompareSettings, override
+from mta.config import CompareSettings, Run, load_settings, override
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, ConfigError, DataError, InputError, StoreError, UnsupportedModel
 from mta.evaluation.compare import compare
@@ -256,3 +257,10 @@ def test_equal_times_of_any_kind_are_the_same_item():
     made = [Person.of("a", [mta.Item({"text": "x"}, time)]) for time in (np.int64(5), 5, 5.0, Decimal(5))]
     assert len({person.digest() for person in made}) == 1
     assert {type(person.items[0].time) for person in made} == {float}
+
+
+def test_the_settings_beside_a_bank_of_an_own_task_name_its_file(tmp_path):
+    task = tmp_path / "mine.yaml"
+    task.write_text((Path(mta.__file__).parent / "data/tasks/builtin/movielens-rating.yaml").read_text())
+    bank = mta.Bank.build(base_of(), people_of(16), tmp_path / "bank", task=task, run=TINY_RUN, encoder=HashEncoder())
+    assert load_settings(Run, bank.folder / "config.yaml").task == str(task)

@@ -31,6 +31,7 @@ from mta.bank.format import (
 )
 from mta.bank.notes import clear_stale, pass_stale_on, stops
 from mta.config import CalibrationSettings, Run, StackSettings
+from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -40,6 +41,7 @@ from mta.model.base import BaseModel
 from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_tensors, write_text
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
+from mta.tracking.run_folder import CONFIG
 from mta.training.checkpoint import Checkpoint
 
 
@@ -110,7 +112,7 @@ def _copy(folder: Path, out: Path) -> None:
 def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
     known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
     with replacing_folder(out) as temporary:
-        for name in (*known, MEMBERS, CARD, INFO):
+        for name in (*known, MEMBERS, CARD, INFO, CONFIG):
             if (folder / name).exists():
                 copy_file(folder / name, temporary / name)
         verify(temporary, read_info(temporary))  # another process may have calibrated the bank meanwhile
@@ -212,6 +214,7 @@ def _commit(
     }
     whole = with_hash(info.model_copy(update=changed))
     write_text(folder / CARD, card(whole))
+    _note_settings(folder, whole.run)
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:
@@ -222,6 +225,13 @@ def _commit(
         (folder / CALIBRATION).unlink()
         raise
     remove_work(folder)
+
+
+def _note_settings(folder: Path, run: Run) -> None:
+    """Write into ``config.yaml``, for another build like this, what the calibration changed."""
+    if (folder / CONFIG).exists():
+        changed = run.model_dump(mode="json", include={"calibration", "merge", "stack"})
+        write_text(folder / CONFIG, to_yaml(read_yaml(folder / CONFIG) | changed))
 
 
 def _without_calibration(info: BankInfo) -> BankInfo:

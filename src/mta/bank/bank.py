@@ -97,6 +97,8 @@ class Bank:
                 "no task: this list of people does not name its own", hint="Give task=..., for example task='lamp3'."
             )
         chosen, people = load_task(task), list(people)
+        if not isinstance(task, Task):
+            run = run.model_copy(update={"task": str(task)})  # a file's name, for the folder's config.yaml
         task_people = None if task_people is None else list(task_people)
         check_distinct([*(task_people or ()), *people])
         if task_people is None:

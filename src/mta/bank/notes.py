@@ -89,9 +89,12 @@ def stale_report(folder: Path) -> StaleReport | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := stale(folder)):
         return None
-    command = "calibrate" if parts == ["calibration"] else "build --out NEW"
-    found = f"a forgotten person is in the {' and the '.join(parts)} of {folder}"
-    return StaleReport(found, f"Leave that person out, and make it anew:  mta bank {command}")
+    found, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
+    if parts == ["calibration"]:
+        return StaleReport(found, "Leave that person out, and calibrate again:  mta bank calibrate")
+    if info.plan or info.run.task_lora.enabled:
+        return StaleReport(found, "Leave that person out, and make it anew:  mta bank build --out NEW")
+    return StaleReport(found, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
 
 
 def note_published(folder: Path, where: str) -> None:

@@ -38,9 +38,9 @@ def in_threads(work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
 def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of a URL and the path in it, without a cache of listings: other processes write too."""
     try:
-        return url_to_fs(url, use_listings_cache=False)  # type: ignore[no-any-return]
+        return url_to_fs(url, use_listings_cache=False)
     except TypeError:  # it has no such cache, and passes all settings on to its server (sftp)
-        return url_to_fs(url)  # type: ignore[no-any-return]
+        return url_to_fs(url)
 
 
 class Storage:
