@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mta.distributed.executor import Piece
-from mta.distributed.ray import Cluster, PieceScheduler
+from mta.distributed.ray import Cluster, Crew, PieceScheduler
 from mta.errors import ClusterError
 
 
@@ -65,12 +65,12 @@ def made_up_cluster(good, workers, attempts=2):
         worker.run.remote = lambda function, piece: call(1000, "done")
         return worker
 
-    return SimpleNamespace(ray=Ray(), workers=workers, attempts=attempts, hire=hire), hired
+    return SimpleNamespace(ray=Ray(), workers=workers, attempts=attempts, hire=hire, stop=lambda _: None), hired
 
 
 def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     cluster, hired = made_up_cluster(good=1, workers=2)
-    found = list(PieceScheduler(cluster, None, None).work_through([One() for _ in range(40)]))
+    found = list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One() for _ in range(40)]))
     assert [one.result for one in found] == ["done"] * 40
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
@@ -78,4 +78,24 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
 def test_workers_that_all_cannot_start_end_the_run():
     cluster, _ = made_up_cluster(good=0, workers=2)
     with pytest.raises(ClusterError, match="5 workers in a row could not start"):
-        list(PieceScheduler(cluster, None, None).work_through([One()]))
+        list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One()]))
+
+
+def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch):
+    """As in a calibration, which asks for many passes: a new worker loads the base again."""
+    made_up, hired = made_up_cluster(good=1000, workers=3)
+    cluster = object.__new__(Cluster)
+    cluster.ray, cluster.workers, cluster.attempts, cluster.hire = Ray(), 3, 2, made_up.hire
+    cluster.crew, cluster.gpus, cluster.threads = None, 0, 1
+    stopped = []
+    monkeypatch.setattr(Ray, "kill", lambda _, worker: stopped.append(worker))
+    first, second = (lambda: None), (lambda: None)
+    for open_remote, count, left in ((first, 3, 0), (first, 3, 0), (second, 6, 3)):
+        found = list(cluster.run(None, [One() for _ in range(5)], None, open_remote))
+        assert [one.result for one in found] == ["done"] * 5
+        assert (len(hired), len(stopped)) == (count, left)
+    monkeypatch.setenv("MTA_KERNELS", "off")  # workers have the environment that they were started with
+    list(cluster.run(None, [One()], None, second))
+    assert (len(hired), len(stopped)) == (7, 6)
+    cluster.dismiss()
+    assert len(stopped) == 7

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from mta.bank.keys import BuildKeys
-from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece
+from mta.bank.worker import BankWorker, HeldOutPiece, LoraPiece, open_worker, score_piece, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item
 from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor
+from mta.distributed.executor import Executor, P, R
 from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
@@ -26,6 +26,12 @@ from mta.tracking.run_folder import RunFolder
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
+
+
+@lru_cache(1)
+def _opener(run: Run, fingerprint: str) -> Callable[[], BankWorker]:
+    """Return the same function for each round of stage 0, so that the rounds have the same workers."""
+    return partial(open_worker, run, fingerprint, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +70,27 @@ class BuildContext:
     ) -> Iterator[tuple[LoraPiece, LoraBatch]]:
         """Train pieces on the executor over ``task_lora``; yield each with its LoRAs. Raises BankError."""
         self.record.stage_begins()
-        local = BankWorker(self.base, self.run, task_lora, partial(self.checkpoint, plan), on_step or self.record.step)
-        on_cpu = task_lora and task_lora.to(torch.device("cpu"))
-        open_remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
-        for found in self.executor.run(train_piece, pieces, local, open_remote):
+        yield from self._compute(train_piece, pieces, task_lora, partial(self.checkpoint, plan), on_step)
+
+    def held_out_loss(self, task_lora: LoraBatch, job: Job, tokens_per_batch: int) -> float:
+        """Return the loss of a job's examples per target token under a task LoRA. Raises BankError."""
+        ((_, found),) = self._compute(score_piece, [HeldOutPiece(job, task_lora, tokens_per_batch)])
+        return found
+
+    def _compute(
+        self,
+        function: Callable[[BankWorker, P], R],
+        pieces: Sequence[P],
+        task_lora: LoraBatch | None = None,
+        checkpoint: Callable[[str], Checkpoint] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[P, R]]:
+        local = BankWorker(self.base, self.run, task_lora, checkpoint, on_step or self.record.step)
+        run, fingerprint = self.base.as_loaded(self.run), self.base.fingerprint
+        open_remote = _opener(run, fingerprint)
+        if task_lora:
+            open_remote = partial(open_worker, run, fingerprint, task_lora.to(torch.device("cpu")))
+        for found in self.executor.run(function, pieces, local, open_remote):
             if found.result is None:
                 hint = "Fix this, and build again: it resumes."
                 raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)

@@ -14,11 +14,9 @@ from mta.config import TaskLoraSettings
 from mta.data.history import Item, Person
 from mta.data.tasks.task import own_fields
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Shared
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
 from mta.system.atomic import copy_file, unfinished_in, write_text
 from mta.system.progress import Step
-from mta.training.scoring import mean_nll
 from mta.training.trainer import Job
 
 LOSSES = "held-out losses of the task LoRA"  # one for each round, in run.json
@@ -124,7 +122,7 @@ def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequen
     most, losses, best = context.run.task_lora.rounds, list[float](), None
     for number in range(most):
         found = _train_round(context, number, most, job, tokens, best)
-        losses.append(_loss(context, found, held, held_tokens))
+        losses.append(context.held_out_loss(found, held, held_tokens))
         if best and not losses[-1] < min(losses[:-1]):
             break
         best = found
@@ -153,9 +151,3 @@ def _train_round(
     if not context.executor.in_process:
         context.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
     return found
-
-
-def _loss(context: BuildContext, task_lora: LoraBatch, job: Job, tokens: int) -> float:
-    """Return the loss of a job's examples per target token."""
-    over = [Shared(task_lora.to(context.base.device, context.base.dtype))]
-    return mean_nll(context.base, [job], over, tokens_per_batch=tokens)[0]

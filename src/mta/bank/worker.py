@@ -17,6 +17,7 @@ from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
+from mta.training.scoring import mean_nll
 from mta.training.trainer import Job, train_loras
 
 
@@ -35,6 +36,18 @@ class LoraPiece(Piece):
 
     def __len__(self) -> int:
         return len(self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutPiece(Piece):
+    """Held-out items, and the task LoRA that they are scored with."""
+
+    job: Job
+    task_lora: LoraBatch
+    tokens_per_batch: int
+
+    def __len__(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +120,9 @@ def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
             checkpoint.remove()
         raise
     return trained.to(torch.device("cpu"))  # a cluster's driver may have no GPU
+
+
+def score_piece(worker: BankWorker, piece: HeldOutPiece) -> float:
+    """Return the loss of the items per target token."""
+    over = [Shared(piece.task_lora.to(worker.base.device, worker.base.dtype))]
+    return mean_nll(worker.base, [piece.job], over, tokens_per_batch=piece.tokens_per_batch)[0]

@@ -50,8 +50,8 @@ class Executor(Protocol):
     ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in any order.
 
-        The context is ``local`` in this process. A worker creates its own context once, with ``open_remote``.
-        Function, pieces and ``open_remote`` must be picklable.
+        The context is ``local`` in this process. A worker creates its own context once, with ``open_remote``, and may
+        keep it for the next call with the same object. Function, pieces and ``open_remote`` must be picklable.
         """
 
 

@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 from mta.distributed.executor import C, P, PieceResult, R
@@ -59,6 +59,7 @@ class Cluster:
         attempts: int = 3,
     ) -> None:
         self.most, self.threads, self.attempts = most, threads, attempts
+        self.crew: Crew | None = None
         self.ray = _connected(address, workers)
         found = self.ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1
@@ -76,13 +77,33 @@ class Cluster:
     ) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``open_remote`` in a worker.
+        Workers that are idle at the end stay for the next call with the same ``open_remote``, until ``close``; closing
+        the iterator stops busy ones. Raises ClusterError, and the errors of ``open_remote`` in a worker.
         """
-        scheduler = PieceScheduler[P, R](self, function, open_remote)
+        scheduler = PieceScheduler[P, R](self, function, self._crew_of(open_remote))
         try:
             yield from scheduler.work_through(pieces)
         finally:
-            scheduler.dismiss()
+            scheduler.stop_busy()
+
+    def _crew_of(self, open_remote: Callable[[], Any]) -> Crew:
+        """Return the workers of the last call if they have this context, else new ones."""
+        environment = self._own()
+        if not self.crew or self.crew.open_remote is not open_remote or self.crew.environment != environment:
+            self.dismiss()
+            self.crew = Crew(open_remote, environment, self.ray.put((_version(), open_remote)))
+        return self.crew
+
+    def dismiss(self) -> None:
+        """Stop the idle workers."""
+        for worker in self.crew.idle if self.crew else ():
+            self.stop(worker)
+        self.crew = None
+
+    def stop(self, worker: Any) -> None:
+        """Stop a worker."""
+        with contextlib.suppress(Exception):  # the worker may have died with its machine or the whole cluster
+            self.ray.kill(worker)
 
     def hire(self) -> Any:
         """Start a worker."""
@@ -96,7 +117,8 @@ class Cluster:
         return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | same
 
     def close(self) -> None:
-        """Disconnect from the cluster, and stop it if it was started here."""
+        """Stop the workers and disconnect from the cluster; stop it, too, if it was started here."""
+        self.dismiss()
         self.ray.shutdown()
 
     def __enter__(self) -> Cluster:
@@ -104,6 +126,20 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(slots=True)
+class Crew:
+    """Workers with the context that ``open_remote`` makes; ``made`` is a reference to it. ``idle`` ones have no piece.
+
+    ``any_opened``: the context could be made once, so that a failure is a machine's.
+    """
+
+    open_remote: Callable[[], Any]
+    environment: dict[str, str]
+    made: Any
+    idle: list[Any] = field(default_factory=list)
+    any_opened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +158,13 @@ class _Task(Generic[P]):
 class PieceScheduler(Generic[P, R]):
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
-    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], open_remote: Callable[[], C]) -> None:
+    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], crew: Crew) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
-        self.function, self.made = self.ray.put(function), self.ray.put((_version(), open_remote))
+        self.function, self.crew, self.idle = self.ray.put(function), crew, crew.idle
         self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
-        self.idle: list[Any] = []
         self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
-        self.any_opened, self.any_result = False, False
+        self.any_result = False
         self.failed_starts = 0  # workers in a row that could not open their context
 
     def work_through(self, pieces: Iterable[P]) -> Iterator[PieceResult[P, R]]:
@@ -151,15 +186,10 @@ class PieceScheduler(Generic[P, R]):
                 last = time.monotonic()
                 log.warning("no worker has started yet: the cluster has no room, or a worker still loads the base")
 
-    def dismiss(self) -> None:
-        """Stop all workers, also busy ones."""
-        for worker in [*self.opening.values(), *self.idle, *(worker for worker, _ in self.busy.values())]:
-            self._stop(worker)
-        self.idle.clear()
-
-    def _stop(self, worker: Any) -> None:
-        with contextlib.suppress(Exception):  # the worker may have died with its machine or the whole cluster
-            self.ray.kill(worker)
+    def stop_busy(self) -> None:
+        """Stop the workers that are not idle."""
+        for worker in [*self.opening.values(), *(worker for worker, _ in self.busy.values())]:
+            self.cluster.stop(worker)
 
     def _assign(self) -> None:
         """Start missing workers, and give waiting tasks to idle workers."""
@@ -168,7 +198,7 @@ class PieceScheduler(Generic[P, R]):
             wanted = 0
         for _ in range(wanted - len(self.opening) - len(self.idle) - len(self.busy)):
             worker = self.cluster.hire()
-            self.opening[worker.open.remote(self.made)] = worker
+            self.opening[worker.open.remote(self.crew.made)] = worker
         while self.idle and self.waiting:
             worker, task = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.run.remote(self.function, task.piece)] = worker, task
@@ -182,9 +212,9 @@ class PieceScheduler(Generic[P, R]):
         try:
             self.ray.get(ref)
         except self.ray.exceptions.RayError as error:  # the worker died, or its context cannot be created
-            self._stop(worker)
+            self.cluster.stop(worker)
             self.failed_starts += 1
-            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.any_opened:
+            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.crew.any_opened:
                 raise _cause(error) from None
             if self._has_lost_hope() and not (self.busy or self.idle):
                 raise ClusterError(
@@ -193,7 +223,7 @@ class PieceScheduler(Generic[P, R]):
                 ) from None
         else:
             self.idle.append(worker)
-            self.any_opened, self.failed_starts = True, 0
+            self.crew.any_opened, self.failed_starts = True, 0
 
     def _ended(self, ref: Any) -> Iterator[PieceResult[P, R]]:
         worker, task = self.busy.pop(ref)
@@ -206,7 +236,7 @@ class PieceScheduler(Generic[P, R]):
                 raise cause from None
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
-            self._stop(worker)
+            self.cluster.stop(worker)
             if task.attempts > 1:
                 self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
             else:
