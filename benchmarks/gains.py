@@ -19,7 +19,7 @@ SETS = {  # title -> file below results/gradient
     "news, 31 people": "lamp2n_huffpost/README.md",
     "ratings, 240 people": "movielens-100k/README.md",
     "reviews, 60 people": "lamp3_amazon/README.md",
-    "titles, 66 (OPPU: 26) †": "lamp5_papers/README.md",
+    "titles, 66 people": "lamp5_papers/README.md",
 }
 METHODS = {  # name in the figure -> names in the files
     "MTA": ("MTA",),
