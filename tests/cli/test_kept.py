@@ -7,6 +7,9 @@ import pytest
 from world import mta, run
 from world import world as world  # the fixture
 
+from mta.config import CompareSettings, Run, override
+from mta.config.loader import to_yaml
+
 pytestmark = pytest.mark.integration
 
 
@@ -129,5 +132,19 @@ def test_mistakes_are_reported_before_anything_is_written(world, tmp_path, words
 def test_a_password_in_a_url_is_not_recorded(monkeypatch):
     from mta.cli.options import command_line
 
-    monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", "s3://key:secret@host/people"])
-    assert command_line() == "mta personalize x.jsonl --store s3://***@host/people"
+    for given, shown in (
+        ("s3://key:secret@host/people", "s3://***@host/people"),
+        ("sftp://ann:p@ss@host/people", "sftp://***@host/people"),
+        ("https://token@host/people", "https://***@host/people"),
+        ("abfs://people@account.dfs.core.windows.net/states", "abfs://people@account.dfs.core.windows.net/states"),
+    ):
+        monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", given])
+        assert command_line() == f"mta personalize x.jsonl --store {shown}"
+
+
+def test_a_path_with_any_characters_comes_back_from_a_file(tmp_path):
+    from mta.cli.compare import _settings
+
+    (tmp_path / "config.yaml").write_text(to_yaml({"base": "/x/😀", "shots": 3}))
+    settings, _, words = _settings(CompareSettings, tmp_path / "config.yaml", [])
+    assert (settings.shots, override(Run(), words).base) == (3, "/x/😀")

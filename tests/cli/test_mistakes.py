@@ -30,6 +30,26 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
         "ClusterError: ",
     ),
+    "a seed that has no effect": (
+        "evaluate lamp3 --data {new} --out {root}/e run.seed=3",
+        "InputError: run.seed has no",
+    ),
+    "a temperature where labels are scored": (
+        "generate {question} --bank {bank} --store {store} --temperature 0.5",
+        "InputError: --temperature has no effect: task 'movielens-rating' has labels",
+    ),
+    "a length where labels are scored": (
+        "predict {new} --bank {bank} --store {store} --max-new-tokens 5",
+        "InputError: --max-new-tokens has no effect: task 'movielens-rating' has labels",
+    ),
+    "a wrong word beside a right file": (
+        "bank build {members} {settings} --out {root}/b --config {right} bank.anchors=many",
+        "ConfigError: the command line: bank.anchors: ",
+    ),
+    "a key that occurs twice in a file": (
+        "bank build {members} {settings} --out {root}/b --config {twice}",
+        "ConfigError: {twice} is not readable YAML: 'bank' occurs twice",
+    ),
     "questions of an unknown user": (
         "predict ~nobody-here/q.jsonl --bank {bank} --out {root}/a.jsonl",
         "DataError: no such file: ~nobody-here/q.jsonl",
@@ -240,6 +260,9 @@ def test_a_mistake_is_reported_and_nothing_is_written(world, mistake, tmp_path):
     names = {name: getattr(world, name) for name in ("root", "base", "members", "new", "bank", "store")}
     names["dated"] = tmp_path / "dated.yaml"
     names["dated"].write_text("seed: 2020-01-01")
+    names["right"], names["twice"] = tmp_path / "right.yaml", tmp_path / "twice.yaml"
+    names["right"].write_text("bank: {max_items: 5}")
+    names["twice"].write_text("bank: {anchors: 2}\nseed: 1\nbank: {max_items: 5}")
     names |= {"settings": " ".join(map(str, world.settings)), "question": QUESTION.replace(" ", "")}
     before = tree(world.root)
     said = run(*text.format(**names).split())

@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,11 @@ from rich.console import Console
 from mta.cli import screen
 from mta.cli.screen import Screen
 from mta.system.progress import Step
+
+
+def terminal(width, kind="xterm"):
+    """A terminal whose output can be read."""
+    return Console(file=io.StringIO(), force_terminal=True, width=width, _environ={"TERM": kind})
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_each_row_on_a_terminal_has_one_time_left(monkeypatch):
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_time_left_stays_readable_on_a_narrow_terminal(monkeypatch, width):
-    monkeypatch.setattr(screen, "console", Console(file=io.StringIO(), force_terminal=True, width=width))
+    monkeypatch.setattr(screen, "console", terminal(width))
     with Screen() as shown:
         shown.whole("whole demo", 0.5, 468.0)
         shown.step("task LoRA", Step(1, 423, 8, 1200, 0.5))
@@ -75,7 +83,7 @@ def test_the_time_left_stays_readable_on_a_narrow_terminal(monkeypatch, width):
 
 def test_the_time_left_counts_down_while_no_step_is_reported(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(screen, "console", Console(file=io.StringIO(), force_terminal=True, width=80))
+    monkeypatch.setattr(screen, "console", terminal(80))
     monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with Screen() as shown:
         shown.whole("whole demo", 0.0, 468.0)
@@ -90,3 +98,19 @@ def _rows(shown, width=120):
     plain = Console(file=io.StringIO(), width=width)
     plain.print(shown._progress.get_renderable())
     return plain.file.getvalue().rstrip().splitlines()
+
+
+def test_a_terminal_without_a_cursor_gets_plain_lines(monkeypatch):
+    monkeypatch.setattr(screen, "console", dumb := terminal(80, "dumb"))
+    with Screen() as shown:
+        shown.step("stack", Step(1, 2, 3, 4))
+    assert "stack: 3/4 examples  2 people" in dumb.file.getvalue()
+
+
+def test_a_file_gets_no_bars_even_if_colours_are_forced():
+    script = "from mta.cli.screen import Screen; from mta.system.progress import Step\n"
+    script += "with Screen() as shown: shown.step('stack', Step(1, 2, 3, 4))"
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "stack: 3/4 examples  2 people" in said.stderr
+    assert "\x1b[2K" not in said.stderr

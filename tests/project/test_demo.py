@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from conftest import people_of
+from tiny import save_base
 
 from mta.cli import main
+from mta.errors import AnchorNotFound, MemoryBudgetError
+from mta.tools import demo as tool
 
 SMALL = [
     "people.task=8",
@@ -68,3 +72,22 @@ def demo(monkeypatch, capsys, *options):
     assert end.value.code in (0, None)
     found = capsys.readouterr()
     return (found.err, json.loads(found.out)) if "--json" in options else (found.err + found.out, None)
+
+
+@pytest.mark.integration
+def test_a_mistake_leaves_the_folder_to_the_corrected_command(tmp_path):
+    """Too little memory is noticed after the splits are drawn, and the hint is to give more."""
+    save_base(tmp_path / "base")
+    rows = [{"person": p.id, **item.fields, "time": item.time} for p in people_of(40, items=9) for item in p.items]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"run.base": tmp_path / "base", "run.encoder": "base", "data": tmp_path / "people.jsonl"}
+    words = [f"{key}={value}" for key, value in names.items()] + ["run.dtype=float32", "run.task=movielens-rating"]
+    words += ["people={test: 4, development: 0, task: 8}", "evaluation.shots=3", "evaluation.queries=2"]
+    words += ["run.bank.min_items=3", "run.bank.anchors=2"]
+    out, recipe = tmp_path / "demo", tool.load_demo("movielens")
+    for error, word in ((MemoryBudgetError, "run.memory=100KiB"), (AnchorNotFound, "run.merge.k=9")):
+        with pytest.raises(error):
+            tool.demo(out, recipe, "", [*words, word])
+        assert not (out / "splits.json").exists()
+        assert not (out / "recipe.yaml").exists()
+        assert not (out / "bank").exists()

@@ -10,15 +10,18 @@ from tiny import base_of
 from transformers import Gemma3Config, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
+from mta.bank.calibration.crossfit import Calibrator
+from mta.bank.calibration.people import Subject
 from mta.cli.app import app
 from mta.config import Run, override
+from mta.data.tasks.prompt import Example
 from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, ParameterCounts, Sums, TextLengths
 from mta.store.state import Losses, State
 from mta.system.device import processor
-from mta.tools.cost import DataSizes, Shape, costs, hardware, memory
+from mta.tools.cost import DataSizes, Shape, _scored, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
@@ -155,7 +158,8 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     assert more["OPPU"] == first["OPPU"]
     longer = of(load=DataSizes(tokens=2 * (tokens + 16), targets=32))
     assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
-    assert of("stack.enabled=false")["MTA"] == first["merge alone"]
+    alone = of("stack.enabled=false")
+    assert alone["MTA"] == alone["merge alone"]
 
 
 def test_figures_of_the_cpu_do_not_carry_the_name_of_a_gpu(monkeypatch):
@@ -190,3 +194,30 @@ def test_the_command_prints_tables_and_json(tmp_path):
             DataSizes(tokens, targets, shared=shared)
     with pytest.raises(ConfigError, match="4 anchors"):
         costs(Shape("x", 1, 1, 1, 1, 1, 1, FOOTPRINT), override(Run(), ["bank.anchors=4", "merge.k=9"]), DataSizes())
+
+
+def test_settings_change_what_is_counted():
+    shape, data = Shape.of("smollm2-135m-instruct"), DataSizes()
+    plain, less = (memory(shape, override(Run(), words), data) for words in ([], ["gradient_checkpointing=true"]))
+    assert less.token < plain.token / 2
+    words = ["stack.training.steps=1"]  # else a bank without a calibration trains other steps
+    calibrated, without = (
+        costs(shape, override(Run(), [*words, f"calibration.enabled={on}"]), data)["MTA"].fixed_operations
+        for on in ("true", "false")
+    )
+    how, example = Run().calibration, Example((1, 2), 1)
+    subjects = [Subject((example,) * how.shots, (example,) * how.queries) for _ in range(how.people)]
+    passes = Calibrator(subjects, anchors=50, settings=how, measure=lambda _: iter(())).planned_cost
+    assert calibrated - without == pytest.approx(_scored(shape, data, passes, 8 + 50 * 8))
+
+
+def test_the_command_sizes_the_base_of_its_settings(tmp_path):
+    (tmp_path / "c.yaml").write_text("base: llama-2-7b")
+    for words, name in (
+        (["base=smollm2-135m-instruct"], "smollm2-135m-instruct"),
+        (["--config", str(tmp_path / "c.yaml")], "llama-2-7b"),
+        (["--config", str(tmp_path / "c.yaml"), "--base", "llama-3-8b"], "llama-3-8b"),
+        ([], "llama-3-8b"),
+    ):
+        found = CliRunner().invoke(app, ["size", "--on", "h100", "--json", *words])
+        assert json.loads(found.stdout)["base"]["name"] == name

@@ -100,7 +100,7 @@ def import_(
     read = _people(people, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read, run), json)
+    _show(_calibrated(bank, model, read, run) if run.calibration.enabled else bank, json)
 
 
 @app.command()

@@ -182,7 +182,9 @@ def _open(given: _Arguments, name: str, kind: type[Kind]) -> Iterator[_Session[K
 def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str], list[str]]:
     """Return the settings of a comparison or an attack, and as key=value those of the run: of words, of the file."""
     given = read_yaml(config).items()
-    file_words = [f"{key}={dumps(value, default=str)}" for key, value in given if key in RUN_SETTINGS]
+    file_words = [
+        f"{key}={dumps(value, default=str, ensure_ascii=False)}" for key, value in given if key in RUN_SETTINGS
+    ]
     run_words = [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
     own_words = [word for word in words if word not in run_words]
     return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words, file_words

@@ -101,6 +101,8 @@ def evaluate(
     out = out or Path("runs") / Path(recipe).stem
     tracker = options.tracker_for(track, out)
     given = options.as_words(**{"run.device": device, "seeds": None if seed is None else [seed]})
+    if any(word.startswith("run.seed=") for word in words or ()):
+        raise InputError("run.seed has no effect: every seed is run on its own", hint="Give  seeds=[0,1]  or  --seed 0")
     chosen = override(load_experiment(recipe), [*(words or []), *given])
     chosen = chosen.limited(people) if people else chosen
     which: Which = "test" if on == "test" else "development"

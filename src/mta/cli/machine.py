@@ -16,6 +16,7 @@ from typer import Option
 
 from mta.cli import options
 from mta.cli.screen import show_json
+from mta.config import Run, override
 from mta.errors import InputError
 from mta.system.extras import require
 from mta.system.units import human_bytes, human_seconds
@@ -126,8 +127,9 @@ def size(
     words: options.Words = None,
     people: Annotated[float, Option(min=1, help="Number of people, for example 1e6.")] = 1e6,
     base: Annotated[
-        str, Option(help="Base: a built-in shape (llama-3-8b), an asset, a folder or a hub id.")
-    ] = "llama-3-8b",
+        str | None,
+        Option(help="Base: a built-in shape (llama-3-8b, the default), an asset, a folder or a hub id."),
+    ] = None,
     anchors: Annotated[int | None, Option(min=1, help="Number of anchors in the bank.")] = None,
     rank: Annotated[int | None, Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")] = None,
     tokens: Annotated[float, Option(min=1, help="Tokens per item, with its prompt.")] = 128,
@@ -148,10 +150,10 @@ def size(
     """
     from mta.tools import cost as sizing
 
-    given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
-    run = options.settings(config, [*options.as_words(**given), *(words or [])])
+    given = {"base": base, "bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
+    run = override(Run(base="llama-3-8b"), [*(words or []), *options.as_words(**given)], config)
     load = sizing.DataSizes(tokens, targets, shots, context, shared)
-    shape, machine = sizing.Shape.of(base), sizing.hardware(on)
+    shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if picture:
         if not picture.name:
@@ -163,7 +165,9 @@ def size(
         return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()} | times)
     say = Console(highlight=False, soft_wrap=True).print
     what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {sizing.planned(run).merge.policy}"
-    say(f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}")
+    say(
+        f"{run.base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}"
+    )
     say(_costs(costs, people, machine))
     named = {"base": memory.base, "bank": memory.bank, "each served row": memory.row}
     named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}

@@ -195,6 +195,16 @@ def executor_at(
         yield LocalExecutor()
 
 
+def check_written(task: TaskType, write: bool, max_new_tokens: int | None, temperature: float) -> None:
+    """Raise InputError for options of generated answers where labels are scored."""
+    if task.labels and not write and (max_new_tokens or temperature):
+        name = "--max-new-tokens" if max_new_tokens else "--temperature"
+        raise InputError(
+            f"{name} has no effect: task {task.name!r} has labels, which are scored",
+            hint="Leave it out, or generate text instead:  --write",
+        )
+
+
 def check_out(out: Path | None) -> None:
     """Raise InputError if a folder cannot be written, before hours of work are lost."""
     if out is None:
@@ -223,8 +233,12 @@ def command_line() -> str:
 
 
 def without_passwords(command: str) -> str:
-    """Return a command with passwords in URLs replaced by ``***``."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", command)
+    """Return a command with passwords in URLs replaced by ``***``, and user names, which may be tokens.
+
+    In addresses of Azure, the name is a container.
+    """
+    command = re.sub(r"(?<=://)[^/\s]*:[^/\s]*@", "***@", command)
+    return re.sub(r"\b(?!(?:abfss?|az|wasbs?)://)([a-z0-9+]+://)[^/@\s]+@", r"\1***@", command)
 
 
 def run_folder(

@@ -73,8 +73,9 @@ def predict(
     if out and (is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve())):
         raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
     options.check_out(out and out.parent)
-    columns = options.Columns(person_column, input_column)
-    people = options.people_in(source, options.task_of(bank), columns, skip_bad, questions=True)
+    columns, task = options.Columns(person_column, input_column), options.task_of(bank)
+    options.check_written(task, write, max_new_tokens, temperature)
+    people = options.people_in(source, task, columns, skip_bad, questions=True)
     lamp = out is not None and out.suffix == ".json"
     if lamp:
         tool.check_ids(people)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from mta.system.hub import Parcel
     from mta.system.progress import Step
 
-console = Console(stderr=True)
+# FORCE_COLOR makes a file a terminal for rich, which would write its bars there again and again.
+console = Console(stderr=True, force_interactive=None if sys.stderr and sys.stderr.isatty() else False)
 EVERY = 15.0  # seconds between plain lines
 
 
@@ -85,7 +86,7 @@ class Screen:
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             _Left(table_column=Column(no_wrap=True, min_width=len(_about(599)))),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
         )
 
     def __enter__(self) -> Screen:
@@ -115,7 +116,7 @@ class Screen:
             notes.append(f"{rate:.1f} {self._unit}/s")
         so_far = f"{done:>6}/{total} {self._unit}"
         self._progress.update(known.bar, completed=done, total=total, note="  ".join([so_far, *notes]))
-        if not console.is_terminal and (done >= total or now - known.printed > EVERY):
+        if not console.is_interactive and (done >= total or now - known.printed > EVERY):
             known.printed = now
             if rate:
                 notes.append(f"about {(total - done) / rate:.0f} s left")
@@ -129,7 +130,7 @@ class Screen:
                 self._progress.add_task(name, note="", end=now + left, total=1.0), done=0
             )
         self._progress.update(known.bar, completed=share, end=now + left)
-        if not console.is_terminal and now - known.printed > EVERY:
+        if not console.is_interactive and now - known.printed > EVERY:
             known.printed = now
             self.say(f"{name}: {share:.0%} done, {_about(left)}")
 

@@ -56,6 +56,7 @@ def generate(
     people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
     names = [who if isinstance(who, str) else f"({who.value})" for who in people]
+    options.check_written(opened.task, write, max_new_tokens, temperature)
     if opened.task.labels and not write:
         shares = personal.shares(rows)
         answers = [next(iter(own)) for own in shares]

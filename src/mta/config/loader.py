@@ -94,10 +94,24 @@ def _written(value: object) -> object:
     return "null" if value is None else value
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Refuse two equal keys, of which PyYAML would keep the last: settings would get lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping. Raises ConstructorError."""
+        known = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in known:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
+                known.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path | None) -> dict[str, Any]:
     """Read a mapping of settings from a YAML file; empty for an empty file or no file. Raises ConfigError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEachKey) if path else None  # noqa: S506
     except FileNotFoundError:
         raise ConfigError(
             f"no such configuration file: {path}",

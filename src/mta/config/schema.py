@@ -59,6 +59,12 @@ class Training(Settings):
     eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
     prior: float = Field(default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + prior)")
 
+    def examples(self, items: float) -> float:
+        """Return how many examples a training on so many items passes over."""
+        if self.steps is not None:
+            return self.steps * min(self.batch_size, items)
+        return self.epochs * items
+
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _without(dump(self), "prior", 0.0)  # so that keys of banks and states do not change
@@ -254,7 +260,7 @@ def load_settings(
     Keys of the file that are in ``beside`` belong to other settings and are skipped.
     """
     values = {key: value for key, value in read_yaml(path).items() if key not in beside}
-    return checked(kind, _with_words(values, words), str(path or "the command line"))
+    return _checked_twice(kind, values, words, path)
 
 
 def override(settings: S, words: Iterable[str], path: str | Path | None = None) -> S:
@@ -262,8 +268,14 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
 
     Raises ConfigError naming key and value.
     """
-    values = merged_over(settings.model_dump(mode="json"), read_yaml(path))
-    return checked(type(settings), _with_words(values, words), str(path or "the command line"))
+    return _checked_twice(type(settings), merged_over(settings.model_dump(mode="json"), read_yaml(path)), words, path)
+
+
+def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], path: str | Path | None) -> S:
+    """Validate the values of a file, and those with ``words``: an error names where the wrong one comes from."""
+    if path:
+        checked(kind, values, str(path))
+    return checked(kind, _with_words(values, words), "the command line")
 
 
 def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:

@@ -6,16 +6,17 @@ the optimizer are included in the assumed share of the processor's peak rate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mta.bank.calibration.crossfit import planned_cost
 from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.settle import settled
-from mta.config import CompareSettings, Run, Training
+from mta.config import CompareSettings, Run
 from mta.errors import ConfigError
 from mta.model.adaptable import adapted_layers
 from mta.model.agreement import called_layers
@@ -215,20 +216,20 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     merged = task_rank + k * rank
     scored, trained = partial(_scored, shape, data), partial(_trained, shape, data)
 
-    stage_0 = run.task_lora.rounds * _examples(run.task_lora.training, run.task_lora.items)  # at most
+    stage_0 = run.task_lora.rounds * run.task_lora.training.examples(run.task_lora.items)  # at most
     task = trained(stage_0, 0, task_rank) if task_rank else 0.0
     how = run.calibration
-    tried = how.people * (how.steps * (how.shots + how.queries) + 3 * how.shots) if how.enabled else 0
-    anchor_items = anchors * _examples(run.bank.training, run.bank.max_items)
-    bank = task + trained(anchor_items, task_rank, rank) + trained(tried, task_rank + anchors * rank, 0)
+    tried = planned_cost(how, [how.shots] * how.people, how.people * how.queries, run.stack.enabled) * how.enabled
+    anchor_items = anchors * run.bank.training.examples(run.bank.max_items)
+    bank = task + trained(anchor_items, task_rank, rank) + scored(tried, task_rank + anchors * rank)
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)
     if policy_of(run.merge).learns:
-        merge += trained(_examples(run.merge.learned, shots), merged, 0)
+        merge += trained(run.merge.learned.examples(shots), merged, 0)
     if policy_of(run.merge).gradients:
         merge += trained(shots, merged, 0)
-    examples, adapt = _examples(run.stack.training, shots), over
+    examples, adapt = run.stack.training.examples(shots), over
     if run.stack.enabled:
         adapt = trained(examples, merged, stack) + scored(shots, merged + stack)
 
@@ -240,7 +241,7 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merge + over),
-        "OPPU": Cost(task_rank * number, rank * number, task, trained(_examples(OPPU, shots), task_rank, rank)),
+        "OPPU": Cost(task_rank * number, rank * number, task, trained(OPPU.examples(shots), task_rank, rank)),
         "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, task_rank)),
     }
 
@@ -249,7 +250,8 @@ def memory(shape: Shape, run: Run, data: DataSizes) -> Memory:
     """Return the memory of base, bank, a served row, and training; ``memory=`` bounds the parts of training."""
     ranks = run.bank.anchors * run.bank.lora.rank + _task_rank(run)
     row = SERVED * (shape.cached * data.context + ranks + run.stack.lora.rank * shape.width)
-    task_lora, footprint = _task_rank(run) * shape.width, shape.footprint
+    task_lora = _task_rank(run) * shape.width
+    footprint = replace(shape.footprint, checkpointed=run.gradient_checkpointing)
     trained = [
         ParameterCounts(rank * shape.width, task_lora=task_lora) for rank in (run.bank.lora.rank, run.stack.lora.rank)
     ]
@@ -274,9 +276,3 @@ def _trained(shape: Shape, data: DataSizes, examples: float, frozen: float, rank
     """Return the training operations: forward, backward to all inputs, and gradients of trained factors."""
     gradients = 2 * examples * data.computed * ranks * shape.width
     return 2 * _scored(shape, data, examples, frozen + ranks) + gradients
-
-
-def _examples(training: Training, items: float) -> float:
-    if training.steps is not None:
-        return training.steps * min(training.batch_size, items)
-    return training.epochs * items

@@ -21,15 +21,18 @@ from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
-from mta.errors import ConfigError
+from mta.data.tasks.load import load_task
+from mta.errors import ConfigError, MtaError
 from mta.evaluation.compare import ComparisonReport, compare
 from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
+from mta.personalize.merge import check_merge
 from mta.system import assets
 from mta.system.atomic import write_text
 from mta.system.device import gemm_rate
 from mta.system.progress import OnStep, Step
+from mta.tools.cost import planned
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
@@ -156,10 +159,17 @@ def demo(
         on_step=step,
         about={"seeds": [run.seed]},
     ) as folder:
+        check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
         splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits
         folder.begin()  # locks the folder
         write_text(out / RECIPE, dump_yaml(recipe))
-        found = _compared(out, recipe, people, splits, base, folder.step, say)
+        try:
+            found = _compared(out, recipe, people, splits, base, folder.step, say)
+        except MtaError:
+            if fresh and not (out / "bank").exists():  # too little memory, or too few people: other settings may follow
+                for name in ("splits.json", RECIPE):
+                    (out / name).unlink()
+            raise
         two = _two(found)
         say("4/4  the same questions for two people, before and after")
         personal = Personalizer(base, found.panel.bank, out / "people", run=run)

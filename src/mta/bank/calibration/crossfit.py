@@ -91,13 +91,7 @@ class Calibrator:
     @property
     def planned_cost(self) -> int:
         """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
-        queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.subjects)
-        counts = [n for n in SHOTS if n <= self.settings.shots]
-        steps = self.settings.steps
-        newton = (steps + 1) * COSTS["gradients"] * (shots + queries) + steps * len(LENGTHS) * queries
-        some = sum(min(len(one.shots), n) for one in self.subjects for n in counts)
-        stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
-        return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
+        return planned_cost(self.settings, self.shots.tolist(), sum(map(len, self.queries)), self.stacks)
 
     def run(self) -> Calibration:
         """Measure everything, and return the calibration to keep."""
@@ -282,3 +276,15 @@ def _typical(shots: Collection[int]) -> int:
 def of_shots(found: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
     """Return the part of people's gradients, example by example, that is of their shots, which come first."""
     return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(found, shots)]
+
+
+def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: int, stacks: bool) -> int:
+    """Return the expected cost of a calibration in forward passes of one example.
+
+    ``shots`` are everybody's numbers of earlier items, ``queries`` all later items.
+    """
+    counts, steps, every = [n for n in SHOTS if n <= settings.shots], settings.steps, sum(shots)
+    newton = (steps + 1) * COSTS["gradients"] * (every + queries) + steps * len(LENGTHS) * queries
+    some = sum(min(own, n) for own in shots for n in counts)
+    tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
+    return newton + COSTS["gradients"] * every + len(counts) * queries + tried

@@ -67,11 +67,8 @@ def run_on_everything(
         # Without held-out items there is one round. A killed and resumed build may not know its rounds: count the most.
         most = built.task_lora.rounds if held_out else 1
         rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), most)
-        pooled = built.task_lora.training
-        examples = pooled.steps * pooled.batch_size if pooled.steps is not None else pooled.epochs * trained
-        examples *= rounds if built.task_lora.enabled else 0
-        own = sum(min(items, built.bank.max_items) for items in bank.info.items)
-        examples += built.bank.training.epochs * own
+        examples = built.task_lora.training.examples(trained) * (rounds if built.task_lora.enabled else 0)
+        examples += sum(built.bank.training.examples(min(items, built.bank.max_items)) for items in bank.info.items)
         steps = math.ceil(examples / run.task_lora.training.batch_size)
         words += ["task_lora.rounds=1", f"task_lora.training.steps={steps}"]
     return override(run, words)
