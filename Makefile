@@ -98,6 +98,11 @@ NEW_ENOUGH = $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 NO_PACKAGES = { echo "pip could not install the packages. To run make gpu with those of another Python:" \
 	"make gpu GPU_PYTHON=python3" >&2; exit 1; }
 
+# After the system's Python was replaced, the environment is made anew, and so is what make believes to be in it.
+ifneq ($(shell [ -x $(VENV)/bin/python ] || ls $(VENV)/installed* 2>/dev/null),)
+$(shell rm -f $(VENV)/installed*)
+endif
+
 # Without Debian's python3-venv, venv fails and leaves an environment without pip, which make would take for a finished one.
 $(VENV)/bin/python:
 	@$(NEW_ENOUGH)

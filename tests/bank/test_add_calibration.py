@@ -474,3 +474,30 @@ def test_people_who_share_items_are_in_one_fold():
     assert fold[0] == fold[2]
     assert fold[4] == fold[5]
     assert set(fold) == {0, 1}
+
+
+def test_settings_that_cannot_be_read_cost_no_calibration(tiny, tmp_path, monkeypatch):
+    base, bank = tiny
+    first = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
+    (first.folder / "config.yaml").write_text("a: [")
+    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        first.calibrate(base, OTHERS[:8], run=RUN)
+    assert mta.Bank.open(first.folder, base).calibration.info == first.calibration.info
+
+
+def test_a_calibration_that_is_dropped_has_no_members(tiny, tmp_path, monkeypatch):
+    base, bank = tiny
+    first = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
+    behind = [one.id for one in OTHERS if "calibration" in first.info.members.parts_of(one.id)]
+    assert behind
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(add_calibration, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.calibrate(base, OTHERS, run=RUN)
+    left = read_info(first.folder)
+    assert left.calibration is None
+    assert not [id for id in behind if left.members.parts_of(id)]

@@ -302,3 +302,15 @@ def test_held_out_items_are_scored_where_the_task_lora_trains(tmp_path):
     assert functions[:4] == ["train_piece", "score_piece"] * 2
     assert len({id(open_remote) for _, open_remote in openers[:4]}) == 1
     assert {id(open_remote) for _, open_remote in openers[4:]}.isdisjoint({id(openers[0][1])})
+
+
+def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):
+    def stop(stage, step):
+        if stage == "anchors":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    assert (tmp_path / "bank" / "task_lora").exists()
+    build(tmp_path / "bank", run=changed("task_lora", enabled=False), resume=False)
+    assert not (tmp_path / "bank" / "task_lora").exists()

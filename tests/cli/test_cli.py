@@ -12,7 +12,9 @@ from world import ANN, BOB, MEMBER, QUESTION, mta, ratings, run, tree, written
 from world import world as world  # the fixture
 
 from mta.bank.format import seal
+from mta.cli import options
 from mta.cli.options import executor_at, open_bank
+from mta.data.history import Person
 from mta.data.tasks import Task
 from mta.personalize import Personalizer
 
@@ -182,7 +184,7 @@ def test_a_bank_built_on_a_gpu_works_on_a_machine_without_that_gpu(world, tmp_pa
 
 
 def test_generate_answers_for_each_person_and_without_a_person(world):
-    asked = [QUESTION, "--person", BOB, "--person", ANN, "--shared", "--max-new-tokens", 3]
+    asked = [QUESTION, "--person", BOB, "--person", ANN, "--shared"]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert [answer["person"] for answer in answers] == [BOB, ANN, "(task)", "(base)"]
     assert all(sum(answer["shares"].values()) == pytest.approx(1) for answer in answers)
@@ -209,7 +211,7 @@ def test_generate_prints_a_line_for_each(world):
 
 
 def test_generate_without_a_person_asks_the_task_lora_and_the_base(world):
-    answers = mta("generate", QUESTION, *world.at, "--max-new-tokens", 1, "--json").json
+    answers = mta("generate", QUESTION, *world.at, "--json").json
     assert [answer["person"] for answer in answers] == ["(task)", "(base)"]
 
 
@@ -384,3 +386,11 @@ def test_export_replaces_no_adapter_that_took_the_place_of_its_own(world, tmp_pa
     said = run("export", ANN, "--out", here, *at)
     assert (said.code, tree(here)) == (1, before)
     assert f"InputError: {here} holds another adapter" in said.err
+
+
+def test_people_whose_items_are_all_asked_are_left_out(world, tmp_path, monkeypatch):
+    """As in LaMP's files: each question is about an item of the profiles of the person's other questions."""
+    read = options.people_in
+    monkeypatch.setattr(options, "people_in", lambda *given: [*read(*given), Person("all-asked", ())])
+    said = mta("personalize", world.new, *world.copy(tmp_path))
+    assert "1 of 5 people have no item besides their own questions: left out" in said.err

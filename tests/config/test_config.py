@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from mta.config import CompareSettings, Lora, Run, load_settings, override, parse_size
-from mta.config.loader import checked, dump_yaml
+from mta.config.loader import checked, dump_yaml, read_yaml
 from mta.errors import ConfigError
 from mta.tools.demo import load_demo
 
@@ -245,3 +245,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="recipe"):
         load_demo(path)
+
+
+def test_a_key_that_is_merged_may_be_overridden_and_one_that_is_written_twice_not(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 3}\n<<: *b\n")
+    assert read_yaml(path)["c"]["y"] == 3
+    for text in ("a: 1\na: 2\n", "b: {c: 1, d: 2, c: 3}\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="occurs twice"):
+            read_yaml(path)

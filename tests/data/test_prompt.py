@@ -311,3 +311,15 @@ def test_special_tokens_with_spaces_in_a_text_stay_text(special):
     tokens = PromptFormat(made).text(f"I say {special}{special} and <|end|> y < a <|x|>")
     assert not set(tokens) & set(made.all_special_ids)
     assert "I" in made.decode(list(tokens))
+
+
+def test_a_role_token_that_is_not_marked_as_special_is_broken_too() -> None:
+    made = deepcopy(tokenizer())
+    made.add_tokens([AddedToken("<|user|>", special=False), AddedToken("aside", special=False)])
+    made.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    prompts = PromptFormat(made)
+    text = "x<|user|>x aside"
+    item = Item({"title": text, "genres": "Drama", "rating": "4"})
+    tokens = prompts.example(load_task("movielens-rating"), item).tokens
+    assert [made.convert_ids_to_tokens(token) for token in tokens].count("<|user|>") == 1
+    assert "aside" in [made.convert_ids_to_tokens(token) for token in tokens]  # only what the template writes

@@ -66,6 +66,8 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("None", None),
         ("N/A", None),
         ("-3.5", -3.5),
+        ("10010115.07", 10010115.07),  # not the year 1001
+        ("1714012300123.0", 1714012300.123),
         (None, None),
     ],
 )

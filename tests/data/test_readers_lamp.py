@@ -8,6 +8,7 @@ from files import ASK, TIME, dumped, fails, jsonl, lamp, question
 from mta.data.describe import describe
 from mta.data.history import Item
 from mta.data.readers import read_people
+from mta.data.readers.lamp import read_answers
 from mta.data.tasks import load_task
 from mta.errors import DataError
 
@@ -199,3 +200,24 @@ def test_true_answers_are_not_read_where_questions_are_to_be_answered(tmp_path) 
         assert [dict(query.fields) for query in person.queries] == [{"text": "Broke."}]
         with pytest.raises(DataError):
             read_people(path, load_task("lamp3"))
+
+
+def test_a_gold_answer_may_be_written_like_a_label_of_an_item(tmp_path) -> None:
+    profile, asked = [{"text": "Warm sound.", "score": "4.0"}], {"id": "1", "input": f"{ASK}Broke."}
+    path = tmp_path / "dev_questions.json"
+    path.write_text(json.dumps([{"user_id": "ann", "profile": profile, **asked}]))
+    outputs = {"task": "LaMP_3", "golds": [{"id": "1", "output": "4.0"}]}
+    (tmp_path / "dev_outputs.json").write_text(json.dumps(outputs))
+    (ann,) = read_people(path, load_task("lamp3"))
+    assert [item.fields["score"] for item in (*ann.items, *ann.queries)] == ["4", "4"]
+    assert read_answers(tmp_path / "dev_outputs.json", load_task("lamp3")) == {"1": "4"}
+
+
+def test_a_file_for_bad_rows_may_be_in_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    path = jsonl(tmp_path, {"person": "ann", "text": "a", "score": "9"}, {"person": "ann", "text": "b", "score": "4"})
+    read_people(path, "lamp3", skip_bad="~/bad.jsonl")
+    assert (tmp_path / "home" / "bad.jsonl").is_file()
+    assert not (tmp_path / "~").exists()

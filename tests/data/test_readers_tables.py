@@ -406,3 +406,14 @@ def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):
     assert read_people(written(tmp_path / "a.csv", ROWS), "lamp3") == PEOPLE
     with pytest.raises(MissingExtra, match="extra 'tables'"):
         read_people(tmp_path / "a.parquet", "lamp3")
+
+
+def test_columns_without_a_name_are_not_read(tmp_path) -> None:
+    """Excel writes empty ones at the end, pandas writes the row's number in front."""
+    path = tmp_path / "excel.csv"
+    path.write_text("no,person,text,score,,\n1,ann,Broke in a week.,1,,\n2,ann,Warm sound.,4,,seen\n".replace("no", ""))
+    (ann,) = read_people(path, "lamp3")
+    assert [dict(item.fields) for item in ann.items] == [
+        {"text": "Broke in a week.", "score": "1"},
+        {"text": "Warm sound.", "score": "4"},
+    ]

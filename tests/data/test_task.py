@@ -336,3 +336,12 @@ def test_only_built_in_tasks_of_older_banks_get_what_training_does_not_depend_on
 @pytest.mark.parametrize("name", ["lamp4", "lamp5", "lamp7"])
 def test_free_text_has_room_for_more_than_32_tokens(name: str) -> None:
     assert load_task(name).answer_tokens > 32
+
+
+@pytest.mark.parametrize("name", ["profile", "person", "time", "id"])
+def test_a_field_cannot_have_a_name_that_readers_use(tmp_path, name) -> None:
+    path = tmp_path / "mine.yaml"
+    lines = ["name: mine", "version: 1", "description: x", f"item: {{prompt: 'About {{{name}}}', target: score}}"]
+    path.write_text("\n".join([*lines, f"text: '{{{name}}}'", "labels: ['1', '2']", "metric: accuracy"]))
+    with pytest.raises(TaskError, match=f"a field cannot be called '{name}'"):
+        load_task(path)

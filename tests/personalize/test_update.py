@@ -332,9 +332,11 @@ def test_a_person_without_items_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize("action", ["retrain", "refresh"])
 def test_mates_do_not_count(by_policy, tmp_path, monkeypatch, action):
     *tiny, merge = by_policy
+    merge = UNIFORM if action == "retrain" else merge  # else it would be a refresh
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     together, alone = (started(tiny, tmp_path / name, merge=merge) for name in ("together", "alone"))
-    together.update(GROWN)
+    done = together.update(GROWN)
+    assert (done.retrained, done.refreshed) == ((4, 0) if action == "retrain" else (0, 4))
     for person in GROWN:
         alone.update([person])
         one, other = together.state(person.id), alone.state(person.id)
@@ -457,3 +459,12 @@ def test_an_update_that_is_repeated_removes_what_a_kill_at_its_end_left(tiny, tm
     done = personalizer(*tiny, tmp_path).update(YOUNG)
     assert (done.unchanged, done.begun) == (4, 0)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("start", ["zero", "posterior"])
+def test_learned_coefficients_are_fitted_to_all_new_items(tiny, tmp_path, monkeypatch, start):
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "retrain")
+    personal = started(tiny, tmp_path, merge=MergeSettings(policy="learned", start=start))
+    before = [personal.state(person.id).w for person in GROWN]
+    assert personal.update(GROWN).refreshed == len(GROWN)
+    assert all(personal.state(person.id).w != w for person, w in zip(GROWN, before))

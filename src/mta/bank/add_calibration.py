@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
@@ -76,6 +77,7 @@ def calibrate_bank(
     target = out or folder
     with exclusive(target):
         info, outside = _checked(target, base, people, run.calibration)
+        _noted_settings(target)  # if they cannot be read, nothing is measured in vain
         found = _measured(target, info, base, outside, run, is_stopped, executor or LocalExecutor(), on_step)
         _commit(target, info, outside, run.calibration, found, is_stopped)
 
@@ -200,7 +202,7 @@ def _commit(
     is_stopped: Callable[[], bool],
 ) -> None:
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
-    without = _without_calibration(info)
+    without, noted = _without_calibration(info), _noted_settings(folder)
     _check_not_stopped(folder, is_stopped)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
@@ -214,7 +216,9 @@ def _commit(
     }
     whole = with_hash(info.model_copy(update=changed))
     write_text(folder / CARD, card(whole))
-    _note_settings(folder, whole.run)
+    if noted is not None:
+        changed_settings = whole.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
+        write_text(folder / CONFIG, to_yaml(noted | changed_settings))
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:
@@ -227,16 +231,15 @@ def _commit(
     remove_work(folder)
 
 
-def _note_settings(folder: Path, run: Run) -> None:
-    """Write into ``config.yaml``, for another build like this, what the calibration changed."""
-    if (folder / CONFIG).exists():
-        changed = run.model_dump(mode="json", include={"calibration", "merge", "stack"})
-        write_text(folder / CONFIG, to_yaml(read_yaml(folder / CONFIG) | changed))
+def _noted_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings in ``config.yaml``, which follow a calibration, for another build like this; None without."""
+    return read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else None
 
 
 def _without_calibration(info: BankInfo) -> BankInfo:
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-    return with_hash(info.model_copy(update={"calibration": None, "files": files}))
+    members = info.members.calibrated_on([])
+    return with_hash(info.model_copy(update={"calibration": None, "files": files, "members": members}))
 
 
 def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:

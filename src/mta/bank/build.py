@@ -143,6 +143,8 @@ def build_bank(
             record.begin()
             write_text(out / BEGUN, keys.training)
             trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
+            if not run.task_lora.enabled:  # of an earlier build that was begun with one
+                shutil.rmtree(out / TASK_LORA, ignore_errors=True)
             calibration = _train(context, roles, jobs, plan, trained)
             _finish(context, encoder, plan, roles, roles.members(keys.secret), calibration)
         remove_work(out)  # if the build is killed before this, the next call removes the files

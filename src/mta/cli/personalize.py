@@ -69,7 +69,9 @@ def personalize(
     tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
     columns = options.Columns(person_column, input_column, output_column, time_column)
     read = options.people_in(source, options.task_of(bank), columns, skip_bad)
-    people = [person.latest(latest) for person in read] if latest else read
+    people = [person.latest(latest) if latest else person for person in read if person.items] or read
+    if empty := len(read) - len(people):
+        typer.echo(f"{empty} of {len(read)} people have no item besides their own questions: left out", err=True)
     base, opened, settings = options.open_bank(
         bank, words, seed=seed, device=device, config=config, open_to=options.MERGE_AND_STACK
     )

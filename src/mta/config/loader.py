@@ -97,15 +97,15 @@ def _written(value: object) -> object:
 class _OneOfEachKey(yaml.SafeLoader):
     """Refuse two equal keys, of which PyYAML would keep the last: settings would get lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping. Raises ConstructorError."""
-        known = set[str]()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the mapping as it is written, without what ``<<`` merges. Raises ConstructorError."""
+        node, known = super().compose_mapping_node(anchor), set[str]()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode):
                 if key.value in known:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
                 known.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(path: str | Path | None) -> dict[str, Any]:

@@ -19,8 +19,8 @@ def shots_and_queries(
     ``next``: the first items are the shots. The queries are the benchmark's own if there are any, else the items right
     after the shots.
     ``last``: the queries are the last items in time, the benchmark's own among them, whatever the number of shots. The
-    shots are the items right before them. Where queries differ from history items (LaMP-1, LaMP-7), only the
-    benchmark's own queries are asked.
+    shots are the items right before them.
+    Where queries differ from history items (LaMP-1, LaMP-7), only the benchmark's own queries are asked.
     """
     if not has_enough_items(task, person, shots, queries, ask):
         asked = f" and {len(person.queries)} of the benchmark's queries" if person.queries else ""
@@ -40,8 +40,8 @@ def shots_and_queries(
 def has_enough_items(task: Task, person: Person, shots: int, queries: int, ask: QueryOrder) -> bool:
     """Return whether a person has as many shots and queries as the protocol needs."""
     own = sum(task.has_target(query) for query in person.queries)
-    if ask == "next":
-        return len(person.items) >= shots + (0 if own else queries)
     if not task.asks_as_items:
         return len(person.items) >= shots and own > 0
+    if ask == "next":
+        return len(person.items) >= shots + (0 if own else queries)
     return len(person.items) + own >= shots + queries

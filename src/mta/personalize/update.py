@@ -75,8 +75,9 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     measured = stages.losses(  # without a name: these stacks are not needed beside the new ones
         jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
     )
-    reads = policy_of(stages.run.merge).evidence(stages.run.merge)
-    updates = [_decided(state, losses, reads) for state, losses in zip(states, measured)]
+    policy = policy_of(stages.run.merge)
+    fitted = policy.evidence(stages.run.merge) or policy.learns
+    updates = [_decided(state, losses, fitted) for state, losses in zip(states, measured)]
     actions = [update.action for update in updates]
     for action in ("merge", "retrain", "refresh"):
         if chosen := [i for i, one in enumerate(actions) if one == action]:
@@ -88,10 +89,10 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     return updates
 
 
-def _decided(before: State, measured: MeasuredLosses, reads_evidence: bool) -> StateUpdate:
+def _decided(before: State, measured: MeasuredLosses, fitted: bool) -> StateUpdate:
     """Return the action for a person from the losses on their new items; without a new state yet.
 
-    Where the policy reads evidence, coefficients that skipped items would not be those of the whole history.
+    Where coefficients are ``fitted`` to items, those that skipped items would not be those of the whole history.
     """
     try:
         new = Losses(*measured)
@@ -100,7 +101,7 @@ def _decided(before: State, measured: MeasuredLosses, reads_evidence: bool) -> S
     action = decide(before.losses, new) if before.losses else "refresh"
     if before.gradient:
         action = "merge" if action == "keep" else "refresh"
-    elif reads_evidence and action == "retrain":
+    elif fitted and action == "retrain":
         action = "refresh"
     return StateUpdate(action)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
-from mta.data.readers.rows import RecordPart, id_in, item_in, list_in, text_in
+from mta.data.readers.rows import RecordPart, as_label, id_in, item_in, list_in, text_in
 from mta.data.readers.stream import array_elements, object_in, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
@@ -118,6 +118,8 @@ def _queries(rows: list[Any], answer: Answer, task: Task, place: Place, rejects:
 
 def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
     output, place = answer(row, id)
+    if output is not None and task.labels:
+        output = as_label(output, task.labels)
     try:
         query = task.parse_query(text_in(row, "input"), output, id)
     except DataError as error:
@@ -162,6 +164,8 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
     """
     outputs = path if empty else _outputs_of(path)
     found = outputs_in(outputs, task, Rejects(hint="Correct the answer."), empty=empty)
+    if task.labels and not empty:
+        found = {id: gold._replace(output=as_label(gold.output, task.labels)) for id, gold in found.items()}
     for gold in () if empty else found.values():  # a model may answer with anything
         if task.labels and gold.output not in task.labels:
             raise data_error(

@@ -172,7 +172,7 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
     if skip_bad is None:
         return None
-    path = Path(skip_bad)
+    path = Path(os.path.expanduser(skip_bad))
     is_input = is_read(path, source)
     is_foreign = path.exists() and not path.is_dir() and not (path.is_file() and is_rejects(path))  # devices, too
     if is_input or is_foreign or path.is_dir():

@@ -122,18 +122,13 @@ class _Digits:
 
 def _iso(text: str) -> float:
     text = text.strip().removesuffix(" UTC")
-    if text.isdecimal() and not _is_date(text):
+    if is_number(text) and not (text.isdecimal() and _is_date(text)):  # 10010115.07 is no day of the year 1001
         return float(text)
     if re.fullmatch(r"\d{4}", text):
         text += "-01"
     if re.fullmatch(r"\d{4}-\d{2}", text):
         text += "-01"
-    try:
-        date = datetime.fromisoformat(text)
-    except ValueError:
-        if text.isdecimal():  # no day of the calendar
-            raise
-        return float(text)
+    date = datetime.fromisoformat(text)
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
@@ -175,7 +170,7 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     target, keys = task.item.target, _Wanted(task).keys(row)
     fields = {name: text_in(row, key) for name, key in keys.items()}
     if labels := task.labels_of(Item(fields)):
-        fields[target] = _label(fields[target].strip(), labels)
+        fields[target] = as_label(fields[target].strip(), labels)
     item = Item(fields, time_in(row, time), text_in(row, "id") if row.get("id") is not None else None)
     if found := task.wrong(item):
         name, reason = found
@@ -189,7 +184,7 @@ def question_in(row: Mapping[str, Any], task: Task) -> Item:
     return Item(fields, id=text_in(row, "id") if row.get("id") is not None else None, is_query=True)
 
 
-def _label(text: str, labels: Sequence[str]) -> str:
+def as_label(text: str, labels: Sequence[str]) -> str:
     """Return the label for a text: ratings are often written 4.0 when the label is 4."""
     with contextlib.suppress(ValueError):
         if text not in labels and (plain := as_text(float(text))) in labels:

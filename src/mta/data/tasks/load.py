@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 from mta.config.loader import checked, read_yaml
-from mta.data.tasks.task import UNTRAINED, Task
+from mta.data.tasks.task import RESERVED, UNTRAINED, Task
 from mta.errors import ConfigError, TaskError
 
 _FOLDER = Path(__file__).parent / "builtin"
@@ -33,7 +34,7 @@ def load_task(name: str | Path | Task) -> Task:
     if isinstance(name, Task):
         return name
     if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
-        return _read_task(Path(name))
+        return _read_task(Path(os.path.expanduser(name)))
     known = {_key(builtin): builtin for builtin in task_names()}
     if _key(name) in known:
         return _builtin(known[_key(name)])
@@ -61,9 +62,15 @@ def _read_task(path: Path) -> Task:
     if not path.exists():
         raise TaskError(f"no such task file: {path}", hint=f"Built-in tasks: {', '.join(task_names())}")
     try:
-        return checked(Task, read_yaml(path), str(path))
+        task = checked(Task, read_yaml(path), str(path))
     except ConfigError as error:
         raise TaskError(
             error.message,
             hint=f"{error.hint}\n  See docs/how-to/add-a-task.md, or a valid task: {_FOLDER / 'lamp3.yaml'}",
         ) from None
+    if taken := sorted(RESERVED & {*task.fields(), *task.fields(query=True)}):
+        raise TaskError(
+            f"{path}: a field cannot be called {taken[0]!r}: mta itself uses the names {', '.join(sorted(RESERVED))}",
+            hint="Rename the field in the task, and the column in the file.",
+        )
+    return task

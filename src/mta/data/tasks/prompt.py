@@ -44,8 +44,8 @@ class PromptFormat:
 
     ``max_tokens`` bounds prompt and target together. Only fields in the task's ``cut`` are shortened, from their end,
     the longest field first; instruction and target are never changed.
-    A special token in a person's text (``<|im_end|>``) is broken by a space, so that text cannot end a turn and
-    continue in another role.
+    A special token in a person's text (``<|im_end|>``), or another added token that the chat template writes, is broken
+    by a space, so that text cannot end a turn and continue in another role.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int = 1024) -> None:
@@ -55,7 +55,7 @@ class PromptFormat:
         self._template = _without_clock(tokenizer) if self.has_template else None
         self._added = _added_after(tokenizer)
         tokens = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_token, special = self._end_token(tokens), set(tokens.values())
+        self.end_token, special = self._end_token(tokens), set(tokens.values()) | self._roles()
         self._opening, self._space = self._before_answer()
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
@@ -221,6 +221,14 @@ class PromptFormat:
                 between = whole[len(prompt) :].partition(_ANSWER)[0]
                 return ("", between) if between.isspace() else (between, "")
         return "", ""
+
+    def _roles(self) -> set[str]:
+        """Return the added tokens that the chat template writes: some tokenizers do not mark those as special."""
+        if not self.has_template:
+            return set()
+        written = str(self.tokenizer.chat_template) + self._templated(_ANSWERED)
+        added = map(str, self.tokenizer.added_tokens_decoder.values())
+        return {text for text in added if text.strip() and text in written}
 
     def _end_token(self, special: Collection[int]) -> int:
         """Return the token that ends an answer: the template's ``special`` one after it, else the tokenizer's."""

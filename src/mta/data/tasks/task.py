@@ -40,6 +40,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 PROFILE = "profile"  # field in front of the prompts of ``Task.profiled``: a person's earlier items
+RESERVED = {PROFILE, "person", "time", "id"}  # no fields of tasks in files: readers give them another meaning
 UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
 
 
