@@ -282,7 +282,7 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
     assert "What to expect" not in (folder / "bank" / "README.md").read_text()
 
 
-def test_a_mark_set_while_a_calibration_ends_is_kept(folder, base, monkeypatch):
+def test_a_calibration_that_is_given_up_at_its_end_leaves_nothing_of_anybody(folder, base, monkeypatch):
     calibrated(folder, base)
     clear = add_calibration.clear_stale
 
@@ -292,8 +292,9 @@ def test_a_mark_set_while_a_calibration_ends_is_kept(folder, base, monkeypatch):
 
     monkeypatch.setattr(add_calibration, "clear_stale", forget_first)
     with pytest.raises(BankError, match="a person was forgotten"):
-        calibrated(folder, base)
+        calibrated(folder, base, people_of(9, prefix="more-"))
     assert read_info(folder / "bank").calibration is None
+    assert stale(folder / "bank") == []  # nothing of anybody is left in a calibration
 
 
 def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
@@ -497,7 +498,18 @@ def test_a_calibration_that_is_dropped_has_no_members(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(add_calibration, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        first.calibrate(base, OTHERS, run=RUN)
+        first.calibrate(base, people_of(9, prefix="more-"), run=RUN)
     left = read_info(first.folder)
     assert left.calibration is None
     assert not [id for id in behind if left.members.parts_of(id)]
+
+
+def test_a_finished_calibration_is_not_measured_again(folder, base, tmp_path, monkeypatch):
+    """On another machine it would be rounded otherwise, and everybody would have to be personalized again."""
+    for out in (None, tmp_path / "copy"):
+        first = calibrated(folder, base, out=out)
+        before = {path: path.read_bytes() for path in first.folder.iterdir() if path.is_file()}
+        with monkeypatch.context() as patched:
+            patched.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
+            assert calibrated(folder, base, out=out).hash == first.hash
+        assert {path: path.read_bytes() for path in first.folder.iterdir() if path.is_file()} == before

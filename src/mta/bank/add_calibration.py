@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
@@ -30,12 +33,12 @@ from mta.bank.format import (
     with_hash,
     write_info,
 )
-from mta.bank.notes import clear_stale, pass_stale_on, stops
+from mta.bank.notes import clear_stale, pass_stale_on, stale, stops
 from mta.config import CalibrationSettings, Run, StackSettings
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor, LocalExecutor
+from mta.distributed.executor import Executor
 from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
@@ -61,9 +64,9 @@ def calibrate_bank(
 
     The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``since`` is what ``stops`` of the
     folders (the bank's, and ``out``) returned before the people were read; None: ask it now. An interrupted calibration
-    resumes. Raises InputError if too few people are left or the bank has no list of members, DataError for an item that
-    is too long, BankError if a person is forgotten meanwhile or ``out`` holds anything but an unfinished copy,
-    BankCorrupt, BankMismatch.
+    resumes, and a finished one is not measured again. Raises InputError if too few people are left or the bank has no
+    list of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile or ``out``
+    holds anything but an unfinished copy, BankCorrupt, BankMismatch.
     """
     folders = [folder, *([out] if out else [])]
     before = stops(*folders) if since is None else since
@@ -72,14 +75,44 @@ def calibrate_bank(
         return stops(*folders) != before
 
     if out:
-        _checked(folder, base, people, run.calibration)  # before anything is copied
+        info, outside = _checked(folder, base, people, run.calibration)  # before anything is copied
+        if _is_done(out, _work_of(info, base, outside, run)):
+            return
         _copy(folder, out)
     target = out or folder
     with exclusive(target):
         info, outside = _checked(target, base, people, run.calibration)
+        work = _work_of(info, base, outside, run)
+        if _is_done(target, work):
+            return
         _noted_settings(target)  # if they cannot be read, nothing is measured in vain
-        found = _measured(target, info, base, outside, run, is_stopped, executor or LocalExecutor(), on_step)
-        _commit(target, info, outside, run.calibration, found, is_stopped)
+        write_text(target / CALIBRATING, work)
+        found = _measured(target, info, base, outside, _settings(info, run), work, is_stopped, executor, on_step)
+        _commit(target, info, outside, run.calibration, found, work, is_stopped)
+
+
+def _settings(info: BankInfo, run: Run) -> Run:
+    """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
+    here = ("calibration", "memory", "device", "gradient_checkpointing")
+    return info.run.model_copy(update={name: getattr(run, name) for name in here})
+
+
+def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
+    """Return the key of a calibration: of what was trained, the people, and the settings that count."""
+    trained = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+    histories = [[one.id, one.digest()] for one in people]
+    settings = _following(_settings(info, run))
+    loaded = base.as_loaded(settings).model_dump(mode="json", exclude={"memory", "device", "gradient_checkpointing"})
+    return json_sha256([trained, histories, loaded])
+
+
+def _is_done(folder: Path, work: str) -> bool:
+    """Return whether a bank has the calibration with this key, which nobody behind it asked to be forgotten."""
+    if not (folder / INFO).exists() or not read_info(folder).calibration or "calibration" in stale(folder):
+        return False
+    with contextlib.suppress(OSError, SafetensorError), safe_open(folder / CALIBRATION, "pt") as file:
+        return (file.metadata() or {}).get("work") == work
+    return False
 
 
 def _checked(
@@ -154,18 +187,13 @@ def _measured(
     info: BankInfo,
     base: BaseModel,
     people: Sequence[Person],
-    run: Run,
+    settings: Run,
+    work: str,
     is_stopped: Callable[[], bool],
-    executor: Executor,
+    executor: Executor | None,
     on_step: OnStep | None,
 ) -> Calibration:
     anchors, task_lora = read_adapters(folder, info)
-    here = ("calibration", "memory", "device", "gradient_checkpointing")  # all else is as the bank was built
-    settings = info.run.model_copy(update={name: getattr(run, name) for name in here})
-    histories = [[one.id, one.digest()] for one in people]
-    loaded = base.as_loaded(settings).model_dump(mode="json", exclude={"memory", "device", "gradient_checkpointing"})
-    work = json_sha256([info.hash, histories, loaded])
-    write_text(folder / CALIBRATING, work)
 
     def stepped(step: Step) -> None:
         _check_not_stopped(folder, is_stopped)
@@ -199,14 +227,18 @@ def _commit(
     people: Sequence[Person],
     settings: CalibrationSettings,
     found: Calibration,
+    work: str,
     is_stopped: Callable[[], bool],
 ) -> None:
-    """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
+    """Write a calibration, with the key ``work``.
+
+    A person may be forgotten at any time before its end, and it then has to be given up.
+    """
     without, noted = _without_calibration(info), _noted_settings(folder)
     _check_not_stopped(folder, is_stopped)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
-    write_tensors(folder / CALIBRATION, found.tensors(), {})
+    write_tensors(folder / CALIBRATION, found.tensors(), {"work": work})
     run = info.run.model_copy(update={"calibration": settings.model_copy(update={"enabled": True})})
     changed = {
         "run": _following(run),
@@ -227,6 +259,7 @@ def _commit(
         write_info(folder, without)
         write_text(folder / CARD, card(without))
         (folder / CALIBRATION).unlink()
+        clear_stale(folder, "calibration")  # set meanwhile: nothing of the person is left in this part
         raise
     remove_work(folder)
 
