@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.markdown or args.json:
         return _print_kept(path, args.markdown)
     quiet()
-    records, failed = record.kept(path), False
+    records, failed, before = record.kept(path), False, set[str]()
     for module in args.only:
         missing = _without_done(records, settings, args.again)
         names, broken, lacking = set(missing.done), False, False
@@ -43,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if row.skipped and not row.skipped.startswith(record.FAILED):
                 lacking = True  # a peer or data that is not here: what was measured with it stays
                 if any(one["name"] == row.name and one["rates"] for one in records):
+                    before.add(row.name)
                     continue
             records = record.merged(records, record.record(row, module, settings))
             record.write(path, records, _command(args))
@@ -51,9 +52,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if not broken and not lacking:
             records = [one for one in records if one["module"] != module or one["name"] in names]
             record.write(path, records, _command(args))
+        before |= {one["name"] for one in records if one["module"] == module} - names if broken or lacking else set()
         failed |= broken
-    chosen = [record.row_of(one) for one in records if one["module"] in args.only]
+    chosen = [record.row_of(one) for one in records if one["module"] in args.only and one["name"] not in before]
     report.show(chosen, Console(width=None if sys.stdout.isatty() else 180))
+    if before:  # perhaps by another machine: a clone brings results
+        print(f"Not measured now, and not shown; {path} has earlier results: {', '.join(sorted(before))}")
     return int(failed)
 
 

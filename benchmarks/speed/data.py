@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from mta.system import assets
 from mta.training.trainer import Job
 
 BASE = "smollm2-135m-instruct"
-REVIEWS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lamp3_amazon"
+BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data" / "lamp3_amazon"
+REVIEWS = Path(os.environ.get("MTA_REVIEWS") or BESIDE)
 SHOTS = 8
 
 
@@ -49,6 +51,6 @@ def short() -> Prompts:
 def reviews() -> Prompts:
     """Product reviews, LaMP-like: several hundred tokens an example. Raises Absent where there are none."""
     if not REVIEWS.is_dir():
-        raise Absent("no product reviews beside this project (../shared/data/lamp3_amazon)")
+        raise Absent("no product reviews: MTA_REVIEWS names no folder with LaMP-3's files")
     task = load_task("lamp3")
     return Prompts(task, read_people(REVIEWS, task))

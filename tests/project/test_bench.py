@@ -77,7 +77,7 @@ class TestTiming:
         assert measured.verdict == verdict
 
 
-def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch):
+def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch, capsys):
     def measure(*rows):
         monkeypatch.setattr(command, "_measured", lambda *_: iter(rows))
         monkeypatch.setattr(command, "draw", lambda *_: None)
@@ -87,7 +87,11 @@ def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, 
 
     before = measure(row(5.0), Row("another", "mta", "peer", rates=(1.0,), peer_rates=(1.0,)))
     missing = Row("multi_lora", "mta", "", skipped="no peer"), Row("another", "mta", "", skipped="no data")
+    capsys.readouterr()
     assert measure(*missing) == before | {"multi_lora": []}
+    shown = capsys.readouterr().out
+    assert "earlier results: a row, another" in shown  # a clone's may be those of another machine
+    assert "another" not in shown.partition("Not measured now")[0]
 
 
 def test_rows_against_another_trainer_say_what_is_missing(monkeypatch):
