@@ -221,3 +221,16 @@ def test_a_file_for_bad_rows_may_be_in_the_home_folder(tmp_path, monkeypatch) ->
     read_people(path, "lamp3", skip_bad="~/bad.jsonl")
     assert (tmp_path / "home" / "bad.jsonl").is_file()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("profile", [None, {}, 3])
+def test_a_bad_first_record_does_not_decide_the_format(tmp_path, profile) -> None:
+    asked = {"id": "1", "input": f"{ASK}Broke."}
+    records = [{"user_id": "bad", "profile": profile, **asked}]
+    records += [{"user_id": "ann", "profile": [{"text": "Warm sound.", "score": "4"}], **asked, "id": "2"}]
+    path = tmp_path / "dev_questions.json"
+    path.write_text(json.dumps(records))
+    (ann,) = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert ann.id == "ann"
+    with pytest.raises(DataError, match="element 1: field 'profile': expected a list"):
+        read_people(path, "lamp3")

@@ -103,11 +103,13 @@ def iter_parts(
         return
     every = chain([first], records)
     keys = first[1].keys()
+    # A profile that is no list is a fault of the record. A column of that name in a table holds text.
+    profiled = "profile" in keys and "person" not in keys and not isinstance(first[1]["profile"], str)
     if columns:
         yield from item_parts(every, task, rejects, columns, questions)
-    elif isinstance(first[1].get("profile"), list) and "query" in keys:
+    elif profiled and "query" in keys:
         yield from perpcs_parts(every, task, rejects, answers=not questions)
-    elif isinstance(first[1].get("profile"), list) and "input" in keys:
+    elif profiled and "input" in keys:
         yield from lamp_parts(every, file, task, rejects, answers=not questions)
     elif keys & {"person", "input", "output", *task.fields()}:
         yield from item_parts(every, task, rejects, questions=questions)
