@@ -99,9 +99,7 @@ NO_PACKAGES = { echo "pip could not install the packages. To run make gpu with t
 	"make gpu GPU_PYTHON=python3" >&2; exit 1; }
 
 # After the system's Python was replaced, the environment is made anew, and so is what make believes to be in it.
-ifneq ($(shell [ -x $(VENV)/bin/python ] || ls $(VENV)/installed* 2>/dev/null),)
-$(shell rm -f $(VENV)/installed*)
-endif
+STALE := $(shell [ -x $(VENV)/bin/python ] || rm -f $(VENV)/installed*)
 
 # Without Debian's python3-venv, venv fails and leaves an environment without pip, which make would take for a finished one.
 $(VENV)/bin/python:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, trained
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped_among_anchors, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -305,12 +305,7 @@ def test_held_out_items_are_scored_where_the_task_lora_trains(tmp_path):
 
 
 def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):
-    def stop(stage, step):
-        if stage == "anchors":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
+    stopped_among_anchors(tmp_path / "bank")
     assert (tmp_path / "bank" / "task_lora").exists()
     build(tmp_path / "bank", run=changed("task_lora", enabled=False), resume=False)
     assert not (tmp_path / "bank" / "task_lora").exists()

@@ -24,6 +24,12 @@ OFFLINE = """#!/bin/sh
 mkdir -p "$4/bin" && cp "$0" "$4/bin/python"
 """
 
+INSTALLS = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+[ "$2" = pip ] && touch "$(dirname "$0")/../pip" && exit 0
+rm -rf "$4" && mkdir -p "$4/bin" && cp "$0" "$4/bin/python"
+"""
+
 
 def make(folder: Path, python: str, target: str = "bin/python") -> subprocess.CompletedProcess[str]:
     """Create an environment in ``folder`` with this script as Python."""
@@ -51,6 +57,16 @@ def test_without_a_package_index_another_python_is_suggested_for_gpus(tmp_path: 
     assert done.returncode != 0
     assert "make gpu GPU_PYTHON=python3" in done.stderr
     assert not (tmp_path / "venv" / "installed").exists()
+
+
+def test_a_replaced_python_gets_the_packages_again(tmp_path: Path) -> None:
+    """``venv --clear`` removes them after make has seen that they are there."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/no/python")
+    (tmp_path / "venv" / "installed").touch()
+    done = make(tmp_path, INSTALLS, "installed")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "venv" / "pip").exists()
 
 
 def test_the_version_that_make_checks_is_that_of_the_package() -> None:

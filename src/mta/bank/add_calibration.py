@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from mta.bank.build import remove_work
 from mta.bank.calibration.calibrate import calibrate
@@ -46,7 +43,7 @@ from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_te
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import CONFIG
-from mta.training.checkpoint import Checkpoint
+from mta.training.checkpoint import Checkpoint, saved_work
 
 
 def calibrate_bank(
@@ -99,7 +96,7 @@ def _settings(info: BankInfo, run: Run) -> Run:
 
 def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
     """Return the key of a calibration: of what was trained, the people, and the settings that count."""
-    trained = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+    trained = _without_calibration(info).files
     histories = [[one.id, one.digest()] for one in people]
     settings = _following(_settings(info, run))
     loaded = base.as_loaded(settings).model_dump(mode="json", exclude={"memory", "device", "gradient_checkpointing"})
@@ -110,9 +107,7 @@ def _is_done(folder: Path, work: str) -> bool:
     """Return whether a bank has the calibration with this key, which nobody behind it asked to be forgotten."""
     if not (folder / INFO).exists() or not read_info(folder).calibration or "calibration" in stale(folder):
         return False
-    with contextlib.suppress(OSError, SafetensorError), safe_open(folder / CALIBRATION, "pt") as file:
-        return (file.metadata() or {}).get("work") == work
-    return False
+    return saved_work(folder / CALIBRATION) == work
 
 
 def _checked(
@@ -249,8 +244,8 @@ def _commit(
     whole = with_hash(info.model_copy(update=changed))
     write_text(folder / CARD, card(whole))
     if noted is not None:
-        changed_settings = whole.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
-        write_text(folder / CONFIG, to_yaml(noted | changed_settings))
+        new = whole.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
+        write_text(folder / CONFIG, to_yaml(noted | new))
     clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:

@@ -84,8 +84,8 @@ class Bank:
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
         named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
-        same settings. A killed build resumes
-        unless ``resume`` is False. ``command`` is recorded in the folder, and ``track`` opens a tracker for the steps.
+        same settings. A killed build resumes unless ``resume`` is False. ``command`` is recorded in the folder, and
+        ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()

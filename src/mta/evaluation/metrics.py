@@ -159,7 +159,7 @@ def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     """Return the F-measures as in LaMP, and over word stems as in the code of arXiv:2511.20072.
 
-    LaMP's words are made of a-z and 0-9 alone. If most letters of the true texts are others, these make words, too.
+    LaMP's words have a-z and 0-9 alone. Where most letters of the true texts are others, words have all letters.
     """
     require("eval", "rouge-score")
     from rouge_score.rouge_scorer import RougeScorer

@@ -46,14 +46,23 @@ class Checkpoint:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
         """Return what was saved for the same ``work``; None if the file is missing, damaged, or of other work."""
+        if saved_work(self.path) != self.work:
+            return None
         try:
             with safe_open(self.path, framework="pt") as stored:
-                header = stored.metadata() or {}
-                if header.get("work") != self.work:
-                    return None
-                return {key: stored.get_tensor(key) for key in stored.keys()}, json.loads(header["progress"])
+                progress = json.loads(stored.metadata()["progress"])
+                return {key: stored.get_tensor(key) for key in stored.keys()}, progress
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def saved_work(path: Path) -> str | None:
+    """Return the hash of the work that a file was saved for; None if it is missing, damaged, or names none."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return (stored.metadata() or {}).get("work")
+    except (OSError, SafetensorError):
+        return None

@@ -63,7 +63,6 @@ def draw_splits(
     given = tested[: sizes.test]
     needed = recipe.shots + recipe.queries if task.asks_as_items else recipe.shots
     lengths = {p.id: len(p.items) + (task.asks_as_items and any(map(task.has_target, p.queries))) for p in people}
-    lengths |= {p.id: len(p.items) + sum(map(task.has_target, p.queries)) for p in given}
     qualified = [p for p in people if lengths[p.id] >= max(least, needed) and len(p.items) >= least]
     shares = (0.0, SHARES[1], SHARES[0] + SHARES[2]) if given else SHARES
     wanted = zip((sizes.test, sizes.development, sizes.candidates), shares)

@@ -215,12 +215,8 @@ class Results:
         """
         common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (
-                method.name,
-                bank,
-                [found[s] for s in sorted(found) if s in common] if method.uses_bank else _joined(found),
-            )
-            for method, bank, found in self._methods(name, shots, among)
+            (one.name, bank, [found[s] for s in sorted(found) if s in common] if one.uses_bank else _joined(found))
+            for one, bank, found in self._methods(name, shots, among)
         ]
         if not rows or not all(found for _, _, found in rows):
             return None  # no seed that all methods have
