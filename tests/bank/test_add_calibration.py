@@ -284,15 +284,16 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
 
 def test_a_calibration_that_is_given_up_at_its_end_leaves_nothing_of_anybody(folder, base, monkeypatch):
     calibrated(folder, base)
-    clear = add_calibration.clear_stale
+    more, write = people_of(9, prefix="more-"), add_calibration.write_info
 
-    def forget_first(*args):
-        forget_person(OTHERS[0].id, None, folder / "bank")
-        clear(*args)
+    def forget_then(path, info):
+        write(path, info)
+        if info.calibration:
+            forget_person(next(one.id for one in more if info.members.parts_of(one.id)), None, folder / "bank")
 
-    monkeypatch.setattr(add_calibration, "clear_stale", forget_first)
+    monkeypatch.setattr(add_calibration, "write_info", forget_then)
     with pytest.raises(BankError, match="a person was forgotten"):
-        calibrated(folder, base, people_of(9, prefix="more-"))
+        calibrated(folder, base, more)
     assert read_info(folder / "bank").calibration is None
     assert stale(folder / "bank") == []  # nothing of anybody is left in a calibration
 

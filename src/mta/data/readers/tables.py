@@ -63,7 +63,7 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) == len(names):
-            yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells) if name}
+            yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
         else:
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
 
@@ -124,7 +124,7 @@ def _unquoted(lines: Sequence[str], width: int, wrong: bool) -> list[list[str]]:
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
-    if twice := next((name for name in names if name and names.count(name) > 1), None):  # those without are not read
+    if twice := next((name for name in names if names.count(name) > 1), None):  # columns without a name are not read
         raise data_error(place, twice, "two columns have this name", hint="Rename one of them.")
 
 
