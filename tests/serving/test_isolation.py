@@ -137,8 +137,8 @@ async def storm(engine, world, rounds, at_once, people, seed=0):
         if turn % 3 == 0:
             await asyncio.to_thread(world.renew, str(draw.randrange(people)), 1000 + turn)
         if turn % 7 == 3:
-            person = draw.choice(chosen)
-            await asyncio.sleep(0.01 * draw.random())  # their answers have begun
+            person = chosen[-1]  # their request waits longest
+            await asyncio.sleep(0.01 * draw.random() if turn % 2 else 0)  # every other time, no answer has begun
             world.forgotten[person] += 1
             forget_person(person, world.store)
             await engine.forget(person)
