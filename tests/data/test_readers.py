@@ -194,10 +194,17 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 
 def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"user": "ann", "review": "Fine."})
-    fails(path, "lamp3", f"{path}:1: unknown format: the first record has user, review")
+    fails(path, "lamp3", f"{path}:1: unknown format: this record has user, review")
     path = jsonl(tmp_path, {})
-    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL, CSV, or Parquet with person"):
+    with pytest.raises(DataError, match="this record has nothing\n  Give JSONL, CSV, or Parquet with person"):
         read_people(path, "lamp3")
+    path = jsonl(tmp_path, {"exported": "2024-05-31"}, {}, GOOD)
+    assert len(read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")) == 1
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(one["line"], one["row"]) for one in bad] == [(1, {"exported": "2024-05-31"}), (2, {})]
+    (tmp_path / "data.csv").write_text("user,review\nann,Fine.\n", encoding="utf-8")
+    with pytest.raises(DataError, match="this record has user, review"):  # as all rows of a table
+        read_people(tmp_path / "data.csv", "lamp3", skip_bad=tmp_path / "bad.jsonl")
 
 
 def test_invalid_arguments_are_refused(tmp_path: Path) -> None:

@@ -98,24 +98,23 @@ def iter_parts(
     else:
         file = questions_in(path) if path.is_dir() else path
         records = objects(file, rejects)
-    first = next(records, None)
-    if first is None:
-        return
-    every = chain([first], records)
-    keys = first[1].keys()
-    # A profile that is no list is a fault of the record. A column of that name in a table holds text.
-    profiled = "profile" in keys and "person" not in keys and not isinstance(first[1]["profile"], str)
-    if columns:
-        yield from item_parts(every, task, rejects, columns, questions)
-    elif profiled and "query" in keys:
-        yield from perpcs_parts(every, task, rejects, answers=not questions)
-    elif profiled and "input" in keys:
-        yield from lamp_parts(every, file, task, rejects, answers=not questions)
-    elif keys & {"person", "input", "output", *task.fields()}:
-        yield from item_parts(every, task, rejects, questions=questions)
-    else:
-        got = ", ".join(map(str, keys)) or "nothing"
-        raise data_error(first[0], None, f"unknown format: the first record has {got}", hint=FORMATS)
+    for place, record in records:
+        keys, every = record.keys(), chain([(place, record)], records)
+        # A profile that is no list is a fault of the record. A column of that name in a table holds text.
+        profiled = "profile" in keys and "person" not in keys and not isinstance(record["profile"], str)
+        if columns:
+            yield from item_parts(every, task, rejects, columns, questions)
+        elif profiled and "query" in keys:
+            yield from perpcs_parts(every, task, rejects, answers=not questions)
+        elif profiled and "input" in keys:
+            yield from lamp_parts(every, file, task, rejects, answers=not questions)
+        elif keys & {"person", "input", "output", *task.fields()}:
+            yield from item_parts(every, task, rejects, questions=questions)
+        else:
+            reason = f"unknown format: this record has {', '.join(map(str, keys)) or 'nothing'}"
+            if table:  # as all its rows
+                raise data_error(place, None, reason, hint=FORMATS)
+            rejects.add(place, None, reason, record, hint=FORMATS)
 
 
 class _Gathered:
