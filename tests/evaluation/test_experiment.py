@@ -15,7 +15,7 @@ from tiny import save_base
 
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
-from mta.data.history import Item, Person
+from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
@@ -222,12 +222,13 @@ def test_workers_of_a_cluster_have_the_people_that_were_read(world, cache, tmp_p
     assert len(there.people) == 28
 
 
-def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, tmp_path):
+@pytest.mark.parametrize("exhibit", ["ablation", "case"])
+def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, tmp_path, exhibit):
     out = tmp_path / "run"
     run_experiment(workspace_of(world, out), ["ablation"])
     before = {name: (out / name).read_bytes() for name in ("recipe.yaml", "current.json", "sizes.json")}
     with pytest.raises(BankError):
-        run_experiment(workspace_of(world, out, "run.bank.lora.rank=3"), ["ablation"])
+        run_experiment(workspace_of(world, out, "run.bank.lora.rank=3"), [exhibit])
     assert before == {name: (out / name).read_bytes() for name in before}
 
 
@@ -243,6 +244,29 @@ def test_results_of_a_refused_recipe_are_not_mixed_with_earlier_ones(world, cach
 def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
     run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
     assert report([tmp_path / "run"], tmp_path / "report") == ["people.jsonl: Figure 5: one person's question"]
+
+
+def test_a_case_of_texts_that_changed_since_is_not_shown(world, cache, tmp_path):
+    out = tmp_path / "run"
+    workspace = workspace_of(world, out)
+    tested = {person.id for person in workspace.splits.select("test", workspace.people)}
+    run_experiment(workspace, ["case", "banks"])
+    found = Results.read(out)
+    assert found.case
+    assert any("others" in facts for facts in found.facts.values())
+
+    def changed(source, task):
+        people = read_people(source, task)
+        mine = [replace(p, items=(*p.items[:-1], other(p.items[-1]))) if p.id in tested else p for p in people]
+        return People(mine, people.task)
+
+    def other(item):
+        return replace(item, fields=item.fields | {"title": item.fields["title"][::-1]})
+
+    run_experiment(workspace_of(world, out, read=changed), ["ablation"])
+    found = Results.read(out)
+    assert not found.case
+    assert not any("others" in facts for facts in found.facts.values())
 
 
 def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def folder_of(recipe, out, which="test"):
     """What ``Workspace.write_recipe`` needs."""
     folder = out if which == "test" else out / which
     folder.mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(recipe=recipe, out=out, folder=folder, sizes={}, protocol=lambda *_: "p")
+    return SimpleNamespace(recipe=recipe, out=out, folder=folder, sizes={}, protocol=lambda *_: "p", histories="h")
 
 
 def test_a_run_on_development_people_leaves_the_recipe_of_the_test(tmp_path):
@@ -135,3 +135,15 @@ def test_results_of_banks_that_were_trained_otherwise_do_not_count(tmp_path):
     assert read_beside(tmp_path / CURRENT)["banks"] == banks
     Workspace.write_recipe(folder_of(override(recipe, ["run.bank.training.lr=0.5"]), tmp_path))
     assert read_beside(tmp_path / CURRENT)["banks"] == {"main-0": "", "main-1": ""}
+
+
+def test_results_of_a_part_whose_bank_was_trained_otherwise_do_not_count(tmp_path):
+    recipe, banks = load_experiment("smoke"), {"main-0": "a", "no-task-lora-0": "b"}
+    (part,) = (part for part in recipe.exhibits["ablation"] if part.bank == "no-task-lora")
+    others = tuple(one for one in recipe.exhibits["ablation"] if one is not part)
+    for words, left in ((part.words, banks), ((*part.words, "bank.training.lr=0.5"), banks | {"no-task-lora-0": ""})):
+        changed = {"ablation": (*others, part.model_copy(update={"words": words}))}
+        Workspace.write_recipe(folder_of(recipe.model_copy(update={"exhibits": changed}), tmp_path))
+        if words == part.words:
+            write_json(tmp_path / CURRENT, read_beside(tmp_path / CURRENT) | {"banks": banks})
+        assert read_beside(tmp_path / CURRENT)["banks"] == left

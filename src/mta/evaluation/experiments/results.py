@@ -184,7 +184,7 @@ class Results:
         current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
         if current:
-            facts, case = _up_to_date(recipe, current.get("banks", {}), facts, case)
+            facts, case = _up_to_date(recipe, current, facts, case)
         scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
         found = read_records(folder) if scored or not (facts or case) else []
         records = _current(found, current.get("protocols"), current.get("banks", {}))
@@ -302,20 +302,21 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 def _up_to_date(
-    recipe: Experiment, banks: Mapping[str, str], facts: dict[str, Any], case: dict[str, Any]
+    recipe: Experiment, current: Mapping[str, Any], facts: dict[str, Any], case: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the facts and the case without those of other settings, or of banks that were trained again since."""
-    now = facts_key(recipe, banks.get(bank_name(MAIN_BANK, recipe.seeds[0]), ""))
+    """Return the facts and the case without those of other settings or items, or of banks trained again since."""
+    banks, histories = current.get("banks", {}), current.get("histories", "")
+    now = facts_key(recipe, banks.get(bank_name(MAIN_BANK, recipe.seeds[0]), ""), histories)
     kept = {name: dict(one) for name, one in facts.items() if one.get("bank") == banks.get(name, one.get("bank"))}
     for one in kept.values():
-        if "made_with" in one and one["made_with"] != facts_key(recipe, one["bank"]):
+        if "made_with" in one and one["made_with"] != facts_key(recipe, one["bank"], histories):
             one.pop("others"), one.pop("fidelity")
     return kept, case if case.get("made_with", now) == now else {}
 
 
-def facts_key(recipe: Experiment, bank: str) -> str:
-    """Return a hash of what determines the case study and a bank's use: bank, merge, stack, shots, and queries."""
-    run, settings = recipe.run.model_dump(mode="json"), [recipe.shots, recipe.queries, recipe.ask]
+def facts_key(recipe: Experiment, bank: str, histories: str) -> str:
+    """Return a hash of what determines the case study and a bank's use: bank, merge, stack, items, and questions."""
+    run, settings = recipe.run.model_dump(mode="json"), [recipe.shots, recipe.queries, recipe.ask, histories]
     return json_sha256([bank, run["merge"], run["stack"], *settings])[:16]
 
 

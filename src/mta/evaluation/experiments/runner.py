@@ -73,12 +73,8 @@ def run_experiment(
             for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
                 _run_seed(workspace, records, exhibits, seed)
             _write_facts(workspace, exhibits)
-        if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
-            seed = recipe.seeds[0]
-            panel = next(workspace.panels(MAIN, seed, recipe.shots))
-            workspace.note_bank(MAIN, seed)
-            made = {"made_with": facts_key(recipe, panel.bank.hash)}
-            write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, seed) | made)
+            if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
+                _write_case(workspace, recipe.seeds[0])
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 
@@ -110,10 +106,17 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
         own = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
-            own["made_with"] = facts_key(recipe, found["bank"])
+            own["made_with"] = facts_key(recipe, found["bank"], workspace.histories)
         facts = facts | {name: own}
     if facts:
         write_json(path, facts)
+
+
+def _write_case(workspace: Workspace, seed: int) -> None:
+    panel = next(workspace.panels(MAIN, seed, workspace.recipe.shots))
+    workspace.note_bank(MAIN, seed)
+    made = {"made_with": facts_key(workspace.recipe, panel.bank.hash, workspace.histories)}
+    write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, seed) | made)
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:

@@ -76,7 +76,7 @@ class Workspace:
     say: Callable[[str], None]
     executor: Executor
     on_step: OnStep | None
-    _histories: str = field(init=False, repr=False)
+    histories: str = field(init=False, repr=False)  # a hash of the tested people's items
     _ids: Counter[str | None] = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
@@ -85,7 +85,7 @@ class Workspace:
     def __post_init__(self) -> None:
         tested = self.splits.select(self.which, self.people)
         self._ids = Counter(query.id for person in tested for query in person.queries)
-        self._histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
+        self.histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
 
     @classmethod
     def open(
@@ -130,16 +130,19 @@ class Workspace:
     def write_recipe(self) -> None:
         """Write recipe, sizes, and the protocols of the recipe's results beside the results.
 
-        Where the recipe trains its banks otherwise than before, results of earlier banks do not count until the bank
+        Where the recipe trains a bank otherwise than before, results of the earlier bank do not count until the bank
         is known again (``note_bank``).
         """
         parts = [part for parts in self.recipe.exhibits.values() for part in parts]
         protocols = {self.protocol(part, method) for part in parts for method in part.methods}
-        training = json_sha256(self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY))
+        run = self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY)
+        trained = {part.bank: json_sha256([run, *part.trained]) for part in (MAIN, *parts)}
         current = read_beside(self.folder / CURRENT)
-        if current.get("training", training) != training:
-            current["banks"] = dict.fromkeys(current.get("banks", {}), "")
-        write_json(self.folder / CURRENT, current | {"protocols": sorted(protocols), "training": training})
+        before, banks = current.get("trained", {}), current.get("banks", {})
+        same = {name for name, how in trained.items() if before.get(name, how) == how}
+        banks = {name: bank if name.rpartition("-")[0] in same else "" for name, bank in banks.items()}
+        known = {"protocols": sorted(protocols), "trained": before | trained, "histories": self.histories}
+        write_json(self.folder / CURRENT, known | {"banks": banks})
         for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
             write_json(folder / SIZES, self.sizes)
             write_text(folder / RECIPE, dump_yaml(self.recipe))
@@ -337,7 +340,7 @@ class Workspace:
     def _questions(self, part: Part) -> list[Any]:
         """Return what determines the questions, and how the base answers them."""
         run, recipe, task = self.recipe.run, self.recipe, self.task
-        parts: list[Any] = [recipe.queries, recipe.ask, self._histories]
+        parts: list[Any] = [recipe.queries, recipe.ask, self.histories]
         parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
         parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
         return [*parts, part.retrieve] if part.retrieve else parts
