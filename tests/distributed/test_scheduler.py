@@ -75,20 +75,42 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
 
-def test_workers_that_all_cannot_start_end_the_run():
-    cluster, _ = made_up_cluster(good=0, workers=2)
-    with pytest.raises(ClusterError, match="5 workers in a row could not start"):
+@pytest.mark.parametrize("workers", [2, 64])
+def test_workers_that_all_cannot_start_end_the_run(workers):
+    cluster, _ = made_up_cluster(good=0, workers=workers)
+    with pytest.raises(ClusterError, match="3 workers in a row could not start"):
         list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One()]))
 
 
-def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch):
-    """As in a calibration, which asks for many passes: a new worker loads the base again."""
+@pytest.fixture
+def three(monkeypatch):
+    """A cluster of three workers, and those that were hired and stopped."""
     made_up, hired = made_up_cluster(good=1000, workers=3)
     cluster = object.__new__(Cluster)
     cluster.ray, cluster.workers, cluster.attempts, cluster.hire = Ray(), 3, 2, made_up.hire
     cluster.crew, cluster.gpus, cluster.threads = None, 0, 1
     stopped = []
     monkeypatch.setattr(Ray, "kill", lambda _, worker: stopped.append(worker))
+    return cluster, hired, stopped
+
+
+def test_pieces_that_need_the_cluster_leave_no_idle_workers(three):
+    """As those of an experiment, which builds a bank before the people are computed with it."""
+    cluster, hired, stopped = three
+    running = []
+
+    def pieces():
+        yield from [One(), One(), One()]
+        list(cluster.run(None, [One(), One(), One()], None, lambda: "of the bank"))
+
+    for _ in cluster.run(None, pieces(), None, lambda: "of people"):
+        running.append(len(hired) - len(stopped))
+    assert max(running) <= 3
+
+
+def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch, three):
+    """As in a calibration, which asks for many passes: a new worker loads the base again."""
+    cluster, hired, stopped = three
     first, second = (lambda: None), (lambda: None)
     for open_remote, count, left in ((first, 3, 0), (first, 3, 0), (second, 6, 3)):
         found = list(cluster.run(None, [One() for _ in range(5)], None, open_remote))

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
@@ -80,9 +80,10 @@ class Cluster:
         Workers that are idle at the end stay for the next call with the same ``open_remote``, until ``close``; closing
         the iterator stops busy ones. Raises ClusterError, and the errors of ``open_remote`` in a worker.
         """
+        known = [*pieces]  # making them may need the cluster, whose workers would then be another crew's
         scheduler = PieceScheduler[P, R](self, function, self._crew_of(open_remote))
         try:
-            yield from scheduler.work_through(pieces)
+            yield from scheduler.work_through(known)
         finally:
             scheduler.stop_busy()
 
@@ -166,10 +167,12 @@ class PieceScheduler(Generic[P, R]):
         self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
         self.any_result = False
         self.failed_starts = 0  # workers in a row that could not open their context
+        self.most = cluster.workers  # that can have a piece
 
-    def work_through(self, pieces: Iterable[P]) -> Iterator[PieceResult[P, R]]:
+    def work_through(self, pieces: Sequence[P]) -> Iterator[PieceResult[P, R]]:
         """Yield the outcomes in order of completion; a piece that was split yields the outcomes of its parts."""
         self.waiting.extend(_Task(piece, self.attempts, len(piece), []) for piece in pieces)
+        self.most = min(self.most, len(pieces))
         last = time.monotonic()
         while self.waiting or self.busy:
             self._assign()
@@ -205,7 +208,7 @@ class PieceScheduler(Generic[P, R]):
 
     def _has_lost_hope(self) -> bool:
         """Return whether so many workers in a row could not start that others would not either."""
-        return self.failed_starts > self.attempts * self.cluster.workers
+        return self.failed_starts > self.attempts * self.most
 
     def _opened(self, ref: Any) -> None:
         worker = self.opening.pop(ref)
@@ -214,6 +217,7 @@ class PieceScheduler(Generic[P, R]):
         except self.ray.exceptions.RayError as error:  # the worker died, or its context cannot be created
             self.cluster.stop(worker)
             self.failed_starts += 1
+            log.warning("a worker could not start: %s", _kind(error))
             if isinstance(error, self.ray.exceptions.RayTaskError) and not self.crew.any_opened:
                 raise _cause(error) from None
             if self._has_lost_hope() and not (self.busy or self.idle):
