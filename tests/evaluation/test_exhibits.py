@@ -178,11 +178,11 @@ def test_seeds_stand_beside_each_other_and_together():
     alone = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]
     (section,) = sections(results(alone, parts))
     assert "seed 0 (" not in section.text  # one seed says nothing of how seeds differ
-    another = [*everybody(TaskLora(), 0.2), *everybody(MergeThenAdapt(), -0.3)]
+    another = [*everybody(TaskLora(), 0.2), *everybody(MergeThenAdapt(), 0.08)]
     rows = [*alone, *(r.model_copy(update={"seed": 1}) for r in another)]
     (section,) = sections(results(rows, parts, seeds=(0, 1)))
-    each = " | ".join(f"**{d} [{d}, {d}]**" for d in ("-0.100", "-0.500"))
-    assert f"| MTA | {each} | **-0.300 [-0.583, -0.017]** |" in section.text  # seeds are resampled, too
+    each = " | ".join(f"**{d} [{d}, {d}]**" for d in ("-0.100", "-0.120"))
+    assert f"| MTA | {each} | -0.110 [-0.2" in section.text  # two seeds say little
     assert "| seed 1 (24 people) | all (24 people) |" in section.text
     assert list(section.pictures) == ["seeds"]
 

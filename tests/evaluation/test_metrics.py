@@ -163,17 +163,24 @@ def test_bootstrap_intervals_cover_the_mean_of_pairs():
     assert wider == pytest.approx(2**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("seeds", "covered"), [(3, 0.86), (8, 0.9)])
-def test_bootstrap_resamples_seeds_at_a_second_level(seeds, covered):
+@pytest.mark.parametrize("variance", [1, 100])  # of the mean over seeds, where that of the mean over people is 1
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_intervals_cover_new_seeds(seeds, variance):
     generator = torch.Generator().manual_seed(7)
     own = torch.randn(300, 1, 60, generator=generator)
-    shared = torch.randn(300, seeds, 1, generator=generator) * (seeds / 60) ** 0.5  # varies the mean as people do
+    shared = torch.randn(300, seeds, 1, generator=generator) * (variance * seeds / 60) ** 0.5
     samples = (own + shared).double()
     found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
-    assert covered <= sum(one.low <= 0 <= one.high for one in found) / len(found) <= 0.98
+    assert sum(one.low <= 0 <= one.high for one in found) / len(found) >= 0.92
     averaged = [bootstrap(sample.mean(0), seed, times=800) for seed, sample in enumerate(samples)]
     assert sum(one.low <= 0 <= one.high for one in averaged) / len(averaged) < 0.86
     assert all(one.mean == pytest.approx(other.mean) for one, other in zip(found, averaged))
+
+
+def test_seeds_alone_give_students_interval():
+    seeds = torch.tensor([-1.4, -0.5, -0.9], dtype=torch.float64)  # 31 equal people
+    found, sem = bootstrap(seeds[:, None].expand(3, 31), times=200_000), float(seeds.std()) / 3**0.5
+    assert (found.mean - found.low, found.high - found.mean) == pytest.approx((4.303 * sem, 4.303 * sem), rel=0.03)
 
 
 def test_equal_seeds_add_nothing_to_the_interval():

@@ -1,5 +1,6 @@
 """Figures in the README and in docs are those of result files."""
 
+import base64
 import gzip
 import json
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from pages import ROOT
 
-from benchmarks.gains import SETS, gains
+from benchmarks.gains import SETS, gains, picture
 from mta.evaluation.reports import html
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.report import report
@@ -102,13 +103,18 @@ def test_published_scores_hold_no_texts_and_no_ids_of_questions():
 
 def test_the_figure_of_gains_has_the_numbers_of_the_main_table():
     page = (ROOT / "docs" / "explanation" / "results.md").read_text()
-    known = figures_in(page.partition("## Main table")[2].partition("## What the parts")[0])
+    table = page.partition("## Main table")[2].partition("\n## ")[0]
+    assert figures_in(table)
     found = gains()
     for title, rows in found.items():
         one = rows["MTA"]
-        assert figure(one.mean, one.low, one.high) in known, title
-    drawn = (ROOT / "results" / "gains.svg").read_text()
-    assert all(title in drawn for title in found)
+        assert figure(one.mean, one.low, one.high) in figures_in(table), title
+    assert drawn(picture(found)) == (ROOT / "results" / "gains.svg").read_bytes()
+
+
+def drawn(figure: Picture) -> bytes:
+    """The bytes of its SVG file."""
+    return base64.b64decode(figure.data_uri().partition(",")[2])
 
 
 def _adapting(kind: str) -> list[str]:
@@ -141,22 +147,29 @@ def test_the_readmes_speeds_are_those_of_the_benchmark():
 
 
 @pytest.fixture
-def text_only(monkeypatch):
-    """Reports without pictures, which take most of their time."""
-    monkeypatch.setattr(Picture, "save", lambda self, path: [])
+def no_page(monkeypatch):
+    """Reports without HTML, which repeats all pictures."""
     monkeypatch.setattr(html, "page", lambda *parts: "")
 
 
+@pytest.fixture
+def text_only(monkeypatch, no_page):
+    """Reports without pictures, which take most of their time."""
+    monkeypatch.setattr(Picture, "save", lambda self, path: [])
+
+
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: str(folder.relative_to(RESULTS)))
-def test_published_tables_are_drawn_from_the_published_scores(folder, tmp_path, text_only):
-    """To the last digit: constraints.txt fixes the versions that draw random numbers."""
+def test_published_tables_and_pictures_are_drawn_from_the_published_scores(folder, tmp_path, monkeypatch, no_page):
+    """To the last digit: constraints.txt fixes the versions that draw random numbers, and pictures."""
+    monkeypatch.setattr(Picture, "save", lambda self, path: path.with_suffix(".svg").write_bytes(drawn(self)))
     report([folder], tmp_path)
-    (drawn,) = tmp_path.glob("*/README.md")
-    page = drawn.read_text()
+    (page_at,) = tmp_path.glob("*/README.md")
+    page = page_at.read_text()
     if folder.parent.name == "gradient":  # where these comparisons are corrected for all sets together
         page = page.partition("\n## Primary comparisons")[0]
     assert (folder / "README.md").read_text().strip() == page.strip()
-    assert all((folder / picture).exists() for picture in re.findall(r"\]\((\S+\.svg)\)", page))
+    pictures = re.findall(r"\]\((\S+\.svg)\)", page)
+    assert [one for one in pictures if (folder / one).read_bytes() != (page_at.parent / one).read_bytes()] == []
 
 
 def test_the_published_comparisons_are_those_of_all_sets_together(tmp_path, text_only):

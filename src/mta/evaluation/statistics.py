@@ -187,8 +187,8 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
     """Resample people with replacement, and at a second level their S seeds; values are (U,) or (S, U).
 
     People of one group are drawn together, because they are not independent. The group "" is a person alone.
-    A draw takes the same seeds for all people: a seed is a bank, which they share. Deviations of seeds are widened by
-    sqrt(S / (S - 1)), because S draws with replacement vary less than S new seeds; three seeds are still few.
+    A draw weights seeds alike for all people: a seed is a bank, which they share. So few seeds cannot be resampled: the
+    weights make the mean over seeds vary like Student's t with S - 1 degrees of freedom, as if its intervals were.
     """
     values = values.double().reshape(-1, values.shape[-1])
     unit = torch.tensor(units(groups, values.shape[1]))
@@ -203,11 +203,17 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
         drawn = torch.randint(count, (now, count), generator=generator)
         own = sums
         if seeds > 1:
-            chosen = torch.randint(seeds, (now, seeds), generator=generator)
-            shares = torch.nn.functional.one_hot(chosen, seeds).double().mean(1)  # (draws, S)
-            own = (1 / seeds + (shares - 1 / seeds) * (seeds / (seeds - 1)) ** 0.5) @ sums
+            own = _seed_weights(now, seeds, generator) @ sums
         means.append(own.expand(now, -1).gather(1, drawn).sum(1) / sizes[drawn].sum(1))
     return Resampled(float(values.mean()), torch.cat(means), count)
+
+
+def _seed_weights(draws: int, seeds: int, generator: torch.Generator) -> Tensor:
+    """Return weights (draws, S) that sum to 1; the weighted mean of S values varies like t times its standard error."""
+    normal = torch.randn(draws, seeds, generator=generator, dtype=torch.float64)
+    away = (normal - normal.mean(1, keepdim=True)) / (seeds * (seeds - 1)) ** 0.5
+    variance = torch.randn(draws, seeds - 1, generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
+    return 1 / seeds + away / variance.sqrt()
 
 
 def corrected(tests: Sequence[Resampled], planned: int = 0, level: float = 0.95) -> list[tuple[Interval, float]]:

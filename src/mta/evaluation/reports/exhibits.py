@@ -248,11 +248,11 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
         "last": f"The questions are each person's last {queries} items, the shots are the {shots} items before them.",
         "next": f"The shots are each person's first {shots} items, the questions are the {queries} items after them.",
     }
+    over_seeds = ", and Student's t over seeds" if len(seeds) > 1 else ""
     few = f" Fewer than {FEW} independent units: intervals may be too narrow." if independent < FEW else ""
     return (
         f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
-        f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
-        f"differences are paired. "
+        f"bootstrap over {'groups' if groups else 'people'}{over_seeds}; differences are paired. "
         f"Worse off: people with an NLL more than {NOTICEABLE:g} above the {POOLED}'s.{few}\n"
     )
 
