@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import build, changed
 from conftest import people_of
 from filelock import FileLock
 
@@ -503,6 +504,21 @@ def test_a_calibration_that_is_dropped_has_no_members(tiny, tmp_path, monkeypatc
     left = read_info(first.folder)
     assert left.calibration is None
     assert not [id for id in behind if left.members.parts_of(id)]
+
+
+def test_a_calibration_with_the_banks_own_settings_is_not_measured_again(folder, base, monkeypatch):
+    """Those that the bank had before, which were switched off, and those that it has since."""
+    first = mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS)
+    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
+    base.name = "/at/another/place"
+    assert mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS).hash == first.hash
+
+
+def test_settings_of_a_calibration_stay_where_there_is_none(tmp_path):
+    run = changed("calibration", enabled=False, shots=5)
+    assert read_info(build(tmp_path / "bank", run=run)).run.calibration == run.calibration
+    again = json.loads((tmp_path / "bank" / "bank.json").read_text())
+    assert "calibration" not in again
 
 
 def test_a_finished_calibration_is_not_measured_again(folder, base, tmp_path, monkeypatch):

@@ -112,6 +112,16 @@ def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
     assert first["work"] == second["work"]
 
 
+def test_a_build_goes_on_with_less_memory(built, tmp_path):
+    """As the hint of a build that found no memory says."""
+    stopped_among_anchors(tmp_path / "bank")
+    stages = []
+    less = TINY_RUN.model_copy(update={"memory": "3GiB"})
+    out = build(tmp_path / "bank", run=less, on_step=lambda stage, step: stages.append(stage))
+    assert "task LoRA" not in stages
+    assert trained(out)["task_lora/adapter_model.safetensors"] == trained(built)["task_lora/adapter_model.safetensors"]
+
+
 def test_another_seed_gives_another_bank(built, tmp_path):
     again = build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}))
     assert trained(again)["anchors.safetensors"] != trained(built)["anchors.safetensors"]
@@ -188,7 +198,7 @@ def test_another_bank_in_the_folder_is_not_overwritten(built, other):
     with pytest.raises(BankError) as caught:
         build(built, **other)
     assert str(caught.value) == (
-        f"{built} holds a bank built from other people, another base, or other settings (memory, dtype, …)\n"
+        f"{built} holds a bank built from other people, another base, or other settings (dtype, …)\n"
         "  Choose another folder with --out: the states of people need this bank."
     )
     assert stamps(built) == before

@@ -8,7 +8,7 @@ import hub as stand_in
 import pytest
 import torch
 import yaml
-from conftest import personalizer
+from conftest import personalizer, trust
 from damage import BASE, HASHED, as_schema_1, rewritten
 from damage import folder as folder  # the fixture
 from hub import hub as hub  # the fixture
@@ -116,6 +116,24 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     back = Bank.from_pretrained(NAME, BASE)
     assert (back.hash, back.info.base, back.info.run.base, back.info.encoder) == (bank.hash, *["mine"] * 3)
     assert "base_model:" not in hub.repos[NAME].files["README.md"].decode()
+
+
+def test_a_place_that_an_added_lora_left_stays_here(hub, folder, tmp_path):
+    """`mta bank add --base` names the base's new place, and copies the task LoRA's file."""
+    place = str(tmp_path / "models" / "mine")
+    adapter = folder / "task_lora" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": place}))
+    rewritten(folder, base=place, files=file_hashes(folder, read_info(folder).files))
+    Bank.open(folder, BASE).push_to_hub(NAME)
+    assert str(tmp_path).encode() not in hub.arrived()
+
+
+def test_a_bank_that_is_calibrated_again_before_it_is_sent_arrives_whole(hub, folder):
+    trust(folder)
+    parcel = bank_parcel(folder, NAME)
+    (folder / "calibration.safetensors").write_bytes(b"of another calibration")
+    publish_bank(folder, NAME, parcel)
+    assert Bank.from_pretrained(NAME, BASE).hash == read_info(folder).hash
 
 
 def test_a_folder_that_exists_wins(hub, bank, monkeypatch, tmp_path):

@@ -97,6 +97,14 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
     assert len(trained) + len(tested) == groups
 
 
+def test_a_large_group_of_people_is_not_held_out_as_one():
+    crowd = [replace(one, group="g") for one in people(*[1] * 80)]
+    alone = [replace(one, id=f"alone-{one.id}") for one in people(*[1] * 40)]
+    for seed in range(30):
+        trained, tested = pooled_items([*crowd, *alone], TaskLoraSettings(rounds=2), seed)
+        assert (len(trained), len(tested)) == (116, 4)
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
 def test_candidates_train_the_task_lora_but_for_what_they_keep_back(sizes, anchors, unseen):
     candidates, ids = people(*sizes), {f"p{n}" for n in anchors}

@@ -91,15 +91,20 @@ def calibrate_bank(
 def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
     here = ("calibration", "memory", "device", "gradient_checkpointing")
-    return info.run.model_copy(update={name: getattr(run, name) for name in here})
+    given = {name: getattr(run, name) for name in here}
+    return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration, True)})
+
+
+def _enabled(settings: CalibrationSettings, enabled: bool) -> CalibrationSettings:
+    return settings.model_copy(update={"enabled": enabled})
 
 
 def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
     """Return the key of a calibration: of what was trained, the people, and the settings that count."""
     trained = _without_calibration(info).files
     histories = [[one.id, one.digest()] for one in people]
-    settings = _following(_settings(info, run))
-    loaded = base.as_loaded(settings).model_dump(mode="json", exclude={"memory", "device", "gradient_checkpointing"})
+    unused = {"base", "encoder", "memory", "device", "gradient_checkpointing"}  # the bank has their fingerprints
+    loaded = base.as_loaded(_following(_settings(info, run))).model_dump(mode="json", exclude=unused)
     return json_sha256([trained, histories, loaded])
 
 
@@ -234,7 +239,7 @@ def _commit(
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
     write_tensors(folder / CALIBRATION, found.tensors(), {"work": work})
-    run = info.run.model_copy(update={"calibration": settings.model_copy(update={"enabled": True})})
+    run = info.run.model_copy(update={"calibration": _enabled(settings, True)})
     changed = {
         "run": _following(run),
         "members": info.members.calibrated_on([person.id for person in people]),
@@ -266,8 +271,9 @@ def _noted_settings(folder: Path) -> dict[str, Any] | None:
 
 def _without_calibration(info: BankInfo) -> BankInfo:
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-    members = info.members.calibrated_on([])
-    return with_hash(info.model_copy(update={"calibration": None, "files": files, "members": members}))
+    run = info.run.model_copy(update={"calibration": _enabled(info.run.calibration, False)})
+    changed = {"calibration": None, "files": files, "members": info.members.calibrated_on([]), "run": run}
+    return with_hash(info.model_copy(update=changed))
 
 
 def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:

@@ -46,6 +46,7 @@ from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.config import Run
 from mta.data.history import Item, Person, named_items
+from mta.data.tasks.load import task_file
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, BankRefused, InputError
@@ -104,7 +105,7 @@ def build_bank(
     task_people, candidates, held_out = (
         sorted(people, key=lambda person: person.id) for people in (task_people, candidates, held_out)
     )
-    own_task = {"task": str(Path(run.task).resolve())} if Path(run.task).is_file() else {}
+    own_task = {"task": str(file.resolve())} if (file := task_file(run.task)) else {}
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     groups = [task_people, candidates, *([held_out] if held_out else [])]
     keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
@@ -270,7 +271,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
                 remove_work(out)
             return True
         raise BankRefused(
-            f"{out} holds a bank built from other people, another base, or other settings (memory, dtype, …)",
+            f"{out} holds a bank built from other people, another base, or other settings (dtype, …)",
             hint="Choose another folder with --out: the states of people need this bank.",
         )
     if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in OURS):
@@ -280,7 +281,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
         )
     if resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
         raise BankRefused(
-            f"{out} holds an interrupted build from other people, another base, or other settings (memory, dtype, …)",
+            f"{out} holds an interrupted build from other people, another base, or other settings (dtype, …)",
             hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
             f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
         )

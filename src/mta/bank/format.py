@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.members import Hashed, Members
-from mta.config import Run, TaskLoraSettings
+from mta.config import CalibrationSettings, Run, TaskLoraSettings
 from mta.data.history import Person
 from mta.data.tasks.load import as_today
 from mta.data.tasks.task import UNTRAINED, Task
@@ -133,7 +133,10 @@ def names_as_in_0_1_0(settings: TaskLoraSettings) -> set[str]:
 def _unset(info: BankInfo) -> dict[str, Any]:
     """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
     run: dict[str, Any] = {"task_lora": names_as_in_0_1_0(info.run.task_lora)}
-    return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
+    if info.calibration:
+        return {"run": run}
+    as_before = {"calibration": True} if info.run.calibration == CalibrationSettings(enabled=False) else {}
+    return {"calibration": True, "run": run | as_before}
 
 
 def has_task(info: BankInfo, task: Task) -> bool:

@@ -118,6 +118,7 @@ def add_to_bank(
         "plan": "",
         "cut": {},
         "seconds": {},
+        "base": loaded.base,
         "encoder": loaded.encoder,
         "run": info.run.model_copy(
             update={

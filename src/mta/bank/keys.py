@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mta.model.encoders import Encoder
 from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
-NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
+NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "memory", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,9 @@ class BuildKeys:
     ) -> BuildKeys:
         """Return the keys for groups of people, each in the order of ids, and settings."""
         histories = [[[person.id, person.digest()] for person in group] for group in groups]
-        whole, training, older = (
-            build_key(base, task, encoder, histories, settings, task_lora)
-            for settings in (run, uncalibrated(run), with_old_defaults(run))
-        )
+        inputs = base, task, encoder, histories
+        whole, training = (build_key(*inputs, settings, task_lora) for settings in (run, uncalibrated(run)))
+        older = build_key(*inputs, with_old_defaults(run), task_lora, unused=NOT_IN_KEY - {"memory"})
         return cls(histories, whole, training, older)
 
     @property
@@ -54,11 +53,17 @@ class BuildKeys:
 
 
 def build_key(
-    base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
+    base: BaseModel,
+    task: Task,
+    encoder: Encoder,
+    histories: object,
+    run: Run,
+    task_lora: Path | None = None,
+    unused: Set[str] = NOT_IN_KEY,
 ) -> str:
-    """Return a hash of all inputs that affect the tensors of a bank."""
-    unused = set() if run.calibration.enabled else {"calibration"}
-    settings = run.model_dump(mode="json", exclude=NOT_IN_KEY | unused)
+    """Return a hash of all inputs that affect the tensors of a bank by more than rounding."""
+    left_out = set(unused) if run.calibration.enabled else {*unused, "calibration"}
+    settings = run.model_dump(mode="json", exclude=left_out)
     if run.calibration.enabled:  # it measures stacks too
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
     for name in names_as_in_0_1_0(run.task_lora):  # as version 0.1.0 wrote it

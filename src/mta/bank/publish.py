@@ -13,6 +13,7 @@ from typing import Any
 
 from mta.bank.card import card, table_of
 from mta.bank.format import (
+    CALIBRATION,
     HASHED_FILES,
     INFO,
     MEMBERS,
@@ -55,6 +56,10 @@ def bank_parcel(
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
     if with_members and info.members.hashed:
         sent[MEMBERS] = info.members.hashed.to_bytes()
+    if info.calibration:  # a calibration may replace the file before it is sent
+        sent[CALIBRATION] = data = (folder / CALIBRATION).read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.files[CALIBRATION]:
+            raise BankError(f"{folder} is being calibrated", hint="Publish it afterwards.")
     values = _portable(folder, sent)
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
@@ -115,16 +120,19 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     if members and MEMBERS not in sent:  # in schema 1, the members' key can be derived from the description
         values["members"] = values["members"] | {"sha256": ""}
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
-    if Path(run["base"]).is_absolute():
-        values["base"] = run["base"] = Path(run["base"]).name
-        if TASK_LORA_CONFIG in sent:
-            adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
+    values["base"] = run["base"] = _name_of(run["base"])
+    values["encoder"] = run["encoder"] = _name_of(run["encoder"])
+    if TASK_LORA_CONFIG in sent:
+        adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
+        if Path(adapter.get("base_model_name_or_path") or "").is_absolute():
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
-            sent[TASK_LORA_CONFIG], digest = data, hashlib.sha256(data).hexdigest()
-            values["files"] = values["files"] | {TASK_LORA_CONFIG: digest}
-    if Path(run["encoder"]).is_absolute():
-        values["encoder"] = run["encoder"] = Path(run["encoder"]).name
+            sent[TASK_LORA_CONFIG] = data
+            values["files"] = values["files"] | {TASK_LORA_CONFIG: hashlib.sha256(data).hexdigest()}
     return values
+
+
+def _name_of(model: str) -> str:
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:

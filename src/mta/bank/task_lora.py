@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,8 @@ def pooled_items(
     """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
 
     At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
-    people or more, a tenth of them is held out, or ``held_out``. People who share items with each other count as one.
+    people or more, a tenth of them is held out, or ``held_out``. People who share items with each other count as one,
+    but never more than a fifth of all people is held out.
     The ``candidates`` train, too, and are not held out: later stages learn from them.
     The choice does not depend on the order of people. Source: our choice.
     """
@@ -64,9 +66,14 @@ def pooled_items(
 
 
 def _held_out(people: Sequence[Person], seed: int) -> set[str]:
-    groups = {_group(person) for person in people}
-    count = len(groups) // 10 if len(groups) >= 20 else 0
-    return set(sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/held out/{group}".encode()).digest())[:count])
+    sizes = Counter(map(_group, people))
+    count, room = len(sizes) // 10 if len(sizes) >= 20 else 0, len(people) // 5
+    held = set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/held out/{group}".encode()).digest()):
+        if len(held) < count and sizes[group] <= room:
+            held.add(group)
+            room -= sizes[group]
+    return held
 
 
 def _group(person: Person) -> str:

@@ -33,8 +33,9 @@ def load_task(name: str | Path | Task) -> Task:
     """
     if isinstance(name, Task):
         return name
-    if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
-        return _read_task(Path(os.path.expanduser(name)))
+    if file := task_file(name):
+        return _read_task(file)
+    name = str(name)
     known = {_key(builtin): builtin for builtin in task_names()}
     if _key(name) in known:
         return _builtin(known[_key(name)])
@@ -44,6 +45,12 @@ def load_task(name: str | Path | Task) -> Task:
         f"unknown task {name!r}; built-in tasks: {', '.join(task_names())}",
         hint=hint + "For a task of your own, give the path of a .yaml file.",
     )
+
+
+def task_file(name: str | Path) -> Path | None:
+    """Return the YAML file that the name of a task of one's own is; None for a built-in task."""
+    own = isinstance(name, Path) or name.endswith((".yaml", ".yml"))
+    return Path(os.path.expanduser(name)) if own else None
 
 
 def as_today(task: Task) -> Task:
