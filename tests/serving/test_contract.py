@@ -313,6 +313,25 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
     assert found == world.expected(Ask(tuple(prompt_of(5)), again, COUNT))
 
 
+def test_what_a_forgotten_person_asks_the_pooled_model_ends_and_others_go_on(engines, world):
+    theirs, other = (Ask(tuple(prompt_of(8)), TASK, count, asker=key) for key, count in (("ann", 200), ("bob", COUNT)))
+
+    async def forgotten(engine):
+        with paced(engine) as step:
+            ending = asyncio.create_task(collect(engine, theirs))
+            await begun(engine, step, [ending])
+            going_on = asyncio.create_task(collect(engine, other))
+            await asyncio.sleep(0)
+            forgetting = asyncio.create_task(engine.forget("ann", ["ann"]))
+            await asyncio.sleep(0)
+        await forgetting
+        (ended,) = await asyncio.gather(ending, return_exceptions=True)
+        assert isinstance(ended, ModelRemoved)
+        return await going_on
+
+    assert run(engines, forgotten) == world.expected(other)
+
+
 def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_on(engines, world):
     old, new = world.renew("moved", 60), world.renew("moved", 61)
     ask = Ask(tuple(prompt_of(7)), new, COUNT)

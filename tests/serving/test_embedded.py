@@ -321,6 +321,35 @@ def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_clo
     assert asyncio.run(go()) == one_by_one(base, bank, models[2], [5, 6, 7], 6)
 
 
+def test_a_forgotten_persons_request_ends_while_the_adapter_of_another_model_loads(monkeypatch):
+    base, bank, models = world()
+    looking, go_on = threading.Event(), threading.Event()
+
+    async def go():
+        engine = engine_of(base, bank, models, slots=3)
+        adapter_of = engine.scheduler.adapters.adapter_of
+
+        def slow(*given):
+            looking.set()
+            assert go_on.wait(60)
+            return adapter_of(*given)
+
+        monkeypatch.setattr(engine.scheduler.adapters, "adapter_of", slow)
+        asked = [asyncio.create_task(tokens_of(engine, Ask((7, 8), TASK, 2, asker=key))) for key in ("ann", "bob")]
+        await asyncio.to_thread(looking.wait, 60)
+        await engine.forget("1", ["ann"])
+        go_on.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        owners = [slot.owner for slot in engine.scheduler.slots._slots if slot.owner]
+        await engine.close()
+        return found, owners
+
+    (theirs, others), owners = asyncio.run(go())
+    assert isinstance(theirs, ModelRemoved)
+    assert len(others) == 2
+    assert owners == [(TASK, "bob")]
+
+
 def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
     base, bank, models = world()
     loaded, go_on = [], threading.Event()

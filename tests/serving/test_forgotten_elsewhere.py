@@ -18,10 +18,13 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
+from mta.personalize.adapters import TASK
 from mta.personalize.stages import Stages
+from mta.serving.api.auth import Key, Keys
 from mta.serving.api.errors import NeedsRebuild
 from mta.serving.api.histories import Histories
 from mta.serving.api.service import Service
+from mta.serving.engine import Ask
 from mta.store import Store
 from mta.store.maintenance import collect
 
@@ -73,6 +76,29 @@ def test_items_from_before_a_tombstone_are_dropped_and_new_items_are_used(gatewa
     assert personalized(http) == "done"
     assert http.get(EVE).json()["items_held"] == 1
     assert gateway.store.load("eve").history == people_of(1, items=4, seed=9)[0].latest(1).digest()
+
+
+def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere(gateway):
+    """With a key of their own; and the status of a job is gone at once."""
+    service, http = gateway.service, gateway.http
+    service.keys = Keys(keys=(*service.keys.keys, Key(name="eves", sha256="1" * 64, rights="person", of="eve")))
+
+    async def asked():
+        async for _ in service.engine.answer(Ask((7, 8, 9), TASK, max_tokens=2, asker="eves")):
+            pass
+
+    def owners():
+        return {slot.owner for slot in service.engine.scheduler.slots._slots}
+
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert personalized(http) == "done"
+    asyncio.run(asked())
+    asyncio.run(service.drop_forgotten_elsewhere())
+    assert (TASK, "eves") in owners()
+    gateway.forget()
+    assert http.get(f"{EVE}/personalize").status_code == 404
+    asyncio.run(service.drop_forgotten_elsewhere())
+    assert (TASK, "eves") not in owners()
 
 
 def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, monkeypatch):

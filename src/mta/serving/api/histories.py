@@ -38,13 +38,16 @@ class Histories:
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
         """Add items; return how many are stored, or held in memory, now. Raises Refused for too many, PersonForgotten.
 
-        The limit counts both.
+        The limit counts both, an item in both once. To a longer history, which a file brought, it adds as many again,
+        but only in memory.
         """
         since = self._store.tombstones.of(id)
         if keep:
             beside = self._of(id, since)
             return len(self._store.change_history(id, lambda kept: self._joined(kept, id, new, beside), since).items)
-        person = self._joined(self._of(id, since), id, new, beside=self._store.history(id))
+        stored = self._store.history(id)
+        more = len(stored.items) if stored and len(stored.items) > self._limit else 0
+        person = self._joined(self._of(id, since), id, new, stored, more)
         if key.share and size_of(person) > self._room // 4:
             raise Refused(
                 f"a history may have at most {self._room // 4} bytes in memory",
@@ -59,17 +62,21 @@ class Histories:
             self._make_room(id)
         return len(person.items)
 
-    def _joined(self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None) -> Person:
-        person = Person.of(id, (*(before.items if before else ()), *new))
-        self.check_count(len(person.items) + (len(beside.items) if beside else 0))
+    def _joined(
+        self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None, more: int = 0
+    ) -> Person:
+        known = before or Person(id, ())
+        person = Person.of(id, (*known.items, *new), known.queries)
+        others = missing_from(person.items, beside.items) if beside else ()
+        self.check_count(len(person.items) + len(others), more)
         return person
 
-    def check_count(self, count: int) -> None:
-        """Raise Refused for more items than a history may have."""
-        if count > self._limit:
+    def check_count(self, count: int, more: int = 0) -> None:
+        """Raise Refused for more items than a history may have, and ``more``."""
+        if count > self._limit + more:
             raise Refused(
-                f"a history may have at most {self._limit} items, this one would have {count}",
-                hint="Send fewer items, or forget the person and start again: DELETE /v1/people/…",
+                f"a history may have at most {self._limit + more} items, this one would have {count}",
+                hint="Send fewer items, or let a file bring them: mta personalize --update --keep-histories",
             )
 
     def _make_room(self, id: str) -> None:

@@ -117,10 +117,13 @@ class Jobs:
             chosen[id] = entry
         return chosen
 
-    def status(self, person: str) -> Status | None:
-        """Return a person's progress, or None if nothing was requested since the server started."""
+    def status(self, person: str, tombstones: frozenset[str] = frozenset()) -> Status | None:
+        """Return a person's progress, or None if nothing was requested since the server started, or they were forgotten.
+
+        ``tombstones`` are the person's.
+        """
         entry = self._entries.get(person)
-        return entry.status if entry else None
+        return entry.status if entry and tombstones <= entry.since else None
 
     async def forget(self, person: str) -> Forgotten:
         """Remove a person from the queue, and delete everything stored about the person.

@@ -91,7 +91,7 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
-    found = service.jobs.status(id)
+    found = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
     if found is None:
         raise UnknownOrForbidden(
             "no personalization of this person was asked for since the server started",
@@ -129,8 +129,7 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
             found = await service.jobs.forget(id)
             service.is_stale |= bool(found.needs_rebuild)
         finally:
-            own = [one.name for one in service.keys.keys if one.rights == "person" and one.of == id]
-            await service.engine.forget(id, own)
+            await service.engine.forget(id, service.keys_of(id))
         if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
     report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}

@@ -65,6 +65,7 @@ class Service:
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
+    _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # at the last sweep, of key owners
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
@@ -198,6 +199,15 @@ class Service:
         await run_in_threadpool(self.jobs.drop_forgotten)
         if removed := await run_in_threadpool(self._removed, await self.engine.versions()):
             await self.engine.drop(removed)
+        owners = {key.of for key in self.keys.keys if key.rights == "person"}
+        before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
+        for id, names in self._tombstones.items():
+            if not names <= before.get(id, names):
+                await self.engine.forget(id, self.keys_of(id))
+
+    def keys_of(self, person: str) -> list[str]:
+        """Return the names of the person's own keys, under which other models were asked, too."""
+        return [key.name for key in self.keys.keys if key.rights == "person" and key.of == person]
 
     def _removed(self, versions: Collection[Version]) -> set[Version]:
         """Return the versions that the store no longer has, or has with other content."""

@@ -100,6 +100,9 @@ class EmbeddedEngine(QueuedEngine):
             self._drops += 1
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
+            for row in (row for rows in self._loading.values() for row in rows if row.ask.asker in askers):
+                row.send(error)
+                row.cancelled = True
             self.scheduler.end(error, lambda owner: dropped(owner[0]) or owner[1] in askers)
 
         await self._in_thread(work)

@@ -81,7 +81,7 @@ class VllmEngine(QueuedEngine):
         return self.server.up
 
     def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
-        task = asyncio.create_task(self._forward(ask, pieces))
+        task = asyncio.create_task(self._forward(ask, pieces), name=ask.asker)
         self._open[task] = pieces
         task.add_done_callback(self._open.pop)
         return task.cancel
@@ -98,6 +98,8 @@ class VllmEngine(QueuedEngine):
             self._open[answer].put_nowait(error)
             answer.cancel()
 
+        for answer in [answer for answer in self._open if answer.get_name() in askers]:
+            end(answer)
         await self.adapters.drop(matches, end)
 
     async def versions(self) -> set[Version]:
