@@ -108,6 +108,16 @@ def test_the_encoder_named_base_stays_the_base_beside_a_folder_of_that_name(tmp_
     assert base_of().as_loaded(Run(encoder="base")).encoder == "base"
 
 
+def test_the_name_of_an_asset_stays_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-instruct", "all-minilm-l6-v2"):
+        (tmp_path / name).mkdir()
+    base = base_of()
+    base.name = "smollm2-135m-instruct"
+    run = base.as_loaded(Run(encoder="all-minilm-l6-v2"))
+    assert (run.base, run.encoder) == ("smollm2-135m-instruct", "all-minilm-l6-v2")
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
 def test_weights_load_in_the_dtype_asked_for(saved, name):
     base = BaseModel.load(str(saved), name, "cpu")

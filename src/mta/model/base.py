@@ -140,7 +140,10 @@ class BaseModel:
         """
         named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
         places = {key: Path(os.path.expanduser(name)) for key, name in named.items()}
-        full = {key: str(places[key].resolve()) if places[key].is_dir() else name for key, name in named.items()}
+        full = {
+            key: str(places[key].resolve()) if name not in ASSETS and places[key].is_dir() else name
+            for key, name in named.items()
+        }
         dtype = dtype_name(self.dtype)
         device = run.device.partition(":")[0]
         return run.model_copy(update={**full, "device": device, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
