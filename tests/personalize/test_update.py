@@ -437,6 +437,49 @@ def test_a_state_that_is_damaged_after_planning_fails_alone(tiny, tmp_path):
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1, 2]]
 
 
+@pytest.mark.parametrize("w", [(1.0, 1e-9, 1e-9), (0.5, 0.0, 0.2)])
+def test_a_posterior_that_float32_cannot_hold_begins_anew(tiny, tmp_path, monkeypatch, w):
+    """The evidence of earlier items is lost in such coefficients."""
+    merge = override(TINY_RUN, ["merge.policy=posterior", "merge.k=0"]).merge
+    personal = started(tiny, tmp_path / "grown", YOUNG[:1], merge=merge)
+    with monkeypatch.context() as patched:
+        load = Store.load
+        patched.setattr(Store, "load", lambda *given: replace(load(*given), w=w))
+        assert personal.update(GROWN[:1]).begun == 1
+    whole = started(tiny, tmp_path / "whole", GROWN[:1], merge=merge)
+    same(personal.state(GROWN[0].id), whole.state(GROWN[0].id))
+
+
+def test_a_policy_of_cosines_and_losses_gets_both_of_a_grown_history(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def both(settings, known):
+        seen.append(bool(known.similarity.any()))
+        return known.loglik * 0 + 0.1
+
+    monkeypatch.setitem(POLICIES, "loss", replace(POLICIES["loss"], weigh=both, cosines=True))
+    monkeypatch.setattr("mta.personalize.update.decide", lambda *_: "refresh")
+    merge = override(TINY_RUN, ["merge.policy=loss", "merge.k=0"]).merge
+    started(tiny, tmp_path, YOUNG[:1], merge=merge).update(GROWN[:1])
+    assert seen == [True, True]
+
+
+def test_one_update_keeps_its_workers(tiny, tmp_path):
+    asked = []
+
+    class Recording(LocalExecutor):
+        def run(self, function, pieces, local, open_remote):
+            asked.append(open_remote)
+            return super().run(function, pieces, local, open_remote)
+
+    personal = Personalizer(*tiny, tmp_path, run=TINY_RUN, encoder=HashEncoder(), executor=Recording())
+    personal.personalize(YOUNG[:1])
+    asked.clear()
+    personal.update(GROWN[:2])
+    assert len(asked) == 2
+    assert asked[0] is asked[1]
+
+
 def test_a_null_that_is_as_good_as_gone_comes_back():
     settings, ids = MergeSettings(policy="posterior", temperature=1.0), torch.arange(N).expand(U, N)
     sure = torch.zeros(U, N, dtype=torch.float32)

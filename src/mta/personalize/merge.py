@@ -70,9 +70,9 @@ def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
     ``grown`` as above: where earlier merges are continued, their anchors stay.
     """
     policy = policy_of(settings)
-    if policy.gradients or (grown and (policy.learns or needs_evidence(settings, grown))):
+    if policy.gradients or (grown and policy.learns):
         return False
-    return policy.by_content(settings)
+    return policy.cosines if grown and needs_evidence(settings, grown) else policy.by_content(settings)
 
 
 def keeps_gradients(settings: MergeSettings, calibration: Calibration | None) -> bool:
@@ -180,7 +180,8 @@ def fit_merge(
     if earlier and learns:
         found = earlier.merge
     elif earlier and evidence:
-        found = Merge(earlier.merge.ids, updated_coefficients(settings, earlier.merge, evidence, earlier.tokens))
+        w = updated_coefficients(settings, earlier.merge, evidence, earlier.tokens, similarity)
+        found = Merge(earlier.merge.ids, w)
     else:
         if similarity is None and needs_encodings(settings):
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
@@ -234,17 +235,21 @@ def _from_gradients(
     return Merge(ids, w.to(base.master_dtype), gradients)
 
 
-def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
+def updated_coefficients(
+    settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor, similarity: Tensor | None = None
+) -> Tensor:
     """Return the coefficients of all items, from those of earlier items (``before``) and evidence of new items.
 
-    Shapes: w of before (U, K); tokens (U,), number of target tokens of the earlier items -> (U, K).
+    Shapes: w of before (U, K); tokens (U,), number of target tokens of the earlier items; ``similarity`` (U, N) of all
+    items, for policies that read cosines, too -> (U, K).
     """
     policy = policy_of(settings)
     if not policy.evidence(settings):  # only the retrieval reads evidence, and the anchors stay
         return before.w.double()
-    similarity = torch.zeros_like(before.w, dtype=torch.float64)  # not read by policies that read evidence
+    unread = torch.zeros_like(before.w, dtype=torch.float64)
+    cosines = unread if similarity is None else similarity.double().gather(1, before.ids)
     earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
-    known = PolicyInput(before.ids, similarity, evidence, earlier, tokens, rounding)
+    known = PolicyInput(before.ids, cosines, evidence, earlier, tokens, rounding)
     return settings.scale * policy.weigh(settings, known)
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
@@ -28,7 +28,7 @@ from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
 from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients
 from mta.personalize.outcomes import Personalized, Updated
-from mta.personalize.policies import policy_of
+from mta.personalize.policies import is_saturated, policy_of
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
@@ -75,6 +75,12 @@ class _Computed:
     forgotten: set[str] = field(default_factory=set)
     crashed: dict[str, MtaError] = field(default_factory=dict)
     errors: dict[str, MtaError] = field(default_factory=dict)
+
+
+@lru_cache(1)
+def _opener(run: Run, *where: Any) -> Callable[[], Stages]:
+    """Return the same function for all passes of an update, so that these have the same workers."""
+    return partial(open_stages, run, *where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +300,8 @@ class Pipeline:
             return found
         store = self.store
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
-        where = self.bank.folder.resolve(), self.bank.hash, url, identity, since
-        open_remote = partial(open_stages, self.base.as_loaded(self.run), *where)
+        where = self.bank.folder.resolve(), self.bank.hash, url, identity, frozenset(since)
+        open_remote = _opener(self.base.as_loaded(self.run), *where)
         local = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, since)
         done, total = 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, local, open_remote), 1):
@@ -356,6 +362,8 @@ class Pipeline:
         if state is None or state.settings != digest or not state.losses:
             return None, 0
         if keeps_gradients(self.run.merge, self.bank.calibration) and not state.gradient:  # it would miss earlier items
+            return None, 0
+        if is_saturated(self.run.merge, state.w):
             return None, 0
         known_items = person.grown_from(state.history)
         return (state, known_items) if known_items else (None, 0)

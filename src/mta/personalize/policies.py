@@ -6,7 +6,7 @@ nearest anchors, ``released`` is in the authors' code; all other policies are ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,7 +165,7 @@ def posterior(settings: MergeSettings, known: PolicyInput) -> Tensor:
     w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - pooled[u]) / T), and the null anchor takes the
     rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.
     ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is that of all
-    items, as far as float32 can tell the earlier null anchor from 0.
+    items, as far as float32 can tell the earlier null anchor from 0 (``is_saturated``).
     """
     if known.before is None:
         prior = torch.full_like(known.loglik, (1 - settings.null_prior) / known.ids.shape[1])
@@ -175,6 +175,11 @@ def posterior(settings: MergeSettings, known: PolicyInput) -> Tensor:
         null = (1 - prior.sum(1)).clamp_min(known.rounding)
     gain = (known.loglik - known.required_evidence.pooled_loglik[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
+
+
+def is_saturated(settings: MergeSettings, w: Sequence[float]) -> bool:
+    """Return whether coefficients in float32 are of a posterior that is 0 or 1 somewhere, so that evidence is lost."""
+    return settings.policy == "posterior" and (min(w) <= 0 or sum(w) / settings.scale >= 1 - 1e-6)
 
 
 @policy(gradients=True, all_anchors=True)
