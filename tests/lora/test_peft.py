@@ -55,6 +55,16 @@ def same(left: LoraBatch, right: LoraBatch) -> bool:
     )
 
 
+def test_an_existing_folder_is_written_without_its_parent(tmp_path, monkeypatch):
+    """As where only the folder is one's own, or where a disk is mounted."""
+    (out := tmp_path / "out").mkdir()
+    made, mkdir = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *more, **how: (made.append(Path(path)), mkdir(path, *more, **how))[1])
+    write_peft(out, adapter_of("llama"), "base")
+    assert {path.parent for path in made if path.name.startswith(".")} == {out}
+    assert sorted(os.listdir(out)) == [CONFIG, WEIGHTS]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [2.0, 0.3])
 def test_peft_computes_the_same_for_a_written_adapter(tmp_path: Path, kind: str, scale: float) -> None:

@@ -97,18 +97,52 @@ def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(ur
     assert store.save("bob", state(1), store.tombstones.of("bob")) == 1  # of items that came in afterwards
 
 
-def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny, tmp_path, monkeypatch, when):
     personal = personalizer(*tiny, store=tmp_path / "people")
     personal.personalize(PEOPLE)
 
     def late(*words: object, **how: object) -> None:
-        elsewhere(personal.store, "x0")
+        if when == "before":
+            elsewhere(personal.store, "x0")
         write_peft(*words, **how)
+        if when == "after":
+            elsewhere(personal.store, "x0")
 
     monkeypatch.setattr("mta.personalize.personalizer.write_peft", late)
     with pytest.raises(PersonForgotten):
         personal.export("x0", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert nothing_of("x0", personal.store)
+
+
+def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_settle(tiny, tmp_path, monkeypatch):
+    """Each container has another name."""
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+
+    def interrupted(*words: object, **how: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("mta.personalize.personalizer.write_peft", interrupted)
+    with pytest.raises(SystemExit):
+        personal.export("x0", tmp_path / "out")
+    monkeypatch.setattr("platform.node", lambda: "another")
+    assert forget_person("x0", Store(tmp_path / "people")).exports_left == []
+
+
+def test_a_person_is_forgotten_where_the_answer_to_a_tombstone_was_lost(tiny, tmp_path, monkeypatch):
+    """Object stores repeat the request, and then find the file that they wrote."""
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    create = Storage.create
+
+    def created(storage: Storage, name: str, data: bytes) -> None:
+        create(storage, name, data)
+        raise FileExistsError
+
+    monkeypatch.setattr(Storage, "create", created)
+    assert forget_person("x0", personal.store).states_removed
     assert nothing_of("x0", personal.store)
 
 

@@ -66,7 +66,7 @@ def write_peft(
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
-    with replacing_folder(target, _publish) as temporary:
+    with replacing_folder(target, _publish, inside=target.exists()) as temporary:
         write_tensors(temporary / WEIGHTS, _tensors(adapter), {"format": "pt"})
         config = _config(adapter, base_name, fan_in_fan_out)
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -77,12 +77,13 @@ def write_peft(
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary folders that killed exports left beside a folder. Raises OSError."""
-    for left in list(unfinished_in(folder.parent, glob.escape(folder.name))):
-        while left.exists():
-            with contextlib.suppress(FileNotFoundError):  # its writer removes files too
-                shutil.rmtree(left)
-        sync_folder(folder.parent)
+    """Remove the temporary folders that killed exports left beside a folder, or in it. Raises OSError."""
+    for place in (folder.parent, folder):
+        for left in list(unfinished_in(place, glob.escape(folder.name))):
+            while left.exists():
+                with contextlib.suppress(FileNotFoundError):  # its writer removes files too
+                    shutil.rmtree(left)
+            sync_folder(place)
 
 
 def has_own_card(folder: Path) -> bool:

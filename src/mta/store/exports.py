@@ -165,11 +165,12 @@ class Exports:
 
         try:
             yield written
-        except Exception:  # for example a full disk: the earlier export is still in the folder
+        except (Exception, KeyboardInterrupt, SystemExit):  # as for a full disk: the earlier export is still there
             self._change(id, lambda known: _without(known, export))
             self._keep_out(id, since)
             raise
-        self._change(id, lambda known: [*_elsewhere(known, export), export.done()])
+        done = export if export.sha256 else export.done()  # forgetting may have removed the weights already
+        self._change(id, lambda known: [*_elsewhere(known, export), done])
         self._keep_out(id, since)
 
     def note(self, id: str, export: Export, since: Collection[str] | None = None) -> None:

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mta.errors import PersonForgotten
@@ -40,7 +41,8 @@ class Tombstones:
         """
         if keyed := self.keyed(id):
             before = self.of(id)
-            self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
+            with suppress(FileExistsError):  # an object store repeats a request whose answer was lost
+                self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
             for name in (*(f"{FOLDER}/{name}" for name in before), *self.expired()):
                 self.files.remove(name)
 

@@ -143,15 +143,22 @@ def replacing(
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path, publish: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
-    """Yield the path of a temporary folder beside ``path``. After the block, rename it to ``path``.
+def replacing_folder(
+    path: Path, publish: Callable[[Path, Path], object] = Path.rename, *, inside: bool = False
+) -> Iterator[Path]:
+    """Yield the path of a temporary folder beside ``path``, or ``inside`` it. After the block, rename it to ``path``.
 
-    ``path`` is missing or an empty folder, unless ``publish(temporary, path)`` replaces the rename. On an error in the
-    block, the temporary folder is removed.
+    ``path`` is missing or an empty folder, whose mode and group stay, unless ``publish(temporary, path)`` replaces the
+    rename. On an error in the block, the temporary folder is removed.
     """
-    temporary = _temporary(path.absolute())
+    temporary = _temporary(path.absolute() / path.name if inside else path.absolute())
     try:
         yield temporary
+        if path.is_dir():
+            before = path.stat()
+            with contextlib.suppress(OSError):  # one may not be in that group
+                os.chown(temporary, -1, before.st_gid)
+            temporary.chmod(stat.S_IMODE(before.st_mode))
         publish(temporary, path)
         sync_folder(temporary.parent)
     finally:
