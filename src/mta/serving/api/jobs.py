@@ -118,7 +118,7 @@ class Jobs:
         return chosen
 
     def status(self, person: str, tombstones: frozenset[str] = frozenset()) -> Status | None:
-        """Return a person's progress, or None if nothing was requested since the server started, or they were forgotten.
+        """Return a person's progress, or None if nothing was requested since the server started or the forgetting.
 
         ``tombstones`` are the person's.
         """
