@@ -7,6 +7,7 @@ import torch
 from tiny import base_of, random_loras
 from world import TASK, mta, ratings, run, saved_base, written
 
+from mta.bank.notes import stop_calibration
 from mta.lora.peft import write_peft
 
 
@@ -47,10 +48,25 @@ def test_an_interrupted_calibration_names_the_command_that_goes_on(loras, tmp_pa
     monkeypatch.setattr("mta.Bank.calibrate", interrupted)
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--people", loras / "people.jsonl"]
     said = run("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank")
-    assert said.code == 1
+    assert said.code == 130
     assert f"mta bank calibrate {tmp_path}/bank" in said.err
     assert "repeat the command" not in said.err
     assert mta("bank", "show", tmp_path / "bank", "--json").json["calibration"] is None
+
+
+def test_a_person_forgotten_during_an_interrupted_calibration_is_named(loras, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        stop_calibration(tmp_path / "bank")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
+    mta("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank")
+    monkeypatch.setattr("mta.Bank.calibrate", interrupted)
+    words = ["bank", "add", tmp_path / "bank", loras / "cem", "--people", loras / "people.jsonl"]
+    said = run(*words, "--out", tmp_path / "more")
+    assert said.code == 1
+    assert "a person was forgotten" in said.err
 
 
 def test_a_bank_grows_where_its_base_was_moved(loras, tmp_path, monkeypatch):

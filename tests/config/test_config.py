@@ -1,5 +1,7 @@
 """Settings: YAML, key=value over it, and errors that name key, value and source."""
 
+import shlex
+
 import pytest
 import yaml
 
@@ -124,7 +126,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
         ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
         ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=auto"),
         ("bank=3", "bank", "3", "Set a key of the group, for example:  bank.anchors=…"),
-        ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
+        ("memory=lots", "memory", "'lots'", "Write a size such as  4GiB"),
     ],
 )
 def test_a_bad_value_is_reported_with_its_key_and_the_expected_form(word, key, got, hint):
@@ -153,6 +155,31 @@ def test_a_word_that_yaml_fails_on_is_an_error(value):
 def test_a_key_below_a_single_value_is_refused(tmp_path):
     error = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
     assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
+
+
+def test_a_group_that_is_left_out_can_be_given_key_by_key():
+    words = ["adapt.lora.rank=2", "adapt.training.lr=1e-3"]
+    found = override(CompareSettings(), words)  # whose adapt is null
+    assert (found.adapt.lora.rank, found.adapt.training.lr) == (2, 1e-3)
+    with pytest.raises(ConfigError) as caught:
+        override(CompareSettings(), words[:1])
+    assert caught.value.hint == "Settings here are: lora, training."
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["seeds=3"], "The default:  'seeds=[]'"),
+        (["oppu.lora.rank.x=1"], "Set it directly:  oppu.lora.rank=…"),
+        (["b.jsonl"], "For example:  shots=8"),
+    ],
+)
+def test_hints_can_be_typed(words, hint):
+    with pytest.raises(ConfigError) as caught:
+        override(CompareSettings(), words)
+    assert caught.value.hint.endswith(hint)
+    typed = shlex.split(hint.partition("  ")[2])
+    assert override(CompareSettings(), [typed[0].replace("…", "2")])
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -316,8 +316,17 @@ def test_two_columns_with_one_name_are_refused(tmp_path):
     pq.write_table(table.append_column("text", table["text"]), tmp_path / "a.parquet")
     message = "field 'text': two columns have this name"
     fails(tmp_path / "a.parquet", "lamp3", f"{tmp_path}/a.parquet:1: {message}", "Rename one of them.")
-    csv = written(tmp_path / "b.csv", "text,person,text\n")
-    fails(csv, "lamp3", f"{csv}:1: {message}", "Rename one of them.")
+    for head in ("text,person,text", ",person,text,score,text,"):  # pandas' index in front, Excel's empty column behind
+        csv = written(tmp_path / "b.csv", f"{head}\n")
+        fails(csv, "lamp3", f"{csv}:1: {message}", "Rename one of them.")
+
+
+def test_a_field_called_output_does_not_stand_for_a_missing_answer(tmp_path):
+    item = '{prompt: "Improve: {output}", target: edited}'
+    task = written(tmp_path / "edit.yaml", f'name: edit\nversion: 1\nmetric: rouge\nitem: {item}\ntext: "{{output}}"\n')
+    csv = written(tmp_path / "b.csv", "person,output,edited\nann,A draft.,\n")
+    with pytest.raises(DataError, match="field 'edited'"):
+        read_people(csv, task)
 
 
 def test_the_content_decides_that_a_file_is_parquet(tmp_path):

@@ -250,7 +250,7 @@ def test_the_readme_runs(tutorial, tmp_path):
     for name in ("history.jsonl", "newcomers.jsonl"):
         shutil.copy(tutorial / name, tmp_path)
     walk(ROOT / "README.md", tmp_path)
-    assert {"bank", "people", "comparison", "ann-adapter"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"bank", "people", "comparison", "py-adapter"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "bob-adapter").exists()  # it left with bob
 
 

@@ -103,3 +103,5 @@ def test_a_resumed_demo_keeps_its_version_and_another_one_is_refused(tmp_path, r
         demo._settled(tmp_path, recipe, [], True, lambda _: None)
     with pytest.raises(ConfigError, match="other settings"):
         demo._settled(tmp_path, recipe, ["people.test=7"], False, lambda _: None)
+    less = demo._settled(tmp_path, recipe, ["run.memory=2GiB"], False, lambda _: None)
+    assert less.run.memory == "2GiB"  # as the hint of a demo that found no memory says

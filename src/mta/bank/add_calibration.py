@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -139,7 +140,7 @@ def _copy(folder: Path, out: Path) -> None:
             raise BankError(f"{out} is not empty, and no copy of {folder}", hint="Give a new folder:  --out bank-2/")
         _copy_files(folder, info, out)
     elif out.samefile(folder) or not _is_unfinished(read_info(out), out, info):
-        hint = f"Give a new folder. To calibrate that bank again:  mta bank calibrate {out}"
+        hint = f"Give a new folder. To calibrate that bank again:  mta bank calibrate {shlex.quote(str(out))}"
         raise BankError(f"{out} is a bank already, and no unfinished copy of {folder}", hint=hint)
     pass_stale_on(folder, out)
 

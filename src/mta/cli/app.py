@@ -13,6 +13,7 @@ import typer
 
 from mta import __version__
 from mta.cli import bank, compare, data, evaluate, machine, person, personalize, predict, serve, store
+from mta.cli.options import Interrupted
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
@@ -55,8 +56,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 _LESS_MEMORY = (
-    "Lower memory=, set gradient_checkpointing=true (of a recipe: run.memory= and so on), or choose another device:  "
-    "--device cpu"
+    "Lower memory=, set gradient_checkpointing=true, or choose another device: device=cpu "
+    "(mta demo and mta evaluate: run.memory= and so on)."
 )
 
 
@@ -81,7 +82,7 @@ def main() -> None:
         os.kill(os.getpid(), end.number)
         raise  # the first process of a container survives its own signal
     except SystemExit as end:
-        if end.code == 130:  # typer's exit code for Ctrl-C
+        if end.code == 130 and not isinstance(end, Interrupted):  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
 

@@ -127,10 +127,14 @@ def add(
     task, since = options.task_of(folder), stops(folder)
     read = _people(people, task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
-    larger = _calibrated(bank.added(model, adapters, out, people=read), model, read, run)
-    if stops(folder) != since:
-        hint = f"Forget them there, too (mta forget … --bank {out}), or remove it and repeat the command without them."
-        raise BankError(f"a person was forgotten in {folder} meanwhile; {out} may hold this person", hint=hint)
+    larger = bank.added(model, adapters, out, people=read)
+    try:
+        larger = _calibrated(larger, model, read, run)
+    finally:  # also if the calibration ends with an error
+        if stops(folder) != since:
+            there = f"mta forget … --bank {shlex.quote(str(out))}"
+            hint = f"Forget them there, too ({there}), or remove it and repeat the command without them."
+            raise BankError(f"a person was forgotten in {folder} meanwhile; {out} may hold this person", hint=hint)
     _show(larger, json)
 
 
@@ -160,7 +164,7 @@ def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], r
         raise
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. {go_on}", err=True)
-        raise typer.Exit(1) from None
+        raise options.Interrupted(130) from None
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typer import Argument, Option
 from mta.cli import options
 from mta.cli.screen import Screen, show_json, tables
 from mta.config import override
-from mta.data.readers import read_answers, read_people
+from mta.data.readers import read_answers
 from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.system.assets import resolve
@@ -119,7 +119,7 @@ def evaluate(
             data,
             which,
             test=test,
-            read=partial(read_people, columns=columns.given, skip_bad=skip_bad),
+            read=lambda source, task: options.people_in(source, task, columns, skip_bad),
             say=screen.say,
             executor=executor,
             on_step=screen.step,
@@ -145,7 +145,8 @@ def score(
     require("eval")
     asked = load_task(task)
     golds = read_answers(Path(resolve(true)), asked)
-    found = metrics.score(asked, read_answers(answers, asked, empty=True), golds)
+    with options.readable(str(answers)) as mine:
+        found = metrics.score(asked, read_answers(Path(mine), asked, empty=True), golds)
     if json:
         return show_json(found | {"questions": len(golds)})
     typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")

@@ -95,6 +95,10 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
+class Interrupted(SystemExit):
+    """The end by Ctrl-C of a command that has said what to do next."""
+
+
 class Stdin(PosixPath):
     """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
 
@@ -123,17 +127,24 @@ def people_in(
     source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None, questions: bool = False
 ) -> list[Person]:
     """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
-    read = partial(read_people, task=task, columns=columns.given, skip_bad=skip_bad, questions=questions)
+    with readable(source) as place:
+        return read_people(place, task, columns=columns.given, skip_bad=skip_bad, questions=questions)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[str | Path]:
+    """Yield a source that can be read several times: itself, or a copy of standard input (-) or another pipe."""
     path = Path(os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        return read(source)
+        yield source
+        return
     if source == "-" and sys.stdin is None:
         raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
     with TemporaryDirectory() as folder:  # only its owner may read it
         place = Stdin(folder, "stdin")
         with open(place, "wb") as file, nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, file)  # a pipe can be read once, a file as often as the reader likes
-        return read(place)
+            shutil.copyfileobj(pipe, file)
+        yield place
 
 
 def task_of(folder: Path) -> TaskType:

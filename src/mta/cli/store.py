@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -37,7 +38,8 @@ def check(store: Url = "people", json: options.Json = False) -> None:
         lines += [f"damaged: {name}: {wrong}" for name, wrong in found.damaged.items()]
         lines += [f"not a file of a store: {name}" for name in found.strangers]
         if found.leftovers:
-            lines.append(f"left by killed writers: {len(found.leftovers)} files (mta store gc {store})")
+            remove = f"mta store gc {quote(options.without_passwords(store))}"
+            lines.append(f"left by killed writers: {len(found.leftovers)} files ({remove})")
         if found.exposed:
             lines.append(f"others can read this store: {found.exposed}")
         typer.echo("\n".join(lines))

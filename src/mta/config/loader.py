@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -73,8 +75,9 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
     *parents, name = loc or ("",)
     for parent in parents:
         field = kind.model_fields.get(str(parent))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, Settings)):  # in a list or a union
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Settings)), None)
+        if inner is None:  # in a list
             return f"Correct {name}, or leave it out to use the default."
         kind = inner
     if (field := kind.model_fields.get(str(name))) is None or fault == "missing":
@@ -86,12 +89,14 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
         return f"Set a key of the group, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
     about = f"{name}: {field.description}. " if field.description else ""
     return about + (
-        f"Give {name} another value." if field.is_required() else f"The default:  {key}={_written(field.default)}"
+        f"Give {name} another value." if field.is_required() else f"The default:  {_as_word(key, field.default)}"
     )
 
 
-def _written(value: object) -> object:
-    return "null" if value is None else value
+def _as_word(key: str, value: object) -> str:
+    """Return a setting as a word to type in a shell."""
+    text = json.dumps(value) if value is None or isinstance(value, list | tuple | bool) else str(value)
+    return shlex.quote(f"{key}={text}") if "[" in text else f"{key}={text}"
 
 
 class _OneOfEachKey(yaml.SafeLoader):

@@ -248,7 +248,7 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         raise ConfigError(
             f"not a size: {text!r}; expected a number with B, KiB, MiB, GiB, KB, MB or GB",
-            hint="For example:  memory=4GiB",
+            hint="Write a size such as  4GiB",
         ) from None
 
 
@@ -275,23 +275,30 @@ def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], 
     """Validate the values of a file, and those with ``words``: an error names where the wrong one comes from."""
     if path:
         checked(kind, values, str(path))
-    return checked(kind, _with_words(values, words), "the command line")
+    return checked(kind, _with_words(kind, values, words), "the command line")
 
 
-def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+def _example(kind: type[Settings]) -> str:
+    """Return a word for one of the settings."""
+    words = {"shots": "shots=8", "bank": "bank.anchors=20", "run": "run.bank.anchors=20"}
+    return next((word for name, word in words.items() if name in kind.model_fields), "key=value")
+
+
+def _with_words(kind: type[Settings], values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"not a setting: {word!r}; expected key=value", hint="For example:  bank.anchors=20")
+            raise ConfigError(f"not a setting: {word!r}; expected key=value", hint=f"For example:  {_example(kind)}")
         *parents, last = key.split(".")
         inner, beside = given, values
-        for parent in parents:
-            inner, beside = inner.setdefault(parent, {}), beside.get(parent, {})
+        for depth, parent in enumerate(parents, 1):
+            known = beside.get(parent)
+            inner, beside = inner.setdefault(parent, {}), {} if known is None else known  # a group that is left out
             if not isinstance(inner, dict) or not isinstance(beside, dict):
                 raise ConfigError(
                     f"{word!r}: {parent!r} is a single value, not a group of settings",
-                    hint=f"Set it directly:  {parent}=…",
+                    hint=f"Set it directly:  {'.'.join(parents[:depth])}=…",
                 )
         try:
             value = yaml.safe_load(text)

@@ -6,6 +6,7 @@ the optimizer are included in the assumed share of the processor's peak rate.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def _config(name: str) -> Any:
     if name in KNOWN:
         return AutoConfig.for_model(**KNOWN[name])
     try:
-        place = resolve(name) if name in ASSETS or Path(name).exists() else name
+        place = resolve(name) if name in ASSETS or Path(os.path.expanduser(name)).exists() else name
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises different errors: offline, unknown, gated, no config
         raise ConfigError(

@@ -22,7 +22,7 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.data.tasks.load import load_task
-from mta.errors import ConfigError, MtaError
+from mta.errors import ConfigError, InputError, MtaError
 from mta.evaluation.compare import ComparisonReport, compare
 from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
@@ -37,6 +37,7 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
 TRUSTED = 1.5  # minutes of expected work after which only the measured pace counts: loading says little about training
+_FEWER = "Ask for fewer people (people.test=16), or for fewer items of each: evaluation.shots=4 evaluation.queries=4"
 RECIPE = "recipe.yaml"  # the settings that were chosen, in the demo's folder
 SLOW = 800e9  # operations per second; slower machines run a version with fewer steps
 
@@ -146,7 +147,10 @@ def demo(
             assets.fetch(name, say)
     people = read_people(assets.resolve(recipe.data), run.task)
     sizes, evaluation = recipe.people.model_dump(), recipe.evaluation
-    splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
+    try:
+        splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
+    except InputError as error:
+        raise InputError(error.message, hint=_FEWER) from None
     base = BaseModel.of(run)
     with RunFolder(
         folder=out,
@@ -238,13 +242,18 @@ def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, sa
     slow = override(recipe, [*recipe.short, *recipe.slow, *words])
     path = out / RECIPE
     if path.is_file():
-        begun = load_demo(path)
-        if begun not in ((whole,) if full else (short, slow)):
-            raise ConfigError(
-                f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out."
-            )
-        return begun
+        begun = _anywhere(load_demo(path))
+        for chosen in (whole,) if full else (short, slow):
+            if _anywhere(chosen) == begun:
+                return chosen
+        raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
     return _for_this_machine(whole if full else short, whole if full else slow, say)
+
+
+def _anywhere(recipe: DemoRecipe) -> DemoRecipe:
+    """Return a recipe without what may change where memory was too small."""
+    machine = {"memory": "1", "device": "auto", "gradient_checkpointing": False}
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update=machine)})
 
 
 def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:

@@ -152,7 +152,9 @@ class _Wanted:
     def others(self) -> dict[str, str]:
         """The fields -> their names in files of any task: ``output``, and ``input`` if it is one field."""
         output = {} if self.questions else {self.task.item.target: "output"}
-        return output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
+        found = output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
+        own = {*self.task.fields(), *self.fields}  # a name of another field does not stand for this one
+        return {name: other for name, other in found.items() if other == name or other not in own}
 
     def keys(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the fields -> their columns in a row. Raises Bad for a missing one."""

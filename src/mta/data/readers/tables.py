@@ -124,7 +124,7 @@ def _unquoted(lines: Sequence[str], width: int, wrong: bool) -> list[list[str]]:
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):  # columns without a name are not read
+    if twice := next((name for name in names if name and names.count(name) > 1), None):  # unnamed ones are not read
         raise data_error(place, twice, "two columns have this name", hint="Rename one of them.")
 
 
