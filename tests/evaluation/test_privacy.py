@@ -302,7 +302,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
     assert not {"task LoRA", PERSONAL} & {row.model for row in found.rows}
     assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
-    assert "not attacked" in " ".join(privacy_report.sentences(found))
+    assert "task LoRA" not in " ".join(privacy_report.sentences(found))
 
 
 def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):

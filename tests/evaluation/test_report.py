@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 
 import torch
 from compared import comparison as comparison  # the fixture
@@ -106,6 +107,17 @@ def test_verdict_when_surely_as_good(task):
     assert max(-difference.low, difference.high) < 0.02
     interval = f"(95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse)"
     assert f"NLL: MTA is as good as OPPU, to within 0.02 {interval}." in verdict(found)
+
+
+def test_equal_methods_are_said_to_be_equal(task):
+    found = comparison_of(task, gain=0.0, oppu=0.0, people=400)
+    mta = found.row("MTA")
+    found.rows[found.names.index("OPPU")] = replace(mta, name="OPPU")
+    found.rows[found.names.index("task LoRA")] = replace(mta, name="task LoRA")
+    said = " ".join(verdict(found))
+    assert "95% interval from equal to equal" in said
+    assert "-0.000" not in said
+    assert "0.000 worse" not in said
 
 
 def test_verdict_when_worse(task):

@@ -14,6 +14,7 @@ import torch
 from conftest import people_of
 from rich.console import Console
 
+from mta.bank.format import read_info
 from mta.cli.machine import _findings
 from mta.store import Store
 from mta.system import assets
@@ -130,9 +131,20 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
 )
 def test_memory_is_held_against_what_a_run_may_take(monkeypatch, free, verdict, hint):
     monkeypatch.setattr(doctor, "_free_memory", lambda: free)
-    (memory,) = doctor._memory()
+    (memory,) = doctor._memory(None)
     assert (memory.verdict, memory.hint) == (verdict, hint)
     assert "memory=4GiB bounds one cohort (adapters, optimizer, activations)" in memory.found
+
+
+def test_memory_is_held_against_what_a_banks_runs_may_take(monkeypatch, tiny_bank_folder, tmp_path):
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 8 << 30)
+    found = []
+    for size in ("64MiB", "24GiB"):
+        info = read_info(tiny_bank_folder)
+        info = info.model_copy(update={"run": info.run.model_copy(update={"memory": size})})
+        monkeypatch.setattr(doctor, "read_info", lambda _, info=info: info)
+        found += [(one.verdict, f"memory={size} bounds" in one.found) for one in doctor._memory(tiny_bank_folder)]
+    assert found == [("ok", True), ("warning", True)]
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs /proc")

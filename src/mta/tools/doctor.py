@@ -62,8 +62,8 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
 
     With a ``device``, it is a problem that the device cannot be used, and no problem that a demo cannot run.
     """
-    machine = partial(_machine, device)
-    parts: list[Callable[[], Iterator[Finding]]] = [_versions, machine, _memory, _kernels, _cache, _sources, _extras]
+    machine, memory = partial(_machine, device), partial(_memory, bank)
+    parts: list[Callable[[], Iterator[Finding]]] = [_versions, machine, memory, _kernels, _cache, _sources, _extras]
     found = [finding for part in parts for finding in part()]
     if device:
         found = [_no_problem(one) if one.about in _OF_A_DEMO else one for one in found]
@@ -174,10 +174,13 @@ def _dtype(device: torch.device) -> Finding:
     return Finding("machine", "dtype", "ok", found)
 
 
-def _memory() -> Iterator[Finding]:
-    bound, free = parse_size(Run().memory), _free_memory()
-    bounds = f"memory={Run().memory} bounds one cohort (adapters, optimizer, activations)"
-    needs = f"{bounds}; the base takes another {human_memory(BASE)}"
+def _memory(bank: Path | None) -> Iterator[Finding]:
+    memory = Run().memory
+    with contextlib.suppress(MtaError):  # which ``_bank`` reports
+        memory = read_info(bank).run.memory if bank else memory
+    bound, free = parse_size(memory), _free_memory()
+    bounds = f"memory={memory} bounds one cohort (adapters, optimizer, activations)"
+    needs = f"{bounds}; the default base takes another {human_memory(BASE)}"
     if free is None:
         yield Finding("memory", "free", "warning", f"unknown on this system; {needs}")
         return

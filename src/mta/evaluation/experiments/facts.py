@@ -65,9 +65,9 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
 
 
 def relative_error(cheap: LoraBatch, exact: LoraBatch) -> Tensor:
-    """Return the Frobenius norm of the difference over that of ``exact``, all layers together: (U,)."""
-    difference = join([exact, replace(cheap, scale=-cheap.scale)])
-    return (_squares(difference).clamp_min(0) / _squares(exact)).sqrt()
+    """Return the Frobenius norm of the difference over that of ``exact``, all layers together: (U,); 0 if both are."""
+    difference, whole = join([exact, replace(cheap, scale=-cheap.scale)]), _squares(exact)
+    return (_squares(difference).clamp_min(0) / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt()
 
 
 def _squares(batch: LoraBatch) -> Tensor:

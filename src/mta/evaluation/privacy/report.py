@@ -48,17 +48,23 @@ def sentences(found: Findings) -> list[str]:
     """Return sentences: the attacked people, how to read the numbers, and what an anchor's coefficient reveals."""
     meta, items = found.meta, found.meta["items"]
     others = f"{items['others']} items of {meta['others']} people outside the bank"
+    attacked, untrained = (
+        f"{items['anchors']} items of {meta['anchors']} anchors",
+        "was not trained on any anchor's item",
+    )
+    if has_task_lora := meta.get("task LoRA", True):  # published results may lack it
+        attacked += f", {items['pool']} of {meta['pool']} people behind the task LoRA"
+        pooled = "on many: judge anchors over the base" if meta["anchors pooled"] else "was not either"
+        untrained += f", and the task LoRA {pooled}"
     lines = [
-        f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
-        f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
+        f"{attacked}, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
         f"The score is minus the loss ({meta['loss']}), alone or relative to a model below; guessing has AUC 0.5 and "
-        f"TPR {FPR:.2f}. 95% intervals over people. The base was not trained on any anchor's item, and the task LoRA "
-        + ("on many: judge anchors over the base." if meta["anchors pooled"] else "was not either."),
+        f"TPR {FPR:.2f}. 95% intervals over people. The base {untrained}.",
     ]
     if items["others"] < AT_LEAST:
         few = f"only {items['others']} items of others, fewer than {AT_LEAST}"
         lines.append(f"Warning: {few}: the TPR is not reliable.")
-    if not meta["pool"]:
+    if has_task_lora and not meta["pool"]:
         lines.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
     return lines
 

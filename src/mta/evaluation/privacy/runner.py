@@ -127,6 +127,7 @@ def _meta(panel: Panel, sample: AttackSample, settings: AttackSettings) -> dict[
         **{kind: len(theirs) for kind, theirs in people.items()},
         "targets": len(sample.targets),
         "items": {kind: sum(len(person.items) for person in theirs) for kind, theirs in people.items()},
+        "task LoRA": panel.bank.task_lora is not None,
         "anchors pooled": panel.bank.info.run.task_lora.kept_back is not None,
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),

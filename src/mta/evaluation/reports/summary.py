@@ -88,12 +88,16 @@ def _compared(judgement: Judgement, called: str, metric: str, difference: Interv
     if metric in BETTER_LOW:
         gain, low, high = -gain, -high, -low
     if judgement == "unclear":
-        mean, start, end = (f"{abs(x):.3f} {'better' if x > 0 else 'worse'}" for x in (gain, low, high))
+        mean, start, end = map(_said, (gain, low, high))
         said = f"no clear difference between {NAME} and {called}"
         return f"{metric}: {said}; {NAME} is {mean} on average, with a 95% interval from {start} to {end}."
     least, most = (low, high) if judgement == "better" else (-high, -low)
     interval = f"95% interval {least:.3f} to {most:.3f}"
     return f"{metric}: {NAME} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
+
+
+def _said(gain: float) -> str:
+    return f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'}" if gain else "equal"
 
 
 def _is_small(difference: Interval, units: int) -> bool:
@@ -102,7 +106,7 @@ def _is_small(difference: Interval, units: int) -> bool:
 
 
 def _equal(called: str, difference: Interval) -> str:
-    interval = f"95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse"
+    interval = f"95% interval from {_said(-difference.low)} to {_said(-difference.high)}"
     return f"NLL: {NAME} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
 
 
