@@ -184,11 +184,11 @@ def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequen
 
 
 def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Resampled:
-    """Resample people with replacement, and at a second level their S seeds; values are (U,) or (S, U).
+    """Resample people with replacement, and at a second level weight their S seeds; values are (U,) or (S, U).
 
     People of one group are drawn together, because they are not independent. The group "" is a person alone.
-    A draw weights seeds alike for all people: a seed is a bank, which they share. So few seeds cannot be resampled: the
-    weights make the mean over seeds vary like Student's t with S - 1 degrees of freedom, as if its intervals were.
+    A draw weights seeds alike for all people: a seed is a bank, which they share. Two or three seeds are too few to be
+    resampled: the weighted mean varies like Student's t with S - 1 degrees of freedom, so that few seeds say little.
     """
     values = values.double().reshape(-1, values.shape[-1])
     unit = torch.tensor(units(groups, values.shape[1]))

@@ -48,10 +48,8 @@ def sentences(found: Findings) -> list[str]:
     """Return sentences: the attacked people, how to read the numbers, and what an anchor's coefficient reveals."""
     meta, items = found.meta, found.meta["items"]
     others = f"{items['others']} items of {meta['others']} people outside the bank"
-    attacked, untrained = (
-        f"{items['anchors']} items of {meta['anchors']} anchors",
-        "was not trained on any anchor's item",
-    )
+    attacked = f"{items['anchors']} items of {meta['anchors']} anchors"
+    untrained = "was not trained on any anchor's item"
     if has_task_lora := meta.get("task LoRA", True):  # published results may lack it
         attacked += f", {items['pool']} of {meta['pool']} people behind the task LoRA"
         pooled = "on many: judge anchors over the base" if meta["anchors pooled"] else "was not either"

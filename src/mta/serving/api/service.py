@@ -200,6 +200,8 @@ class Service:
         if removed := await run_in_threadpool(self._removed, await self.engine.versions()):
             await self.engine.drop(removed)
         owners = {key.of for key in self.keys.keys if key.rights == "person"}
+        if not owners:
+            return
         before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
         for id, names in self._tombstones.items():
             if not names <= before.get(id, names):
