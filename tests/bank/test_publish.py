@@ -128,6 +128,14 @@ def test_a_place_that_an_added_lora_left_stays_here(hub, folder, tmp_path):
     assert str(tmp_path).encode() not in hub.arrived()
 
 
+def test_a_bank_that_is_calibrated_while_its_files_are_listed_is_refused(hub, folder, monkeypatch):
+    def calibrated(*_, **__):
+        trust(folder)
+
+    monkeypatch.setattr("mta.bank.publish.verify", calibrated)
+    assert "calibrated" in refused(BankError, bank_parcel, folder, NAME)
+
+
 def test_a_bank_that_is_calibrated_again_before_it_is_sent_arrives_whole(hub, folder):
     trust(folder)
     parcel = bank_parcel(folder, NAME)

@@ -95,7 +95,11 @@ def test_bad_rows_and_names_of_columns_are_as_for_other_commands(tmp_path):
     assert "1 bad rows" in run(*words, "--skip-bad", bad).err  # and too few people
     assert json.loads(bad.read_text())["row"]["score"] == "9"
     assert "--test names another" in run(*words, "--skip-bad", bad, "--test", table).err
+    lamp = tmp_path / "dev_questions.json"
+    lamp.write_text(json.dumps([{"id": "1", "input": "x", "profile": [{"id": "2", "text": "Fine.", "score": "4"}]}]))
     table.write_text("who,text,score\nann,Fine.,4\n")
+    both = ["evaluate", "lamp3", "--data", lamp, "--test", table, "--person-column", "who", "--out", tmp_path / "both"]
+    assert "column" not in run(*both).err  # the names are those of the tested people's file
     said = run(*words, "--time-column", "day")
     assert said.err.rstrip().endswith("Name a column of the file:  --time-column NAME")
 

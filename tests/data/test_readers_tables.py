@@ -327,6 +327,9 @@ def test_a_field_called_output_does_not_stand_for_a_missing_answer(tmp_path):
     csv = written(tmp_path / "b.csv", "person,output,edited\nann,A draft.,\n")
     with pytest.raises(DataError, match="field 'edited'"):
         read_people(csv, task)
+    csv = written(tmp_path / "b.csv", "who,draft,final\nann,A draft.,A text.\n")
+    (ann,) = read_people(csv, task, columns={"person": "who", "input": "draft", "output": "final"})
+    assert ann.items[0].fields == {"output": "A draft.", "edited": "A text."}
 
 
 def test_the_content_decides_that_a_file_is_parquet(tmp_path):

@@ -99,6 +99,11 @@ def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere
     assert http.get(f"{EVE}/personalize").status_code == 404
     asyncio.run(service.drop_forgotten_elsewhere())
     assert (TASK, "eves") not in owners()
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert http.delete(EVE).status_code == 200
+    asyncio.run(asked())  # afterwards: the next sweep leaves it
+    asyncio.run(service.drop_forgotten_elsewhere())
+    assert (TASK, "eves") in owners()
 
 
 def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, monkeypatch):

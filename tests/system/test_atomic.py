@@ -183,6 +183,18 @@ def test_a_folder_appears_whole_in_place_of_none_or_an_empty_one(tmp_path: Path)
     ]
 
 
+def test_a_folder_is_published_on_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with replacing_folder(tmp_path / "out") as temporary:
+        write_text(temporary / "file", "text")
+        monkeypatch.setattr(Path, "chmod", fail)
+    assert (tmp_path / "out" / "file").exists()
+
+
 def test_an_empty_folder_keeps_its_mode(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o2770)

@@ -264,7 +264,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
     interrupted build with other keys: its finished work would be overwritten.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (keys.whole, keys.training, keys.older):
+        if (info := read_info(out)).work in (keys.whole, keys.training, *keys.older):
             if info.work != keys.whole and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
             if not (out / CALIBRATING).exists():

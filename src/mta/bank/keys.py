@@ -27,7 +27,7 @@ class BuildKeys:
     histories: list[list[list[str]]]
     whole: str  # of the bank with its calibration
     training: str  # of stages 0 and 1
-    older: str  # as the defaults of 0.1.0 gave
+    older: tuple[str, ...]  # as earlier versions gave
 
     @classmethod
     def of(
@@ -42,9 +42,13 @@ class BuildKeys:
         """Return the keys for groups of people, each in the order of ids, and settings."""
         histories = [[[person.id, person.digest()] for person in group] for group in groups]
         inputs = base, task, encoder, histories
-        whole, training = (build_key(*inputs, settings, task_lora) for settings in (run, uncalibrated(run)))
-        older = build_key(*inputs, with_old_defaults(run), task_lora, unused=NOT_IN_KEY - {"memory"})
-        return cls(histories, whole, training, older)
+        both = run, uncalibrated(run)
+        whole, training = (build_key(*inputs, settings, task_lora) for settings in both)
+        with_memory = (
+            build_key(*inputs, settings, task_lora, NOT_IN_KEY - {"memory"})
+            for settings in (*both, with_old_defaults(run))
+        )
+        return cls(histories, whole, training, tuple(with_memory))
 
     @property
     def secret(self) -> str:

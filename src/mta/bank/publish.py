@@ -61,6 +61,8 @@ def bank_parcel(
         if hashlib.sha256(data).hexdigest() != info.files[CALIBRATION]:
             raise BankError(f"{folder} is being calibrated", hint="Publish it afterwards.")
     values = _portable(folder, sent)
+    if values["hash"] != info.hash:
+        raise BankError(f"{folder} was calibrated meanwhile", hint="Repeat the command.")
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, table, license).encode()

@@ -56,8 +56,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 _LESS_MEMORY = (
-    "Lower memory=, set gradient_checkpointing=true, or choose another device: device=cpu "
-    "(mta demo and mta evaluate: run.memory= and so on)."
+    "Lower memory=, set gradient_checkpointing=true, or choose another device: --device cpu. "
+    "(mta demo and mta evaluate: run.memory=, run.device=cpu, and so on)"
 )
 
 

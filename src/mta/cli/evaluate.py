@@ -111,7 +111,7 @@ def evaluate(
     if skip_bad and test:
         hint = "Correct the bad rows of both files, and leave --skip-bad out."
         raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint=hint)
-    columns = options.Columns(person_column, input_column, output_column, time_column)
+    columns, usual = options.Columns(person_column, input_column, output_column, time_column), options.Columns()
     with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
         workspace = Workspace.open(
             chosen,
@@ -119,7 +119,8 @@ def evaluate(
             data,
             which,
             test=test,
-            read=lambda source, task: options.people_in(source, task, columns, skip_bad),
+            read=lambda source, task: options.people_in(source, task, usual if test else columns, skip_bad),
+            read_tested=lambda source, task: options.people_in(source, task, columns, None),
             say=screen.say,
             executor=executor,
             on_step=screen.step,
@@ -144,9 +145,9 @@ def score(
 
     require("eval")
     asked = load_task(task)
-    golds = read_answers(Path(resolve(true)), asked)
-    with options.readable(str(answers)) as mine:
-        found = metrics.score(asked, read_answers(Path(mine), asked, empty=True), golds)
+    with options.readable(resolve(true)) as gold, options.readable(str(answers)) as mine:
+        golds = read_answers(gold, asked)
+        found = metrics.score(asked, read_answers(mine, asked, empty=True), golds)
     if json:
         return show_json(found | {"questions": len(golds)})
     typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")

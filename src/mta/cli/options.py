@@ -128,15 +128,16 @@ def people_in(
 ) -> list[Person]:
     """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
     with readable(source) as place:
-        return read_people(place, task, columns=columns.given, skip_bad=skip_bad, questions=questions)
+        file = place if isinstance(place, Stdin) else source  # which may be a data asset
+        return read_people(file, task, columns=columns.given, skip_bad=skip_bad, questions=questions)
 
 
 @contextmanager
-def readable(source: str) -> Iterator[str | Path]:
+def readable(source: str) -> Iterator[Path]:
     """Yield a source that can be read several times: itself, or a copy of standard input (-) or another pipe."""
     path = Path(os.path.expanduser(source))
     if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        yield source
+        yield path
         return
     if source == "-" and sys.stdin is None:
         raise InputError("standard input is closed", hint="Give the name of a file instead of -.")

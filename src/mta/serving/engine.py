@@ -136,8 +136,8 @@ class Engine(Protocol):
         ``askers`` are the person's own: what they asked other models ends, too.
         """
 
-    async def drop(self, versions: Collection[Version]) -> None:
-        """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
+    async def drop(self, versions: Collection[Version], askers: Collection[str] = ()) -> None:
+        """End the running answers of these versions, and to ``askers``, with ModelRemoved; drop what they computed."""
 
     async def versions(self) -> set[Version]:
         """Return the person versions in memory: running answers, adapters, keys and values."""
@@ -218,10 +218,12 @@ class QueuedEngine(ABC):
         error = ModelRemoved("the person was forgotten", hint="Ask the pooled model: task")
         await self._drop(lambda who: who.person == person, error, askers)
 
-    async def drop(self, versions: Collection[Version]) -> None:
-        """End the running answers of these versions with ModelRemoved, and drop everything computed for them."""
-        hint = "Ask again for the newest version."
-        await self._drop(versions.__contains__, ModelRemoved("the store no longer has this version", hint))
+    async def drop(self, versions: Collection[Version], askers: Collection[str] = ()) -> None:
+        """End the running answers of these versions, and to ``askers``, with ModelRemoved; drop what they computed."""
+        gone = (
+            "the store no longer has this version" if not askers else "the store no longer has this version or person"
+        )
+        await self._drop(versions.__contains__, ModelRemoved(gone, "Ask again for the newest version."), askers)
 
     @abstractmethod
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:

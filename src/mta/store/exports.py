@@ -87,8 +87,12 @@ class Export:
 
     def _is_here(self) -> bool:
         """Return whether this host wrote the adapter, or has its weights in the same folder, as on a shared volume."""
+        return self.host == platform.node() or self.is_there()
+
+    def is_there(self) -> bool:
+        """Return whether the folder holds these weights."""
         with contextlib.suppress(OSError):
-            return self.host == platform.node() or file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
+            return file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
         return False
 
     def _missing(self) -> str:
@@ -166,7 +170,8 @@ class Exports:
         try:
             yield written
         except (Exception, KeyboardInterrupt, SystemExit):  # as for a full disk: the earlier export is still there
-            self._change(id, lambda known: _without(known, export))
+            if not export.is_there():
+                self._change(id, lambda known: _without(known, export))
             self._keep_out(id, since)
             raise
         done = export if export.sha256 else export.done()  # forgetting may have removed the weights already

@@ -154,11 +154,12 @@ def replacing_folder(
     temporary = _temporary(path.absolute() / path.name if inside else path.absolute())
     try:
         yield temporary
-        if path.is_dir():
+        if path.is_dir() and not inside:
             before = path.stat()
             with contextlib.suppress(OSError):  # one may not be in that group
                 os.chown(temporary, -1, before.st_gid)
-            temporary.chmod(stat.S_IMODE(before.st_mode))
+            with _where_supported():
+                temporary.chmod(stat.S_IMODE(before.st_mode))
         publish(temporary, path)
         sync_folder(temporary.parent)
     finally:

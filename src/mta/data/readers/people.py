@@ -102,12 +102,12 @@ def iter_parts(
         keys, every = record.keys(), chain([(place, record)], records)
         # A profile that is no list is a fault of the record. A column of that name in a table holds text.
         profiled = "profile" in keys and "person" not in keys and not isinstance(record["profile"], str)
-        if profiled and "query" in keys:
+        if columns:
+            yield from item_parts(every, task, rejects, columns, questions)
+        elif profiled and "query" in keys:
             yield from perpcs_parts(every, task, rejects, answers=not questions)
         elif profiled and "input" in keys:
             yield from lamp_parts(every, file, task, rejects, answers=not questions)
-        elif columns:
-            yield from item_parts(every, task, rejects, columns, questions)
         elif keys & {"person", "input", "output", *task.fields()}:
             yield from item_parts(every, task, rejects, questions=questions)
         else:

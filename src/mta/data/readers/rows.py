@@ -149,12 +149,16 @@ class _Wanted:
         return self.inputs if self.questions else self.task.fields()
 
     @property
-    def others(self) -> dict[str, str]:
-        """The fields -> their names in files of any task: ``output``, and ``input`` if it is one field."""
+    def aliases(self) -> dict[str, str]:
+        """The fields -> their names for any task: ``output``, and ``input`` if it is one field."""
         output = {} if self.questions else {self.task.item.target: "output"}
-        found = output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
-        own = {*self.task.fields(), *self.fields}  # a name of another field does not stand for this one
-        return {name: other for name, other in found.items() if other == name or other not in own}
+        return output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The aliases in files, where the name of another field of the task does not stand for this one."""
+        own = {*self.task.fields(), *self.fields}
+        return {name: other for name, other in self.aliases.items() if other == name or other not in own}
 
     def keys(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the fields -> their columns in a row. Raises Bad for a missing one."""
@@ -226,7 +230,7 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
 
     Raises InputError.
     """
-    names = {other: name for name, other in wanted.others.items()}
+    names = {other: name for name, other in wanted.aliases.items()}
     answer = {"output", wanted.task.item.target} - {*wanted.fields} if wanted.questions else set()
     named = {names.get(name, name): column for name, column in columns.items() if name not in answer}
     if unknown := named.keys() - {"person", "time", "id", *wanted.fields}:
@@ -240,7 +244,7 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
             f"column {named[target]!r} was given for the answer {target!r} and for {shown[0]!r}",
             hint="Give each a column of its own: a prompt must not show the answer.",
         )
-    return named, {name for name, own in names.items() if own in named}
+    return named, {other for name, other in wanted.others.items() if name in named}
 
 
 def item_parts(

@@ -97,13 +97,15 @@ class Workspace:
         *,
         test: str | None = None,
         read: Callable[[str, Task], Sequence[Person]] = read_people,
+        read_tested: Callable[[str, Task], Sequence[Person]] | None = None,
         say: Callable[[str], None] = lambda _: None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Self:
         """Read the people of ``data`` (or of the recipe) with ``read``, draw the parts, and load the base.
 
-        ``test`` names other data with the people to test; without it they are drawn from ``data``.
+        ``test`` names other data with the people to test, which ``read_tested`` reads if it is given; without it they
+        are drawn from ``data``.
         Raises InputError without data.
         """
         source = data or recipe.data
@@ -112,7 +114,7 @@ class Workspace:
         task = load_task(recipe.run.task)
         people, tested = list(read(resolve(source), task)), list[Person]()
         if test:
-            people, tested = with_tested(recipe, task, people, read(resolve(test), task))
+            people, tested = with_tested(recipe, task, people, (read_tested or read)(resolve(test), task))
         elif recipe.needs_test:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_splits(recipe, task, people, tested)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from mta.bank.format import INFO
 from mta.bank.notes import stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, OtherBank
+from mta.errors import MtaError, OtherBank, StoreError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -65,7 +65,7 @@ class Service:
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
-    _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # at the last sweep, of key owners
+    _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
@@ -197,15 +197,19 @@ class Service:
         """
         await run_in_threadpool(self.histories.drop_forgotten)
         await run_in_threadpool(self.jobs.drop_forgotten)
-        if removed := await run_in_threadpool(self._removed, await self.engine.versions()):
-            await self.engine.drop(removed)
         owners = {key.of for key in self.keys.keys if key.rights == "person"}
-        if not owners:
-            return
-        before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
-        for id, names in self._tombstones.items():
-            if not names <= before.get(id, names):
-                await self.engine.forget(id, self.keys_of(id))
+        tombstones = await run_in_threadpool(self.store.tombstones.of_each, owners) if owners else {}
+        gone = [id for id, names in tombstones.items() if not names <= self._tombstones.get(id, names)]
+        askers = [name for id in gone for name in self.keys_of(id)]
+        removed = await run_in_threadpool(self._removed, await self.engine.versions())
+        if removed or askers:
+            await self.engine.drop(removed, askers)
+        self._tombstones |= tombstones
+
+    def note_forgotten(self, person: str) -> None:
+        """Note that all that a person asked has ended: the next sweep must not end what they ask afterwards."""
+        with suppress(StoreError):  # then it does
+            self._tombstones[person] = self.store.tombstones.of(person)
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""
