@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from world import ANN, BOB, MEMBER, built, closed, modes, mta, ratings, written
+from world import ANN, BOB, MEMBER, built, closed, modes, mta, ratings, run, written
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,7 @@ def test_check_and_doctor_name_a_store_that_others_can_read(world):
     said = mta("store", "check", store)
     assert f"others can read this store: chmod -R go= {store}" in said.out
     assert mta("store", "check", store, "--json").json["exposed"] == f"chmod -R go= {store}"
-    (found,) = [one for one in mta("doctor", "--store", store, "--json").json["findings"] if one["about"] == "store"]
+    reported = run("doctor", "--store", store, "--json").json  # the machine may be too small for a demo
+    (found,) = [one for one in reported["findings"] if one["about"] == "store"]
     assert found["verdict"] == "warning"
     assert f"chmod -R go= {store}" in found["hint"]

@@ -13,7 +13,6 @@ import torch
 from mta.cli import main
 
 
-@pytest.mark.timeout(120, func_only=True)
 def test_a_pipe_of_an_experiment_is_read_once(tmp_path):
     """It is refused for its people, who were read."""
     rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
@@ -23,11 +22,10 @@ def test_a_pipe_of_an_experiment_is_read_once(tmp_path):
     process = subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with open(tmp_path / "pipe", "w") as pipe:
         pipe.write("\n".join(rows))
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     assert "fewer than 2 people have 3 shots" in err
 
 
-@pytest.mark.timeout(120, func_only=True)
 def test_a_pipe_is_read_once(tmp_path):
     """A file can be opened several times, a pipe cannot."""
     rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
@@ -36,7 +34,7 @@ def test_a_pipe_is_read_once(tmp_path):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with open(tmp_path / "pipe", "w") as pipe:
         pipe.write("\n".join(rows))
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
 
 
@@ -51,7 +49,6 @@ def test_a_terminal_that_cannot_show_a_character_shows_its_number_and_json_stays
     assert found["splits"]["labels"] == {"😀": 1.0, "★": 0.0}
 
 
-@pytest.mark.timeout(120, func_only=True)
 def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
     words = [sys.executable, "-m", "mta", "data", "describe", "-"]
     where = os.environ | {"TMPDIR": str(tmp_path)}
@@ -105,7 +102,6 @@ def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
     )
 
 
-@pytest.mark.timeout(120, func_only=True)
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
     words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]

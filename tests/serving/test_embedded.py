@@ -281,9 +281,12 @@ def test_forgetting_ends_only_the_persons_running_answers():
         engine = engine_of(base, bank, models, slots=4, length=400)
         prompt = prompts_of(1)[0]
         with stepped(engine.scheduler) as steps:
-            steps.release(12)  # few of 300
             theirs, other = (engine.answer(ask_of(n, prompt, count)) for n, count in ((2, 300), (3, 60)))
-            begun = await asyncio.gather(anext(theirs), anext(other))
+            both = asyncio.gather(anext(theirs), anext(other))
+            while not both.done():
+                steps.release()
+                await asyncio.sleep(0.01)
+            begun = await both
             forgetting = asyncio.create_task(engine.forget("2"))
             await asyncio.sleep(0)  # it is the engine's turn now
         await forgetting

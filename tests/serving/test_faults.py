@@ -47,7 +47,7 @@ def here(tiny_bank_folder, tmp_path):
 
 def asked(here, **how):
     body = {"model": "person:ann", "prompt": "Film 7", "max_tokens": 8} | how
-    return httpx2.post(f"{here.url}/v1/completions", json=body, headers=here.headers, timeout=60)
+    return httpx2.post(f"{here.url}/v1/completions", json=body, headers=here.headers, timeout=600)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

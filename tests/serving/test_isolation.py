@@ -7,11 +7,13 @@ import asyncio
 import itertools
 import random
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pytest
 from conftest import people_of, personalizer
+from served import stepped
 from tiny import random_loras
 
 from mta.data.tasks.prompt import PromptFormat
@@ -138,10 +140,14 @@ async def storm(engine, world, rounds, at_once, people, seed=0):
             await asyncio.to_thread(world.renew, str(draw.randrange(people)), 1000 + turn)
         if turn % 7 == 3:
             person = chosen[-1]  # their request waits longest
-            await asyncio.sleep(0.01 * draw.random() if turn % 2 else 0)  # every other time, no answer has begun
-            world.forgotten[person] += 1
-            forget_person(person, world.store)
-            await engine.forget(person)
+            held = turn % 2 == 0  # every other time, no answer has begun
+            with stepped(engine.scheduler) if held else nullcontext():
+                await asyncio.sleep(0 if held else 0.01 * draw.random())
+                world.forgotten[person] += 1
+                forget_person(person, world.store)
+                forgetting = asyncio.create_task(engine.forget(person))
+                await asyncio.sleep(0)
+            await forgetting
         found.update(judged(world, heard) for heard in await asyncio.gather(*running))
     return found
 
