@@ -314,19 +314,21 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
 
 
 def test_what_a_forgotten_person_asks_the_pooled_model_ends_and_others_go_on(engines, world):
-    theirs, other = (Ask(tuple(prompt_of(8)), TASK, count, asker=key) for key, count in (("ann", 200), ("bob", COUNT)))
+    theirs = [Ask(tuple(prompt_of(n)), TASK, 200, asker="ann") for n in range(20)]  # five times as many as run at once
+    other = Ask(tuple(prompt_of(8)), TASK, COUNT, asker="bob")
 
     async def forgotten(engine):
         with paced(engine) as step:
-            ending = asyncio.create_task(collect(engine, theirs))
-            await begun(engine, step, [ending])
+            ending = [asyncio.create_task(collect(engine, ask)) for ask in theirs]
+            await begun(engine, step, ending)
             going_on = asyncio.create_task(collect(engine, other))
             await asyncio.sleep(0)
             forgetting = asyncio.create_task(engine.forget("ann", ["ann"]))
             await asyncio.sleep(0)
         await forgetting
-        (ended,) = await asyncio.gather(ending, return_exceptions=True)
-        assert isinstance(ended, ModelRemoved)
+        ended = await asyncio.gather(*ending, return_exceptions=True)
+        assert isinstance(ended[-1], ModelRemoved)
+        assert all(isinstance(end, tuple | ModelRemoved) for end in ended)
         return await going_on
 
     assert run(engines, forgotten) == world.expected(other)

@@ -104,6 +104,7 @@ def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
                 if piece.token:
                     break
             os.killpg(server._process.pid, signal.SIGKILL)
+            await asyncio.to_thread(server._process.wait)
             ended = await asyncio.gather(*rows, return_exceptions=True)
             assert any(isinstance(end, EngineGone) for end in ended)
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
