@@ -101,6 +101,8 @@ def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere
     assert (TASK, "eves") not in owners()
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.delete(EVE).status_code == 200
+    assert http.delete("/v1/people/somebody").status_code == 200
+    assert "somebody" not in service._tombstones  # no id of a forgotten person without a key
     asyncio.run(asked())  # afterwards: the next sweep leaves it
     asyncio.run(service.drop_forgotten_elsewhere())
     assert (TASK, "eves") in owners()

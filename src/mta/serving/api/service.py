@@ -208,8 +208,9 @@ class Service:
 
     def note_forgotten(self, person: str) -> None:
         """Note that all that a person asked has ended: the next sweep must not end what they ask afterwards."""
-        with suppress(StoreError):  # then it does
-            self._tombstones[person] = self.store.tombstones.of(person)
+        if self.keys_of(person):  # nobody else's id stays in memory
+            with suppress(StoreError):  # then it does
+                self._tombstones[person] = self.store.tombstones.of(person)
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""
