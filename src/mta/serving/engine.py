@@ -220,10 +220,8 @@ class QueuedEngine(ABC):
 
     async def drop(self, versions: Collection[Version], askers: Collection[str] = ()) -> None:
         """End the running answers of these versions, and to ``askers``, with ModelRemoved; drop what they computed."""
-        gone = (
-            "the store no longer has this version" if not askers else "the store no longer has this version or person"
-        )
-        await self._drop(versions.__contains__, ModelRemoved(gone, "Ask again for the newest version."), askers)
+        error = ModelRemoved("the store no longer has this version", hint="Ask again for the newest version.")
+        await self._drop(versions.__contains__, error, askers)
 
     @abstractmethod
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:

@@ -67,6 +67,7 @@ class VllmEngine(QueuedEngine):
         self.bank, self.has_task_lora = bank, has_task_lora
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
+        self._askers: dict[asyncio.Task[None], str] = {}  # of the open answers
         self._salt = secrets.token_bytes(32)
         self._forcing = asyncio.Semaphore(_AT_ONCE)
 
@@ -81,9 +82,10 @@ class VllmEngine(QueuedEngine):
         return self.server.up
 
     def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
-        task = asyncio.create_task(self._forward(ask, pieces), name=ask.asker)
-        self._open[task] = pieces
+        task = asyncio.create_task(self._forward(ask, pieces))
+        self._open[task], self._askers[task] = pieces, ask.asker
         task.add_done_callback(self._open.pop)
+        task.add_done_callback(self._askers.pop)
         return task.cancel
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
@@ -98,7 +100,7 @@ class VllmEngine(QueuedEngine):
             self._open[answer].put_nowait(error)
             answer.cancel()
 
-        for answer in [answer for answer in self._open if answer.get_name() in askers]:
+        for answer in [answer for answer, asker in self._askers.items() if asker in askers]:
             end(answer)
         await self.adapters.drop(matches, end)
 
