@@ -33,6 +33,7 @@ from mta.bank.format import (
 )
 from mta.bank.notes import clear_stale, pass_stale_on, stale, stops
 from mta.config import CalibrationSettings, Run, StackSettings
+from mta.config.constants import COMPUTED_WITH
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
@@ -91,8 +92,7 @@ def calibrate_bank(
 
 def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
-    here = ("calibration", "memory", "device", "gradient_checkpointing")
-    given = {name: getattr(run, name) for name in here}
+    given = {name: getattr(run, name) for name in COMPUTED_WITH}
     return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration, True)})
 
 
@@ -104,7 +104,7 @@ def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run
     """Return the key of a calibration: of what was trained, the people, and the settings that count."""
     trained = _without_calibration(info).files
     histories = [[one.id, one.digest()] for one in people]
-    unused = {"base", "encoder", "memory", "device", "gradient_checkpointing"}  # the bank has their fingerprints
+    unused = {"base", "encoder", *COMPUTED_WITH}  # the bank has fingerprints of the first two
     loaded = base.as_loaded(_following(_settings(info, run))).model_dump(mode="json", exclude=unused)
     return json_sha256([trained, histories, loaded])
 

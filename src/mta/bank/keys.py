@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mta.bank.format import UNKNOWN_TO_0_1_0, file_hashes, names_as_in_0_1_0
 from mta.config import Run, TaskLoraSettings
+from mta.config.constants import COMPUTED_WITH
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.lora.peft import CONFIG, WEIGHTS
@@ -17,7 +18,7 @@ from mta.model.encoders import Encoder
 from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
-NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "memory", "gradient_checkpointing"}
+NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", *COMPUTED_WITH}
 
 
 @dataclass(frozen=True, slots=True)

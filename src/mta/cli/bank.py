@@ -13,11 +13,11 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
+from mta.config.constants import COMPUTED_WITH
 from mta.data.tasks import Task
 from mta.errors import BankError, InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
-_COMPUTED_WITH = frozenset({"base", "device", "memory", "gradient_checkpointing"})  # what a calibration may change
 People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
 
 
@@ -207,7 +207,12 @@ def calibrate(
     since = stops(*folders)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
-        folder, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=_COMPUTED_WITH
+        folder,
+        words,
+        device=device,
+        config=config,
+        open_to=frozenset({"calibration"}),
+        machine=COMPUTED_WITH | {"base"},
     )
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
         found = opened.calibrate(base, people, out=out, run=run, since=since, executor=executor, on_step=screen.step)

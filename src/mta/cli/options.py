@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 import mta
 from mta.config import Run, load_settings, override
+from mta.config.constants import COMPUTED_WITH
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.tasks import Task as TaskType
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
 
 MERGE_AND_STACK = frozenset({"merge", "stack"})
-MACHINE_SETTINGS = frozenset(
-    {"base", "encoder", "dtype", "device", "memory", "gradient_checkpointing", "max_tokens", "seed"}
-)
+MACHINE_SETTINGS = COMPUTED_WITH | {"base", "encoder", "dtype", "max_tokens", "seed"}
 
 
 def bank_at(name: Path) -> Path:

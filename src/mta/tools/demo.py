@@ -17,6 +17,7 @@ from pydantic import Field
 
 from mta.bank.bank import Bank
 from mta.config import CompareSettings, Run, override
+from mta.config.constants import COMPUTED_WITH
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.data.history import Person
 from mta.data.readers import read_people
@@ -242,18 +243,12 @@ def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, sa
     slow = override(recipe, [*recipe.short, *recipe.slow, *words])
     path = out / RECIPE
     if path.is_file():
-        begun = _anywhere(load_demo(path))
+        begun, unused = load_demo(path), {"run": set(COMPUTED_WITH)}
         for chosen in (whole,) if full else (short, slow):
-            if _anywhere(chosen) == begun:
+            if chosen.model_dump(exclude=unused) == begun.model_dump(exclude=unused):
                 return chosen
         raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
     return _for_this_machine(whole if full else short, whole if full else slow, say)
-
-
-def _anywhere(recipe: DemoRecipe) -> DemoRecipe:
-    """Return a recipe without what may change where memory was too small."""
-    machine = {"memory": "1", "device": "auto", "gradient_checkpointing": False}
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update=machine)})
 
 
 def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:
