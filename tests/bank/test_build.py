@@ -114,12 +114,12 @@ def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
     assert first["work"] == second["work"]
 
 
-def test_a_build_goes_on_with_less_memory(built, tmp_path):
-    """As the hint of a build that found no memory says."""
+def test_a_build_goes_on_with_other_memory(built, tmp_path):
+    """The hint of a build that found no memory asks for less."""
     stopped_among_anchors(tmp_path / "bank")
     stages = []
-    less = TINY_RUN.model_copy(update={"memory": "3GiB"})
-    out = build(tmp_path / "bank", run=less, on_step=lambda stage, step: stages.append(stage))
+    other = TINY_RUN.model_copy(update={"memory": "3GiB"})
+    out = build(tmp_path / "bank", run=other, on_step=lambda stage, step: stages.append(stage))
     assert "task LoRA" not in stages
     assert trained(out)["task_lora/adapter_model.safetensors"] == trained(built)["task_lora/adapter_model.safetensors"]
 
