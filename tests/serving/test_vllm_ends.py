@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,14 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 path = next(word.removeprefix("--uds=") for word in sys.argv if word.startswith("--uds="))
 socketserver.UnixStreamServer(path, Healthy).serve_forever()
 """
+
+
+@pytest.fixture(autouse=True)
+def parent(tmp_path, monkeypatch):
+    """A folder instead of /dev/shm and /tmp, where servers of other tests may run."""
+    monkeypatch.setattr(Path, "is_dir", lambda path, is_dir=Path.is_dir: str(path) != "/dev/shm" and is_dir(path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture
@@ -47,3 +57,27 @@ def test_a_server_that_ends_is_reported_with_its_exit_status_and_not_restarted(s
     assert str(server.log) in caplog.text
     server.stop()
     assert not server.folder.exists()
+
+
+def test_the_folder_of_a_gateway_that_was_killed_with_its_server_is_removed_by_the_next(server, parent):
+    code = f"""if True:
+        import os, tempfile
+        tempfile.tempdir = {str(parent)!r}
+        from pathlib import Path
+        Path.is_dir = lambda path, is_dir=Path.is_dir: str(path) != "/dev/shm" and is_dir(path)
+        from mta.serving.vllm.server import VllmServer, VllmSettings
+        server = VllmServer(VllmSettings({sys.executable!r}, "base", "bank", "people", 64))
+        (server.folder / "adapter").write_text("ann's")
+        print(server.folder, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+    (parent / "mta-vllm-others").mkdir()  # no gateway of ours: it has no lock
+    (parent / "mta-vllm-link").symlink_to(left)
+    assert (left / "adapter").exists()
+    following = VllmServer(server.settings)
+    assert not left.exists()
+    assert server.folder.exists()
+    assert (parent / "mta-vllm-others").exists()
+    following.stop()
+    assert server.folder.exists()

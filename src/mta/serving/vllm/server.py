@@ -20,14 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
+from filelock import FileLock
 
 from mta.errors import ConfigError, MtaError
 from mta.serving.api.auth import ENV
 from mta.serving.engine import LATER, EngineGone
-from mta.system.atomic import owner_only
+from mta.system.atomic import file_mode, owner_only
 
 log = logging.getLogger("mta")
+LOCK = "gateway.lock"  # in the folder of a vLLM server, held by its gateway
 SLOT_RANK = 16  # default rank of vLLM's adapter slots (decision 012)
+_PREFIX = "mta-vllm-"  # of the folders of servers that gateways start
 _STARTUP_TIMEOUT = 600.0  # seconds: large models on slow disks
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): .+|error: .+")
 
@@ -113,9 +116,8 @@ class VllmServer(Remote):
                 f"no Python at {settings.python!r} to run vLLM with",
                 hint="Create one (docs/how-to/vllm.md):  make vllm   and pass  --vllm .vllm/bin/python",
             )
-        memory = Path("/dev/shm")
-        folder = Path(tempfile.mkdtemp(prefix="mta-vllm-", dir=memory if memory.is_dir() else None))
-        super().__init__(f"unix:{folder / 'socket'}", folder)
+        folder, lock = _new_folder()
+        super().__init__(f"unix:{folder / 'socket'}", folder, lock=lock)
         self.settings, self.socket, self.log = settings, folder / "socket", folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -171,6 +173,23 @@ class VllmServer(Remote):
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(seconds)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _new_folder() -> tuple[Path, FileLock]:
+    """Make a folder, in memory if possible, with a lock that ends with this process.
+
+    Folders whose gateway and vLLM were killed together are removed: no forgetting would find the adapters in them.
+    """
+    parent = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, or in use
+            if left.lstat().st_uid == os.getuid() and (left / LOCK).is_file() and not left.is_symlink():
+                with FileLock(left / LOCK, timeout=0):
+                    shutil.rmtree(left)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))  # until it is locked
+    lock = FileLock(hidden / LOCK, timeout=0, mode=file_mode())
+    lock.acquire()
+    return hidden.rename(hidden.with_name(hidden.name[1:])), lock
 
 
 def _reason(log: Path) -> str:
