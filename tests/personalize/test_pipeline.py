@@ -132,11 +132,12 @@ class FullDisk(Store):
         return super().save(id, state, *more, **how)
 
 
-def test_forgetting_elsewhere_while_a_checkpoint_is_written_stops_nothing(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", ["plan.json", "checkpoint"])
+def test_forgetting_elsewhere_while_a_run_writes_stops_nothing(tiny, tmp_path, monkeypatch, written):
     real, removed = os.fsync, []
 
     def forgotten(file):
-        if not removed and (found := list((tmp_path / "work").glob("*/.*.checkpoint.*"))):
+        if not removed and (found := list((tmp_path / "work").glob(f"*/.*{written}.*"))):
             removed.extend(found)
             shutil.rmtree(tmp_path / "work")
         real(file)

@@ -16,7 +16,7 @@ from mta.store.tombstones import LIFETIME
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
-FOLDER, KEY = "work", "store.json"
+FOLDER, KEY_FILE = "work", "store.json"
 RUN = "[0-9a-f]{24}"  # name of a run's folder; other folders are not ours
 
 
@@ -45,8 +45,12 @@ class RunCheckpoints:
         return found if isinstance(found, list) else None
 
     def note(self, names: Sequence[str]) -> None:
-        """Save the names that the run will compute."""
-        self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
+        """Save the names that the run will compute; not if another process removes the folder, as ``forget`` does."""
+        try:
+            self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
+        except (StoreError, FileNotFoundError):
+            if not self.files.local or Path(self.files.at(self.name)).exists():
+                raise
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Return the checkpoint of one cohort; None if the store is not local: then stopped cohorts start again."""
@@ -76,7 +80,7 @@ def runs_in(files: Storage) -> list[str]:
 
 def drop_runs(files: Storage) -> None:
     """Remove the folders of all runs over a store, if it is one. Raises StoreError."""
-    if files.exists(KEY):
+    if files.exists(KEY_FILE):
         for name in runs_in(files):
             files.remove_folder(name)
         _remove_if_empty(files)

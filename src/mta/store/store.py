@@ -30,13 +30,15 @@ from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.store.exports import Exports, remove_if_empty
 from mta.store.lock import locked
-from mta.store.state import HEADER_BYTES, SCHEMA, State, history_from_bytes, history_to_bytes, seal_of
+from mta.store.run_checkpoints import KEY_FILE
+from mta.store.state import HEADER_BYTES, State, history_from_bytes, history_to_bytes, seal_of
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
 _PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
 _KEY = re.compile("[0-9a-f]{64}")
+KEY_SCHEMA = 1
 
 
 class Store:
@@ -63,7 +65,7 @@ class Store:
 
     def check(self) -> None:
         """Raise StoreError if the store is missing or its key damaged, which could look like an unknown person."""
-        if self.files.read("store.json") is None:
+        if self.files.read(KEY_FILE) is None:
             raise StoreError(
                 f"there is no store at {self.files.root}",
                 hint="Give the store's address, or create a store:  mta personalize",
@@ -252,24 +254,24 @@ class Store:
 
     def _open(self, write: bool) -> bytes:
         """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""
-        data = self.files.read("store.json")
+        data = self.files.read(KEY_FILE)
         if data is None and any(map(_PERSON.match, self.files.find(depth=3))):
-            data = self.files.read("store.json") or b"nothing"  # read again: another writer may just have created it
+            data = self.files.read(KEY_FILE) or b"nothing"  # read again: another writer may just have created it
         if data is None and write:
-            made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
+            made = {"schema": KEY_SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
-                self.files.create("store.json", json.dumps(made).encode())
-            data = self.files.read("store.json")  # the key of the first writer
+                self.files.create(KEY_FILE, json.dumps(made).encode())
+            data = self.files.read(KEY_FILE)  # the key of the first writer
         if data is None:
             return b""
         try:
             value = json.loads(data)
-            if value["schema"] != SCHEMA or not _KEY.fullmatch(value["key"]):
+            if value["schema"] != KEY_SCHEMA or not _KEY.fullmatch(value["key"]):
                 raise ValueError(f"schema {value['schema']!r}")
             return bytes.fromhex(value["key"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(
-                f"{self.files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a 64-digit key",
+                f"{self.files.at(KEY_FILE)} is damaged or missing: expected schema {KEY_SCHEMA} and a 64-digit key",
                 hint="Restore the file from a backup: without its key, no person in the store can be found.",
             ) from error
 
