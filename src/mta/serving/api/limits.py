@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import defaultdict, deque
 from contextlib import suppress
 
 from fastapi import HTTPException
@@ -37,23 +38,21 @@ class Limits(Settings):
 
 
 class Rate:
-    """Token bucket per key, with ``each`` requests per minute; 0 means no limit."""
+    """At most ``each`` requests of a key within any minute; 0 means no limit. Refused requests do not count."""
 
     def __init__(self, each: int) -> None:
         self.each = each
-        self._buckets: dict[str, tuple[float, float]] = {}
+        self._latest: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=each))
 
     def count(self, key: str) -> None:
         """Count a request. Raises 429 with the seconds until the next request is allowed."""
         if not self.each:
             return
-        now = time.monotonic()
-        left, before = self._buckets.get(key, (float(self.each), now))
-        left = min(left + (now - before) * self.each / 60, float(self.each))
-        self._buckets[key] = (left - (left >= 1), now)
-        if left < 1:
-            wait = math.ceil((1 - left) * 60 / self.each)
+        now, latest = time.monotonic(), self._latest[key]
+        if len(latest) == self.each and now - latest[0] < 60:
+            wait = math.ceil(latest[0] + 60 - now)
             raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(wait)})
+        latest.append(now)
 
 
 class BodyLimit:
