@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import httpx2
 import openai
+from conftest import people_of
+from fastapi import HTTPException
 from served import endless, served, stepped, waited
 
 from mta.serving import launch
 from mta.serving.api import completions, limits
-from mta.serving.api.limits import Limits
+from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.service import Service
+from mta.store.lock import locked
 from mta.store.tombstones import LIFETIME
 
 
@@ -106,6 +109,47 @@ def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
+
+
+def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path):
+    with served(*tiny, tmp_path) as here:
+        here.service.store.identity(write=True)
+        headers = {name: {"Authorization": f"Bearer {secret}"} for name, secret in here.secrets.items()}
+        item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
+
+        def keep(n):
+            url, body = f"{here.url}/v1/people/team/{n}/history", {"items": [item], "keep": True}
+            return httpx2.post(url, json=body, headers=headers["team"], timeout=120).status_code
+
+        with ThreadPoolExecutor(60) as callers:
+            with locked(here.service.store.files):
+                kept = [callers.submit(keep, n) for n in range(60)]
+                body = {"model": "person:nobody", "messages": [{"role": "user", "content": "Film 7"}]}
+                for _ in range(20):  # each looks for the person in the store
+                    url = f"{here.url}/v1/chat/completions"
+                    assert httpx2.post(url, json=body, headers=headers["serve"], timeout=10).status_code == 404
+                assert not all(one.done() for one in kept)
+            assert {one.result() for one in kept} == {200}
+
+
+def test_no_minute_has_more_requests_than_the_rate(monkeypatch):
+    now, rate, accepted = 0.0, Rate(10), []
+    monkeypatch.setattr("mta.serving.api.limits.time.monotonic", lambda: now)
+
+    def wait():
+        try:
+            return rate.count("ann") or 0
+        except HTTPException as refused:
+            return int(refused.headers["Retry-After"])
+
+    for _ in range(3000):
+        now += 0.125
+        if seconds := wait():
+            assert accepted[-10] + 60 - now <= seconds <= 60
+        else:
+            accepted.append(now)
+    assert all(later - earlier >= 60 for earlier, later in zip(accepted, accepted[10:]))
+    assert len(accepted) == 70  # 375 seconds: ten at once, and ten again in each new minute
 
 
 def test_what_security_md_promises_is_the_default():

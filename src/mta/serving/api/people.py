@@ -6,6 +6,7 @@ Only a key that owns a person may use these routes; unauthorized and unknown per
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -65,7 +66,7 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     new = [_item(service.task, item, service.limits.item) for item in body.items]
     async with service.checking(key):
         await run_in_threadpool(_check_lengths, service, new)
-    async with service.lock(id):
+    async with service.lock(id), service.writing if body.keep else nullcontext():
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}
 
@@ -149,11 +150,11 @@ def _check_not_fewer(store: Store, person: Person) -> None:
         state = store.load(person.id)
     except (PersonNotFound, StateCorrupt):
         return
-    known = len(person.items)
-    if state.shots > known or (state.shots == known and not person.grown_from(state.history)):
+    known, others = len(person.items), not person.grown_from(state.history)
+    if state.shots > known or (state.shots in (0, known) and others):  # 0: not noted, before 0.2
         raise Refused(
-            f"the person's model was made from {state.shots} items, and this server knows {known} of the person's items"
-            + (", others" if state.shots == known else ""),
+            f"the person's model was made from {state.shots or 'other'} items, "
+            f"and this server knows {known} of the person's items" + (", others" if state.shots == known else ""),
             hint="Append the others first (mta personalize --keep-histories keeps those of a file); "
             f'or make it from these alone: {{"latest": {known}}}',
         )

@@ -24,7 +24,7 @@ from mta.bank.notes import stale
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, OtherBank, StoreError
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, TASK
+from mta.personalize.adapters import BASE, SharedModel
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
 from mta.serving.api.errors import NeedsRebuild, UnknownOrForbidden, error_of
 from mta.serving.api.histories import Histories
@@ -37,7 +37,7 @@ from mta.serving.model_names import Named, named
 from mta.store import Store
 
 log = logging.getLogger("mta")
-_FALLBACKS = {"task": TASK, "base": BASE}
+_WRITERS = 4  # threads that wait for the store's lock at once: others look up people meanwhile
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Service:
     rate: Rate = field(init=False)
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
+    writing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WRITERS), init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
     _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
@@ -85,7 +86,7 @@ class Service:
         found = named(model, self.base.name)
         if isinstance(found, Named):
             version = await run_in_threadpool(self._version, found) if key.may_ask(found.person) else None
-            who = version or _FALLBACKS.get(fallback or "")
+            who = version or (SharedModel(fallback) if fallback else None)
         else:
             who = found
         if who is not None:
@@ -111,7 +112,7 @@ class Service:
         except OtherBank:
             if request.fallback is None:
                 raise
-        return await answer(_FALLBACKS[request.fallback])
+        return await answer(SharedModel(request.fallback))
 
     async def check_fresh(self, who: ServedModel | None = None) -> None:
         """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
@@ -198,13 +199,16 @@ class Service:
         await run_in_threadpool(self.histories.drop_forgotten)
         await run_in_threadpool(self.jobs.drop_forgotten)
         owners = {key.of for key in self.keys.keys if key.rights == "person"}
+        before = dict(self._tombstones)
         tombstones = await run_in_threadpool(self.store.tombstones.of_each, owners) if owners else {}
-        gone = [id for id, names in tombstones.items() if not names <= self._tombstones.get(id, names)]
-        askers = [name for id in gone for name in self.keys_of(id)]
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
+        # Whom this gateway forgot meanwhile has asked anew since, and is noted already.
+        listed = {id: names for id, names in tombstones.items() if self._tombstones.get(id) is before.get(id)}
+        gone = [id for id, names in listed.items() if not names <= before.get(id, names)]
+        askers = [name for id in gone for name in self.keys_of(id)]
+        self._tombstones |= listed
         if removed or askers:
             await self.engine.drop(removed, askers)
-        self._tombstones |= tombstones
 
     def note_forgotten(self, person: str) -> None:
         """Note that all that a person asked has ended: the next sweep must not end what they ask afterwards."""
