@@ -59,15 +59,15 @@ class Part(Settings):
     texts: bool = True  # generate free text; otherwise only the likelihood of the true text is computed
 
     @property
-    def trained(self) -> tuple[Any, ...]:
-        """What changes how the bank is trained."""
+    def bank_settings(self) -> tuple[Any, ...]:
+        """The part's settings of its bank: words, items retrieved into prompts, and the pool it is trained on."""
         return tuple(word for word in self.words if not word.startswith(FREE)), self.retrieve, self.pool
 
     @model_validator(mode="after")
     def _check_bank(self) -> Self:
         if fixed := [word for word in self.words if word.startswith(FIXED)]:
             raise ValueError(f"words: {fixed[0]!r} would change the base or its prompts; make another recipe for it")
-        if self.bank == MAIN_BANK and self.trained != ((), 0, "task"):
+        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, "task"):
             raise ValueError("words, retrieve, or pool change how a bank is trained: give it a name with bank:")
         return self
 
@@ -147,7 +147,7 @@ class Experiment(Settings):
     def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
         trained: dict[str, tuple[Any, ...]] = {}
         for part in (part for parts in exhibits.values() for part in parts):
-            if trained.setdefault(part.bank, part.trained) != part.trained:
+            if trained.setdefault(part.bank, part.bank_settings) != part.bank_settings:
                 raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
         return exhibits
 

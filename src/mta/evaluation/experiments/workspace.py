@@ -27,9 +27,9 @@ from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankRefused, InputError
+from mta.evaluation.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.people import draw_splits, with_tested
-from mta.evaluation.experiments.pool import behind_bank, behind_task_lora, in_bank, run_on_everything
 from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name
 from mta.evaluation.experiments.results import CURRENT, RECIPE, SIZES, read_beside
 from mta.evaluation.methods import Method
@@ -138,7 +138,7 @@ class Workspace:
         parts = [part for parts in self.recipe.exhibits.values() for part in parts]
         protocols = {self.protocol(part, method) for part in parts for method in part.methods}
         run = self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY)
-        trained = {part.bank: json_sha256([run, *part.trained]) for part in (MAIN, *parts)}
+        trained = {part.bank: json_sha256([run, *part.bank_settings]) for part in (MAIN, *parts)}
         current = read_beside(self.folder / CURRENT)
         before, banks = current.get("trained", {}), current.get("banks", {})
         same = {name for name, how in trained.items() if before.get(name, how) == how}
@@ -219,11 +219,11 @@ class Workspace:
 
     def _run_of(self, part: Part, seed: int, *, as_trained: bool = False) -> Run:
         """Return the recipe's settings with the changes of the part, or only with those that train its bank."""
-        words = part.trained[0] if as_trained else part.words
+        words = part.bank_settings[0] if as_trained else part.words
         run = override(self.recipe.run, [*words, f"seed={seed}"])
         if part.pool == "task":
             return run
-        parts = behind_task_lora(self.bank(MAIN, seed), *self._trained, seed)
+        parts = behind_task_lora(self.bank(MAIN, seed), *self._task_people_and_candidates, seed)
         items = (sum(len(person.items) for person in people) for people in parts)
         return run_on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
 
@@ -231,15 +231,15 @@ class Workspace:
         return self.out / "banks" / bank_name(part.bank, seed)
 
     @property
-    def _trained(self) -> tuple[list[Person], list[Person]]:
+    def _task_people_and_candidates(self) -> tuple[list[Person], list[Person]]:
         """The task people and the candidates."""
         return self.splits.select("task", self.people), self.splits.select("candidates", self.people)
 
     def _pool(self, part: Part, seed: int) -> tuple[list[Person], list[Person]]:
         """Return the people that train a bank's task LoRA, and those held out from it (none: chosen by hash)."""
         if part.pool == "task":
-            return self._shown(part, self._trained[0]), []
-        pool, held_out = behind_bank(self.bank(MAIN, seed), *self._trained, seed)
+            return self._shown(part, self._task_people_and_candidates[0]), []
+        pool, held_out = behind_bank(self.bank(MAIN, seed), *self._task_people_and_candidates, seed)
         return self._shown(part, pool), self._shown(part, held_out)
 
     def has_opened(self, part: Part, seed: int) -> bool:
@@ -289,7 +289,7 @@ class Workspace:
                 bank,
                 bank.encoder(self.base, run.encoder),
                 run,
-                anchors=self._shown(part, in_bank(bank, "anchor", self._trained[1])),
+                anchors=self._shown(part, in_bank(bank, "anchor", self._task_people_and_candidates[1])),
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import AttackSettings
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.splits import draw
 from mta.errors import InputError
+from mta.evaluation.behind import behind_task_lora
 from mta.evaluation.protocol import members_and_others
 
 AT_LEAST = 1000  # items of people outside the bank, if there are as many
@@ -149,7 +149,7 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
 
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
     """Return people behind the task LoRA who are no anchors, with items it was trained on, about ``items`` in all."""
-    info, run = bank.info, bank.info.run
+    info = bank.info
     own = [person for person in people if info.members.parts_of(person.id)]
     if any(person.group for person in people):  # groups as when the bank was built, without others who connect them
         own = connected([replace(person, group="") for person in own], bank.task)[0]
@@ -157,14 +157,12 @@ def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[P
     if not bank.task_lora or len(behind) < info.members.task:
         return []  # the pooled items of a person depend on the missing people
     own = [person for person, of in behind if "clusters" not in of]
-    others = pooled_candidates(
-        [person for person, of in behind if "clusters" in of],
-        {person.id for person, of in behind if "anchor" in of},
-        run.task_lora,
+    candidates = [person for person, of in behind if "clusters" in of]
+    anchors = {person.id for person, of in behind if "anchor" in of}
+    trained = (
+        person for person in behind_task_lora(bank, own, candidates, info.run.seed)[0] if person.id not in anchors
     )
-    pooled = {id(item) for item in pooled_items(own, run.task_lora, run.seed, candidates=others)[0]}
-    trained = [Person(p.id, tuple(i for i in p.items if id(i) in pooled)) for p, of in behind if "anchor" not in of]
-    known = sorted((person for person in trained if person.items), key=lambda person: person.id)
+    known = sorted(trained, key=lambda person: person.id)
     chosen = random.Random(seed).sample(known, min(items, len(known)))
     return [_sample(person, max(items // len(chosen), 1), seed) for person in chosen]
 
