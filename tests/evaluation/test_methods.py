@@ -233,6 +233,7 @@ def test_merged_by_one_layer_group_is_the_learned_policy(panel, start):
     one, other = MergedByLayer(groups=1, merge=settings).run(panel, 0).merge, Merged(merge=settings).run(panel, 0).merge
     torch.testing.assert_close(one.w[:, 0], other.w)
     assert not MergedByLayer(merge=MergeSettings(policy="learned", k=8)).fits(panel.task, 4, True)
+    assert not Merged(merge=MergeSettings(policy="laplace", k=2)).fits(panel.task, 4, True)  # it merges all anchors
 
 
 def test_a_smaller_bank_merges_only_its_own_anchors(panel):

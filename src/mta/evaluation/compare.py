@@ -36,7 +36,7 @@ from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.merge import check_merge
+from mta.personalize.merge import can_merge, check_merge, needs_encodings
 from mta.personalize.policies import POLICIES
 from mta.system.device import dtype_name
 from mta.system.extras import require
@@ -111,12 +111,9 @@ def standard_methods(
         k = 0 if POLICIES[name].all_anchors else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
-    kinds = {name: POLICIES[name] for name in settings.policies}
-    policies = [
-        name
-        for name, kind in kinds.items()
-        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients) and (encoded or kind.all_anchors)
-    ]
+    def fits(merge: MergeSettings) -> bool:
+        return can_merge(merge, anchors, task.labelled, calibrated) and (encoded or not needs_encodings(merge))
+
     oppu, adapt, stack = settings.oppu, settings.adapt or run.stack, run.stack
     rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
@@ -133,7 +130,7 @@ def standard_methods(
         TaskLora(),
         *controls,
         rival,
-        *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies),
+        *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in settings.policies if fits(policy(name))),
         OneLora(name="adapt only", lora=adapt.lora, training=adapt.training),
         ours,
     ]

@@ -107,6 +107,17 @@ def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrate
         )
 
 
+def can_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool) -> bool:
+    """Return whether ``check_merge`` passes. The policy ``auto`` is one that fits the bank."""
+    if settings.policy == "auto":
+        return settings.k <= anchors
+    try:
+        check_merge(settings, anchors, labelled, calibrated)
+    except (AnchorNotFound, ConfigError):
+        return False
+    return True
+
+
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
     """Retrieve K anchors per person and compute their coefficients by ``settings.policy``.
 

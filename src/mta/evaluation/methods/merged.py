@@ -20,13 +20,13 @@ from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, needs_encodings, needs_evidence
+from mta.personalize.merge import Merge, can_merge, coefficients, learn, merge_adapters, needs_encodings, needs_evidence
 from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
 from mta.system.device import clock
 from mta.training.plan import parameters_of
 
-MTA = "https://arxiv.org/abs/2511.20072"
+MTA_PAPER = "https://arxiv.org/abs/2511.20072"
 
 
 @register
@@ -52,7 +52,7 @@ class OneLora(Method):
 class Merged(Method):
     """Stage 2 alone: a merge of the bank. Only anchor numbers and coefficients are stored."""
 
-    paper: ClassVar[str] = MTA
+    paper: ClassVar[str] = MTA_PAPER
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
@@ -123,7 +123,7 @@ class MergedByLayer(Method):
 class MergeThenAdapt(Method):
     """MTA: stage 2, then the stack on top of it."""
 
-    paper: ClassVar[str] = MTA
+    paper: ClassVar[str] = MTA_PAPER
     seeded: ClassVar[bool] = True
     method: Literal["mta"] = "mta"
     name: str = "MTA"
@@ -204,10 +204,7 @@ def layer_groups(names: Sequence[str], groups: int) -> list[int]:
 
 
 def _fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
-    if settings is None or settings.k > anchors:
-        return settings is None
-    kind = POLICIES.get(settings.policy)  # None: left to the bank's calibration
-    return kind is None or ((task.labelled or not kind.labels) and (calibrated or not kind.gradients))
+    return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
 
 
 def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
