@@ -1,4 +1,4 @@
-"""The engine protocol: the gateway passes an ``Ask`` and receives the answer as a stream of ``AnswerPiece``."""
+"""The base class of engines: the gateway passes an ``Ask`` and receives the answer as a stream of ``AnswerPiece``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mta.errors import InputError, MtaError
 from mta.personalize.adapters import SharedModel
@@ -124,39 +124,6 @@ class AnswerPiece:
     scores: tuple[float, ...] = ()
 
 
-class Engine(Protocol):
-    """Answers requests for different people from one base. Closing an answer's iterator cancels the answer."""
-
-    def answer(self, ask: Ask) -> AsyncIterator[AnswerPiece]:
-        """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, ModelRemoved, EngineGone."""
-
-    async def forget(self, person: str, askers: Collection[str] = ()) -> None:
-        """End the person's running answers with ModelRemoved, and drop everything computed for the person.
-
-        ``askers`` are the person's own: what they asked other models ends, too.
-        """
-
-    async def drop(self, versions: Collection[Version], askers: Collection[str] = ()) -> None:
-        """End the running answers of these versions, and to ``askers``, with ModelRemoved; drop what they computed."""
-
-    async def versions(self) -> set[Version]:
-        """Return the person versions in memory: running answers, adapters, keys and values."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests would be answered now."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether the engine can become ready again; if not, the process must be restarted."""
-
-    def facts(self) -> Mapping[str, tuple[float, str]]:
-        """Return the engine's metrics: name -> (value, description). None describes a single person."""
-
-    async def close(self) -> None:
-        """Finish accepted requests, accept no new ones, and stop."""
-
-
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Return the results of all works, run at once. An error or a cancellation is raised after all of them ended."""
     tasks = [asyncio.create_task(work) for work in works]
@@ -171,8 +138,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 Pieces = asyncio.Queue[AnswerPiece | MtaError]
 
 
-class QueuedEngine(ABC):
-    """What both engines share: checks of a request, answers that arrive in a queue, and the end of removed models.
+class Engine(ABC):
+    """Answers requests for different people from one base. The base class checks, queues, and ends answers.
 
     Prompt and answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
     """
@@ -226,3 +193,25 @@ class QueuedEngine(ABC):
     @abstractmethod
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
         """End the answers of the versions that match, and to ``askers``; drop everything computed for them."""
+
+    @abstractmethod
+    async def versions(self) -> set[Version]:
+        """Return the person versions in memory: running answers, adapters, keys and values."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether requests would be answered now."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the engine can become ready again; if not, the process must be restarted."""
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, tuple[float, str]]:
+        """Return the engine's metrics: name -> (value, description). None describes a single person."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish accepted requests, accept no new ones, and stop."""

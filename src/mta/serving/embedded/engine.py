@@ -20,13 +20,13 @@ from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
 from mta.serving.embedded.scheduler import AnswerRow, Scheduler
-from mta.serving.engine import LATER, QUEUED, Ask, EngineGone, Pieces, QueuedEngine, ServedModel, Version
+from mta.serving.engine import LATER, QUEUED, Ask, Engine, EngineGone, Pieces, ServedModel, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, in_passing
 
 
-class EmbeddedEngine(QueuedEngine):
+class EmbeddedEngine(Engine):
     """Serves rows of different people from one base, with one batch and one KV cache.
 
     At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``

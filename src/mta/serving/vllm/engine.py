@@ -22,10 +22,10 @@ from mta.serving.engine import (
     AnswerLost,
     AnswerPiece,
     Ask,
+    Engine,
     EngineGone,
     Finish,
     Pieces,
-    QueuedEngine,
     Token,
     Version,
     log_failure,
@@ -42,7 +42,7 @@ _AT_ONCE = 32  # scored tokens; each needs a connection
 _ID = "token_id:"  # prefix of tokens that vLLM returns as ids
 
 
-class VllmEngine(QueuedEngine):
+class VllmEngine(Engine):
     """Answers with a vLLM server; ``close`` also stops a server that we started.
 
     A prompt and its answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
