@@ -5,7 +5,7 @@ MtaError
 │   ├── DataError         a wrong file of people's items: names file, line and field
 │   ├── TaskError         an unknown or invalid task
 │   ├── ConfigError       an unknown configuration key or an invalid value
-│   ├── PersonNotFound    no state, history or anchor under the id
+│   ├── PersonNotFound    no state for the id, or no such person in a file
 │   │   └── UnknownOrForbidden  the server does not know the person, or the key has no access
 │   ├── AnchorNotFound    an anchor number outside the bank
 │   └── Refused           an invalid request to the server
@@ -34,7 +34,7 @@ MtaError
 └── VllmNotStarted        a vLLM server that does not start
 
 A message says what happened, what was found and what was expected; ``hint`` says what to type next. The errors of
-the server are defined in ``mta.serving.engine`` and ``mta.serving.api.errors``.
+the server are defined in ``mta.serving.engine``, ``mta.serving.api.errors``, and ``mta.serving.vllm.server``.
 To add one: subclass the nearest branch, draw it above, and provoke it in tests/project/provoked.py.
 """
 
@@ -70,7 +70,7 @@ class ConfigError(InputError):
 
 
 class PersonNotFound(InputError):
-    """No state, history or anchor exists under the id."""
+    """No state exists for the id, or no such person is in the file."""
 
 
 class AnchorNotFound(InputError):

@@ -17,7 +17,7 @@ import mta
 from mta.bank import add_calibration, format
 from mta.bank.calibration.crossfit import Calibrator
 from mta.bank.calibration.people import Subject, calibration_people
-from mta.bank.calibration.probes import Measure
+from mta.bank.calibration.probes import CalibrationWorker
 from mta.bank.format import read_info, verify
 from mta.bank.notes import mark_stale, stale, stops
 from mta.config import CalibrationSettings, Run, load_settings, override
@@ -105,7 +105,7 @@ def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, bas
 def test_an_interrupted_calibration_resumes_and_gives_the_same(folder, base, tmp_path, monkeypatch):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     whole = calibrated(other, base)
-    done, scores = [], Measure.scores
+    done, scores = [], CalibrationWorker.scores
 
     def stops(measure, piece):
         if len(done) == 2:
@@ -114,12 +114,14 @@ def test_an_interrupted_calibration_resumes_and_gives_the_same(folder, base, tmp
         return scores(measure, piece)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Measure, "scores", stops)
+        patched.setattr(CalibrationWorker, "scores", stops)
         with pytest.raises(KeyboardInterrupt):
             calibrated(folder, base)
     assert read_info(folder / "bank").calibration is None
     again = []
-    monkeypatch.setattr(Measure, "scores", lambda measure, piece: (again.append(piece.name), scores(measure, piece))[1])
+    monkeypatch.setattr(
+        CalibrationWorker, "scores", lambda measure, piece: (again.append(piece.name), scores(measure, piece))[1]
+    )
     assert calibrated(folder, base).hash == whole.hash
     assert done
     assert not set(done) & set(again)
@@ -133,7 +135,7 @@ def test_results_for_other_coefficients_are_not_taken_over(folder, base, tmp_pat
     whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
     with monkeypatch.context() as patched:  # an older version, which tried other lengths
         patched.setattr("mta.bank.calibration.crossfit.LENGTHS", (0.1, 0.2))
-        patched.setattr(Measure, "stacks", interrupt)
+        patched.setattr(CalibrationWorker, "stacks", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrated(folder, base)
     assert list((folder / "bank" / "work").glob("scores-*"))
@@ -326,14 +328,16 @@ def test_a_copy_resumes_and_follows_its_bank_in_forgetting(folder, base, tmp_pat
     out, bank = tmp_path / "copy", folder / "bank"
     whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
     with monkeypatch.context() as patched:
-        patched.setattr(Measure, "scores", interrupt)
+        patched.setattr(CalibrationWorker, "scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrated(folder, base, out=out)
     assert calibrated(folder, base, out=out).hash == whole.hash
     assert read_info(bank).calibration is None
 
     with monkeypatch.context() as patched:
-        patched.setattr(Measure, "scores", lambda *_: forget_person(OTHERS[0].id, None, bank) and torch.zeros(8))
+        patched.setattr(
+            CalibrationWorker, "scores", lambda *_: forget_person(OTHERS[0].id, None, bank) and torch.zeros(8)
+        )
         with pytest.raises(BankError, match="a person was forgotten during the calibration"):
             calibrated(folder, base, out=tmp_path / "another")
     (bank / "needs-rebuild.json").write_text(json.dumps({"needs_rebuild": ["anchor"]}))

@@ -165,7 +165,7 @@ def test_a_damaged_state_is_reported_with_its_file() -> None:
 
 
 def test_another_schema_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCHEMA", 2)
+    monkeypatch.setattr(module, "STATE_SCHEMA", 2)
     newer = state().to_bytes()
     monkeypatch.undo()
     with pytest.raises(StateCorrupt, match=r"got ValueError\('schema 2'\), expected schema 1\n  Update mta"):

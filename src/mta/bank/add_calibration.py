@@ -105,7 +105,7 @@ def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run
     trained = _without_calibration(info).files
     histories = [[one.id, one.digest()] for one in people]
     unused = {"base", "encoder", *COMPUTED_WITH}  # the bank has fingerprints of the first two
-    loaded = base.as_loaded(_following(_settings(info, run))).model_dump(mode="json", exclude=unused)
+    loaded = base.as_loaded(_with_todays_defaults(_settings(info, run))).model_dump(mode="json", exclude=unused)
     return json_sha256([trained, histories, loaded])
 
 
@@ -242,7 +242,7 @@ def _commit(
     write_tensors(folder / CALIBRATION, found.tensors(), {"work": work})
     run = info.run.model_copy(update={"calibration": _enabled(settings, True)})
     changed = {
-        "run": _following(run),
+        "run": _with_todays_defaults(run),
         "members": info.members.calibrated_on([person.id for person in people]),
         "files": info.files | file_hashes(folder, [CALIBRATION]),
         "calibration": found.info,
@@ -283,8 +283,8 @@ def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
         raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
 
 
-def _following(run: Run) -> Run:
-    """Return a bank's settings. Defaults of 0.1.0, in a bank of that time, become today's: the calibration counts."""
+def _with_todays_defaults(run: Run) -> Run:
+    """Return a bank's settings, in which default policy and stack of 0.1.0 become today's, which are calibrated."""
     if names_as_in_0_1_0(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
         return run
     policy = "auto" if run.merge.policy == "posterior" else run.merge.policy

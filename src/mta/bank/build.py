@@ -110,7 +110,7 @@ def build_bank(
     groups = [task_people, candidates, *([held_out] if held_out else [])]
     keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
     if _is_finished(out, keys, resume):
-        if not has_task(read_info(out), task):  # otherwise without the lock, which a calibration may hold
+        if not has_task(read_info(out), task):  # an unchanged task needs no lock, which a calibration may hold
             with exclusive(out):
                 if _is_finished(out, keys, resume):  # another process may have written another bank since
                     write_task(out, task)
@@ -121,7 +121,7 @@ def build_bank(
         base=base,
         settings=run.model_dump(mode="json") | own_task,
         about={"seeds": [run.seed]},
-        work=keys.training,  # what is measured with another calibration goes on with the same training
+        work=keys.training,  # a build with another calibration resumes the same training
         command=command,
         track=track,
         on_step=on_step,

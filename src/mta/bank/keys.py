@@ -85,7 +85,7 @@ def uncalibrated(run: Run) -> Run:
 
 
 def with_old_defaults(run: Run) -> Run:
-    """Return the run with the defaults of 0.1.0, which had none of these settings."""
+    """Return the run with today's defaults replaced by what 0.1.0 did."""
     defaults, before = TaskLoraSettings(), UNKNOWN_TO_0_1_0 | {"per_person": 32}
     found = {name: old for name, old in before.items() if getattr(run.task_lora, name) == getattr(defaults, name)}
     return uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update=found)}))

@@ -49,7 +49,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
     damaged = {export: why for each in exports for export, why in each.items() if export is None}
     left = damaged | (exports[-1] if exports else {})
-    found = replace(_marked(person, banks), states_removed=any(removed), exports_left=list(left.values()))
+    found = replace(_stop_and_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
         reasons = [error.message for error in failed]
         reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in found.unmarked.items()]
@@ -83,8 +83,8 @@ def _run(*steps: Callable[[], object]) -> list[StoreError]:
     return failed
 
 
-def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
-    """Mark the banks that were trained on a person as needing a rebuild, and return them in a ``Forgotten``."""
+def _stop_and_mark(person: str, banks: Sequence[Path]) -> Forgotten:
+    """Give up the banks' unfinished calibrations, and mark the banks trained on the person as needing a rebuild."""
     found = Forgotten(False, [])
     for bank in banks:
         try:

@@ -11,8 +11,8 @@ refreshed instead of retrained, and instead of "keep" there is
 
     merge     solve the coefficients again, and keep the stack
 
-Policies that read the anchors' losses refresh instead of retraining, too: otherwise the items of a retraining would be
-missing from their coefficients. So "retrain" is for policies that read neither.
+Policies that read the anchors' losses, or learn, refresh instead of retraining, too: otherwise the items of a
+retraining would be missing from their coefficients. So "retrain" is for policies that do neither.
 
 Source: our choice; docs/decisions/015 has the measurements.
 """
@@ -72,8 +72,10 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     jobs, states = stages.jobs(cohort), cohort.earlier_states
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
-    measured = stages.losses(  # without a name: these stacks are not needed beside the new ones
-        jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
+    measured = (
+        stages.losses(  # not bound to a variable, so that the old stacks are freed before the new ones are trained
+            jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
+        )
     )
     policy = policy_of(stages.run.merge)
     fitted = policy.evidence(stages.run.merge) or policy.learns

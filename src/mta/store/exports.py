@@ -64,7 +64,7 @@ class Export:
         folder = Path(self.folder)
         if "://" in self.host:
             return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
-        if not self._is_here():
+        if not self._is_reachable():
             return f"{self.folder} (on the host {self.host!r})"
         try:
             remove_unfinished(folder)
@@ -85,11 +85,11 @@ class Export:
             sync_folder(folder.parent)
         return ""
 
-    def _is_here(self) -> bool:
+    def _is_reachable(self) -> bool:
         """Return whether this host wrote the adapter, or has its weights in the same folder, as on a shared volume."""
-        return self.host == platform.node() or self.is_there()
+        return self.host == platform.node() or self.has_these_weights()
 
-    def is_there(self) -> bool:
+    def has_these_weights(self) -> bool:
         """Return whether the folder holds these weights."""
         with contextlib.suppress(OSError):
             return file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
@@ -112,7 +112,7 @@ class Export:
         Exports on another host, on a disk that is not mounted, or without write permission can be removed later.
         """
         folder = Path(self.folder)
-        if "://" in self.host or not self._is_here():
+        if "://" in self.host or not self._is_reachable():
             return "://" in self.host
         try:
             return file_sha256(folder / WEIGHTS) != self.sha256
@@ -170,7 +170,7 @@ class Exports:
         try:
             yield written
         except (Exception, KeyboardInterrupt, SystemExit):  # as for a full disk: the earlier export is still there
-            if not export.is_there():
+            if not export.has_these_weights():
                 self._change(id, lambda known: _without(known, export))
             self._keep_out(id, since)
             raise

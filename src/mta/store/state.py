@@ -22,7 +22,8 @@ from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
 
 T = TypeVar("T")
-SCHEMA = 1
+STATE_SCHEMA = 1
+HISTORY_SCHEMA = 1
 _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
@@ -127,7 +128,7 @@ class State:
 
         One key, because safetensors writes several keys in random order. ``sha256`` covers all other bytes of the file.
         """
-        fields = {"sha256": _NO_DIGEST, "schema": SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
+        fields = {"sha256": _NO_DIGEST, "schema": STATE_SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
         fields["scale"] = None if self.stack is None else self.stack.scale
         if self.losses is not None:  # states without losses keep the bytes of older versions
             fields["losses"] = asdict(self.losses)
@@ -161,7 +162,8 @@ class State:
             return cls._parsed(data)
         except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, Diverged) as error:
             raise StateCorrupt(
-                f"{source} is intact, but not a state this version reads: got {error!r}, expected schema {SCHEMA}",
+                f"{source} is intact, but not a state this version reads: "
+                f"got {error!r}, expected schema {STATE_SCHEMA}",
                 hint="Update mta if a newer version wrote the file. " + _AGAIN,
             ) from error
 
@@ -169,7 +171,7 @@ class State:
     def _parsed(cls, data: bytes) -> State:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         fields = json.loads(header["__metadata__"]["state"])
-        if fields["schema"] != SCHEMA:
+        if fields["schema"] != STATE_SCHEMA:
             raise ValueError(f"schema {fields['schema']!r}")
         stack = None if fields["scale"] is None else LoraBatch.of_tensors(load(data), fields["scale"])
         losses = Losses(**fields["losses"]) if "losses" in fields else None
@@ -209,7 +211,7 @@ def history_to_bytes(person: Person) -> bytes:
         return {"fields": dict(item.fields), "time": item.time, "id": item.id, "is_query": item.is_query}
 
     rows = [[row(item) for item in part] for part in (person.items, person.queries)]
-    return sealed_json("history", rows, SCHEMA)
+    return sealed_json("history", rows, HISTORY_SCHEMA)
 
 
 def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
@@ -220,7 +222,7 @@ def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person
         return Person(id, items, queries)
 
     hint = "Give the person's history again, or forget them:  mta forget"
-    return opened_json("history", data, (SCHEMA,), source, hint, parse)
+    return opened_json("history", data, (HISTORY_SCHEMA,), source, hint, parse)
 
 
 def sealed_json(name: str, value: object, schema: int) -> bytes:

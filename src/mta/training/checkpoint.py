@@ -1,4 +1,4 @@
-"""Checkpoints of cohorts in training, from which killed runs resume."""
+"""Files of tensors from which killed runs resume: cohorts in training, and results of finished pieces."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mta.system.atomic import write_tensors
 
 @dataclass(slots=True)
 class Checkpoint:
-    """The state of one cohort in training, saved to ``path`` every ``every`` seconds.
+    """Tensors in a file at ``path``: a cohort in training, which saves whenever ``due``, or a piece's result.
 
-    ``work`` is a hash of plan, data, and settings: a checkpoint with another hash is ignored. A checkpoint is removed
-    when ``allowed`` returns False, because a person of the cohort was forgotten.
+    ``work`` is a hash of plan, data, and settings: a checkpoint with another hash is ignored. ``save`` removes the file
+    again if ``allowed`` returns False, because one of its people was forgotten.
     """
 
     path: Path

@@ -15,7 +15,7 @@ from torch import Tensor
 from mta.bank.calibration.crossfit import PIECE, Calibrator
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import Subject, subjects_of
-from mta.bank.calibration.probes import Measure, Probe, run_probe
+from mta.bank.calibration.probes import CalibrationWorker, Probe, run_probe
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -58,10 +58,15 @@ def calibrate(
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     plan = plan_of(base, subjects, len(anchors), run)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
-    local = Measure(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
+    local = CalibrationWorker(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
     open_remote = partial(
-        Measure.open, base.as_loaded(run), base.fingerprint, anchors.to(cpu), task_lora and task_lora.to(cpu), tokens
+        CalibrationWorker.open,
+        base.as_loaded(run),
+        base.fingerprint,
+        anchors.to(cpu),
+        task_lora and task_lora.to(cpu),
+        tokens,
     )
     chosen = executor or LocalExecutor()
 

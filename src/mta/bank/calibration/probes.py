@@ -64,7 +64,7 @@ class Probe(Piece):
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class CalibrationWorker:
     """The models to measure with, and the shape of a stack."""
 
     base: BaseModel
@@ -74,7 +74,9 @@ class Measure:
     tokens_per_batch: int = TOKENS
 
     @classmethod
-    def open(cls, run: Run, fingerprint: str, anchors: LoraBatch, task_lora: LoraBatch | None, tokens: int) -> Measure:
+    def open(
+        cls, run: Run, fingerprint: str, anchors: LoraBatch, task_lora: LoraBatch | None, tokens: int
+    ) -> CalibrationWorker:
         """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
         worker = open_worker(run, fingerprint, task_lora)
         shared = [Shared(worker.task_lora)] if worker.task_lora else []
@@ -117,7 +119,7 @@ def key_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([example.tokens for example in examples]).encode()).hexdigest()
 
 
-def run_probe(measure: Measure, piece: Probe) -> Tensor:
+def run_probe(measure: CalibrationWorker, piece: Probe) -> Tensor:
     """Return the result of a piece of work."""
     kinds = {"gradients": measure.gradients, "scores": measure.scores, "stacks": measure.stacks}
     return kinds[piece.kind](piece)

@@ -18,7 +18,7 @@ from mta.evaluation.protocol import Panel
 from mta.lora.batch import LoraBatch, join
 from mta.personalize.merge import Merge, merge_loras
 
-PAPER = MergeSettings(policy="similarity", k=2)
+PAPER_MERGE = MergeSettings(policy="similarity", k=2)
 
 
 def bank_facts(bank: Bank) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     loss = torch.cat(
         [(one.pooled_loglik[:, None] - one.anchor_loglik) / one.tokens[:, None] for one in evidence]
     )  # (U, N)
-    own, nearest = panels[0].run.merge, PAPER.model_copy(update={"k": min(2, len(panels[0].bank))})
+    own, nearest = panels[0].run.merge, PAPER_MERGE.model_copy(update={"k": min(2, len(panels[0].bank))})
     return {
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
         "fidelity": {

@@ -17,7 +17,7 @@ from mta.evaluation.methods import AnyMethod, OneLora
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
-from mta.evaluation.reports.summary import FEW, NAME, POOLED, RIVAL
+from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
@@ -61,11 +61,11 @@ def _compared(found: Results, name: str) -> Drawn | None:
 def _against(found: Results, name: str) -> Drawn | None:
     """The table of any list of methods, and MTA's difference to each of them."""
     drawn, comparison = _compared(found, name), found.comparison(name)
-    if drawn is None or comparison is None or NAME not in comparison.names:
+    if drawn is None or comparison is None or OURS not in comparison.names:
         return drawn
-    others = [row for row in comparison.names if row not in (NAME, POOLED)]
-    rows = [[plain(other), marked(comparison, comparison.yardstick, NAME, other)] for other in others]
-    head = [f"{NAME} against", comparison.yardstick]
+    others = [row for row in comparison.names if row not in (OURS, POOLED)]
+    rows = [[plain(other), marked(comparison, comparison.yardstick, OURS, other)] for other in others]
+    head = [f"{OURS} against", comparison.yardstick]
     return f"{drawn[0]}\n{markdown(head, [row for row in rows if row[1]])}", drawn[1]
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mta.evaluation.reports.summary import OURS
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import replacing
@@ -207,7 +208,7 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
 
     def draw(ax: Any) -> None:
         for place, (name, stored, one) in enumerate(sorted(points, key=lambda point: point[2].mean)):
-            colour = COLOURS[0] if name.startswith("MTA") else MUTED
+            colour = COLOURS[0] if name.startswith(OURS) else MUTED
             x, y = max(stored, 1.0), min(max(one.mean, bottom), top)
             ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
             ax.plot(x, y, "o", color=colour, markersize=5)
@@ -218,7 +219,7 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
                 textcoords="axes fraction",
                 va="center",
                 color=INK if colour == MUTED else colour,
-                weight="bold" if name == "MTA" else "normal",
+                weight="bold" if name == OURS else "normal",
                 fontsize=8.5,
                 arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.6},
             )

@@ -18,7 +18,7 @@ from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import short
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, headline, title_of, verdict
+from mta.evaluation.reports.summary import OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison
@@ -74,7 +74,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in (POOLED, RIVAL, NAME) if name in comparison.names]
+    others = [name for name in (POOLED, RIVAL, OURS) if name in comparison.names]
     rows = [
         {
             "name": row.name,
@@ -153,7 +153,7 @@ def _coefficients(
     comparison: Comparison, bank: Bank, shown: Sequence[int], samples: SampleAnswers | None
 ) -> list[Section]:
     """Pictures of some people's coefficients."""
-    merge = comparison.row(NAME).merge if NAME in comparison.names else None
+    merge = comparison.row(OURS).merge if OURS in comparison.names else None
     if merge is None:
         return []
     same = "the same as under the questions below" if samples else "the first of the test, not selected"

@@ -11,7 +11,7 @@ from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
 
-NAME, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
+OURS, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
@@ -20,8 +20,8 @@ MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the
 def verdict(comparison: Comparison) -> list[str]:
     """Return what the comparison shows about MTA, in sentences that need no knowledge of the method."""
     names, metrics = comparison.names, _metrics(comparison)
-    if NAME not in names:
-        return [f"{NAME} is not among the methods compared."]
+    if OURS not in names:
+        return [f"{OURS} is not among the methods compared."]
     said: list[str] = []
     for other, called in (
         (POOLED, f"the {POOLED}"),
@@ -29,17 +29,17 @@ def verdict(comparison: Comparison) -> list[str]:
         (FLOOR, f"the shares of labels in the person's own items, without any model ({FLOOR})"),
     ):
         for metric in metrics:
-            if difference := comparison.difference(NAME, other, metric):
+            if difference := comparison.difference(OURS, other, metric):
                 judgement = judge(metric, difference, comparison.independent)
                 if judgement == "unclear" and metric == "NLL" and _is_small(difference, comparison.independent):
                     said.append(_equal(called, difference))
                 else:
                     said.append(_compared(judgement, called, metric, difference))
-    if shares := comparison.worse_off(NAME, POOLED):
+    if shares := comparison.worse_off(OURS, POOLED):
         said.append(_harm(comparison.people, *shares))
     if RIVAL in names:
-        ours, theirs = (human_bytes(comparison.row(name).bytes_per_person) for name in (NAME, RIVAL))
-        said.append(f"Kept per person: {ours} by {NAME}, {theirs} by {RIVAL}.")
+        ours, theirs = (human_bytes(comparison.row(name).bytes_per_person) for name in (OURS, RIVAL))
+        said.append(f"Kept per person: {ours} by {OURS}, {theirs} by {RIVAL}.")
     if (count := comparison.independent) < FEW:
         what = "people" if count == comparison.people else "independent groups of people"
         said.append(f"Only {count} {what} were tested: the intervals are too narrow to be trusted.")
@@ -52,10 +52,10 @@ def headline(comparison: Comparison) -> str:
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
     said: dict[str, list[str]] = {}
     for metric in _metrics(comparison):
-        if difference := comparison.difference(NAME, POOLED, metric):
+        if difference := comparison.difference(OURS, POOLED, metric):
             said.setdefault(words[judge(metric, difference, comparison.independent)], []).append(metric)
     found = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
-    return f"{NAME} against the {POOLED}: {found}" if found else "Methods compared"
+    return f"{OURS} against the {POOLED}: {found}" if found else "Methods compared"
 
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
@@ -89,11 +89,11 @@ def _compared(judgement: Judgement, called: str, metric: str, difference: Interv
         gain, low, high = -gain, -high, -low
     if judgement == "unclear":
         mean, start, end = map(_said, (gain, low, high))
-        said = f"no clear difference between {NAME} and {called}"
-        return f"{metric}: {said}; {NAME} is {mean} on average, with a 95% interval from {start} to {end}."
+        said = f"no clear difference between {OURS} and {called}"
+        return f"{metric}: {said}; {OURS} is {mean} on average, with a 95% interval from {start} to {end}."
     least, most = (low, high) if judgement == "better" else (-high, -low)
     interval = f"95% interval {least:.3f} to {most:.3f}"
-    return f"{metric}: {NAME} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
+    return f"{metric}: {OURS} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
 
 
 def _said(gain: float) -> str:
@@ -107,11 +107,11 @@ def _is_small(difference: Interval, units: int) -> bool:
 
 def _equal(called: str, difference: Interval) -> str:
     interval = f"95% interval from {_said(-difference.low)} to {_said(-difference.high)}"
-    return f"NLL: {NAME} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
+    return f"NLL: {OURS} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
 
 
 def _harm(people: int, share: float, clearly: float | None) -> str:
-    said = f"{round(share * people)} of {people} people are worse off with {NAME} than with the {POOLED}"
+    said = f"{round(share * people)} of {people} people are worse off with {OURS} than with the {POOLED}"
     said += f" (NLL higher by more than {NOTICEABLE:g})"
     if clearly is not None:
         said += f", {round(clearly * people)} of them clearly (their own 95% interval lies above zero)"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import KINDS
-from mta.evaluation.reports.summary import MEANING, NAME, POOLED, RIVAL, better_side, judge, title_of, verdict
+from mta.evaluation.reports.summary import MEANING, OURS, POOLED, RIVAL, better_side, judge, title_of, verdict
 from mta.evaluation.statistics import Comparison, Interval, Resampled, corrected
 from mta.system.units import human_bytes, human_seconds
 
@@ -95,7 +95,7 @@ def primary(many: Sequence[Results]) -> str:
         f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
         "Measured by NLL where there is one."
     )
-    heads = ["set", f"{NAME} against", "people", "independent", "seeds", "difference", "p"]
+    heads = ["set", f"{OURS} against", "people", "independent", "seeds", "difference", "p"]
     return f"{said}\n\n{markdown(heads, rows)}"
 
 
@@ -103,9 +103,9 @@ def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
     """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
     tried: list[tuple[Resampled, int, int]] = []
     for exhibit in ("seeds", "main"):
-        rows = (NAME, other, POOLED)
+        rows = (OURS, other, POOLED)
         comparison = found.comparison(exhibit, among=rows)
-        if comparison and (test := comparison.resampled(NAME, other, comparison.yardstick)):
+        if comparison and (test := comparison.resampled(OURS, other, comparison.yardstick)):
             tried.append((test, comparison.people, len(found.seeds(exhibit, among=rows))))
     return max(tried, key=lambda one: one[1:], default=None)
 
@@ -164,7 +164,7 @@ def table(comparison: Comparison) -> Table:
         scores = [comparison.score(row.name, metric) for metric in metrics]
         shares = comparison.worse_off(row.name, POOLED)
         made.add_row(
-            f"[bold]{NAME}[/]" if row.name == NAME else escape(row.name),
+            f"[bold]{OURS}[/]" if row.name == OURS else escape(row.name),
             *(f"{score.mean:.3f}" if score else "" for score in scores),
             _change(comparison, row.name),
             f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
