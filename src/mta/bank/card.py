@@ -158,7 +158,7 @@ def in_words(found: CalibrationInfo) -> str:
         return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
         f"Measured on {found.people} people, on items that the bank was not trained on: the decrease of the true "
-        "answer's NLL per token against the pooled model, in nats, with 95% intervals."
+        "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals."
     ]
     merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
     if merged and found.prior == BOUNDLESS:
