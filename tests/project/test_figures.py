@@ -59,6 +59,16 @@ def test_every_interval_is_in_a_result_file(page, measured):
     assert sorted(figures_in(page.read_text()) - measured) == []
 
 
+def test_every_p_value_is_in_the_table_of_corrected_comparisons():
+    table = (RESULTS / "gradient" / "README.md").read_text().partition("## Primary comparisons")[2]
+    found = [p for page in PAGES for p in re.findall(r"\(p = (0\.\d+)\)", page.read_text())]
+    assert found
+    values = [float(row.split("|")[-2]) for row in table.splitlines() if re.search(r"\| 0\.\d{4} \|$|1\.0000 \|$", row)]
+    assert len(values) == 3 * len(SETS)
+    for p in found:
+        assert p in {f"{value:.{len(p) - 2}f}" for value in values}
+
+
 def linked_rows() -> list[tuple[str, str, str]]:
     """Rows of tables that link a result file: the page, the file, and the row."""
     rows = [(page, line) for page in PAGES for line in page.read_text().splitlines() if line.startswith("|")]
