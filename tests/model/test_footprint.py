@@ -1,6 +1,7 @@
 """What passes are planned to take against the tensors that they really hold."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from tiny import random_loras, tokenizer
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -30,7 +33,7 @@ from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
-from mta.model.footprint import ParameterCounts, TextLengths
+from mta.model.footprint import ParameterCounts, Sums, TextLengths
 from mta.training.gates import gate_gradients
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
@@ -187,6 +190,13 @@ def test_passes_through_a_mixture_of_experts_take_the_planned_memory(shape, comp
     assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), ParameterCounts(width)), rel=0.15)
 
 
+def test_the_experts_of_a_token_are_counted_whatever_the_base_calls_their_number():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "global_head_dim": 16, "vocab_size": 300}
+    moe = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 32}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **moe, **COMMON, hidden_size_per_layer_input=0))
+    assert Sums.of(model).routed == 3 * 4 * 64  # layers, experts of a token, inputs
+
+
 def test_gradient_checkpointing_takes_the_planned_memory():
     base, jobs = base_of("llama", checkpointing=True), jobs_of(3)
     width = sum(d + o for d, o in base.targets.values())
@@ -210,6 +220,24 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
             how = {"frozen": [Shared(task)], "tokens_per_batch": plan.tokens_per_batch}
             train_loras(base, some, start, ONE_STEP, **how)
         log_likelihood(base, [job.examples for job in jobs], [Shared(task)], tokens_per_batch=plan.tokens_per_batch)
+    assert used.peak <= budget
+
+
+@pytest.mark.parametrize("memory", [12, 24])
+def test_rows_of_one_example_and_their_copies_of_a_merge_stay_within_the_memory(memory):
+    """People with different numbers of examples get a copy of their adapters for each row."""
+    base, jobs = base_of("llama"), jobs_of(12, prefix=4, own=4, targets=2)
+    base.packable = base.blocked = False
+    jobs[3] = replace(jobs[3], examples=jobs[3].examples[1:])
+    width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
+    task, merges = random_loras(base, 1, 8), random_loras(base, len(jobs), 16)
+    plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(task_lora=8 * width, frozen=16 * width))
+    with TensorMemory(held(base, task, merges)) as used:
+        for cohort in plan.cohorts:
+            some = [jobs[n] for n in cohort]
+            start = fresh(base.targets, 1, 1.0, 0, [job.key for job in some])
+            frozen = [Shared(task), PerPerson(merges.select(list(cohort)))]
+            train_loras(base, some, start, ONE_STEP, frozen=frozen, tokens_per_batch=plan.tokens_per_batch)
     assert used.peak <= budget
 
 

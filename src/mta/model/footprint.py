@@ -239,6 +239,9 @@ def _norm(module: nn.Module) -> str:
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
 
 
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")  # names of a token's number of experts
+
+
 def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:
     """Return how many inputs all experts of a token have, and their last layers, and the number of these experts.
 
@@ -251,6 +254,7 @@ def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:
     if not isinstance(last, nn.Parameter) or last.ndim != 3:
         return None
     given = any(name.startswith("top_k") for name in inspect.signature(type(module).forward).parameters)
-    count = getattr(config, "num_experts_per_tok", None) if given else None
-    experts, hidden = count or len(last), config.hidden_size
+    counts = [getattr(config, name, None) for name in _CHOSEN] if given else []
+    experts = next((count for count in counts if isinstance(count, int)), len(last))
+    hidden = config.hidden_size
     return experts * hidden, experts * (last[0].numel() // hidden), experts

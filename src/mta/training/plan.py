@@ -45,14 +45,16 @@ class _Lengths:
     smallest: int
     texts: TextLengths
     share: float  # of target tokens among all tokens
+    most: int  # examples of one job
     shortened: int
 
     @classmethod
     def of(cls, jobs: Iterable[Job], weight: float) -> _Lengths:
         """Read the jobs once, without keeping them."""
         count, longest, largest, smallest, tokens, targets, prefixes = 0, 1, 1, _MOST_TOKENS, 1, 0, list[int]()
-        shortened = 0
+        shortened = most = 0
         for job in jobs:
+            most = max(most, len(job.examples))
             count, shortened = count + 1, shortened + sum(example.cut > 0 for example in job.examples)
             for example in job.examples:
                 fed, aims = len(example.tokens) - 1, len(example.target)
@@ -62,7 +64,7 @@ class _Lengths:
             if len(job.examples) > 1:
                 prefixes.append(common_prefix(job.examples[0].tokens, job.examples[1].tokens))
         prefix = min(sum(prefixes) // max(len(prefixes), 1), longest)
-        return cls(count, largest, max(smallest, 1), TextLengths(longest, prefix), targets / tokens, shortened)
+        return cls(count, largest, max(smallest, 1), TextLengths(longest, prefix), targets / tokens, most, shortened)
 
 
 def parameters_of(base: BaseModel, lora: Lora) -> int:
@@ -90,7 +92,8 @@ def plan_cohorts(
     lengths = _Lengths.of(jobs, footprint.target_weight)
     per_token = _bytes_per_token(base, lengths.texts, numbers)
     per_person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
-    per_person_in_pass, shared = footprint.person(numbers), footprint.shared(numbers)
+    rows = 1 if base.packable else lengths.most  # layers may copy a person's adapters for each row
+    per_person_in_pass, shared = rows * footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * per_token + per_person + per_person_in_pass + shared
     if needed > memory:
         raise MemoryBudgetError(
