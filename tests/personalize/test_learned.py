@@ -182,6 +182,17 @@ def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
     same_model(base, bank, WAYS, found)
 
 
+def test_svd_of_coefficients_that_are_no_numbers_fails_for_their_person_only(bank_of_eight):
+    _, bank = bank_of_eight
+    settings, w = MergeSettings(mode="svd"), WAYS.w.clone()
+    w[1, 0] = torch.nan
+    found, expected = (merge_adapters(bank, Merge(WAYS.ids, one), settings)[0].batch for one in (w, WAYS.w))
+    for layer, pair in expected.factors.items():
+        for other, same in zip(found.factors[layer], pair):
+            assert other[1].isnan().all()
+            assert torch.equal(other[0], same[0])
+
+
 def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
     _, bank = bank_of_eight
     assert merge_adapters(bank, WAYS, MergeSettings(mode="svd"))[0].batch.rank == bank.anchors.rank

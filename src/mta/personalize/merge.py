@@ -341,6 +341,12 @@ def merge_loras(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> Lo
     if settings.mode == "factor":
         return merge_factor(anchors, ids, w)
     if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
-        rank = settings.rank or anchors.rank
-        return concatenate(truncate(merge_exact(anchors, i[None], c[None]), rank)[0] for i, c in zip(ids, w))
+        return concatenate(_truncated(anchors, i[None], c[None], settings.rank or anchors.rank) for i, c in zip(ids, w))
     return merge_exact(anchors, ids, w)
+
+
+def _truncated(anchors: LoraBatch, ids: Tensor, w: Tensor, rank: int) -> LoraBatch:
+    """Return one person's exact merge at ``rank``, without finite numbers where ``w`` has none: the svd would raise."""
+    finite = w.isfinite()
+    found = truncate(merge_exact(anchors, ids, torch.where(finite, w, 0)), rank)[0]
+    return found if finite.all() else found.map(lambda factor: factor * torch.nan)
