@@ -41,7 +41,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import Merge, coefficients, learn, merge_loras
+from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, merge_loras
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
@@ -290,6 +290,22 @@ def test_prime_never_increases_the_loss(panel):
     assert torch.equal(method.run(panel, 0).merge.w, found.merge.w)
 
 
+def test_prime_computes_no_more_people_together_than_fit_the_memory(panel, monkeypatch):
+    settings = MergeSettings(policy="uniform", k=2)
+    merge, _ = panel.merge(settings, 0)
+    whole = Prime._losses(panel, merge, settings)
+
+    def merged(bank, merge, settings):
+        together.append(len(merge.ids))
+        return merge_adapters(bank, merge, settings)
+
+    alone, together = tuple((u,) for u in range(PEOPLE)), []
+    monkeypatch.setattr(Panel, "plan", lambda *given, plan=Panel.plan: replace(plan(*given), cohorts=alone))
+    monkeypatch.setattr("mta.evaluation.methods.published.merge_adapters", merged)
+    torch.testing.assert_close(Prime._losses(panel, merge, settings), whole)
+    assert together == [1] * PEOPLE
+
+
 def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(panel):
     found = PerPcs(k=2).run(panel, 0)
     w = found.merge.w
@@ -320,6 +336,13 @@ def test_mean_inputs_do_not_depend_on_padding_or_batch(panel):
     alone = mean_inputs(panel.base, jobs[:1], panel.bank.task_adapters, rows_per_batch=1)
     for name, means in together.items():
         torch.testing.assert_close(means[:1], alone[name])
+
+
+def test_mean_inputs_need_no_logits(panel):
+    head, called = panel.base.model.get_output_embeddings(), []
+    with head.register_forward_pre_hook(lambda *_: called.append(1)):
+        mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
+    assert not called
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------

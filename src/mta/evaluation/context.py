@@ -77,7 +77,7 @@ def mean_inputs(
             for name in sums:
                 module = base.model.get_submodule(name)
                 hooks.enter_context(module.register_forward_pre_hook(partial(add, name, owner, mask)))
-            base.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            base.model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)  # without logits
     return {name: total / counts for name, total in sums.items()}
 
 

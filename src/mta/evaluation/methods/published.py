@@ -113,8 +113,10 @@ class Prime(Method):
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
-        adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge, settings)]
-        found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
+        found = list[Tensor]()
+        for cohort in panel.plan(1, settings).cohorts:
+            adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort), settings)]
+            found += log_likelihood(panel.base, [panel.jobs[u].examples for u in cohort], adapters)
         return torch.stack([-scores.sum() for scores in found])
 
 
