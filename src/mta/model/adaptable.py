@@ -119,6 +119,8 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
             f"{missing[0]} first",
             hint="Give the folder with all of its *.safetensors, or download the model again.",
         )
+    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
+        model.set_experts_implementation("eager")  # grouped products take no float64
     return model
 
 
