@@ -27,7 +27,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt with the adapters of its owner; return the new tokens, without the end token.
 
-    Greedy by default. Sampling depends only on ``seed``, and uses no global generator.
+    Greedy by default. Samples depend on ``seed`` and on all rows of the call, and use no global generator.
     Rows are padded on the left and sorted by length into batches. Up to rounding, greedy answers do not depend on which
     rows share a batch. A base that is not ``packable`` may ignore padding, so its batches hold prompts of one length.
     """
