@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from huggingface_hub import constants
@@ -392,3 +393,9 @@ def test_a_base_in_the_home_folder_has_its_whole_path(saved, monkeypatch):
     for base in (BaseModel.load(short), BaseModel.outline(Run(base=short))):
         run = base.as_loaded(Run(base=short, encoder=short))
         assert base.name == run.base == run.encoder == str(saved.resolve())
+
+
+def test_a_base_with_experts_loads_in_float64(tmp_path):
+    architectures.base_of("mixtral", torch.float32).model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert BaseModel.load(str(tmp_path), dtype="float64").dtype == torch.float64
