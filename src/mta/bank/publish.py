@@ -28,7 +28,7 @@ from mta.bank.notes import drop_note_of_publishing, note_published, published, s
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
-from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
+from mta.system.hub import Parcel, Repository, is_hub_id, public_name, snapshot
 
 _ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
@@ -122,8 +122,8 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     if members and MEMBERS not in sent:  # in schema 1, the members' key can be derived from the description
         values["members"] = values["members"] | {"sha256": ""}
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
-    values["base"] = run["base"] = _name_of(run["base"])
-    values["encoder"] = run["encoder"] = _name_of(run["encoder"])
+    values["base"] = run["base"] = public_name(run["base"])
+    values["encoder"] = run["encoder"] = public_name(run["encoder"])
     if TASK_LORA_CONFIG in sent:
         adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
         if Path(adapter.get("base_model_name_or_path") or "").is_absolute():
@@ -131,10 +131,6 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
             sent[TASK_LORA_CONFIG] = data
             values["files"] = values["files"] | {TASK_LORA_CONFIG: hashlib.sha256(data).hexdigest()}
     return values
-
-
-def _name_of(model: str) -> str:
-    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:

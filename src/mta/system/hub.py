@@ -37,6 +37,11 @@ def is_hub_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
+def public_name(model: str) -> str:
+    """Return a model's name for publication: of a local folder its own name, without the path."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
+
+
 def is_cached(name: str) -> bool:
     """Return whether the model of a hub id was downloaded before, with all of its weights."""
     from huggingface_hub import try_to_load_from_cache
