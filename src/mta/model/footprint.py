@@ -215,7 +215,10 @@ class Footprint:
         return self.itemsize * (numbers.shared + numbers.task_lora)
 
     def training(self, tokens: int, targets: int, people: int, texts: TextLengths, numbers: ParameterCounts) -> int:
-        """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments."""
+        """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments.
+
+        ``plan_cohorts`` adds up the same parts for cohorts of people; tests compare this sum with what passes take.
+        """
         kept = tokens * self.token(texts, self.ranks(numbers)) + people * self.person(numbers) + self.shared(numbers)
         layer = (self.sums.inner + 2 * self.sums.routed) // self.layers + 2 * self.hidden
         return kept + max(targets * self.target, tokens * self.itemsize * layer)  # gradients
