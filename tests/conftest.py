@@ -222,6 +222,13 @@ def tiny(tiny_bank_folder, cache):
     return base, Bank.open(tiny_bank_folder, base)
 
 
+@pytest.fixture
+def own_bank(tiny, tmp_path):
+    """The same with a copy of the bank, which a test may mark as needing a rebuild."""
+    base, bank = tiny
+    return base, type(bank).open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
+
+
 def trust(folder):
     """Give a tiny bank a calibration by which people get coefficients of their own; few people cannot find one."""
     from arrays import normal

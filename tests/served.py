@@ -46,13 +46,6 @@ def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store
         listening.close()
 
 
-def endless(base):
-    """Remove end tokens: answers of the tiny model would mostly be empty otherwise."""
-    base.prompts.end_token = 259
-    base.model.generation_config.eos_token_id = None
-    return base
-
-
 @contextmanager
 def stepped(scheduler):
     """Within the block the scheduler makes one step per ``release`` of the yielded semaphore."""

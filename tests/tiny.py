@@ -128,6 +128,16 @@ def base_of(kind: str = "llama", dtype: torch.dtype = torch.float64, template: b
     return BaseModel(model, tokenizer(template), f"tiny-{kind}")
 
 
+def endless(base: BaseModel, token: int = 259) -> BaseModel:
+    """The base without a token that ends an answer early: the tiny model's would mostly be empty.
+
+    A prompt ends with ``token``; 260 is none of the model's.
+    """
+    base.prompts.end_token = token
+    base.model.generation_config.eos_token_id = None
+    return base
+
+
 def unpacked(base: BaseModel) -> BaseModel:
     """The same base, with one example in each row."""
     other = copy(base)

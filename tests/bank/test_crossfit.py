@@ -17,7 +17,7 @@ from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
-from mta.bank.calibration.probes import Measure, Probe, key_of, run_probe
+from mta.bank.calibration.probes import CalibrationWorker, Probe, key_of, run_probe
 from mta.bank.calibration.settle import one_step, settled
 from mta.bank.card import in_words
 from mta.config import CalibrationSettings, Lora, Run
@@ -53,7 +53,7 @@ SETTINGS = CalibrationSettings(steps=1)
 
 
 def calibrated(scene, people, measure=None) -> Calibration:
-    models = Measure(*scene)
+    models = CalibrationWorker(*scene)
     return Calibrator(
         people, N, SETTINGS, measure or (lambda pieces: [(p, run_probe(models, p)) for p in pieces])
     ).run()
@@ -84,7 +84,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
     scored: dict[str, list[Probe]] = {}
 
     def recorded(name, people):
-        models = Measure(*scene)
+        models = CalibrationWorker(*scene)
         scored[name] = []
 
         def note(pieces):
@@ -108,7 +108,7 @@ def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(w > 5, -1.0, w.abs()).sum(1))
     own = Calibrator.coefficients
     monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + own(*words))  # never better than mu
-    people, models, probes = known(12), Measure(*scene), list[Probe]()
+    people, models, probes = known(12), CalibrationWorker(*scene), list[Probe]()
 
     def note(pieces):
         probes.extend(pieces)
@@ -161,7 +161,10 @@ def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
             for name, index in (("one", range(5)), ("some", order))
             for shots, queries in [zip(*((people[u].shots, people[u].queries) for u in index))]
         )
-        whole, found = run_probe(Measure(*scene), piece), run_probe(Measure(*scene, tokens_per_batch=60), some)
+        whole, found = (
+            run_probe(CalibrationWorker(*scene), piece),
+            run_probe(CalibrationWorker(*scene, tokens_per_batch=60), some),
+        )
         if kind == "gradients":
             rows = whole.split([len(one.shots) for one in people])
             near(found, torch.cat([rows[u] for u in order]))
@@ -173,7 +176,9 @@ def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
     base, bank, pooled, lora = scene
     people, w = known(4), 0.2 * normal(4, N, seed=4)
     shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
-    found = run_probe(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
+    found = run_probe(
+        CalibrationWorker(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03))
+    )
     merge = Gated(bank, w)
     jobs = [Job(key_of(examples), examples) for examples in shots]
     for column, rate in enumerate((0.01, 0.03)):
@@ -195,7 +200,7 @@ def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
 @pytest.mark.parametrize("people", [ENOUGH + 4, ENOUGH])
 def test_people_without_a_finite_likelihood_are_left_out(scene, people):
     """One person's NaN would make everybody's averages NaN, and leave everybody without a merge."""
-    everybody, models = known(people), Measure(*scene)
+    everybody, models = known(people), CalibrationWorker(*scene)
 
     def measure(pieces):
         for piece in pieces:
@@ -243,7 +248,7 @@ def test_the_gain_without_shots_is_that_of_the_merge_for_everybody(scene, monkey
 
 def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: w.abs().sum(1))  # every Newton step is taken in full
-    people, models = known(12), Measure(*scene)
+    people, models = known(12), CalibrationWorker(*scene)
     found = calibrated(scene, people)
 
     def at(mu, fold):

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import base_of, changed_json, random_loras, save_base
+from tiny import base_of, changed_json, endless, random_loras, save_base
 
 from mta.lora.layers import PerPerson, applied
 from mta.model.base import BaseModel
@@ -20,13 +20,6 @@ def prompts_of(*lengths):
 
 def people(base, count=3):
     return [PerPerson(random_loras(base, count, size=0.6))]
-
-
-def endless(base):
-    """The base without a token that ends an answer early, so that tests see what they ask for."""
-    base.prompts.end_token = 259
-    base.model.generation_config.eos_token_id = None
-    return base
 
 
 @torch.no_grad()

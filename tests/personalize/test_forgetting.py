@@ -1,7 +1,6 @@
 """Forgetting goes on where a step fails, can be repeated, and holds against processes that are still at work."""
 
 import errno
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from at_once import at_once
 from conftest import people_of, personalizer
 
 from mta.bank.bank import Bank
@@ -20,13 +20,6 @@ from mta.store import exports
 from mta.system.storage import Storage
 
 MEMBER = people_of(1, prefix="t")[0]  # the task LoRA learnt from this person
-
-
-@pytest.fixture
-def own_bank(tiny, tmp_path):
-    """A bank that a test may mark as needing a rebuild."""
-    base, bank = tiny
-    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
 
 
 @pytest.fixture(params=["read-only", "something in the way", "missing", "damaged"])
@@ -217,17 +210,6 @@ def publishing(folder: Path, process: int, barrier: object) -> None:
 def marking(folder: Path, person: str, barrier: object) -> None:
     barrier.wait(60)
     forget_person(person, None, folder)
-
-
-def at_once(work: object, *each: tuple[object, ...]) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(len(each))
-    processes = [context.Process(target=work, args=(*words, barrier)) for words in each]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * len(each)
 
 
 def test_32_notes_by_threads_of_processes_at_once_are_32_notes(tmp_path):

@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+from at_once import at_once
 from conftest import people_of
 from files import path_of
 from stores import ANN, export_from, exported, state
@@ -67,24 +67,13 @@ def appending(url, process, barrier):
         histories.append(ANN, [item], keep=True)
 
 
-def at_once(work, url):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=work, args=(url, n, barrier)) for n in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 3
-
-
 def test_notes_of_several_processes_at_once_are_all_kept(tmp_path):
-    at_once(noting, tmp_path)
+    at_once(noting, *((tmp_path, n) for n in range(3)))
     assert len(Store(tmp_path).exports.of(ANN)) == 24
 
 
 def test_items_appended_by_two_gateways_at_once_are_all_kept(tmp_path):
-    at_once(appending, tmp_path)
+    at_once(appending, *((tmp_path, n) for n in range(3)))
     store = Store(tmp_path)
     assert len(store.history(ANN).items) == 24
     assert (check(store).strangers, check(store).leftovers, check(store).exposed) == ([], [], "")

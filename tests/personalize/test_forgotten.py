@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from tiny import base_of
 from traces import traces
 
 from mta import TASK
-from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.notes import stale
 from mta.config import CompareSettings
@@ -60,12 +58,6 @@ def leftovers(store: Store, id: str) -> None:
     folder = path_of(store, id)
     for name in ("history.json", "exports.json", "9.safetensors"):
         (folder / f".{name}.{'0' * 32}").write_bytes((folder / "history.json").read_bytes())
-
-
-@pytest.fixture
-def own_bank(tiny, tmp_path):
-    base, bank = tiny
-    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
 
 
 def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monkeypatch):

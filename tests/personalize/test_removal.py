@@ -1,7 +1,6 @@
 """Export a person's adapter, and forget the person with it."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from conftest import people_of, personalizer
 from crowd import PEOPLE, QUESTION, states_in
 from tiny import base_of
 
-from mta.bank.bank import Bank
 from mta.config import MergeSettings
 from mta.errors import (
     PersonNotFound,
@@ -118,13 +116,6 @@ def test_a_rank_that_is_enough_loses_nothing(known, tmp_path):
 
 
 # -- forget ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_bank(tiny, tmp_path):
-    """A bank that a test may mark as needing a rebuild."""
-    base, bank = tiny
-    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
 
 
 def test_forgetting_removes_only_the_person(own_bank, tmp_path):

@@ -3,8 +3,8 @@
 import httpx2
 import openai
 import pytest
-from served import endless, served
-from tiny import base_of, random_loras
+from served import served
+from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
 from mta.serving.api.limits import Limits

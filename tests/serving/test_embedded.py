@@ -12,7 +12,7 @@ from conftest import TINY_RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import stepped
-from tiny import base_of, random_loras
+from tiny import base_of, endless, random_loras
 
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
@@ -38,9 +38,7 @@ class OneBank:
 
 
 def world(kind="llama", mode="exact", people=4):
-    base = base_of(kind)
-    base.prompts.end_token = 260  # no token of the model: answers end where they were asked to
-    base.model.generation_config.eos_token_id = None
+    base = endless(base_of(kind), 260)
     bank = OneBank(base)
     models = [BASE, TASK]
     for n in range(people):

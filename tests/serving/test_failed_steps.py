@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import endless, served
+from served import served
 from test_embedded import ask_of, engine_of, one_by_one, prompts_of, tokens_of, world
 from test_faults import asked, state_of
-from tiny import base_of, random_loras
+from tiny import base_of, endless, random_loras
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta.bank.bank import Bank

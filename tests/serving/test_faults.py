@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import TINY_RUN, HashEncoder, people_of
-from served import endless, served
-from tiny import base_of, random_loras
+from served import served
+from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 from conftest import people_of
-from served import endless, served
-from tiny import base_of
+from served import served
+from tiny import base_of, endless
 
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person

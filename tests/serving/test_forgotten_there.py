@@ -4,8 +4,8 @@ import time
 from urllib.parse import quote
 
 import httpx2
-from served import endless, served
-from tiny import base_of
+from served import served
+from tiny import base_of, endless
 from traces import spellings, traces
 
 from mta.bank.bank import Bank

@@ -12,8 +12,8 @@ import pytest
 from conftest import HashEncoder, people_of, personalizer
 from gateway import ASKED, said, shown
 from gateway import world as world  # the fixture
-from served import endless, served
-from tiny import base_of
+from served import served
+from tiny import base_of, endless
 
 from mta.bank.bank import Bank
 from mta.model.generate import generate

@@ -14,7 +14,8 @@ import httpx2
 import openai
 from conftest import people_of
 from fastapi import HTTPException
-from served import endless, served, stepped, waited
+from served import served, stepped, waited
+from tiny import endless
 
 from mta.serving import launch
 from mta.serving.api import completions, limits

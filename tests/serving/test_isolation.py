@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from conftest import people_of, personalizer
 from served import stepped
-from tiny import random_loras
+from tiny import endless, random_loras
 
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import MtaError
@@ -74,8 +74,7 @@ class World:
 
 def world_of(tiny, folder, people):
     base, bank = tiny
-    base.prompts.end_token = 260
-    base.model.generation_config.eos_token_id = None
+    endless(base, 260)
     made = World(base.twin(), bank, Store(folder))
     for n in range(people):
         made.renew(str(n), n)

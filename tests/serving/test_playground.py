@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from served import served
-from tiny import base_of, random_loras
+from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
 from mta.store.state import State
@@ -22,9 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def world(tiny_bank_folder, tmp_path_factory):
-    base = base_of()
-    base.prompts.end_token = 259
-    base.model.generation_config.eos_token_id = None
+    base = endless(base_of())
     bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("page")
     with served(base, bank, folder) as here:
         stack = random_loras(base, 1, rank=1, size=0.6)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import personalizer
-from served import endless, served
-from tiny import base_of, random_loras
+from served import served
+from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
 from mta.errors import InputError, PersonNotFound
