@@ -126,7 +126,7 @@ def errors() -> str:
         "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 "
         "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
         "signal's number after SIGTERM and SIGHUP. In Python each error is a "
-        "class of `mta.errors`, those of the server of `mta.serving`, where the end of the tree says.\n\n"
+        "class of `mta.errors`; below the tree are the modules of the server's errors.\n\n"
         f"```text\n{drawing}\n```\n\n{said}\n\n"
     )
     return text + "".join(
