@@ -32,6 +32,8 @@ from mta.errors import MemoryBudgetError
 from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.lora.layers import Gated, PerPerson, Shared
+from mta.model.adaptable import adapted_layers
+from mta.model.agreement import called_layers
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, Sums, TextLengths
 from mta.training.gates import gate_gradients
@@ -194,7 +196,8 @@ def test_the_experts_of_a_token_are_counted_whatever_the_base_calls_their_number
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "global_head_dim": 16, "vocab_size": 300}
     moe = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 32}
     model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **moe, **COMMON, hidden_size_per_layer_input=0))
-    assert Sums.of(model).routed == 3 * 4 * 64  # layers, experts of a token, inputs
+    layers = adapted_layers(model, called_layers(model), "gemma4")
+    assert Sums.of(model, layers).routed == 3 * 4 * 64  # layers, experts of a token, inputs
 
 
 def test_gradient_checkpointing_takes_the_planned_memory():

@@ -18,6 +18,8 @@ from mta.data.tasks.prompt import Example
 from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
+from mta.model.adaptable import adapted_layers
+from mta.model.agreement import called_layers
 from mta.model.footprint import Footprint, ParameterCounts, Sums, TextLengths
 from mta.store.state import Losses, State
 from mta.system.device import processor
@@ -57,7 +59,8 @@ def test_the_chosen_experts_of_a_token_count():
     config = MixtralConfig(vocab_size=50, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=4, **sizes)
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    assert Sums.of(model).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
+    layers = adapted_layers(model, called_layers(model), "mixtral")
+    assert Sums.of(model, layers).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
 
 
 def test_the_well_known_shapes_are_what_their_makers_say():
@@ -126,7 +129,7 @@ def test_layers_that_no_pass_of_a_text_calls_have_no_adapters(tmp_path):
         config.save_pretrained(tmp_path / name)
     text, vision = (Shape.of(str(tmp_path / name)) for name in ("text", "both"))
     assert (vision.layers, vision.width, vision.linear) == (text.layers, text.width, text.linear)
-    assert vision.footprint.sums.width == text.footprint.sums.width
+    assert vision.footprint.sums == text.footprint.sums
     assert vision.parameters > text.parameters
 
 
@@ -134,7 +137,7 @@ def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     base, run = base_of(dtype=torch.bfloat16), override(Run(), ["bank.lora.rank=4", "task_lora.lora.rank=3"])
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
-    planned = Footprint.of(base.model, 2, base.targets.values())
+    planned = Footprint.of(base.model, 2, base.targets)
     predicted, numbers = (
         memory(shape, run, DataSizes(tokens=90, shared=40)),
         ParameterCounts(4 * shape.width, task_lora=3 * shape.width),

@@ -212,7 +212,7 @@ class BaseModel:
     def footprint(self) -> Footprint:
         """Memory model of passes through this base."""
         compiled = kernels("attention", next(self.model.parameters())) is not None
-        plain = Footprint.of(self.model, self.dtype.itemsize, self.targets.values(), self.exchanged)
+        plain = Footprint.of(self.model, self.dtype.itemsize, self.targets, self.exchanged)
         return replace(plain, kernels=compiled, checkpointed=self.gradient_checkpointing)
 
     @contextmanager

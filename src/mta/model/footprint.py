@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from posixpath import commonpath
 from typing import Any
 
 from torch import nn
-
-from mta.model.adaptable import is_linear, shape_of
 
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
 _BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
@@ -68,22 +67,26 @@ class Sums:
     inner: int = 0  # inputs of activation functions
     outer: int = 0  # outputs of activation functions
     python: int = 0  # intermediate results of activation functions without a kernel
-    width: int = 0  # D + O of adapted layers; this and the next two come from their shapes
+    width: int = 0  # D + O of adapted layers
     outputs: int = 0  # O of adapted layers
     adapted: int = 0  # adapted layers
     routed: int = 0  # inputs (and outputs) of the experts of a token
     experts: int = 0  # weights of the experts of a token
 
     @classmethod
-    def of(cls, model: Any, exchanged: Collection[str] = ()) -> Sums:
-        """Return the sums of a model's modules. ``exchanged``: classes that compute with kernels (``use_kernels``).
+    def of(cls, model: Any, adapted: Mapping[str, tuple[int, int]], exchanged: Collection[str] = ()) -> Sums:
+        """Return the sums of the modules that a text goes through; ``adapted`` are its linear layers: name -> (D, O).
 
-        Assumes that all linear layers of one module except the last share their input.
+        ``exchanged`` are classes that compute with kernels (``use_kernels``). Assumes that all linear layers of one
+        module except the last share their input.
         """
-        sums, head = cls(), model.get_output_embeddings()
-        for parent in model.modules():
+        sums = cls(
+            width=sum(map(sum, adapted.values())), outputs=sum(o for _, o in adapted.values()), adapted=len(adapted)
+        )
+        text = _text_module(adapted)
+        for path, parent in model.get_submodule(text).named_modules(prefix=text):
             named = sorted(parent.named_children(), key=lambda child: "qkv" not in child[0])  # Phi-3: output first
-            shapes = [shape_of(child) for _, child in named if is_linear(child) and child is not head]
+            shapes = [adapted[layer] for name, _ in named if (layer := f"{path}.{name}".lstrip(".")) in adapted]
             if shapes:
                 sums._add(parent, shapes, exchanged)
             elif routed := _routed(parent, model.config.get_text_config()):
@@ -133,17 +136,16 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, model: Any, itemsize: int, shapes: Collection[tuple[int, int]], exchanged: Collection[str] = ()
+        cls, model: Any, itemsize: int, adapted: Mapping[str, tuple[int, int]], exchanged: Collection[str] = ()
     ) -> Footprint:
         """Return the footprint of a transformers model, which may be on the meta device.
 
-        ``shapes`` are (D, O) of its adapted layers: modules that no pass calls, such as encoders of images, have none.
+        ``adapted`` are its adapted layers: modules that no pass of a text calls, such as encoders of images, have none.
         """
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
         capped = getattr(config, "final_logit_softcapping", None) is not None
-        adapted = {"width": sum(map(sum, shapes)), "outputs": sum(o for _, o in shapes), "adapted": len(shapes)}
-        return cls(replace(Sums.of(model, exchanged), **adapted), *shape, itemsize, capped=capped)
+        return cls(Sums.of(model, adapted, exchanged), *shape, itemsize, capped=capped)
 
     @property
     def _wide(self) -> int:
@@ -234,6 +236,12 @@ class Footprint:
         held = tokens * (max(self.itemsize * attention + weights, self.itemsize * mlp) + masks)
         factors = self.itemsize * (numbers.trained + self._joined(numbers))
         return max(held, targets * self.vocabulary * 2 * self._wide) + people * factors + self.shared(numbers)
+
+
+def _text_module(adapted: Iterable[str]) -> str:
+    """Return the name of the module around all layers of text, without encoders of images; "" for the whole model."""
+    common = commonpath([name.replace(".", "/") for name in adapted])  # such as model/language_model/layers
+    return common.rpartition("/")[0].replace("/", ".")
 
 
 def _norm(module: nn.Module) -> str:

@@ -81,7 +81,8 @@ class Shape:
 
     @classmethod
     def _of(cls, name: str, model: Any) -> Shape:
-        text, shapes = model.config.get_text_config(), adapted_layers(model, called_layers(model), name).values()
+        text, adapted = model.config.get_text_config(), adapted_layers(model, called_layers(model), name)
+        shapes = adapted.values()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
@@ -92,7 +93,7 @@ class Shape:
             len(shapes),
             text.hidden_size * text.vocab_size,
             2 * text.num_hidden_layers * heads * size,
-            Footprint.of(model, SERVED, shapes),
+            Footprint.of(model, SERVED, adapted),
         )
 
 
