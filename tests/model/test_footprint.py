@@ -200,6 +200,17 @@ def test_the_experts_of_a_token_are_counted_whatever_the_base_calls_their_number
     assert Sums.of(model, layers).routed == 3 * 4 * 64  # layers, experts of a token, inputs
 
 
+def test_norms_beside_the_layers_of_text_are_counted_and_those_of_other_towers_are_not():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "global_head_dim": 16, "vocab_size": 300}
+    text = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **COMMON, hidden_size_per_layer_input=8))
+    both = torch.nn.ModuleDict({"text": text.model, "images": torch.nn.Sequential(torch.nn.LayerNorm(512))})
+    both.config = text.config
+    layers = adapted_layers(text, called_layers(text), "gemma4")
+    named = {name.replace("model.", "text.", 1): shape for name, shape in layers.items()}
+    assert Sums.of(both, named) == Sums.of(text, layers)
+    assert any("per_layer_model_projection" in name for name in named)
+
+
 def test_gradient_checkpointing_takes_the_planned_memory():
     base, jobs = base_of("llama", checkpointing=True), jobs_of(3)
     width = sum(d + o for d, o in base.targets.values())
@@ -226,7 +237,15 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     assert used.peak <= budget
 
 
-@pytest.mark.parametrize("memory", [12, 24])
+def test_one_person_with_many_rows_of_one_example_needs_no_more_than_with_few():
+    base = base_of("llama")
+    base.packable = base.blocked = False
+    for examples in (5, 1000):
+        jobs = jobs_of(1, examples, prefix=4, own=4, targets=2)
+        assert plan_cohorts(base, jobs, 10_000, 4 * 2**20).cohorts == ((0,),)
+
+
+@pytest.mark.parametrize("memory", [12, 24, 48])
 def test_rows_of_one_example_and_their_copies_of_a_merge_stay_within_the_memory(memory):
     """People with different numbers of examples get a copy of their adapters for each row."""
     base, jobs = base_of("llama"), jobs_of(12, prefix=4, own=4, targets=2)

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from posixpath import commonpath
+from posixpath import commonpath, dirname
 from typing import Any
 
 from torch import nn
@@ -83,7 +83,7 @@ class Sums:
         sums = cls(
             width=sum(map(sum, adapted.values())), outputs=sum(o for _, o in adapted.values()), adapted=len(adapted)
         )
-        text = _text_module(adapted)
+        text = _text_module(model, adapted)
         for path, parent in model.get_submodule(text).named_modules(prefix=text):
             named = sorted(parent.named_children(), key=lambda child: "qkv" not in child[0])  # Phi-3: output first
             shapes = [adapted[layer] for name, _ in named if (layer := f"{path}.{name}".lstrip(".")) in adapted]
@@ -238,10 +238,16 @@ class Footprint:
         return max(held, targets * self.vocabulary * 2 * self._wide) + people * factors + self.shared(numbers)
 
 
-def _text_module(adapted: Iterable[str]) -> str:
+def _text_module(model: Any, adapted: Iterable[str]) -> str:
     """Return the name of the module around all layers of text, without encoders of images; "" for the whole model."""
-    common = commonpath([name.replace(".", "/") for name in adapted])  # such as model/language_model/layers
-    return common.rpartition("/")[0].replace("/", ".")
+    path = commonpath([name.replace(".", "/") for name in adapted])  # such as model/language_model/layers
+
+    def is_list(path: str) -> bool:
+        return isinstance(model.get_submodule(path.replace("/", ".")), nn.ModuleList)
+
+    while path and (is_list(path) or is_list(dirname(path))):
+        path = dirname(path)
+    return path.replace("/", ".")
 
 
 def _norm(module: nn.Module) -> str:
@@ -250,7 +256,7 @@ def _norm(module: nn.Module) -> str:
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
 
 
-_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")  # names of a token's number of experts
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # names of a token's number of experts
 
 
 def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:

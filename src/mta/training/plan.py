@@ -92,8 +92,7 @@ def plan_cohorts(
     lengths = _Lengths.of(jobs, footprint.target_weight)
     per_token = _bytes_per_token(base, lengths.texts, numbers)
     per_person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
-    rows = 1 if base.packable else lengths.most  # layers may copy a person's adapters for each row
-    per_person_in_pass, shared = rows * footprint.person(numbers), footprint.shared(numbers)
+    per_person_in_pass, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * per_token + per_person + per_person_in_pass + shared
     if needed > memory:
         raise MemoryBudgetError(
@@ -106,8 +105,9 @@ def plan_cohorts(
     enough = int(most_tokens * (1 + footprint.target_weight * lengths.share))
     for_one = memory - per_person - per_person_in_pass - shared
     tokens = max(min(memory // 2 // per_token, enough, for_one // per_token), lengths.largest)
-    for_people, most_in_pass = memory - tokens * per_token - shared, tokens // lengths.smallest
-    all_in_pass = for_people // (per_person + per_person_in_pass)
+    for_people, most_in_pass = memory - tokens * per_token - shared, tokens // lengths.smallest  # people, or rows
+    copies = 1 if base.packable else lengths.most  # layers may copy a person's adapters for each row
+    all_in_pass = for_people // (per_person + copies * per_person_in_pass)
     fit = max(all_in_pass, (for_people - most_in_pass * per_person_in_pass) // per_person)
     size = min(max(fit, 1), most)
     cohorts = tuple(tuple(range(i, min(i + size, lengths.jobs))) for i in range(0, lengths.jobs, size))
