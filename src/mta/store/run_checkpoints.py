@@ -17,6 +17,7 @@ from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
 FOLDER, KEY_FILE = "work", "store.json"
+_ATTEMPTS = 5  # to write a plan: forgetting a person removes its folder up to three times
 RUN = "[0-9a-f]{24}"  # name of a run's folder; other folders are not ours
 
 
@@ -45,12 +46,17 @@ class RunCheckpoints:
         return found if isinstance(found, list) else None
 
     def note(self, names: Sequence[str]) -> None:
-        """Save the names that the run will compute; not if another process removes the folder, as ``forget`` does."""
-        try:
-            self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
-        except (StoreError, FileNotFoundError):
-            if not self.files.local or Path(self.files.at(self.name)).exists():
-                raise
+        """Save the names that the run will compute.
+
+        Another process may remove the folder meanwhile, as ``forget`` does; then they are saved in a new one.
+        """
+        name, data = f"{self.name}/plan.json", json.dumps(list(names)).encode()
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return self.files.replace(name, data)
+            except (StoreError, FileNotFoundError):
+                if not left:
+                    raise
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Return the checkpoint of one cohort; None if the store is not local: then stopped cohorts start again."""
