@@ -72,7 +72,8 @@ def test_the_folder_of_a_gateway_that_was_killed_with_its_server_is_removed_by_t
         os.kill(os.getpid(), 9)
     """
     left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
-    (parent / "mta-vllm-others").mkdir()  # no gateway of ours: it has no lock
+    (parent / "mta-vllm-others").mkdir()  # of a vLLM that runs on its own, with a lock of its last gateway
+    (parent / "mta-vllm-others" / "gateway.lock").touch()
     (parent / "mta-vllm-link").symlink_to(left)
     assert (left / "adapter").exists()
     following = VllmServer(server.settings)

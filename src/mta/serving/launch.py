@@ -31,7 +31,7 @@ from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import QUEUED
 from mta.serving.vllm.engine import VllmEngine
-from mta.serving.vllm.server import LOCK, SLOT_RANK, Remote, VllmServer, VllmSettings
+from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.atomic import file_mode
 from mta.system.device import dtype_name, in_passing
@@ -193,7 +193,7 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
         raise ConfigError(
             "--vllm-url also needs the folder of the vLLM plugin", hint="Pass its MTA_VLLM_FOLDER:  --vllm-folder DIR"
         )
-    lock = FileLock(folder / LOCK, timeout=0, mode=file_mode())
+    lock = FileLock(folder / "gateway.lock", timeout=0, mode=file_mode())
     try:
         lock.acquire()
     except Timeout:

@@ -28,9 +28,8 @@ from mta.serving.engine import LATER, EngineGone
 from mta.system.atomic import file_mode, owner_only
 
 log = logging.getLogger("mta")
-LOCK = "gateway.lock"  # in the folder of a vLLM server, held by its gateway
 SLOT_RANK = 16  # default rank of vLLM's adapter slots (decision 012)
-_PREFIX = "mta-vllm-"  # of the folders of servers that gateways start
+_PREFIX, _OWNER = "mta-vllm-", "owner.lock"  # of folders of servers that gateways start; the gateway holds the lock
 _STARTUP_TIMEOUT = 600.0  # seconds: large models on slow disks
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): .+|error: .+")
 
@@ -183,11 +182,11 @@ def _new_folder() -> tuple[Path, FileLock]:
     parent = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's, or in use
-            if left.lstat().st_uid == os.getuid() and (left / LOCK).is_file() and not left.is_symlink():
-                with FileLock(left / LOCK, timeout=0):
+            if left.lstat().st_uid == os.getuid() and (left / _OWNER).is_file() and not left.is_symlink():
+                with FileLock(left / _OWNER, timeout=0):
                     shutil.rmtree(left)
     hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))  # until it is locked
-    lock = FileLock(hidden / LOCK, timeout=0, mode=file_mode())
+    lock = FileLock(hidden / _OWNER, timeout=0, mode=file_mode())
     lock.acquire()
     return hidden.rename(hidden.with_name(hidden.name[1:])), lock
 
