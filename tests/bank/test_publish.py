@@ -20,7 +20,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.format import INFO, file_hashes, read_info
-from mta.bank.notes import mark_stale, published
+from mta.bank.notes import clear_stale, mark_stale, published, stale
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
@@ -128,6 +128,24 @@ def test_a_place_that_an_added_lora_left_stays_here(hub, folder, tmp_path):
     assert str(tmp_path).encode() not in hub.arrived()
 
 
+def test_a_relative_place_of_this_machine_stays_here(hub, folder):
+    adapter = folder / "task_lora" / "adapter_config.json"
+    place = {"base_model_name_or_path": "../clients/acme/mine"}  # as written by earlier versions
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | place))
+    rewritten(folder, files=file_hashes(folder, read_info(folder).files))
+    Bank.open(folder, BASE).push_to_hub(NAME)
+    assert b"acme" not in hub.arrived()
+
+
+def test_a_model_of_the_hub_keeps_its_owner_where_a_folder_has_its_name(hub, folder, tmp_path, monkeypatch):
+    run = json.loads((folder / "bank.json").read_text())["run"] | {"base": "owner/base"}
+    rewritten(folder, base="owner/base", run=run)
+    (tmp_path / "owner" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    Bank.open(folder, BASE).push_to_hub(NAME)
+    assert Bank.from_pretrained(NAME, BASE).info.run.base == "owner/base"
+
+
 def test_a_bank_that_is_calibrated_while_its_files_are_listed_is_refused(hub, folder, monkeypatch):
     def calibrated(*_, **__):
         trust(folder)
@@ -170,6 +188,16 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
     assert said.startswith("a forgotten person is in the task LoRA of ")
     assert said.endswith("\n  Leave that person out, and make it anew:  mta bank build --out NEW")
     assert hub.requests == []
+
+
+def test_a_parcel_from_before_a_forgetting_is_not_sent_though_the_bank_was_made_anew(hub, bank):
+    parcel = bank_parcel(bank.folder, NAME)
+    forget_person("t2", None, bank.folder)
+    for part in stale(bank.folder):
+        clear_stale(bank.folder, part)
+    assert "forgotten meanwhile" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
+    assert published(bank.folder) == []
+    assert hub.repos[NAME].files == {}
 
 
 def test_a_bank_whose_person_is_forgotten_before_it_is_sent_is_not_published(hub, bank):

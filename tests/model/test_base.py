@@ -114,8 +114,7 @@ def test_the_name_of_an_asset_stays_beside_a_folder_of_that_name(tmp_path, monke
     for name in ("smollm2-135m-instruct", "all-minilm-l6-v2"):
         (tmp_path / name).mkdir()
     base = base_of()
-    base.name = "smollm2-135m-instruct"
-    run = base.as_loaded(Run(encoder="all-minilm-l6-v2"))
+    run = BaseModel(base.model, base.tokenizer, "smollm2-135m-instruct").as_loaded(Run(encoder="all-minilm-l6-v2"))
     assert (run.base, run.encoder) == ("smollm2-135m-instruct", "all-minilm-l6-v2")
 
 

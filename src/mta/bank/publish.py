@@ -24,7 +24,7 @@ from mta.bank.format import (
     seal,
     verify,
 )
-from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report
+from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report, stops
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
@@ -41,7 +41,7 @@ def bank_parcel(
     ``results`` is a results.json, for the card. Raises BankError if a person in the bank asked to be forgotten or for
     foreign files, BankCorrupt, InputError.
     """
-    info = read_info(folder)
+    since, info = stops(folder), read_info(folder)
     if report := stale_report(folder):
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
     if foreign := sorted(set(info.files) - set(HASHED_FILES)):
@@ -66,14 +66,14 @@ def bank_parcel(
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, table, license).encode()
-    return Parcel(dict(sorted(sent.items())), _facts(public, license, with_members))
+    return Parcel(dict(sorted(sent.items())), _facts(public, license, with_members), since)
 
 
 def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = True, token: str | None = None) -> str:
     """Send a parcel of ``bank_parcel`` as one commit, and return the repository's address.
 
     The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
-    BankError if a person in the bank was forgotten since the parcel was made.
+    BankError if a person in the bank was forgotten since the parcel was made, even if the bank was calibrated again.
     """
     repository = Repository.begin(place, private=private, token=token)
     before = published(folder)
@@ -82,6 +82,10 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
         if repository.url not in before:
             drop_note_of_publishing(folder, repository.url)
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
+    if stops(folder) != parcel.stops:
+        if repository.url not in before:
+            drop_note_of_publishing(folder, repository.url)
+        raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Repeat the command.")
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url
 
@@ -126,7 +130,8 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     values["encoder"] = run["encoder"] = public_name(run["encoder"])
     if TASK_LORA_CONFIG in sent:
         adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
-        if Path(adapter.get("base_model_name_or_path") or "").is_absolute():
+        name = str(adapter.get("base_model_name_or_path") or "")
+        if Path(name).is_absolute() or not (name in ASSETS or is_hub_id(name)):
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
             sent[TASK_LORA_CONFIG] = data
             values["files"] = values["files"] | {TASK_LORA_CONFIG: hashlib.sha256(data).hexdigest()}

@@ -113,7 +113,7 @@ def train_task_lora(
                 copy_file(given / name, folder / name)
         else:
             trained = _train_rounds(context, items, held_out)
-            write_peft(folder, trained, context.base.name, fan_in_fan_out=context.base.fan_in_fan_out)
+            write_peft(folder, trained, context.base.place, fan_in_fan_out=context.base.fan_in_fan_out)
         write_text(done, context.training_key)
     return read_peft(folder).to(context.base.device)
 

@@ -76,6 +76,7 @@ class BaseModel:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
+        self.place = _place(name)
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
         self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
@@ -138,15 +139,10 @@ class BaseModel:
 
         Of several GPUs, another process may see only its own: a device is named without a number.
         """
-        named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
-        places = {key: Path(os.path.expanduser(name)) for key, name in named.items()}
-        full = {
-            key: str(places[key].resolve()) if name not in ASSETS and places[key].is_dir() else name
-            for key, name in named.items()
-        }
-        dtype = dtype_name(self.dtype)
-        device = run.device.partition(":")[0]
-        return run.model_copy(update={**full, "device": device, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
+        encoder = run.encoder if run.encoder == "base" else _place(run.encoder)  # "base": no folder
+        given = {"base": self.place, "encoder": encoder, "device": run.device.partition(":")[0]}
+        own = {"dtype": dtype_name(self.dtype), "max_tokens": self.prompts.max_tokens}
+        return run.model_copy(update=given | own)
 
     def twin(self) -> BaseModel:
         """Return a base with new modules and the same weights, so that another thread can apply other adapters."""
@@ -330,3 +326,9 @@ def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check 
         if check:
             check(fingerprint)
         return make(folder, config, name, dtype), tokenizer, fingerprint
+
+
+def _place(name: str) -> str:
+    """Return the absolute path of a local folder; the name of an asset, or of a model on the hub."""
+    folder = Path(os.path.expanduser(name))
+    return str(folder.resolve()) if name not in ASSETS and folder.is_dir() else name

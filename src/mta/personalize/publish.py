@@ -19,7 +19,8 @@ def adapter_parcel(folder: Path) -> Parcel:
     """
     read_peft(folder)  # raises if the adapter is incomplete or not plain LoRA
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    base = public_name(str(config.get("base_model_name_or_path") or ""))
+    base = str(config.get("base_model_name_or_path") or "")
+    base = Path(base).name if Path(base).is_dir() else public_name(base)
     if not has_own_card(folder):
         raise InputError(
             f"{folder} has no card from mta export; its {CARD} would be published unchecked",

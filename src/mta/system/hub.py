@@ -22,10 +22,14 @@ _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Files to send to the hub, by their names there, and facts to show to the user before sending."""
+    """Files to send to the hub, by their names there, and facts to show to the user before sending.
+
+    ``stops`` changes when a person is forgotten (``mta.bank.notes.stops``).
+    """
 
     files: Mapping[str, Path | bytes]
     facts: Mapping[str, str] = field(default_factory=dict)
+    stops: str = ""
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file."""
@@ -38,8 +42,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(model: str) -> str:
-    """Return a model's name for publication: of a local folder its own name, without the path."""
-    return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
+    """Return a model's name for publication: of an absolute path, the folder's name only."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def is_cached(name: str) -> bool:
