@@ -21,7 +21,7 @@ from mta.config import override
 from mta.data.readers import read_people
 from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
-from mta.errors import BankMismatch, ClusterError, StoreError
+from mta.errors import BankMismatch, ClusterError, Diverged, StoreError
 from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.experiments.results import read_records
 from mta.evaluation.experiments.runner import run_experiment
@@ -150,8 +150,16 @@ def hopeless(_, piece):
     raise ValueError("the card is broken")
 
 
+def diverging(_, piece):
+    if len(piece) > 1:  # of a single person, the error is a result
+        raise Diverged("the training of all people diverged", hint="Lower the rate.")
+    return 0
+
+
 def test_an_error_of_all_people_stops_the_run(here):
     with Cluster(here, workers=1) as cluster:
+        with pytest.raises(Diverged, match="all people diverged"):
+            run(cluster, diverging, [Numbers((1, 2))])
         with pytest.raises(StoreError, match="no space left"):
             run(cluster, full, [Numbers((1, 2))])
         with pytest.raises(ClusterError, match=r"no person of a cohort of 4 could be computed.*ValueError"):

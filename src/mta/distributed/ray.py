@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 from mta.distributed.executor import C, P, PieceResult, R
-from mta.errors import ClusterError, MtaError, StoreError
+from mta.errors import ClusterError, Diverged, MtaError, StoreError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
 from mta.system.extras import require
@@ -236,7 +236,8 @@ class PieceScheduler(Generic[P, R]):
         except self.ray.exceptions.RayTaskError as error:
             self.idle.append(worker)
             cause = _cause(error)
-            if type(cause) is StoreError:  # the store itself; a subclass is about one person's state
+            # The store itself (a subclass is about one person's state), or settings with which everybody diverges.
+            if type(cause) in (StoreError, Diverged):
                 raise cause from None
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
