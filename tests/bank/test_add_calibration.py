@@ -23,6 +23,7 @@ from mta.bank.notes import mark_stale, stale, stops
 from mta.config import CalibrationSettings, Run, load_settings, override
 from mta.data.history import Item, Person
 from mta.data.tasks import PromptFormat, load_task
+from mta.distributed.executor import LocalExecutor
 from mta.errors import BankCorrupt, BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 from mta.training.checkpoint import Checkpoint
@@ -208,6 +209,29 @@ def test_members_are_known_after_two_kills(folder, base, monkeypatch):
     found = read_info(bank).members
     assert found.hashed is not None
     assert (found.parts_of("first"), found.parts_of("second")) == (["calibration"], [])
+
+
+def test_a_bank_whose_writer_was_killed_before_its_members_were_in_place_can_be_copied(folder, base, monkeypatch):
+    bank, info = folder / "bank", read_info(folder / "bank")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            format.write_info(bank, info.model_copy(update={"members": info.members.calibrated_on(["somebody"])}))
+    calibrated(folder, base, out=folder / "copy")
+    assert read_info(folder / "copy").members.parts_of(OTHERS[0].id) == ["calibration"]
+
+
+def test_a_calibration_measures_no_more_people_together_than_the_executor_takes(folder, base, monkeypatch):
+    sizes, scores = [], CalibrationWorker.scores
+    monkeypatch.setattr(
+        CalibrationWorker, "scores", lambda own, piece: (sizes.append(len(piece.examples)), scores(own, piece))[1]
+    )
+    calibrated(folder, base, executor=LocalExecutor(most=2))
+    assert set(sizes) == {2}
 
 
 def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):

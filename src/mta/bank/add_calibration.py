@@ -148,9 +148,11 @@ def _copy(folder: Path, out: Path) -> None:
 def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
     known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
     with replacing_folder(out) as temporary:
-        for name in (*known, MEMBERS, CARD, INFO, CONFIG):
+        for name in (*known, CARD, INFO, CONFIG):
             if (folder / name).exists():
                 copy_file(folder / name, temporary / name)
+        if info.members.hashed:  # which a killed process may have left in another file
+            write_text(temporary / MEMBERS, info.members.hashed.to_bytes().decode())
         verify(temporary, read_info(temporary))  # another process may have calibrated the bank meanwhile
 
 

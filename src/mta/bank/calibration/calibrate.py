@@ -56,7 +56,8 @@ def calibrate(
     """
     subjects = subjects_of(base, task, people, run.calibration)
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
-    plan = plan_of(base, subjects, len(anchors), run)
+    chosen = executor or LocalExecutor()
+    plan = plan_of(base, subjects, len(anchors), run, chosen.most)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
     local = CalibrationWorker(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
@@ -68,7 +69,6 @@ def calibrate(
         task_lora and task_lora.to(cpu),
         tokens,
     )
-    chosen = executor or LocalExecutor()
 
     def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
@@ -101,8 +101,8 @@ def calibrate(
     return calibrator.run()
 
 
-def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run) -> Plan:
-    """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
+def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run, most: int = PIECE) -> Plan:
+    """Plan the passes of a calibration, of at most ``most`` people, in a run's memory. Raises MemoryBudgetError."""
     task_lora = parameters_of(base, run.task_lora.lora) if run.task_lora.enabled else 0
     every = anchors * parameters_of(base, run.bank.lora)
     sizes = ParameterCounts(task_lora=task_lora, shared=every, gated=every)
@@ -110,7 +110,7 @@ def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     if not jobs:
         return Plan((), 0, 1, 0)
-    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=PIECE)
+    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE))
 
 
 def _expected_seconds(base: BaseModel, calibrator: Calibrator, ranks: int, tokens_per_batch: int) -> float:
