@@ -171,6 +171,20 @@ def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
     assert ann.items[0].fields == {"text": "Fine.", "score": "4"}
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("text, such as a, b, or c", "person;text, such as a, b, or c;score\nann;Fine.;4\n"),
+        ("text (what, where, when)", "person\ttext (what, where, when)\tscore\nann\tFine.\t4\n"),
+        ("text (a; b; c; d)", '"person","text (a; b; c; d)","score"\n"ann","Fine.","4"\n'),
+        ("text", "person, text, score\nann, Fine., 4\n"),
+    ],
+)
+def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text, lines):
+    (ann,) = read_people(written(tmp_path / "a.csv", lines), "lamp3", columns={"text": text})
+    assert ann.items[0].fields["text"].strip() == "Fine."
+
+
 def test_running_numbers_are_not_taken_for_years(tmp_path):
     def table(name, end):
         rows = "".join(f"ann,text {n},4,{n}{end}\n" for n in range(1795, 1805))

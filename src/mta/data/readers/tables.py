@@ -54,7 +54,7 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
     if not head:
         header = "person,input,output,time"
         raise DataError(f"{path} is empty; expected a header, such as {header}", hint=f"Write the first line  {header}")
-    delimiter = excel[1] if excel else max(DELIMITERS, key=head.count)
+    delimiter = excel[1] if excel else _delimiter(head)
     records = _records(Place(path, begin), chain([head], (text for _, text in lines)), delimiter, rejects)
     place, cells = next(records)
     names = [cell.strip() for cell in cells]
@@ -66,6 +66,12 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
             yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
         else:
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
+
+
+def _delimiter(head: str) -> str:
+    """Return the most frequent delimiter outside of quotes; one that a space follows may belong to a text."""
+    bare = re.sub('"[^"]*"', "", head)
+    return max(DELIMITERS, key=lambda one: (len(re.findall(f"{re.escape(one)}(?! )", bare)), bare.count(one)))
 
 
 def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
