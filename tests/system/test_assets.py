@@ -9,16 +9,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from safetensors import SafetensorError
 from tiny_wheels import MEMBERS, build_wheel, tiny_asset
 from tiny_wheels import offer as offer  # the fixture
 from tiny_wheels import wheels as wheels  # the fixture
 
 from mta.errors import AssetError
 from mta.system import assets
-from mta.system.assets import MARKER, Asset, cache_dir, fetch, resolve
+from mta.system.assets import MARKER, Asset, cache_dir, convert_gguf, fetch, resolve
 
 
 @pytest.fixture
@@ -291,6 +293,18 @@ def test_resolve_refuses_a_path_that_is_not_there(path, tmp_path, monkeypatch):
 
 
 # converting
+
+
+def test_a_full_disk_while_weights_are_converted_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def full(_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    parts = {"AutoTokenizer": SimpleNamespace(), "AutoModelForCausalLM": SimpleNamespace(save_pretrained=full)}
+    for name, part in parts.items():
+        part.config = SimpleNamespace()
+        monkeypatch.setattr(f"transformers.{name}", SimpleNamespace(from_pretrained=lambda *_, part=part, **__: part))
+    with pytest.raises(OSError, match="No space left"):  # for which `fetch` has a hint
+        convert_gguf(tmp_path / "a.gguf", tmp_path)
 
 
 # the real ones

@@ -259,8 +259,11 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
         if hasattr(model.config, "quantization_config"):  # would make transformers load the folder as GGUF again
             del model.config.quantization_config
         model.config._name_or_path = tokenizer.name_or_path = ""  # do not record the temporary folder
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # on a full disk, safetensors and tokenizers raise errors of their own
+            raise OSError(str(error)) from error
     # save_pretrained writes mode 0600, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     return folder
