@@ -201,6 +201,21 @@ def test_a_foreign_run_file_is_an_error(tmp_path, text):
         sittings(tmp_path)
 
 
+def test_a_run_resumes_without_its_damaged_description_as_the_error_says(tmp_path):
+    def begun():
+        with kept(tmp_path):
+            pass
+
+    begun()
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(DataError) as refused:
+        begun()
+    for name in re.findall(r"\w+\.\w+", refused.value.hint.partition(" away")[0]):
+        (tmp_path / name).unlink()
+    begun()
+    assert len(sittings(tmp_path)) == 1
+
+
 # sinks
 
 

@@ -196,7 +196,8 @@ def sittings(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
-        hint = "Move it away: it holds no results, and the run resumes without it."
+        both = f" and {CONFIG}" if (folder / CONFIG).exists() else ""
+        hint = f"Move {RUN}{both} away: without them, the run resumes; they hold no results."
         raise DataError(f"{path} is not a description of a run: {error}", hint=hint) from None
 
 
