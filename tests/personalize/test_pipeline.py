@@ -27,6 +27,7 @@ from mta.errors import (
 from mta.personalize.outcomes import Personalized
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
+from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
 
@@ -146,6 +147,20 @@ def test_forgetting_elsewhere_while_a_run_writes_stops_nothing(tiny, tmp_path, m
     monkeypatch.setattr(os, "fsync", forgotten)
     assert personalizer(*tiny, store=tmp_path).personalize(PEOPLE).trained == len(PEOPLE)
     assert removed
+
+
+def test_a_store_without_room_for_the_plan_stops_the_run_before_it_trains(tiny, tmp_path, monkeypatch):
+    replace, steps = Storage.replace, []
+
+    def full(files, name, data):
+        if name.startswith("work/"):
+            raise StoreError("no space left", hint="Make room.")
+        replace(files, name, data)
+
+    monkeypatch.setattr(Storage, "replace", full)
+    with pytest.raises(StoreError, match="no space left"):
+        personalizer(*tiny, store=tmp_path).personalize(PEOPLE, on_step=lambda *step: steps.append(step))
+    assert not steps
 
 
 @pytest.mark.parametrize("saved", [0, 3])
