@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import kill
 import pytest
@@ -161,6 +162,21 @@ def test_a_store_without_room_for_the_plan_stops_the_run_before_it_trains(tiny, 
     with pytest.raises(StoreError, match="no space left"):
         personalizer(*tiny, store=tmp_path).personalize(PEOPLE, on_step=lambda *step: steps.append(step))
     assert not steps
+
+
+def test_states_and_histories_are_written_to_a_bucket_several_at_once(tiny, tmp_path, monkeypatch):
+    replace, both = Storage.replace, {name: Barrier(2) for name in ("history.json", "latest.json")}
+
+    def waiting(files, name, data):
+        if barrier := both.get(name.rpartition("/")[2]):
+            barrier.wait(60)  # for another one
+        replace(files, name, data)
+
+    monkeypatch.setattr(Storage, "replace", waiting)
+    url = f"memory://{tmp_path.name}/people"
+    done = personalizer(*tiny, store=url).personalize(PEOPLE[:4], keep_histories=True)
+    assert done.trained == 4
+    assert all(Store(url).history(person.id) == person for person in PEOPLE[:4])
 
 
 @pytest.mark.parametrize("saved", [0, 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -273,9 +273,13 @@ class Pipeline:
             return
         if self.store is None:
             raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-        for person in call.people:
+        store = self.store
+
+        def save(person: Person) -> None:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
-                self.store.save_history(person, call.since)
+                store.save_history(person, call.since)
+
+        deque(store.files.each(save, call.people), maxlen=0)
 
     def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""

@@ -68,7 +68,7 @@ def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
         stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(state for state in states if isinstance(state, Diverged))
-    made = [_saved(stages, item, StateUpdate.of("begin", state)) for item, state in zip(cohort.items, states)]
+    made = _all_saved(stages, cohort.items, [StateUpdate.of("begin", state) for state in states])
     if stages.store:
         stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
     return made
@@ -84,7 +84,7 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     items = [replace(item, earlier=state) for item, state in zip(cohort.items, loaded) if isinstance(state, State)]
     made = iter(update_states(stages, replace(cohort, items=tuple(items))) if items else [])
     updates = [next(made) if isinstance(one, State) else StateUpdate("keep", error=one) for one in loaded]
-    return [_saved(stages, item, update) for item, update in zip(cohort.items, updates)]
+    return _all_saved(stages, cohort.items, updates)
 
 
 def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
@@ -94,6 +94,12 @@ def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
     except (PersonNotFound, StateCorrupt) as error:
         return error
     return overtaken(item.person.id) if item.earlier is None or state.work != item.earlier.work else state
+
+
+def _all_saved(stages: Stages, items: Sequence[WorkItem], made: Sequence[StateUpdate]) -> list[StateUpdate]:
+    """Save all new states, if there is a store; a bucket takes several at once, as each has to wait for its answers."""
+    pairs = list(zip(items, made))
+    return list(stages.store.files.each(lambda pair: _saved(stages, *pair), pairs)) if stages.store else list(made)
 
 
 def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:
