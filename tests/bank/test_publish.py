@@ -128,9 +128,10 @@ def test_a_place_that_an_added_lora_left_stays_here(hub, folder, tmp_path):
     assert str(tmp_path).encode() not in hub.arrived()
 
 
-def test_a_relative_place_of_this_machine_stays_here(hub, folder):
+@pytest.mark.parametrize("place", ["../clients/acme/mine", "acme/mine"])
+def test_a_relative_place_of_this_machine_stays_here(hub, folder, place):
     adapter = folder / "task_lora" / "adapter_config.json"
-    place = {"base_model_name_or_path": "../clients/acme/mine"}  # as written by earlier versions
+    place = {"base_model_name_or_path": place}  # as written by earlier versions
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | place))
     rewritten(folder, files=file_hashes(folder, read_info(folder).files))
     Bank.open(folder, BASE).push_to_hub(NAME)

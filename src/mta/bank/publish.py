@@ -78,14 +78,12 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
     repository = Repository.begin(place, private=private, token=token)
     before = published(folder)
     note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
-    if report := stale_report(folder):  # only now: later ones find the note
+    report = stale_report(folder)  # only now: later ones find the note
+    if report or stops(folder) != parcel.stops:
         if repository.url not in before:
             drop_note_of_publishing(folder, repository.url)
-        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
-    if stops(folder) != parcel.stops:
-        if repository.url not in before:
-            drop_note_of_publishing(folder, repository.url)
-        raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Repeat the command.")
+        found, hint = (report.found, report.hint) if report else ("a person was forgotten meanwhile", "Try again.")
+        raise BankError(f"{found}: the bank is not published", hint=hint)
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url
 
@@ -130,8 +128,7 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     values["encoder"] = run["encoder"] = public_name(run["encoder"])
     if TASK_LORA_CONFIG in sent:
         adapter = json.loads((folder / TASK_LORA_CONFIG).read_text(encoding="utf-8"))
-        name = str(adapter.get("base_model_name_or_path") or "")
-        if Path(name).is_absolute() or not (name in ASSETS or is_hub_id(name)):
+        if adapter.get("base_model_name_or_path") != run["base"]:
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
             sent[TASK_LORA_CONFIG] = data
             values["files"] = values["files"] | {TASK_LORA_CONFIG: hashlib.sha256(data).hexdigest()}
