@@ -151,7 +151,9 @@ def _check_not_fewer(store: Store, person: Person) -> None:
     except (PersonNotFound, StateCorrupt):
         return
     known, others = len(person.items), not person.grown_from(state.history)
-    if state.shots > known or (state.shots in (0, known) and others):  # 0: not noted, before 0.2
+    if state.shots == 0 and others:  # not noted, before 0.2; perhaps made from the latest items of that time
+        others = not any(replace(person, items=person.items[i:]).grown_from(state.history) for i in range(1, known))
+    if state.shots > known or (state.shots in (0, known) and others):
         raise Refused(
             f"the person's model was made from {state.shots or 'other'} items, "
             f"and this server knows {known} of the person's items" + (", others" if state.shots == known else ""),
