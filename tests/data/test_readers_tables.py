@@ -178,6 +178,9 @@ def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
         ("text (what, where, when)", "person\ttext (what, where, when)\tscore\nann\tFine.\t4\n"),
         ("text (a; b; c; d)", '"person","text (a; b; c; d)","score"\n"ann","Fine.","4"\n'),
         ("text", "person, text, score\nann, Fine., 4\n"),
+        ("text (a,b)", "person; text (a,b); score\nann; Fine.; 4\n"),
+        ("text (x;y)", "person, text (x;y), score\nann, Fine., 4\n"),
+        ("text|review", "person, text|review, score\nann, Fine., 4\n"),
     ],
 )
 def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text, lines):
