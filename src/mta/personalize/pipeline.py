@@ -279,6 +279,7 @@ class Pipeline:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
                 store.save_history(person, call.since)
 
+        store.identity(write=True)  # creates a new store's key, once
         deque(store.files.each(save, call.people), maxlen=0)
 
     def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:
