@@ -296,14 +296,19 @@ def test_resolve_refuses_a_path_that_is_not_there(path, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_weights_are_converted_is_an_error_of_the_disk(tmp_path, monkeypatch):
-    def full(_):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+    errors = [SafetensorError("Error while serializing: I/O error: No space left on device"), TypeError("no folder")]
 
-    parts = {"AutoTokenizer": SimpleNamespace(), "AutoModelForCausalLM": SimpleNamespace(save_pretrained=full)}
+    def fail(_):
+        raise errors[0]
+
+    parts = {"AutoTokenizer": SimpleNamespace(), "AutoModelForCausalLM": SimpleNamespace(save_pretrained=fail)}
     for name, part in parts.items():
         part.config = SimpleNamespace()
         monkeypatch.setattr(f"transformers.{name}", SimpleNamespace(from_pretrained=lambda *_, part=part, **__: part))
     with pytest.raises(OSError, match="No space left"):  # for which `fetch` has a hint
+        convert_gguf(tmp_path / "a.gguf", tmp_path)
+    del errors[0]
+    with pytest.raises(TypeError):  # any other error stays
         convert_gguf(tmp_path / "a.gguf", tmp_path)
 
 

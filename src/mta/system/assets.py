@@ -263,7 +263,9 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except Exception as error:  # on a full disk, safetensors and tokenizers raise errors of their own
-            raise OSError(str(error)) from error
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
     # save_pretrained writes mode 0600, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     return folder
