@@ -112,24 +112,33 @@ def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
         assert codes == [200, 200, 429]
 
 
-def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path):
+def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path, monkeypatch):
     with served(*tiny, tmp_path) as here:
         here.service.store.identity(write=True)
         headers = {name: {"Authorization": f"Bearer {secret}"} for name, secret in here.secrets.items()}
         item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
 
+        entered, append = threading.Semaphore(0), here.service.histories.append
+
+        def appended(*given):
+            entered.release()
+            return append(*given)
+
         def keep(n):
             url, body = f"{here.url}/v1/people/team/{n}/history", {"items": [item], "keep": True}
-            return httpx2.post(url, json=body, headers=headers["team"], timeout=120).status_code
+            return client.post(url, json=body, headers=headers["team"]).status_code
 
-        with ThreadPoolExecutor(60) as callers:
+        monkeypatch.setattr(here.service.histories, "append", appended)
+        with ThreadPoolExecutor(50) as callers, httpx2.Client(timeout=30) as client:
             with locked(here.service.store.files):
-                kept = [callers.submit(keep, n) for n in range(60)]
-                body = {"model": "person:nobody", "messages": [{"role": "user", "content": "Film 7"}]}
-                for _ in range(20):  # each looks for the person in the store
-                    url = f"{here.url}/v1/chat/completions"
-                    assert httpx2.post(url, json=body, headers=headers["serve"], timeout=10).status_code == 404
-                assert not all(one.done() for one in kept)
+                kept = [callers.submit(keep, n) for n in range(50)]  # more than the server has threads
+                assert entered.acquire(timeout=60)
+                while entered.acquire(timeout=2):  # until no more threads wait for the lock
+                    pass
+                url, messages = f"{here.url}/v1/chat/completions", [{"role": "user", "content": "Film 7"}]
+                asked = client.post(url, json={"model": "person:x", "messages": messages}, headers=headers["serve"])
+                assert asked.status_code == 404  # after a look into the store
+                assert not any(one.done() for one in kept)
             assert {one.result() for one in kept} == {200}
 
 
