@@ -236,7 +236,7 @@ class PieceScheduler(Generic[P, R]):
         except self.ray.exceptions.RayTaskError as error:
             self.idle.append(worker)
             cause = _cause(error)
-            # The store itself (a subclass is about one person's state), or settings with which everybody diverges.
+            # The store itself (a subclass is about one person's state), or diverged training, as without a cluster.
             if type(cause) in (StoreError, Diverged):
                 raise cause from None
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")

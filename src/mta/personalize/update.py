@@ -72,10 +72,9 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     jobs, states = stages.jobs(cohort), cohort.earlier_states
     if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
         return [StateUpdate.of("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
-    measured = (
-        stages.losses(  # not bound to a variable, so that the old stacks are freed before the new ones are trained
-            jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
-        )
+    # The old stacks are bound to no variable: they are freed before the new ones are trained.
+    measured = stages.losses(
+        jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
     )
     policy = policy_of(stages.run.merge)
     fitted = policy.evidence(stages.run.merge) or policy.learns

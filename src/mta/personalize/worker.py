@@ -98,8 +98,9 @@ def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
 
 def _all_saved(stages: Stages, items: Sequence[WorkItem], made: Sequence[StateUpdate]) -> list[StateUpdate]:
     """Save all new states, if there is a store; a bucket takes several at once, as each has to wait for its answers."""
-    pairs = list(zip(items, made))
-    return list(stages.store.files.each(lambda pair: _saved(stages, *pair), pairs)) if stages.store else list(made)
+    if stages.store is None:
+        return list(made)
+    return list(stages.store.files.each(lambda pair: _saved(stages, *pair), list(zip(items, made))))
 
 
 def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:

@@ -119,7 +119,7 @@ def key_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([example.tokens for example in examples]).encode()).hexdigest()
 
 
-def run_probe(measure: CalibrationWorker, piece: Probe) -> Tensor:
+def run_probe(worker: CalibrationWorker, piece: Probe) -> Tensor:
     """Return the result of a piece of work."""
-    kinds = {"gradients": measure.gradients, "scores": measure.scores, "stacks": measure.stacks}
+    kinds = {"gradients": worker.gradients, "scores": worker.scores, "stacks": worker.stacks}
     return kinds[piece.kind](piece)

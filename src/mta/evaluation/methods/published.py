@@ -114,9 +114,11 @@ class Prime(Method):
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
         found = list[Tensor]()
-        for cohort in panel.plan(1, settings).cohorts:
+        plan = panel.plan(1, settings)
+        for cohort in plan.cohorts:
             adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort), settings)]
-            found += log_likelihood(panel.base, [panel.jobs[u].examples for u in cohort], adapters)
+            examples = [panel.jobs[u].examples for u in cohort]
+            found += log_likelihood(panel.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
         return torch.stack([-scores.sum() for scores in found])
 
 
