@@ -8,6 +8,7 @@ import torch
 from tiny import tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from mta.model.adaptable import compute_experts_plainly
 from mta.model.base import BaseModel
 from mta.system.model_files import loading
 
@@ -161,8 +162,8 @@ def base_of(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
     torch.manual_seed(0)
     with loading(kind, "a causal language model", "Take another kind."):
         model = AutoModelForCausalLM.from_config(_config(kind), attn_implementation="sdpa").to(dtype)
-    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
-        model.set_experts_implementation("eager")  # grouped products take no float64
+    if dtype == torch.float64:
+        compute_experts_plainly(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -119,9 +119,15 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
             f"{missing[0]} first",
             hint="Give the folder with all of its *.safetensors, or download the model again.",
         )
-    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
-        model.set_experts_implementation("eager")  # grouped products take no float64
+    if dtype == torch.float64:
+        compute_experts_plainly(model)
     return model
+
+
+def compute_experts_plainly(model: Any) -> None:
+    """Compute a model's experts, if it has any, one by one: grouped products take no float64."""
+    if getattr(model.config, "_experts_implementation", None):
+        model.set_experts_implementation("eager")
 
 
 def outline_model(folder: str, config: Any, _: str, dtype: torch.dtype) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
 _BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
 _PYTHON_GELU = 3  # intermediate results, each of the size of the input, that a GELU written in Python keeps
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # names of a token's number of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +255,6 @@ def _norm(module: nn.Module) -> str:
     """Return the class name of a norm with weights, else ""."""
     kind = type(module).__name__
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
-
-
-_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # names of a token's number of experts
 
 
 def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:
