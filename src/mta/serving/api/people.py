@@ -150,7 +150,7 @@ def _check_not_fewer(store: Store, person: Person) -> None:
         state = store.load(person.id)
     except (PersonNotFound, StateCorrupt):
         return
-    known, others = len(person.items), not person.grown_from(state.history)
+    known, others = len(person.items), bool(state.history) and not person.grown_from(state.history)
     if state.shots == 0 and others:  # not noted, before 0.2; perhaps made from the latest items of that time
         others = not any(replace(person, items=person.items[i:]).grown_from(state.history) for i in range(1, known))
     if state.shots > known or (state.shots in (0, known) and others):
