@@ -100,13 +100,14 @@ def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
             engine = world.vllm(Lent(server))
             engine.stops = frozenset()  # so that answers are long
             rows = [asyncio.create_task(collect(engine, ask_of(world, n, 230))) for n in range(1, 5)]
-            async for piece in engine.answer(ask_of(world, 5, 230)):
-                if piece.token:
-                    break
+            await asyncio.wait(rows, return_when=asyncio.FIRST_COMPLETED)
+            os.killpg(server._process.pid, signal.SIGSTOP)  # from now on, it finishes no answer
+            rows.append(asyncio.create_task(collect(engine, ask_of(world, 5, 230))))
+            await asyncio.sleep(0.2)
             os.killpg(server._process.pid, signal.SIGKILL)
             await asyncio.to_thread(server._process.wait)
             ended = await asyncio.gather(*rows, return_exceptions=True)
-            assert any(isinstance(end, EngineGone) for end in ended)
+            assert isinstance(ended[-1], EngineGone)
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
             with pytest.raises(EngineGone, match=r"the vLLM server ended \(exit status -9\)"):
                 await collect(engine, ask_of(world, 2))
