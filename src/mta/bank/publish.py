@@ -79,7 +79,7 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
     before = published(folder)
     note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
     report = stale_report(folder)  # only now: later ones find the note
-    if report or stops(folder) != parcel.stops:
+    if report or stops(folder) != parcel.since:
         if repository.url not in before:
             drop_note_of_publishing(folder, repository.url)
         found, hint = (report.found, report.hint) if report else ("a person was forgotten meanwhile", "Try again.")

@@ -24,12 +24,12 @@ _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 class Parcel:
     """Files to send to the hub, by their names there, and facts to show to the user before sending.
 
-    ``stops`` changes when a person is forgotten (``mta.bank.notes.stops``).
+    ``since`` is what was known of forgotten people when the files were read, for a check before sending.
     """
 
     files: Mapping[str, Path | bytes]
     facts: Mapping[str, str] = field(default_factory=dict)
-    stops: str = ""
+    since: str = ""
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file."""
