@@ -98,21 +98,20 @@ def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
 
 def _all_saved(stages: Stages, items: Sequence[WorkItem], made: Sequence[StateUpdate]) -> list[StateUpdate]:
     """Save all new states, if there is a store; a bucket takes several at once, as each has to wait for its answers."""
-    if stages.store is None:
+    if (store := stages.store) is None:
         return list(made)
-    return list(stages.store.files.each(lambda pair: _saved(stages, *pair), list(zip(items, made))))
+    return list(store.files.each(lambda pair: _saved(store, stages.since, *pair), list(zip(items, made))))
 
 
-def _saved(stages: Stages, item: WorkItem, made: StateUpdate) -> StateUpdate:
-    """Save the new state, if there is a store; the update is returned without it, or with the error of saving.
+def _saved(store: Store, since: Collection[str], item: WorkItem, made: StateUpdate) -> StateUpdate:
+    """Save the new state, if there is one; the update is returned without it, or with the error of saving.
 
     Errors: another process saved a newer version, or the person was forgotten.
     """
-    store, id = stages.store, item.person.id
-    if store is None or made.state is None:
+    if made.state is None:
         return made
     try:
-        store.save(id, made.state, stages.since, after=item.version)
+        store.save(item.person.id, made.state, since, after=item.version)
     except (PersonForgotten, StoreConflict) as error:
         return replace(made, state=None, error=error)
     return replace(made, state=None)
