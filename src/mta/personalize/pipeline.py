@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -280,7 +280,8 @@ class Pipeline:
                 store.save_history(person, call.since)
 
         store.identity(write=True)  # creates a new store's key, once
-        deque(store.files.each(save, call.people), maxlen=0)
+        for _ in store.files.each(save, call.people):
+            pass
 
     def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
