@@ -76,7 +76,7 @@ class BaseModel:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
-        self.place = _place(name)
+        self.place = _place(name)  # now: the working directory may change
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
         self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels

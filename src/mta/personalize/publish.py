@@ -21,7 +21,7 @@ def adapter_parcel(folder: Path) -> Parcel:
     read_peft(folder)  # raises if the adapter is incomplete or not plain LoRA
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     base = str(config.get("base_model_name_or_path") or "")
-    base = base if base in ASSETS or is_hub_id(base) else Path(base).name
+    base = base if base in ASSETS or is_hub_id(base) else Path(base).name  # earlier versions wrote relative paths, too
     if not has_own_card(folder):
         raise InputError(
             f"{folder} has no card from mta export; its {CARD} would be published unchecked",
