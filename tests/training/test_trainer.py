@@ -16,7 +16,7 @@ from mta.lora.layers import Gated, PerPerson, Renumbered, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import TextLengths
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, batch_of, steps_of, train_loras
+from mta.training.trainer import Job, batch_of, train_loras
 
 FIVE = Training(lr=1e-2, steps=5, batch_size=3, schedule="cosine", warmup=0.2, weight_decay=0.01)
 
@@ -126,8 +126,10 @@ def test_frozen_adapters_are_part_of_the_model_and_stay():
 def test_a_finished_person_is_not_trained_further():
     base, jobs = base_of(), jobs_of(2, 9)
     training = Training(lr=1e-2, epochs=1, batch_size=2)
-    assert [steps_of(training, 2), steps_of(training, 9)] == [1, 5]
-    together = train_loras(base, jobs, start_of(base, jobs), training)
+    assert [training.steps_for(2), training.steps_for(9)] == [1, 5]
+    steps = []
+    together = train_loras(base, jobs, start_of(base, jobs), training, on_step=steps.append)
+    assert steps[-1].examples == steps[-1].examples_total == training.examples(2) + training.examples(9) == 12
     alone = train_loras(base, jobs[:1], start_of(base, jobs[:1]), training)
     assert difference(together.select([0]), alone) < 1e-10
 

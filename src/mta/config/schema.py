@@ -6,6 +6,7 @@ uses the 2 nearest anchors, our default policy weighs all anchors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,11 +60,17 @@ class Training(Settings):
     eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
     prior: float = Field(default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + prior)")
 
-    def examples(self, items: float) -> float:
-        """Return how many examples a training on so many items passes over."""
+    def steps_for(self, items: int) -> int:
+        """Return the number of optimizer steps on so many examples. The last batch is filled with the next pass's."""
+        if not items:
+            return 0
         if self.steps is not None:
-            return self.steps * min(self.batch_size, items)
-        return self.epochs * items
+            return self.steps
+        return math.ceil(self.epochs * items / min(self.batch_size, items))
+
+    def examples(self, items: int) -> int:
+        """Return how many examples a training on so many items passes over."""
+        return self.steps_for(items) * min(self.batch_size, items)
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

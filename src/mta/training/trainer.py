@@ -91,7 +91,7 @@ def train(
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
     if checkpoint and (saved := checkpoint.load()):
         cohort.restore(*saved)
-    total = sum(steps * min(training.batch_size, len(job.examples)) for job, steps in zip(jobs, cohort.steps))
+    total = sum(training.examples(len(job.examples)) for job in jobs)
     cohort.release()
     batches = _Batches(base, jobs, training, seed, tokens_per_batch)
     while cohort.active:
@@ -133,15 +133,6 @@ def train_loras(
 
     found = train(base, jobs, start.parts(), per_person, training, frozen=frozen, seed=seed, dtype=base.dtype, **passes)
     return LoraBatch.of_tensors(found, start.scale)
-
-
-def steps_of(training: Training, examples: int) -> int:
-    """Return the number of optimizer steps for a job with that many examples."""
-    if not examples:
-        return 0
-    if training.steps is not None:
-        return training.steps
-    return math.ceil(training.epochs * examples / min(training.batch_size, examples))
 
 
 def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
@@ -207,7 +198,7 @@ class _Cohort:
         place = base.device, base.master_dtype  # ordered there: on a GPU, these copies would take longer than a step
         values = torch.cat([tensor.detach().to(*place).flatten(1) for tensor in start.values()], dim=1)
         values = values[moved(base.device, torch.tensor(order, dtype=torch.long))[0]]
-        steps = [steps_of(training, len(job.examples)) for job in jobs]
+        steps = [training.steps_for(len(job.examples)) for job in jobs]
         sizes = [(len(job.examples), job.examples_before) for job in jobs]
         first = torch.full((len(jobs),), math.nan, dtype=base.master_dtype)
         return cls(layout, steps, sizes, BatchedAdamW.of(values), first, order)
