@@ -56,6 +56,15 @@ def test_what_is_opened_is_what_was_stored(folder):
     }
 
 
+def test_banks_and_their_tensors_are_shown_in_one_line_and_compared_as_objects(folder):
+    bank, again = Bank.open(folder, BASE), Bank.open(folder, BASE)
+    assert repr(bank) == f"Bank({str(folder)!r}, 3 anchors, task {bank.task.name!r}, base {bank.info.base!r})"
+    assert repr(bank.anchors).startswith(f"LoraBatch(3 of rank {bank.anchors.rank}, ")
+    assert repr(BASE) == f"BaseModel({BASE.name!r}, {BASE.dtype} on cpu)"
+    assert bank.anchors != again.anchors
+    assert len({bank, again}) == 2
+
+
 def test_similarity_is_the_cosine_of_person_and_anchor(folder, task):
     bank = Bank.open(folder, BASE)
     people = people_of(12, prefix="c")

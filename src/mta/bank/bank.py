@@ -36,7 +36,7 @@ from mta.tracking.trackers import Track
 log = logging.getLogger("mta")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Bank:
     """N anchors over one base.
 
@@ -239,6 +239,9 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.anchors)
+
+    def __repr__(self) -> str:
+        return f"Bank({str(self.folder)!r}, {len(self)} anchors, task {self.task.name!r}, base {self.info.base!r})"
 
     @property
     def task_adapters(self) -> list[Shared]:

@@ -27,7 +27,7 @@ class Factors(NamedTuple):
     b: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LoraBatch:
     """U adapters of the same layers: layer name -> Factors, and the common scale."""
 
@@ -36,6 +36,10 @@ class LoraBatch:
 
     def __len__(self) -> int:
         return next(iter(self.factors.values())).a.shape[0]
+
+    def __repr__(self) -> str:
+        dtype = next(iter(self.factors.values())).a.dtype
+        return f"LoraBatch({len(self)} of rank {self.rank}, {len(self.factors)} layers, {dtype} on {self.device})"
 
     @property
     def rank(self) -> int:
