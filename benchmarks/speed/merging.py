@@ -13,14 +13,14 @@ from benchmarks.speed.adapters import ManyPeft, plain_model
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
-from mta.config import MergeSettings
+from mta.config import MergeMode
 from mta.lora.batch import LoraBatch, Shapes, fresh
 from mta.personalize.merge import Merge, merge_loras
 
 PEOPLE = 256
 _CHUNK = 16  # people whose merges are made at once, used, and let go, as those of a cohort are
 _RANK = 8
-_MODES = {"cat": MergeSettings(mode="exact"), "svd": MergeSettings(mode="svd", rank=_RANK)}
+_MODES: Mapping[str, MergeMode] = {"cat": "exact", "svd": "svd"}
 _TARGETS = {"cat": 50.0, "svd": 20.0}
 _HOW: Mapping[str, dict[str, Any]] = {
     "cat": {"combination_type": "cat"},
@@ -30,18 +30,18 @@ _HOW: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Merges of K anchors of ``bank`` for people, done as ``how`` says. Shapes: merge.ids and merge.w (U, K)."""
+    """Merges of K anchors of ``bank`` for people, computed in ``mode``. Shapes: merge.ids and merge.w (U, K)."""
 
     bank: LoraBatch
     merge: Merge
-    how: MergeSettings
+    mode: MergeMode
 
     @classmethod
-    def of(cls, bank: LoraBatch, people: int, how: MergeSettings) -> Work:
+    def of(cls, bank: LoraBatch, people: int, mode: MergeMode) -> Work:
         """Anchors and coefficients drawn at random."""
         draw = torch.Generator().manual_seed(2)
         ids = torch.stack([torch.randperm(len(bank), generator=draw)[:K] for _ in range(people)])
-        return cls(bank, Merge(ids, torch.rand(ids.shape, generator=draw)), how)
+        return cls(bank, Merge(ids, torch.rand(ids.shape, generator=draw)), mode)
 
     def first(self, people: int) -> Work:
         """The same for fewer people."""
@@ -52,7 +52,7 @@ class Work:
         people = len(self.merge.ids)
         for start in range(0, people, _CHUNK):
             some = self.merge.select(range(start, min(start + _CHUNK, people)))
-            yield merge_loras(self.bank, some, self.how)
+            yield merge_loras(self.bank, some, self.mode, _RANK)
 
     def run(self) -> float:
         """All of them; returns how many people."""
@@ -63,7 +63,7 @@ class Work:
 
 def rows(settings: Settings) -> Iterator[Row]:
     """Exact against "cat", svd against "svd", and exact against a copy."""
-    names = {kind: f"merging, {how.mode} against PEFT {kind}" for kind, how in _MODES.items()}
+    names = {kind: f"merging, {mode} against PEFT {kind}" for kind, mode in _MODES.items()}
     copy = "merging, exact against a plain copy"
     if not any(map(settings.wanted, [*names.values(), copy])):
         return
@@ -110,7 +110,7 @@ def against_peft(name: str, kind: str, bank: LoraBatch, settings: Settings, mode
         peer_rates.append(rate(plain))
     return Row(
         name,
-        f"mta {work.how.mode}, {len(work.merge.ids)} people",
+        f"mta {work.mode}, {len(work.merge.ids)} people",
         f"PEFT {kind}, one by one ({peers})",
         "people/s",
         tuple(rates),

@@ -80,7 +80,7 @@ def imported(out, folders, base=None, **how) -> Bank:
 def check_merge(bank, dense, ids, start=0):
     w = torch.linspace(-0.7, 1.1, len(ids), dtype=torch.float64)
     merge = Merge(torch.arange(start, start + len(ids))[None], w[None])
-    found = merge_loras(bank.anchors, merge, MergeSettings(policy="uniform"))
+    found = merge_loras(bank.anchors, merge)
     for layer in found.names:
         expected = sum(share * dense[name][layer] for share, name in zip(w, ids))
         assert (found.delta(layer)[0] - expected).abs().max() < 1e-9, layer

@@ -80,7 +80,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     panel = panel_of(base, replace(bank, calibration=known))
     found = PopulationMerge().run(panel, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
-    dense = merge_loras(bank.device_anchors, merge, MergeSettings(policy="uniform"))
+    dense = merge_loras(bank.device_anchors, merge)
     expected = answer(panel, range(len(panel.people)), [*bank.task_adapters, Shared(dense)])
     assert found.bytes_per_person == 0
     for one, other in zip(found.answers, expected):

@@ -295,9 +295,9 @@ def test_prime_computes_no_more_people_together_than_fit_the_memory(panel, monke
     merge, _ = panel.merge(settings, 0)
     whole = Prime._losses(panel, merge, settings)
 
-    def merged(bank, merge, settings):
+    def merged(bank, merge):
         together.append(len(merge.ids))
-        return merge_adapters(bank, merge, settings)
+        return merge_adapters(bank, merge)
 
     alone, together = tuple((u,) for u in range(PEOPLE)), []
     monkeypatch.setattr(Panel, "plan", lambda *given, plan=Panel.plan: replace(plan(*given), cohorts=alone))
@@ -400,8 +400,8 @@ def test_with_one_shot_chosen_keeps_the_default(tiny):
 def test_relative_error_equals_the_error_of_dense_updates(panel):
     bank = panel.bank
     merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
-    exact = merge_loras(bank.anchors, merge, MergeSettings())
-    factor = merge_loras(bank.anchors, merge, MergeSettings(mode="factor"))
+    exact = merge_loras(bank.anchors, merge)
+    factor = merge_loras(bank.anchors, merge, "factor")
 
     def dense(batch: LoraBatch):
         return [batch.scale * (b @ a) for a, b in batch.factors.values()]

@@ -166,7 +166,7 @@ def same_model(base, bank, merge, adapters) -> None:
 @pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
 def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
     base, bank = bank_of_eight
-    (found,) = merge_adapters(bank, merge, MergeSettings(mode="exact"))
+    (found,) = merge_adapters(bank, merge)
     assert isinstance(found, way)  # whichever is less to move
     same_model(base, bank, merge, found)
 
@@ -178,15 +178,15 @@ def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
 
 def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
     base, bank = bank_of_eight
-    (found,) = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank))
+    (found,) = merge_adapters(bank, WAYS, "svd", 2 * bank.anchors.rank)
     same_model(base, bank, WAYS, found)
 
 
 def test_svd_of_coefficients_that_are_no_numbers_fails_for_their_person_only(bank_of_eight):
     _, bank = bank_of_eight
-    settings, w = MergeSettings(mode="svd"), WAYS.w.clone()
+    w = WAYS.w.clone()
     w[1, 0] = torch.nan
-    found, expected = (merge_adapters(bank, Merge(WAYS.ids, one), settings)[0].batch for one in (w, WAYS.w))
+    found, expected = (merge_adapters(bank, Merge(WAYS.ids, one), "svd")[0].batch for one in (w, WAYS.w))
     for layer, pair in expected.factors.items():
         for other, same in zip(found.factors[layer], pair):
             assert other[1].isnan().all()
@@ -195,13 +195,13 @@ def test_svd_of_coefficients_that_are_no_numbers_fails_for_their_person_only(ban
 
 def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
     _, bank = bank_of_eight
-    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd"))[0].batch.rank == bank.anchors.rank
-    assert merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2))[0].batch.rank == 2
+    assert merge_adapters(bank, WAYS, "svd")[0].batch.rank == bank.anchors.rank
+    assert merge_adapters(bank, WAYS, "svd", 2)[0].batch.rank == 2
 
 
 def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
     _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, MergeSettings(mode="svd", rank=2))[0].batch
+    found = merge_adapters(bank, WAYS, "svd", 2)[0].batch
     for u in range(2):
         for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
             left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
@@ -210,7 +210,7 @@ def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
 
 def test_factor_averages_both_factors_apart(bank_of_eight):
     _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, MergeSettings(mode="factor"))[0].batch
+    found = merge_adapters(bank, WAYS, "factor")[0].batch
     for u in range(2):
         for name, (a, b) in bank.anchors.factors.items():
             mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))
@@ -221,4 +221,4 @@ def test_a_merge_of_nothing_is_not_computed(bank_of_eight):
     _, bank = bank_of_eight
     nothing = Merge(WAYS.ids, torch.zeros_like(WAYS.w))
     for mode in ("exact", "svd", "factor"):
-        assert merge_adapters(bank, nothing, MergeSettings(mode=mode)) == []
+        assert merge_adapters(bank, nothing, mode) == []

@@ -176,7 +176,7 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
         over = [
             *bank.task_adapters,
-            *merge_adapters(bank, stored_merges([state], base.master_dtype), personal.run.merge),
+            *merge_adapters(bank, stored_merges([state], base.master_dtype)),
         ]
         stack = personal.run.stack
         alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()

@@ -21,7 +21,6 @@ from benchmarks.speed.peers import padded
 from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from mta.config import MergeSettings
 from mta.data.tasks.prompt import Example
 from mta.kernels.compile import obstacle
 from mta.lora.batch import Factors, LoraBatch
@@ -226,7 +225,7 @@ class TestMerging:
     def test_merging_in_chunks_equals_merging_everybody(self, monkeypatch):
         monkeypatch.setattr(merging, "_CHUNK", 2)
         bank = random_loras(base_of(), 6)
-        work = merging.Work.of(bank, 5, MergeSettings(mode="exact"))
+        work = merging.Work.of(bank, 5, "exact")
         chunks = list(work.chunks())
         assert [len(chunk) for chunk in chunks] == [2, 2, 1]
         whole = merge_exact(bank, work.merge.ids, work.merge.w)

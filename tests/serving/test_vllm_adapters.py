@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of, random_loras
 
-from mta.config import MergeSettings
 from mta.errors import ConfigError, InputError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join
 from mta.lora.merge import truncate
@@ -38,7 +37,7 @@ def state_of(mode="exact", rank=None, stacked=True, w=(0.4, -1.0, 2.0), bank="ba
 def merge_of(state):
     """Task LoRA and merge without truncation."""
     merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
-    return join([POOLED, merge_loras(ANCHORS, merge, MergeSettings(mode=state.mode, rank=state.rank))])
+    return join([POOLED, merge_loras(ANCHORS, merge, state.mode, state.rank)])
 
 
 def differ(one, other):
@@ -81,7 +80,7 @@ def test_the_randomized_svd_for_many_anchors_is_as_accurate():
     made = LoraExporter(anchors, None, "bank", 2)
     found, error = made.adapter(state)
     again, _ = made.adapter(state)
-    whole = merge_loras(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
+    whole = merge_loras(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])))
     best, least = truncate(whole, 2)
     assert error == pytest.approx(float(least), rel=1e-4)
     assert differ(found, best) < 1e-2

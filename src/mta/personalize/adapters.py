@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings
 from mta.errors import OtherBank
 from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Adapters, Gated, PerPerson
@@ -80,7 +79,7 @@ def row_adapters(
     for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):
         alike = [one if isinstance(one, State) and (one.mode, one.rank) == (mode, rank) else TASK for one in owners]
         merge = stored_merges(alike, base.master_dtype)
-        adapters += merge_adapters(bank, merge, MergeSettings(mode=mode, rank=rank))
+        adapters += merge_adapters(bank, merge, mode, rank)
     if bank.task_lora:
         on = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
         adapters.append(Gated(bank.task_lora, on))
@@ -108,8 +107,7 @@ def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraB
     """Return one person's merge as one LoRA, in the state's mode. The rank of an exact merge is R per anchor used."""
     used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
     merge = stored_merges([state], dtype)
-    settings = MergeSettings(mode=state.mode, rank=state.rank)
-    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]), settings)
+    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]), state.mode, state.rank)
 
 
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.calibration.laplace import Calibration
-from mta.config import MergeSettings, Training
+from mta.config import MergeMode, MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.batch import LoraBatch, concatenate
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
@@ -297,17 +297,17 @@ def learn(
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
-def merge_adapters(bank: Bank, merge: Merge, settings: MergeSettings) -> list[Adapters]:
-    """Return a merge as adapters, in the mode of ``settings``; none if all coefficients are 0.
+def merge_adapters(bank: Bank, merge: Merge, mode: MergeMode = "exact", rank: int | None = None) -> list[Adapters]:
+    """Return a merge as adapters, computed as ``merge_loras`` does; none if all coefficients are 0.
 
     An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
     """
     if not merge.w.any():
         return []
-    if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
+    if mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
         return [merge.adapters(bank.device_anchors)]
-    anchors = bank.anchors.to(bank.device_anchors.device) if settings.mode == "svd" else bank.device_anchors
-    return [PerPerson(merge_loras(anchors, merge, settings))]
+    anchors = bank.anchors.to(bank.device_anchors.device) if mode == "svd" else bank.device_anchors
+    return [PerPerson(merge_loras(anchors, merge, mode, rank))]
 
 
 def _is_direct(k: int, anchors: int) -> bool:
@@ -335,13 +335,16 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     )
 
 
-def merge_loras(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
-    """Return each person's merge as factors, in the mode of ``settings``; factors of an exact merge have rank K * R."""
+def merge_loras(anchors: LoraBatch, merge: Merge, mode: MergeMode = "exact", rank: int | None = None) -> LoraBatch:
+    """Return each person's merge as factors.
+
+    Those of an exact merge have rank K * R, those of an svd ``rank`` (default: the anchors'), averaged ones R.
+    """
     ids, w = merge.ids.to(anchors.device), merge.w.to(anchors.device)
-    if settings.mode == "factor":
+    if mode == "factor":
         return merge_factor(anchors, ids, w)
-    if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
-        return concatenate(_truncated(anchors, i[None], c[None], settings.rank or anchors.rank) for i, c in zip(ids, w))
+    if mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
+        return concatenate(_truncated(anchors, i[None], c[None], rank or anchors.rank) for i, c in zip(ids, w))
     return merge_exact(anchors, ids, w)
 
 

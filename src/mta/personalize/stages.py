@@ -152,7 +152,8 @@ class Stages:
 
     def with_merge(self, merge: Merge, stacks: LoraBatch | None = None) -> Fitted:
         """Return merges and stacks with the adapters of the merges."""
-        return Fitted(merge, merge_adapters(self.bank, merge, self.run.merge), stacks)
+        how = self.run.merge
+        return Fitted(merge, merge_adapters(self.bank, merge, how.mode, how.rank), stacks)
 
     def stack(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> Fitted:
         """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""

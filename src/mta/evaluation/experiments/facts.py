@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings
+from mta.config import MergeMode, MergeSettings
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
@@ -54,14 +54,13 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
 
     One person at a time: exact merges of 16 people and 50 anchors would take gigabytes.
     """
-    cheap = {"svd": MergeSettings(mode="svd"), "factor": MergeSettings(mode="factor")}
-    errors: dict[str, list[float]] = {name: [] for name in cheap}
+    errors: dict[MergeMode, list[float]] = {"svd": [], "factor": []}
     for u in range(len(merge.ids)):
         one = Merge(merge.ids[u : u + 1], merge.w[u : u + 1].float())
-        exact = merge_loras(bank.anchors, one, MergeSettings())
-        for name, settings in cheap.items():
-            errors[name].append(float(relative_error(merge_loras(bank.anchors, one, settings), exact)))
-    return {name: fmean(found) for name, found in errors.items()}
+        exact = merge_loras(bank.anchors, one)
+        for mode, found in errors.items():
+            found.append(float(relative_error(merge_loras(bank.anchors, one, mode), exact)))
+    return {mode: fmean(found) for mode, found in errors.items()}
 
 
 def relative_error(cheap: LoraBatch, exact: LoraBatch) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from pydantic import model_validator
 
 from mta.bank.anchors import one_per_cluster
-from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.config import Lora, MergeMode, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
@@ -82,7 +82,7 @@ class Merged(Method):
             merge, seconds = panel.merge(settings, seed)
         else:
             merge, seconds = _among(panel, settings, self.anchors)
-        return answered(panel, merge, settings, seconds)
+        return answered(panel, merge, seconds, settings.mode, settings.rank)
 
 
 @register
@@ -116,7 +116,7 @@ class MergedByLayer(Method):
             seed=seed,
             tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
-        return answered(panel, merge, settings, seconds + clock(panel.base.device) - start)
+        return answered(panel, merge, seconds + clock(panel.base.device) - start, settings.mode, settings.rank)
 
 
 @register
@@ -138,7 +138,7 @@ class MergeThenAdapt(Method):
         stack = panel.stack_settings(self.stack, settings)
         if not stack.enabled:
             merge, seconds = panel.merge(settings, seed)
-            return answered(panel, merge, settings, seconds)
+            return answered(panel, merge, seconds, settings.mode, settings.rank)
         return adapted(panel, self.name, stack.lora, stack.training, seed, settings)
 
 
@@ -159,7 +159,7 @@ def adapted(
         start = clock(panel.base.device)
         frozen: list[Adapters] = list(panel.bank.task_adapters)
         if merge and settings:
-            frozen += merge_adapters(panel.bank, merge.select(cohort), settings)
+            frozen += merge_adapters(panel.bank, merge.select(cohort), settings.mode, settings.rank)
         jobs = [panel.jobs[i] for i in cohort]
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += clock(panel.base.device) - start
@@ -167,13 +167,13 @@ def adapted(
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
-def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:
-    """Answer the panel's queries with everybody's merge over the task LoRA, in the mode of ``settings``."""
+def answered(panel: Panel, merge: Merge, seconds: float, mode: MergeMode = "exact", rank: int | None = None) -> Outcome:
+    """Answer the panel's queries with everybody's merge over the task LoRA, computed as ``merge_loras`` does."""
     answers: list[Answers] = []
-    settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
-    for cohort in panel.plan(1, settings).cohorts:
+    known = MergeSettings(policy="uniform", k=merge.ids.shape[1], mode=mode, rank=rank)  # nothing is left to compute
+    for cohort in panel.plan(1, known).cohorts:
         start = clock(panel.base.device)
-        merged = merge_adapters(panel.bank, merge.select(cohort), settings)
+        merged = merge_adapters(panel.bank, merge.select(cohort), mode, rank)
         seconds += clock(panel.base.device) - start
         answers += answer(panel, cohort, [*panel.bank.task_adapters, *merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)

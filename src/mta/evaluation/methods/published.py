@@ -56,8 +56,7 @@ class PerPcs(Method):
             weights.append(torch.zeros_like(fit).scatter(1, top.indices, shares))
         w = torch.stack(weights, 1).to(panel.base.master_dtype)  # (U, L, N)
         ids = torch.arange(len(panel.bank)).expand(len(w), -1)
-        settings = MergeSettings(policy="uniform", k=0)
-        return answered(panel, Merge(ids, w), settings, clock(panel.base.device) - start)
+        return answered(panel, Merge(ids, w), clock(panel.base.device) - start)
 
 
 def gate_of(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ class Prime(Method):
             if len(losses) == len(candidates):  # otherwise the budget is spent
                 for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
                     search.tell(list(asked), scores)
-        return answered(panel, Merge(begun.ids, best), settings, seconds + clock(panel.base.device) - start)
+        return answered(panel, Merge(begun.ids, best), seconds + clock(panel.base.device) - start)
 
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
@@ -116,7 +115,7 @@ class Prime(Method):
         found = list[Tensor]()
         plan = panel.plan(1, settings)
         for cohort in plan.cohorts:
-            adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort), settings)]
+            adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort))]
             examples = [panel.jobs[u].examples for u in cohort]
             found += log_likelihood(panel.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
         return torch.stack([-scores.sum() for scores in found])

@@ -172,7 +172,7 @@ class MembershipEvaluator:
         anchors = self.items.anchors
         count, others = len(anchors), self.items.others_of(len(anchors))
         w = torch.ones(count, 1, dtype=self.panel.base.master_dtype)
-        alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), settings=MergeSettings(k=1), seconds=0)
+        alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), seconds=0.0)
         following = [*anchors[1:], anchors[0]] if count > 1 else [[]]
         losses = self._losses(self._panel_of(self.trained), _joined(anchors, following, others), alone)
         for model, members in ((OWN, anchors), (ANOTHER, following)):
