@@ -62,8 +62,17 @@ class BuildContext:
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
         below = ParameterCounts(task_lora=parameters_of(self.base, frozen) if frozen else 0)
-        numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
-        return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
+        executor = self.executor
+        return plan_cohorts(
+            self.base,
+            jobs,
+            parameters_of(self.base, lora),
+            parse_size(self.run.memory),
+            below=below,
+            most=executor.most,
+            threads=executor.threads,
+            on_gpu=executor.on_gpu,
+        )
 
     def train(
         self, pieces: Sequence[LoraPiece], plan: str, task_lora: LoraBatch | None = None, on_step: OnStep | None = None

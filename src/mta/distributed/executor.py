@@ -12,7 +12,7 @@ _MOST = 256  # people per cohort at most, so that results are saved regularly
 
 
 class Piece(Protocol):
-    """A piece of work. A failing piece is retried in its ``halves``, until the failing person or anchor is found."""
+    """A piece of work. A failing cohort is retried in its ``halves``, until the failing person is found."""
 
     def __len__(self) -> int:
         """Return the number of people or anchors in the piece."""
@@ -39,11 +39,13 @@ class Executor(Protocol):
 
     At most ``most`` people are computed together, with ``threads`` threads (None: the setting of the process). Only
     these two affect the rounding of results, never the number of workers. ``in_process``: functions run right here.
+    ``on_gpu`` says whether workers compute on GPUs (None: on the device of this process), which memory plans need.
     """
 
     most: int
     threads: int | None
     in_process: bool
+    on_gpu: bool | None
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
@@ -60,6 +62,7 @@ class LocalExecutor:
 
     threads: int | None = None
     in_process: bool = True
+    on_gpu: bool | None = None
 
     def __init__(self, most: int = _MOST) -> None:
         self.most = most

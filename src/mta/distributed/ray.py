@@ -1,8 +1,8 @@
 """Executor on Ray: each actor holds one base and computes pieces; failures of machines are tolerated.
 
-Results are states in a store, keyed by their work, so computing a piece twice is harmless. A scheduler gives pieces to
-workers. Another worker recomputes the piece of a dead worker. A failing piece is retried in halves until the person
-whose data fails is found; all other people finish.
+A piece gives the same result on every worker, so computing it twice is harmless. A scheduler gives pieces to workers.
+Another worker recomputes the piece of a dead worker. A failing cohort is retried in halves until the person whose data
+fails is found; all other people finish.
 Needs the extra ``ray``; the rest of mta works without Ray.
 """
 
@@ -47,6 +47,7 @@ class Cluster:
 
     threads: int | None
     in_process: bool = False
+    on_gpu: bool | None
 
     def __init__(
         self,
@@ -62,7 +63,8 @@ class Cluster:
         self.crew: Crew | None = None
         self.ray = _connected(address, workers)
         found = self.ray.cluster_resources()
-        self.gpus = 0 if gpu is False or not found.get("GPU") else 1
+        self.gpus = 0 if gpu is False or not found.get("GPU") else 1  # of each worker
+        self.on_gpu = bool(self.gpus)
         room = int(found["GPU"] if self.gpus else found.get("CPU", 0) // threads)
         self.workers = workers or room
         if not room:

@@ -151,6 +151,9 @@ class BaseModel:
         made.model = copy.deepcopy(self.model, shared)
         return made
 
+    def __repr__(self) -> str:
+        return f"BaseModel({self.name!r}, {self.dtype} on {self.device})"
+
     @property
     def has_weights(self) -> bool:
         """Whether the base can compute; an outline cannot."""
@@ -210,6 +213,12 @@ class BaseModel:
         compiled = kernels("attention", next(self.model.parameters())) is not None
         plain = Footprint.of(self.model, self.dtype.itemsize, self.targets, self.exchanged)
         return replace(plain, kernels=compiled, checkpointed=self.gradient_checkpointing)
+
+    @cached_property
+    def footprint_without_kernels(self) -> Footprint:
+        """The same in a process that uses no kernels: on GPUs."""
+        plain = Footprint.of(self.model, self.dtype.itemsize, self.targets)
+        return replace(plain, checkpointed=self.gradient_checkpointing)
 
     @contextmanager
     def in_training(self) -> Iterator[None]:

@@ -226,9 +226,16 @@ class Pipeline:
         jobs = self._jobs(chosen, errors := dict[str, MtaError]())  # made one by one, as they are planned
         if (first := next(jobs, None)) is None:
             return CohortPlan(errors=errors)
-        below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
-        memory = parse_size(self.run.memory)
-        plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
+        plan = plan_cohorts(
+            self.base,
+            chain([first], jobs),
+            trained,
+            parse_size(self.run.memory),
+            below=frozen_numbers(self.bank, self.run.merge),
+            most=self.executor.most,
+            threads=self.executor.threads,
+            on_gpu=self.executor.on_gpu,
+        )
         if checkpoints:
             checkpoints.note([item.name for item in chosen])
         fitting = [item for item in chosen if item.person.id not in errors]

@@ -1,4 +1,4 @@
-"""Plan cohorts from sorted keys and the memory budget, independent of workers and of input order."""
+"""Cut jobs into cohorts that fit the memory. The plan depends on the jobs and their order, not on the workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from mta.config import Lora
 from mta.errors import MemoryBudgetError
 from mta.model.base import BaseModel
-from mta.model.footprint import COPIES, ParameterCounts, TextLengths
+from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.system.atomic import json_sha256
 from mta.training.packing import common_prefix
 from mta.training.trainer import Job
@@ -22,7 +22,7 @@ ON_GPU = 8  # times as many: a GPU waits for the launches of small passes
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Cohorts of job numbers (indices into the sorted keys), and the batch size and threads of all passes."""
+    """Cohorts of job numbers, and the batch size and threads of all passes."""
 
     cohorts: tuple[tuple[int, ...], ...]
     tokens_per_batch: int
@@ -81,16 +81,21 @@ def plan_cohorts(
     below: ParameterCounts | None = None,
     most: int = 256,
     threads: int | None = None,
+    on_gpu: bool | None = None,
 ) -> Plan:
-    """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
+    """Cut jobs, in the given order, into cohorts that fit into ``memory`` bytes beside the base.
 
     ``trained`` is the number of parameters of one person; ``below`` are the frozen adapters. Half of the memory is for
     activations and logits, the rest for adapters, gradients, and moments. ``jobs`` are read once and not kept.
+    ``on_gpu`` says whether other processes compute on GPUs; by default, the base's device computes.
     Raises MemoryBudgetError, which says how much one person needs.
     """
-    numbers, footprint = replace(below or ParameterCounts(), trained=trained), base.footprint
+    if on_gpu is None:
+        on_gpu = base.device.type != "cpu"
+    footprint = base.footprint_without_kernels if on_gpu else base.footprint
+    numbers = replace(below or ParameterCounts(), trained=trained)
     lengths = _Lengths.of(jobs, footprint.target_weight)
-    per_token = _bytes_per_token(base, lengths.texts, numbers)
+    per_token = _bytes_per_token(footprint, lengths.texts, numbers)
     per_person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     per_person_in_pass, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * per_token + per_person + per_person_in_pass + shared
@@ -101,7 +106,7 @@ def plan_cohorts(
             f"the budget is {memory / 2**20:.1f} MiB",
             hint="Raise memory=… (of a recipe: run.memory=…), lower max_tokens or the rank.",
         )
-    most_tokens = _MOST_TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
+    most_tokens = _MOST_TOKENS * (ON_GPU if on_gpu else 1)
     enough = int(most_tokens * (1 + footprint.target_weight * lengths.share))
     for_one = memory - per_person - per_person_in_pass - shared
     tokens = max(min(memory // 2 // per_token, enough, for_one // per_token), lengths.largest)
@@ -114,9 +119,8 @@ def plan_cohorts(
     return Plan(cohorts, tokens, threads or torch.get_num_threads(), lengths.shortened)
 
 
-def _bytes_per_token(base: BaseModel, texts: TextLengths, numbers: ParameterCounts) -> int:
+def _bytes_per_token(footprint: Footprint, texts: TextLengths, numbers: ParameterCounts) -> int:
     """Return the bytes of the most demanding pass: training, scoring, or one with gradients of gates."""
-    footprint = base.footprint
     training = footprint.token(texts, footprint.ranks(numbers))
     scoring = footprint.scoring(1, 0, 0, texts, ParameterCounts())  # is larger only with gradient checkpointing
     return max(training, scoring, footprint.gate_token(texts, numbers) if numbers.gated else 0)

@@ -57,7 +57,7 @@ def calibrate(
     subjects = subjects_of(base, task, people, run.calibration)
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     chosen = executor or LocalExecutor()
-    plan = plan_of(base, subjects, len(anchors), run, chosen.most)
+    plan = plan_of(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
     local = CalibrationWorker(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
@@ -101,7 +101,14 @@ def calibrate(
     return calibrator.run()
 
 
-def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run, most: int = PIECE) -> Plan:
+def plan_of(
+    base: BaseModel,
+    subjects: Sequence[Subject],
+    anchors: int,
+    run: Run,
+    most: int = PIECE,
+    on_gpu: bool | None = None,
+) -> Plan:
     """Plan the passes of a calibration, of at most ``most`` people, in a run's memory. Raises MemoryBudgetError."""
     task_lora = parameters_of(base, run.task_lora.lora) if run.task_lora.enabled else 0
     every = anchors * parameters_of(base, run.bank.lora)
@@ -110,7 +117,7 @@ def plan_of(base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     if not jobs:
         return Plan((), 0, 1, 0)
-    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE))
+    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE), on_gpu=on_gpu)
 
 
 def _expected_seconds(base: BaseModel, calibrator: Calibrator, ranks: int, tokens_per_batch: int) -> float:
