@@ -237,6 +237,32 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     assert used.peak <= budget
 
 
+@pytest.mark.parametrize("shape", ["llama", "large vocabulary"])
+@pytest.mark.parametrize("memory", [12, 40])
+def test_scoring_for_which_nothing_was_planned_takes_at_most_half_of_the_memory(shape, memory):
+    base, jobs = base_of(shape), jobs_of(12, targets=8)
+    examples = [job.examples for job in jobs]
+    with TensorMemory(held(base)) as used:
+        found = log_likelihood(base, examples, memory=memory * 2**20)
+    assert used.peak <= memory * 2**19
+    for one, other in zip(found, log_likelihood(base, examples), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_memory_is_planned_for_where_workers_compute():
+    """Here with kernels; GPUs have none, and take larger passes."""
+    here, there = base_of("llama", torch.bfloat16), base_of("llama", torch.bfloat16)
+    jobs = jobs_of(40)
+    with without_kernels():
+        there.exchanged = []
+        assert there.footprint == here.footprint_without_kernels
+        for_gpus = plan_cohorts(there, jobs, 10_000, 40 * 2**20, on_gpu=True)
+    found = plan_cohorts(here, jobs, 10_000, 40 * 2**20, on_gpu=True)
+    assert found == for_gpus
+    assert plan_cohorts(here, jobs, 10_000, 2**40, on_gpu=True).tokens_per_batch > 7 * 4096
+    assert plan_cohorts(here, jobs, 10_000, 2**40).tokens_per_batch < 2 * 4096
+
+
 def test_one_person_with_many_rows_of_one_example_needs_no_more_than_with_few():
     base = base_of("llama")
     base.packable = base.blocked = False

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mta.bank.bank import Bank
-from mta.config import Run
+from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.prompt import Example
 from mta.lora.layers import Adapters, applied
@@ -65,7 +65,8 @@ def mean_inputs(
 
     def add(name: str, owner: Tensor, mask: Tensor, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].view(*mask.shape, -1)
-        sums[name].index_add_(0, owner, (x * mask[..., None].to(x)).double().sum(1).cpu())
+        total = (x * mask[..., None].to(x)).to(base.master_dtype).sum(1)
+        sums[name].index_add_(0, owner, total.cpu().double())  # there: some devices have no float64
 
     for start in range(0, len(rows), rows_per_batch):
         people, texts = zip(*rows[start : start + rows_per_batch])
@@ -94,7 +95,8 @@ def evidence_of(context: Context, jobs: Sequence[ShotsJob]) -> tuple[Evidence, f
         labels = Labels(tensors["labels"], tensors["gold"]) if "labels" in tensors else None
         return Evidence(tensors["shots"], tensors["counts"], labels), seconds
     start = clock(base.device)
-    found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters, on_step=context.on_step)
+    memory, on_step = parse_size(context.run.memory), context.on_step
+    found = gather_evidence(base, jobs, bank.device_anchors, bank.task_adapters, memory=memory, on_step=on_step)
     seconds = clock(base.device) - start
     if path:
         tensors = {"shots": found.loglik, "counts": found.counts}

@@ -78,9 +78,10 @@ def gather_evidence(
     task_adapters: Sequence[Shared],
     *,
     tokens_per_batch: int | None = None,
+    memory: int | None = None,
     on_step: OnStep | None = None,
 ) -> Evidence:
-    """Score all shots under the pooled model and under every anchor: N + 1 passes, as ``log_likelihood`` does.
+    """Score all shots under the pooled model and under every anchor: N + 1 passes of ``log_likelihood``.
 
     The anchors were not trained on these shots, so the likelihoods are unbiased.
     """
@@ -91,7 +92,7 @@ def gather_evidence(
     for number in range(passes):
         parts = [shared.batch for shared in task_adapters] + ([anchors.select([number - 1])] if number else [])
         adapters = [Shared(join(parts))] if parts else []  # one term per layer: fewer passes over the activations
-        found.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch))
+        found.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch, memory=memory))
         if on_step:
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
     scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # one (examples, 1 + N) for each person

@@ -15,7 +15,7 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
 from mta.bank.format import check_base
-from mta.config import Run
+from mta.config import Run, parse_size
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
@@ -158,7 +158,9 @@ class Personalizer:
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
         jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
-        return [float(found[0]) for found in log_likelihood(self.base, jobs, adapters, owners=owners)]
+        memory = parse_size(self.run.memory)
+        found = log_likelihood(self.base, jobs, adapters, owners=owners, memory=memory)
+        return [float(scores[0]) for scores in found]
 
     def label_scores(
         self, rows: Sequence[tuple[PersonOrModel, Sequence[Item]]], *, stacked: bool = True
@@ -171,7 +173,8 @@ class Personalizer:
         if task.labels is None:
             raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        found = label_scores(self.base, task, [items for _, items in rows], adapters, owners=owners)
+        memory, items = parse_size(self.run.memory), [items for _, items in rows]
+        found = label_scores(self.base, task, items, adapters, owners=owners, memory=memory)
         return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
 
     def shares(self, rows: Sequence[tuple[PersonOrModel, Question]], *, stacked: bool = True) -> list[dict[str, float]]:

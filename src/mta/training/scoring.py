@@ -13,6 +13,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
+from mta.model.footprint import ParameterCounts, TextLengths
 from mta.training.packing import TOKENS, collate, fitting, pack_for
 from mta.training.plan import ON_GPU
 from mta.training.trainer import Job
@@ -26,14 +27,16 @@ def log_likelihood(
     *,
     owners: Sequence[int] | None = None,
     tokens_per_batch: int | None = None,
+    memory: int | None = None,
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: an (n,) tensor for each list of n examples.
 
-    List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
-    in ``train``, by default more on a GPU. Up to rounding, results do not depend on which lists share a batch.
+    List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person). ``tokens_per_batch`` is as
+    in ``train``; by default, passes are as large as is fast on the device, and take at most half of ``memory`` bytes.
+    Up to rounding, results do not depend on which lists share a batch.
     """
     owners = range(len(examples)) if owners is None else owners
-    tokens_per_batch = tokens_per_batch or TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
+    tokens_per_batch = tokens_per_batch or _tokens_per_batch(base, examples, memory)
     weight = base.footprint.target_weight
     rows = [(i, row) for i, part in enumerate(examples) for row in pack_for(base, part, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
@@ -51,6 +54,18 @@ def log_likelihood(
     return list(torch.split(sums.cpu(), [len(part) for part in examples]))
 
 
+def _tokens_per_batch(base: BaseModel, examples: Sequence[Sequence[Example]], memory: int | None) -> int:
+    """Return how many tokens a pass takes for which nothing was planned. One text may take more than ``memory``."""
+    enough = TOKENS * (1 if base.device.type == "cpu" else ON_GPU)
+    if memory is None:
+        return enough
+    longest = max((len(example.tokens) for part in examples for example in part), default=1)
+    footprint, texts, nothing = base.footprint, TextLengths(longest), ParameterCounts()
+    token = footprint.scoring(1, 0, 0, texts, nothing)
+    target = footprint.scoring(0, 1, 0, texts, nothing) / footprint.target_weight  # which counts more than one token
+    return max(min(enough, int(memory / 2 / max(token, target))), 1)
+
+
 def mean_nll(
     base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int | None = None
 ) -> list[float]:
@@ -66,13 +81,14 @@ def label_scores(
     adapters: Sequence[Adapters] = (),
     *,
     owners: Sequence[int] | None = None,
+    memory: int | None = None,
 ) -> list[Tensor]:
     """Return the log probability of every label for each person's queries: a list of (queries, labels) tensors.
 
-    A label's score is the sum of log p over its tokens and the end token, without length normalization. ``owners`` are
-    as in ``log_likelihood``.
+    A label's score is the sum of log p over its tokens and the end token, without length normalization. ``owners`` and
+    ``memory`` are as in ``log_likelihood``.
     """
     labels = task.labels or ()
     jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
-    found = log_likelihood(base, jobs, adapters, owners=owners)
+    found = log_likelihood(base, jobs, adapters, owners=owners, memory=memory)
     return [scores.view(-1, len(labels)) for scores in found]

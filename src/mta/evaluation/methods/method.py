@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
+from mta.config import parse_size
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, Diverged
@@ -67,6 +68,7 @@ class Method(Settings, ABC):
         """Return the outcome of ``run``, computed once per panel: ``Chosen`` reads outcomes of other methods again."""
         key = (type(self), self.digest, seed)
         if key not in panel.outcomes:
+            _ = panel.jobs  # no method's seconds include tokenizing
             panel.outcomes[key] = self.run(panel, seed)
         return panel.outcomes[key]
 
@@ -151,11 +153,13 @@ def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) ->
     text is returned too.
     """
     task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
+    memory = parse_size(panel.run.memory)
     if all(task.labels_of(item) for items in queries for item in items):
-        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
+        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters, memory=memory)]
     jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
     tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
-    nll = [-scores.double() / own for scores, own in zip(log_likelihood(base, jobs, adapters), tokens)]
+    found = log_likelihood(base, jobs, adapters, memory=memory)
+    nll = [-scores.double() / own for scores, own in zip(found, tokens)]
     if not panel.write_texts:
         return [Answers([""] * len(items), nll=own) for items, own in zip(queries, nll)]
     longest = base.prompts.answer_tokens(task)
