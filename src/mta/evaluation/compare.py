@@ -55,7 +55,6 @@ def run_methods(
             f"methods must have different names, got {', '.join(method.name for method in methods)}",
             hint="Give one of them another:  name=…",
         )
-    _ = panel.jobs  # no method's seconds include tokenizing
     rows = []
     for method in methods:
         if on_method:

@@ -177,7 +177,6 @@ def _missing(
 def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     """Return a record for each person of the batch."""
     panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
-    _ = panel.jobs  # no method's seconds include tokenizing
     outcome, scores = run.method.scored(panel, run.seed)
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None

@@ -44,10 +44,9 @@ class _Prompted(OverMethod):
         stored = self.descriptions(panel)
         profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
         seconds = clock(panel.base.device) - start
-        _ = profiled.jobs  # no method's seconds include tokenizing
         if self.k:  # the shots must be stored for retrieval
             stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
-        found = self.over.run(profiled, seed)
+        found = self.over.outcome(profiled, seed)
         each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(panel.people)
         return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
 
@@ -134,7 +133,7 @@ class Chosen(Method):
         folds, owners = panel.folds(self.folds)
         if not owners:
             return [0] * len(panel.people), 0.0
-        outcomes = [candidate.run(folds, seed) for candidate in self.candidates]
+        outcomes = [candidate.outcome(folds, seed) for candidate in self.candidates]
         losses: list[list[Tensor]] = [[] for _ in panel.people]
         for row, u in enumerate(owners):
             held_out = [self._nll(n, folds, outcome.answers[row], row) for n, outcome in enumerate(outcomes)]

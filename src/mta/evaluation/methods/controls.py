@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mta.config import MergeSettings
 from mta.data.history import Person
 from mta.data.tasks.task import PROFILE, Task
 from mta.errors import ConfigError, InputError
@@ -35,7 +34,7 @@ class PopulationMerge(Method):
             raise ConfigError("the bank has no calibration", hint="Add one:  mta bank calibrate")
         ids = torch.arange(len(panel.bank)).expand(people, -1)
         merge = Merge(ids, calibration.mu.expand(people, -1).to(panel.base.master_dtype))
-        return replace(answered(panel, merge, MergeSettings(policy="laplace"), 0.0), bytes_per_person=0.0)
+        return replace(answered(panel, merge, seconds=0.0), bytes_per_person=0.0)
 
 
 @register
@@ -56,8 +55,7 @@ class OtherPerson(OverMethod):
         givers = givers_of(panel.people, panel.tested or panel.people)
         people = [replace(one, items=giver.items) for one, giver in zip(panel.people, givers)]
         swapped = Panel(panel.context, people, panel.queries, panel.task, panel.retrieve, panel.write_texts)
-        _ = swapped.jobs  # no method's seconds include tokenizing
-        return self.over.run(swapped, seed)
+        return self.over.outcome(swapped, seed)
 
 
 def givers_of(people: Sequence[Person], among: Sequence[Person]) -> list[Person]:
