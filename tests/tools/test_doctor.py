@@ -137,6 +137,16 @@ def test_memory_is_held_against_what_a_run_may_take(monkeypatch, free, verdict, 
     assert "memory=4GiB bounds one cohort (adapters, optimizer, activations)" in memory.found
 
 
+@pytest.mark.parametrize(("free", "verdict"), [(8 * GIB, "ok"), (4 * GIB, "warning")])
+def test_the_memory_of_a_run_on_a_gpu_is_the_gpus(monkeypatch, free, verdict):
+    monkeypatch.setattr(doctor, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GIB))
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 1 if verdict == "ok" else 64 * GIB)
+    (memory,) = doctor._memory(None, "cuda:0")
+    assert memory.verdict == verdict
+    assert f"{free // GIB}.0 GiB on cuda:0; " in memory.found
+
+
 def test_memory_is_held_against_what_a_banks_runs_may_take(monkeypatch, tiny_bank_folder, tmp_path):
     monkeypatch.setattr(doctor, "_free_memory", lambda: 8 << 30)
     found = []

@@ -62,7 +62,7 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
 
     With a ``device``, it is a problem that the device cannot be used, and no problem that a demo cannot run.
     """
-    machine, memory = partial(_machine, device), partial(_memory, bank)
+    machine, memory = partial(_machine, device), partial(_memory, bank, device)
     parts: list[Callable[[], Iterator[Finding]]] = [_versions, machine, memory, _kernels, _cache, _sources, _extras]
     found = [finding for part in parts for finding in part()]
     if device:
@@ -174,11 +174,11 @@ def _dtype(device: torch.device) -> Finding:
     return Finding("machine", "dtype", "ok", found)
 
 
-def _memory(bank: Path | None) -> Iterator[Finding]:
+def _memory(bank: Path | None, wanted: str | None = None) -> Iterator[Finding]:
     memory = Run().memory
     with contextlib.suppress(MtaError):  # which ``_bank`` reports
         memory = read_info(bank).run.memory if bank else memory
-    bound, free = parse_size(memory), _free_memory()
+    bound, (free, where) = parse_size(memory), _free_for(wanted)
     bounds = f"memory={memory} bounds one cohort (adapters, optimizer, activations)"
     needs = f"{bounds}; the default base takes another {human_memory(BASE)}"
     if free is None:
@@ -190,7 +190,16 @@ def _memory(bank: Path | None) -> Iterator[Finding]:
     elif free <= bound + BASE:
         less = f"memory={max((free - BASE) // (1 << 30), 1)}GiB"
         warning = f"Give {less} (mta demo and mta evaluate: run.{less})."
-    yield _judged("memory", "free", f"{human_memory(free)}; {needs}", problem=problem, warning=warning)
+    yield _judged("memory", "free", f"{human_memory(free)}{where}; {needs}", problem=problem, warning=warning)
+
+
+def _free_for(wanted: str | None) -> tuple[int | None, str]:
+    """Return the free bytes of the memory that a run would fill, and where: on its GPU, or in this machine."""
+    with contextlib.suppress(ModelError):  # which ``_machine`` reports
+        device = pick_device(wanted or "auto")
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0], f" on {device}"
+    return _free_memory(), ""
 
 
 def _free_memory() -> int | None:
