@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mta.config import override
 from mta.config.loader import dump_yaml
@@ -90,6 +91,14 @@ def test_a_slow_machine_gets_fewer_steps_and_full_gets_all(tmp_path, rate):
         "This machine reaches 1000 GFLOP/s.",
         f"This machine reaches 100 GFLOP/s: fewer steps ({', '.join(recipe.slow)}).",
     ]
+
+
+def test_a_slow_processor_beside_a_gpu_that_is_not_used_gets_fewer_steps(tmp_path, rate, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rate(1e11)
+    recipe = load_demo("movielens")
+    found = demo._settled(tmp_path, recipe, ["run.device=cpu"], False, lambda _: None)
+    assert found == override(recipe, [*recipe.short, *recipe.slow, "run.device=cpu"])
 
 
 def test_a_resumed_demo_keeps_its_version_and_another_one_is_refused(tmp_path, rate):

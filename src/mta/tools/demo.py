@@ -31,7 +31,7 @@ from mta.personalize import Personalizer
 from mta.personalize.merge import check_merge
 from mta.system import assets
 from mta.system.atomic import write_text
-from mta.system.device import gemm_rate
+from mta.system.device import gemm_rate, pick_device
 from mta.system.progress import OnStep, Step
 from mta.tools.cost import planned
 from mta.tracking.run_folder import RunFolder
@@ -252,7 +252,7 @@ def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, sa
 
 
 def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:
-    if torch.cuda.is_available():
+    if pick_device(usual.run.device).type != "cpu":
         return usual
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
     chosen = slow if rate < SLOW else usual
