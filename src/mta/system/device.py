@@ -91,6 +91,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
                 f"dtype {dtype!r} cannot be used; expected auto, {', '.join(_DTYPES)}",
                 hint="Leave it to the machine:  dtype=auto",
             )
+        if device.type == "mps" and dtype == "float64":
+            raise ModelError("device 'mps' has no float64", hint="Use dtype=float32, or --device cpu.")
         return _DTYPES[dtype]
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
@@ -157,6 +159,8 @@ def clock(device: torch.device) -> float:
     """Return the time in seconds after all work that was given to a device: a GPU computes while Python goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.monotonic()
 
 
