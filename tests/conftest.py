@@ -38,6 +38,12 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of tests/project/test_on_device.py: cpu, cuda, auto")
 
 
+def pytest_configure(config):
+    """Hide GPUs from all other tests, and from the processes that these start: tiny models are for the CPU."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class HashEncoder:
     """Texts to fixed pseudo-random vectors: an encoder that needs no weights."""
 

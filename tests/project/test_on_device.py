@@ -23,6 +23,7 @@ from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask
 from mta.store import Store
 from mta.system.device import pick_device
+from mta.training.checkpoint import Checkpoint
 from mta.training.gates import gate_gradients
 from mta.training.trainer import Job, train_loras
 
@@ -174,16 +175,19 @@ def test_an_engine_answers_the_same(walked, reference, tmp_path):
     assert answers(walked, tmp_path / "here") == answers(reference, tmp_path / "there")
 
 
-def test_an_interrupted_run_resumes_to_the_same_states(walked, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_states(walked, tmp_path, monkeypatch):
     def stop(stage, step):
-        if step.step == 1 and stage == "stack":
+        if step.step == 2 and stage == "stack":
             raise KeyboardInterrupt
 
+    steps = []
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)  # after each step
     how = {"store": Store(tmp_path), "run": TINY_RUN, "encoder": HashEncoder()}
     with pytest.raises(KeyboardInterrupt):
         Personalizer(walked.base, walked.bank, **how).personalize(PEOPLE, on_step=stop)
     again = Personalizer(walked.base, walked.bank, **how)
-    again.personalize(PEOPLE)
+    again.personalize(PEOPLE, on_step=lambda stage, step: steps.append(step.step) if stage == "stack" else None)
+    assert steps[0] == 2  # the first is restored
     for person in PEOPLE:
         for name, tensor in again.state(person.id).stack.tensors().items():
             close(tensor, walked.state(person.id).stack.tensors()[name])
