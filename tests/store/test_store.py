@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from files import folder_of, path_of
+from fsspec.implementations.local import LocalFileSystem
 from stores import ANN, everything, person, state
 from test_state import FILE
 
@@ -66,6 +67,31 @@ def test_a_state_whose_answer_was_lost_is_not_kept_of_a_person_forgotten_meanwhi
     with pytest.raises(PersonForgotten):
         store.save(ANN, state(0), since=store.tombstones.of(ANN))
     assert store.versions(ANN) == []
+
+
+def test_tombstones_of_others_cost_a_person_no_request_each(tmp_path, monkeypatch):
+    store, asked = Store(tmp_path), []
+    store.save(ANN, state(0))
+    for n in range(300):
+        store.tombstones.add(f"other {n}")
+    monkeypatch.setattr(
+        LocalFileSystem, "info", lambda *args, real=LocalFileSystem.info: asked.append(args) or real(*args)
+    )
+    store.save(ANN, state(1), since=store.tombstones.of(ANN))
+    forget_person(ANN, store)
+    assert len(asked) < 100
+    assert store.tombstones.since([ANN, "other 7", "unknown"], ()) == {ANN, "other 7"}
+    assert len(store.tombstones.names()) == 301
+
+
+def test_tombstones_of_one_person_are_those_of_the_whole_list(url: str) -> None:
+    store = Store(url)
+    store.save(ANN, state(0))
+    for id in (ANN, "bob", ANN):
+        store.tombstones.add(id)
+    assert len(store.tombstones.names()) == 2
+    assert store.tombstones.of(ANN) | store.tombstones.of("bob") == store.tombstones.names()
+    assert store.tombstones.of("cem") == frozenset()
 
 
 def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:

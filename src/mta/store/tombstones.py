@@ -35,7 +35,7 @@ class Tombstones:
     keyed: Callable[[str], str]
 
     def add(self, id: str) -> None:
-        """Add a tombstone for a person; remove those that the person had, and expired ones.
+        """Add a tombstone for a person; remove those that the person had.
 
         The new name is unknown to every process that holds items of the person, so the earlier ones say nothing more.
         """
@@ -43,8 +43,13 @@ class Tombstones:
             before = self.of(id)
             with suppress(FileExistsError):  # an object store repeats a request whose answer was lost
                 self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
-            for name in (*(f"{FOLDER}/{name}" for name in before), *self.expired()):
-                self.files.remove(name)
+            for name in before:
+                self.files.remove(f"{FOLDER}/{name}")
+
+    def remove_expired(self) -> None:
+        """Remove the tombstones that no process needs any more."""
+        for name in self.expired():
+            self.files.remove(name)
 
     def expired(self, dry: bool = False) -> list[str]:
         """Return the paths of expired tombstones.
@@ -66,11 +71,15 @@ class Tombstones:
 
     def names(self) -> frozenset[str]:
         """Return the names of all tombstones, from one listing."""
-        return frozenset(filter(_NAME.fullmatch, self.files.sizes(FOLDER)))
+        return self._beginning_with("")
+
+    def _beginning_with(self, keyed: str) -> frozenset[str]:
+        return frozenset(filter(_NAME.fullmatch, self.files.names(FOLDER, keyed)))
 
     def of(self, id: str) -> frozenset[str]:
         """Return the names of a person's tombstones."""
-        return self.of_each([id])[id]
+        keyed = self.keyed(id)
+        return self._beginning_with(keyed) if keyed else NOTHING
 
     def of_each(self, ids: Iterable[str]) -> dict[str, frozenset[str]]:
         """Return the names of each person's tombstones, from one listing."""
@@ -80,8 +89,10 @@ class Tombstones:
         return {id: frozenset(named.get(self.keyed(id), ())) if named else NOTHING for id in ids}
 
     def since(self, ids: Iterable[str], known: Collection[str]) -> set[str]:
-        """Return the people among ``ids`` with tombstones that are not in ``known``."""
-        new = {name.partition("-")[0] for name in self.names().difference(known)}
+        """Return the people among ``ids`` with tombstones that are not in ``known``, from one listing."""
+        ids = list(ids)
+        found = self.of(ids[0]) if len(ids) == 1 else self.names()
+        new = {name.partition("-")[0] for name in found.difference(known)}
         return {id for id in ids if self.keyed(id) in new} if new else set()
 
     def check(self, id: str, known: Collection[str] | None) -> None:

@@ -85,6 +85,22 @@ class Storage:
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] != "directory"}
         return {}
 
+    def names(self, folder: str, prefix: str = "") -> list[str]:
+        """Return the names in a folder that begin with ``prefix``. S3 and Google Cloud list no others.
+
+        Sizes would take a request each on a local disk.
+        """
+        place = self.at(folder)
+        with self._reported(place), contextlib.suppress(FileNotFoundError):
+            if self.local:
+                return [name for name in os.listdir(place) if name.startswith(prefix)]
+            try:
+                paths = self.fs.find(place, prefix=prefix)
+            except TypeError:  # not every file system takes the argument
+                paths = self.fs.ls(place, detail=False)
+            return [name for path in paths if (name := str(path).rsplit("/", 1)[-1]).startswith(prefix)]
+        return []
+
     def folders(self, name: str) -> list[str]:
         """Return the names of the folders in a folder; none if it does not exist."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
