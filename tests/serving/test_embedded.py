@@ -378,6 +378,47 @@ def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
     assert merges == 2
 
 
+def test_two_conversations_of_one_caller_both_stay_warm():
+    base, bank, models = world()
+    one, other = [5, *range(10, 40)], [5, *range(50, 80)]  # they share the first token only
+
+    async def go():
+        engine = engine_of(base, bank, models, slots=3)
+        asks = [ask_of(2, prompt, 4, asker="app") for prompt in (one, other, one, other, [*one, 7])]
+        found = [[piece async for piece in engine.answer(ask)] for ask in asks]
+        await engine.close()
+        return [[piece.token.id for piece in pieces if piece.token] for pieces in found], [p[-1].cached for p in found]
+
+    answers, cached = asyncio.run(go())
+    assert cached == [0, 1, len(one) - 1, len(other) - 1, len(one)]
+    assert answers[:4] == [one_by_one(base, bank, models[2], prompt, 4) for prompt in (one, other, one, other)]
+
+
+def test_forgetting_someone_loads_nobody_else_again():
+    base, bank, models = world()
+    loaded, go_on = [], threading.Event()
+
+    class Slow(OneStore):
+        def load(self, person, version):
+            loaded.append(person)
+            assert go_on.wait(60)
+            return super().load(person, version)
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
+        ask = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
+        while not loaded:
+            await asyncio.sleep(0.01)
+        await engine.forget("3")
+        go_on.set()
+        found = await ask
+        await engine.close()
+        return found
+
+    assert asyncio.run(go()) == one_by_one(base, bank, models[2], [5, 6, 7], 6)
+    assert loaded == ["2"]
+
+
 def test_oversized_and_late_requests_are_refused():
     base, bank, models = world()
 

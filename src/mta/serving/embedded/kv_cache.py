@@ -5,7 +5,8 @@
 
 Slots in use are contiguous, so a pass reads a slice of memory and gathers nothing. When a row leaves, the last slot in
 use is swapped into its place. Only the same *owner* (person, version, mode, and caller) can reuse a warm slot: nothing
-computed for one owner is visible to another.
+computed for one owner is visible to another. A prompt that shares little with a slot gets a copy of the shared prefix,
+so that two conversations of one owner both stay warm.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         for kept in chain(*self.kept):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 
+    def copy(self, one: int, other: int, tokens: int) -> None:
+        """Copy the first ``tokens`` positions of a slot to another one."""
+        for kept in chain(*self.kept):
+            kept[other, :, :tokens] = kept[one, :, :tokens]
+
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros."""
         if self.kept:
@@ -117,16 +123,24 @@ class Slots:
 
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """Take a slot for a row of ``owner``; return its index and the number of reused prompt tokens (never all)."""
-        shared = {n: self._shared(n, owner, prompt) for n in range(self.used, len(self))}
-        chosen = max(shared, key=lambda n: (shared[n], -self._slots[n].last_used))
-        self.exchange(chosen, self.used)
-        place, self.used = self.used, self.used + 1
-        slot = self._slots[place]
+        place, slots = self.used, self._slots
+        shared = {n: self._shared(n, owner, prompt) for n in range(place, len(self))}
+        best = chosen = max(shared, key=lambda n: (shared[n], -slots[n].last_used))
+        reused = shared[best]
+        if 2 * reused < len(slots[best].tokens):  # most of it would be lost
+            chosen = min(shared, key=lambda n: slots[n].last_used)
+        self.exchange(chosen, place)
+        self.used += 1
+        source = {chosen: place, place: chosen}.get(best, best)  # where the exchange left it
+        slot = slots[place]
         if slot.owner not in (None, owner):
             self.cache.clear(place)  # even masked data of one owner must not stay in another owner's slot
             slot.written = 0
-        slot.owner, slot.tokens = owner, slot.tokens[: shared[chosen]]
-        return place, shared[chosen]
+        if source != place:
+            self.cache.copy(source, place, reused)
+            slot.written = max(slot.written, reused)
+        slot.owner, slot.tokens = owner, slots[source].tokens[:reused]
+        return place, reused
 
     def rewind(self, place: int, tokens: int) -> None:
         """Keep only the first ``tokens`` tokens of a row."""
