@@ -58,7 +58,7 @@ class EmbeddedEngine(Engine):
         self._most_activated = activated
         self._loading: dict[ServedModel, list[AnswerRow]] = {}  # rows that wait for each adapter being loaded
         self._loaded = 0  # adapters loaded since the start
-        self._drops = 0  # calls of forget() and drop()
+        self._dropped: set[ServedModel] = set()  # while they were being loaded
         self.died = False
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gone = False  # the thread accepts no calls
@@ -97,7 +97,7 @@ class EmbeddedEngine(Engine):
             return isinstance(who, Version) and matches(who)
 
         def work() -> None:
-            self._drops += 1
+            self._dropped.update(filter(dropped, self._loading))
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
             for row in (row for rows in self._loading.values() for row in rows if row.ask.asker in askers):
@@ -161,7 +161,7 @@ class EmbeddedEngine(Engine):
                 raise EngineGone("the engine has stopped", hint=LATER)
             self._calls.put(call)
 
-    def _load(self, who: ServedModel, rows: Sequence[AnswerRow], drops_before: int) -> None:
+    def _load(self, who: ServedModel, rows: Sequence[AnswerRow]) -> None:
         """Load the adapter of ``rows`` from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception | None = None
         adapters = self.scheduler.adapters
@@ -173,7 +173,7 @@ class EmbeddedEngine(Engine):
         except Exception as error:
             adapter = error
         try:
-            self._put(partial(self._enter_loaded, who, adapter, drops_before))
+            self._put(partial(self._enter_loaded, who, adapter))
         except EngineGone as error:
             for row in rows:
                 row.send(error)
@@ -214,18 +214,20 @@ class EmbeddedEngine(Engine):
             waiting.append(row)
         else:
             rows = self._loading[row.ask.who] = [row]
-            self._loaders.submit(self._load, row.ask.who, rows, self._drops)
+            self._loaders.submit(self._load, row.ask.who, rows)
 
-    def _enter_loaded(self, who: ServedModel, adapter: RowAdapter | Exception | None, drops_before: int) -> None:
+    def _enter_loaded(self, who: ServedModel, adapter: RowAdapter | Exception | None) -> None:
         """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""
         rows = [row for row in self._loading.pop(who) if not row.cancelled]
+        dropped = who in self._dropped
+        self._dropped.discard(who)
         self._loaded += adapter is not None
         if isinstance(adapter, MtaError):
             for row in rows:
                 row.send(adapter)
         elif isinstance(adapter, Exception):
             self.scheduler.fail(rows, adapter, "loading an adapter")
-        elif adapter is None or drops_before != self._drops:  # rows came since, or the person may have been forgotten
+        elif adapter is None or dropped:  # rows came since, or the person was forgotten
             for row in rows:
                 self._enter(row)
         else:
