@@ -21,6 +21,7 @@ from mta.serving import launch
 from mta.serving.api import completions, limits
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.service import Service
+from mta.store import Store
 from mta.store.lock import locked
 from mta.store.tombstones import LIFETIME
 
@@ -32,6 +33,33 @@ def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
         shown = [{}, own | {"Origin": here.url}, own | {"Origin": "http://evil.example"}, {"Host": "evil.example"}]
         codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for headers in shown]
         assert codes == [200, 200, 403, 403]
+
+
+def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path, monkeypatch):
+    """More requests wait for it than a server has threads."""
+    base, bank = tiny
+    asked, go_on = [], threading.Event()
+
+    def latest(store, person):
+        asked.append(person)
+        assert go_on.wait(60)
+
+    with served(base, bank, tmp_path) as here:
+        monkeypatch.setattr(Store, "latest", latest)
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+
+        def ask(model):
+            body = {"model": model, "prompt": "x", "max_tokens": 2}
+            return httpx2.post(f"{here.url}/v1/completions", json=body, headers=headers, timeout=60).status_code
+
+        with ThreadPoolExecutor(50) as callers:
+            waiting = [callers.submit(ask, f"person:x{n}") for n in range(50)]
+            while len(asked) < 40:
+                time.sleep(0.01)
+            assert ask("task") == 200
+            assert not any(one.done() for one in waiting)
+            go_on.set()
+            assert {one.result() for one in waiting} == {404}
 
 
 def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):

@@ -57,6 +57,16 @@ def test_tokens_with_log_probabilities_keep_their_spaces(strip):
     assert (shown["tokens"], shown["text_offset"]) == (["b", " a", "b"], [0, 1, 3])
 
 
+def test_a_token_with_log_probabilities_is_decoded_once(monkeypatch):
+    formatter, decoded = logprobs_formatter(byte_fallback_tokenizer(False)), []
+    decode = formatter.tokenizer.decode
+    monkeypatch.setattr(formatter.tokenizer, "decode", lambda ids: decoded.append(ids) or decode(ids))
+    tokens = tuple(Token(3 + n % 5, -1.0, tuple((id, -2.0) for id in range(3, 13))) for n in range(50))
+    shown = formatter.choice([AnswerText(0, "", tokens, "stop")])["logprobs"]
+    assert len(shown["tokens"]) == 50
+    assert len(decoded) == 10
+
+
 def pieces_of(text, stops=()):
     shown, made = Detokenizer(tokenizer(), stops), []
     for token in tokenizer()(text)["input_ids"]:

@@ -14,7 +14,6 @@ import torch
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from mta.serving.api.auth import Key
 from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_disconnect
@@ -43,7 +42,8 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     inputs = [request.input] if isinstance(request.input, str) else request.input
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
     with service.counted("classify", key, at_once, request.fallback is not None):  # first: many inputs tokenize long
-        asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
+        async with service.checking(key):
+            asks = [await service.on_text(_ask, service, text, labels, who, key) for text in inputs]
         found = await _scored(service, asks, at_once)
     data = []
     for index, piece in enumerate(found):

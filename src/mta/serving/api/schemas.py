@@ -142,6 +142,8 @@ class ResponseFormatter:
         self._ids = request.return_tokens_as_token_ids
         # A token is decoded behind another: some tokenizers omit the space before a text's first word.
         self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._start = len(str(tokenizer.decode(self._before)))
+        self._texts: dict[int, str] = {}  # of tokens that were decoded: alternatives repeat
         kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
@@ -196,8 +198,9 @@ class ResponseFormatter:
     def _text(self, id: int) -> str:
         if self._ids:
             return f"token_id:{id}"
-        before, both = (str(self.tokenizer.decode(tokens)) for tokens in (self._before, [*self._before, id]))
-        return both[len(before) :]
+        if id not in self._texts:
+            self._texts[id] = str(self.tokenizer.decode([*self._before, id]))[self._start :]
+        return self._texts[id]
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

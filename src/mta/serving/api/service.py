@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Response
 from fastapi import Request as HttpRequest
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -37,6 +39,9 @@ from mta.serving.model_names import Named, named
 from mta.store import Store
 
 log = logging.getLogger("mta")
+P = ParamSpec("P")
+T = TypeVar("T")
+_TEXT_WORKERS = 4  # threads that tokenize and format; these never wait for a store
 _WRITERS = 4  # threads that wait for the store's lock at once: others look up people meanwhile
 
 
@@ -63,6 +68,7 @@ class Service:
     rate: Rate = field(init=False)
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
+    _text_workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_TEXT_WORKERS), init=False)
     writing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WRITERS), init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
@@ -72,6 +78,13 @@ class Service:
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
+
+    async def on_text(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of ``work`` on texts or tokens, which may take long, from a thread that waits for no store.
+
+        So a store that hangs stops no answers of the pooled model and the base.
+        """
+        return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._text_workers)
 
     def checking(self, key: Key) -> AbstractAsyncContextManager[object]:
         """Return a context for checks that tokenize: a person or prefix key makes one at a time."""
