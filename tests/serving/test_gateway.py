@@ -367,7 +367,7 @@ def test_token_offsets_continue_from_piece_to_piece(world):
     assert places == sorted(set(places))
 
 
-def test_a_person_key_cannot_take_all_slots(world):
+def test_a_person_key_has_a_limit_of_answers_at_once(world):
     for _ in range(2):  # what was refused holds nothing
         with pytest.raises(openai.BadRequestError, match="at most 8 at once"):  # waiting would not help
             world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)

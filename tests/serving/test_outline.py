@@ -71,6 +71,14 @@ def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(w
         service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older)
 
 
+@pytest.mark.parametrize(("slots", "own"), [(32, 8), (8, 2), (4, 1), (1, 1)])
+def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slots, own):
+    base, bank, run = open_bank(world.folder / "bank", weights=False)
+    remote = Remote("http://127.0.0.1:9", tmp_path)
+    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, slots=slots)
+    assert service.limits.own == own
+
+
 def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)

@@ -129,7 +129,7 @@ def service_of(
         task=bank.task,
         keys=keys,
         jobs=jobs,
-        limits=Limits(rate=rate),
+        limits=Limits(rate=rate, own=min(Limits().own, max(slots // 4, 1))),
         length=length,
         strict_banks=[folder for folder in (bank.folder, bank_before) if folder] if strict else (),
     )
