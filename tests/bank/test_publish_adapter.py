@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_a_push_that_is_refused_notes_nothing_and_sends_nothing(hub, adapter, lo
     personal, out = adapter
     assert "the hub denies access to" in refused(HubError, personal.push_to_hub, "x0", out, "somebody/one")
     assert personal.forget("x0").exports_left == []
+
+
+def test_another_persons_adapter_in_the_same_folder_is_not_pushed(hub, adapter):
+    personal, out = adapter
+    shutil.rmtree(out)
+    personal.export("x1", out)
+    said = refused(InputError, personal.push_to_hub, "x0", out, "somebody/one")
+    assert said.startswith(f"no adapter of that person was exported to {out}")
+    assert hub.requests == []
 
 
 def test_a_card_that_is_not_ours_is_neither_replaced_nor_pushed_nor_removed(hub, adapter):

@@ -42,8 +42,8 @@ def publish_adapter(
 ) -> str:
     """Push a person's adapter from its export folder; return the repository's address. See ``push_to_hub``."""
     since = store.tombstones.of(person) if store else ()
-    parcel, path = adapter_parcel(folder), Export.begun(folder).folder
-    if store and path not in [export.folder for export in store.exports.of(person)]:
+    parcel = adapter_parcel(folder)
+    if store and not store.exports.written(person, folder):
         raise InputError(f"no adapter of that person was exported to {folder}", hint="Export to that folder first.")
     repository = Repository.begin(repo_id, private=private, token=token)
     if store:  # before the push, so that a killed push is reported too
