@@ -116,7 +116,8 @@ def folder_of(recipe, out, which="test"):
     """What ``Workspace.write_recipe`` needs."""
     folder = out if which == "test" else out / which
     folder.mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(recipe=recipe, out=out, folder=folder, sizes={}, protocol=lambda *_: "p", histories="h")
+    more = {"protocol": lambda *_: "p", "histories": "h", "learned_from": recipe.run.encoder}
+    return SimpleNamespace(recipe=recipe, out=out, folder=folder, sizes={}, **more)
 
 
 def test_a_run_on_development_people_leaves_the_recipe_of_the_test(tmp_path):
@@ -133,8 +134,11 @@ def test_results_of_banks_that_were_trained_otherwise_do_not_count(tmp_path):
     write_json(tmp_path / CURRENT, read_beside(tmp_path / CURRENT) | {"banks": banks})
     Workspace.write_recipe(folder_of(override(recipe, ["run.merge.policy=uniform"]), tmp_path))
     assert read_beside(tmp_path / CURRENT)["banks"] == banks
-    Workspace.write_recipe(folder_of(override(recipe, ["run.bank.training.lr=0.5"]), tmp_path))
-    assert read_beside(tmp_path / CURRENT)["banks"] == {"main-0": "", "main-1": ""}
+    for word in ("run.bank.training.lr=0.5", "run.encoder=other"):
+        Workspace.write_recipe(folder_of(recipe, tmp_path))
+        write_json(tmp_path / CURRENT, read_beside(tmp_path / CURRENT) | {"banks": banks})
+        Workspace.write_recipe(folder_of(override(recipe, [word]), tmp_path))
+        assert read_beside(tmp_path / CURRENT)["banks"] == {"main-0": "", "main-1": ""}
 
 
 def test_results_of_a_part_whose_bank_was_trained_otherwise_do_not_count(tmp_path):

@@ -77,6 +77,7 @@ class Workspace:
     executor: Executor
     on_step: OnStep | None
     histories: str = field(init=False, repr=False)  # a hash of the tested people's items
+    learned_from: str = field(init=False, repr=False)  # a hash of the encoder's name and the others' items
     _ids: Counter[str | None] = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
@@ -86,6 +87,8 @@ class Workspace:
         tested = self.splits.select(self.which, self.people)
         self._ids = Counter(query.id for person in tested for query in person.queries)
         self.histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
+        others = [[person.digest() for person in people] for people in self._task_people_and_candidates]
+        self.learned_from = json_sha256([self.recipe.run.encoder, *others])
 
     @classmethod
     def open(
@@ -132,8 +135,8 @@ class Workspace:
     def write_recipe(self) -> None:
         """Write recipe, sizes, and the protocols of the recipe's results beside the results.
 
-        Where the recipe trains a bank otherwise than before, results of the earlier bank do not count until the bank
-        is known again (``note_bank``).
+        Where the recipe trains a bank otherwise than before, or on other items, results of the earlier bank do not
+        count until the bank is known again (``note_bank``).
         """
         parts = [part for parts in self.recipe.exhibits.values() for part in parts]
         protocols = {self.protocol(part, method) for part in parts for method in part.methods}
@@ -141,9 +144,11 @@ class Workspace:
         trained = {part.bank: json_sha256([run, *part.bank_settings]) for part in (MAIN, *parts)}
         current = read_beside(self.folder / CURRENT)
         before, banks = current.get("trained", {}), current.get("banks", {})
-        same = {name for name, how in trained.items() if before.get(name, how) == how}
+        unchanged = current.get("learned_from", self.learned_from) == self.learned_from
+        same = {name for name, how in trained.items() if unchanged and before.get(name, how) == how}
         banks = {name: bank if name.rpartition("-")[0] in same else "" for name, bank in banks.items()}
-        known = {"protocols": sorted(protocols), "trained": before | trained, "histories": self.histories}
+        known = {"protocols": sorted(protocols), "trained": before | trained}
+        known |= {"histories": self.histories, "learned_from": self.learned_from}
         write_json(self.folder / CURRENT, known | {"banks": banks})
         for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
             write_json(folder / SIZES, self.sizes)
