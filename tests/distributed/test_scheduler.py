@@ -82,6 +82,24 @@ def test_workers_that_all_cannot_start_end_the_run(workers):
         list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One()]))
 
 
+def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
+    cluster, hired = made_up_cluster(good=2, workers=2)
+    dead = [cluster.hire() for _ in range(2)]
+    for worker in dead:
+
+        def died():
+            raise Died
+
+        died.turn = 0
+        worker.run.remote = lambda function, piece, died=died: died
+    hired.clear()
+    crew = Crew(None, {}, None, idle=[*dead])
+    found = list(PieceScheduler(cluster, None, crew).work_through([One()]))
+    assert [one.result for one in found] == ["done"]
+    assert len(hired) == 1
+    assert not [worker for worker in crew.idle if worker in dead]
+
+
 @pytest.fixture
 def three(monkeypatch):
     """A cluster of three workers, and those that were hired and stopped."""

@@ -164,6 +164,7 @@ class PieceScheduler(Generic[P, R]):
     def __init__(self, cluster: Cluster, function: Callable[[C, P], R], crew: Crew) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
         self.function, self.crew, self.idle = self.ray.put(function), crew, crew.idle
+        self.from_before = {id(worker) for worker in crew.idle}  # of an earlier call: they may have died since
         self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
@@ -236,7 +237,7 @@ class PieceScheduler(Generic[P, R]):
         try:
             result = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            self.idle.append(worker)
+            self._is_idle(worker)
             cause = _cause(error)
             # The store itself (a subclass is about one person's state), or diverged training, as without a cluster.
             if type(cause) in (StoreError, Diverged):
@@ -244,14 +245,28 @@ class PieceScheduler(Generic[P, R]):
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
             self.cluster.stop(worker)
-            if task.attempts > 1:
+            if id(worker) in self.from_before:  # perhaps with its machine, before this call
+                self._stop_those_from_before()
+                self.waiting.appendleft(task)
+            elif task.attempts > 1:
                 self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
             else:
                 yield from self._failed(task, f"workers died of it, {_kind(error)}")
         else:
-            self.idle.append(worker)
+            self._is_idle(worker)
             self.any_result = True
             yield PieceResult(task.piece, result)
+
+    def _is_idle(self, worker: Any) -> None:
+        """Note that a worker has answered and can get another piece."""
+        self.idle.append(worker)
+        self.from_before.discard(id(worker))
+
+    def _stop_those_from_before(self) -> None:
+        """Stop the idle workers of an earlier call: their machine may be the one that is gone."""
+        for worker in [one for one in self.idle if id(one) in self.from_before]:
+            self.idle.remove(worker)
+            self.cluster.stop(worker)
 
     def _failed(self, task: _Task[P], error: str) -> Iterator[PieceResult[P, R]]:
         """Split a failed piece, or yield its error if it cannot be split."""
