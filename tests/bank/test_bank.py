@@ -140,7 +140,8 @@ def test_a_changed_file_is_named_with_both_hashes(folder, name):
     assert corrupt(folder) == (
         f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
         f"bank.json says {read_info(folder).files[name][:12]}…\n"
-        "  Copy the bank again from its source, or rebuild it: mta bank build"
+        "  Copy the bank again from its source. Or remove it, and repeat the command that built it:  "
+        f"rm -r {folder}"
     )
 
 

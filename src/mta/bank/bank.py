@@ -16,7 +16,7 @@ from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.settle import settled
-from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
+from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run, override
@@ -139,10 +139,10 @@ class Bank:
             task = as_today(Task.model_validate(info.task))
             vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
         anchors, task_lora = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
-            raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=REBUILD)
+            raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=restore(folder))
         device_anchors = anchors.to(base.device, base.dtype)
         if base.has_weights:  # adapters are exported from an outline of the base, too
             task_lora = task_lora and task_lora.to(base.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ _FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, ST
 OURS = _FILES | run_folder.NAMES
 UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 PERMISSIONS = "Make the folder writable, or use a host where it is, and repeat the command."
-REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
+
+
+def restore(folder: Path) -> str:
+    """Return the hint for a damaged bank. Building into its folder would take the bank for finished."""
+    remove = f"rm -r {shlex.quote(str(folder))}"
+    return f"Copy the bank again from its source. Or remove it, and repeat the command that built it:  {remove}"
 
 
 class BankInfo(BaseModel):
@@ -162,7 +168,9 @@ def read_info(folder: Path) -> BankInfo:
             hint="Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BankCorrupt(f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=REBUILD) from None
+        raise BankCorrupt(
+            f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=restore(folder)
+        ) from None
     hashed = hashed or _read_members(folder, info.members.sha256)
     counts = info.members.model_dump()
     return info.model_copy(update={"members": Members(**counts, hashed=hashed)})
@@ -194,7 +202,7 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
             hint="Rebuild the bank, or use the version of mta that wrote it.",
         )
     if "sha256" in values and values.pop("sha256") != seal(values):
-        raise BankCorrupt(f"{path} was changed: its sha256 does not match its content", hint=REBUILD)
+        raise BankCorrupt(f"{path} was changed: its sha256 does not match its content", hint=restore(folder))
     if values["version"] == SCHEMA:
         return values, None
     members = Members.known_by(hashed := Hashed.model_validate(values.get("members")))
@@ -213,10 +221,10 @@ def _read_members(folder: Path, sha256: str) -> Hashed | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
+            raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=restore(folder)) from None
     if wrong is None:
         return None
-    raise BankCorrupt(_changed(*wrong, sha256), hint=REBUILD)
+    raise BankCorrupt(_changed(*wrong, sha256), hint=restore(folder))
 
 
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -229,7 +237,7 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
     seen = {}
     for name in info.files:
         if not (folder / name).is_file():
-            raise BankCorrupt(f"{folder / name} is missing", hint=REBUILD)
+            raise BankCorrupt(f"{folder / name} is missing", hint=restore(folder))
         status = (folder / name).stat()
         seen[name] = [status.st_size, status.st_mtime_ns]
     note = cache_dir() / "verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
@@ -238,7 +246,7 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
         return
     for name, found in file_hashes(folder, list(info.files)).items():
         if found != info.files[name]:
-            raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=REBUILD)
+            raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=restore(folder))
     with contextlib.suppress(OSError):  # with a read-only cache, the next call checks the hashes again
         write_json(note, state, private=False)
 
@@ -249,9 +257,9 @@ def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | 
         anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
         task_lora = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
     if len(anchors) != len(info.items) or (task_lora and task_lora.shapes != anchors.shapes):
-        raise BankCorrupt(f"{folder}: anchors, task LoRA, and description do not match", hint=REBUILD)
+        raise BankCorrupt(f"{folder}: anchors, task LoRA, and description do not match", hint=restore(folder))
     return anchors, task_lora
 
 
@@ -263,9 +271,9 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
         tensors = load_file(folder / CALIBRATION)
         found = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
     except (OSError, SafetensorError, KeyError) as error:
-        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
     if found.mu.shape != (len(info.items),) or found.curvature.shape != (len(info.items),) * 2:
-        raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=REBUILD)
+        raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=restore(folder))
     return found
 
 
