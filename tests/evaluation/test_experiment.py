@@ -13,12 +13,14 @@ import torch
 from conftest import people_of
 from tiny import save_base
 
+from mta.bank.calibration.people import measured_items
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import override
 from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
+from mta.evaluation.behind import behind_bank
 from mta.evaluation.experiments import runner
 from mta.evaluation.experiments import workspace as workspace_module
 from mta.evaluation.experiments.recipe import load_experiment, wanted
@@ -124,12 +126,10 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     anchors = {id for id, part in parts.items() if "anchor" in part}
     settings = main.info.run.task_lora
     own, held = pooled_items(task, settings, 0, candidates=pooled_candidates(candidates, anchors, settings))
-    wanted = set(map(id, own))
-    for person in candidates:
-        if "calibration" in parts[person.id]:
-            wanted |= set(map(id, person.items[:unseen] if unseen else person.items[-4:]))
-        elif person.id in anchors:
-            wanted |= set(map(id, person.items[-4:]))
+    wanted = {id(item) for item in own} | {id(item) for p in candidates if p.id in anchors for item in p.items[-4:]}
+    measured = [p for p in candidates if "calibration" in parts[p.id]]
+    for person, (shots, queries) in zip(measured, measured_items(measured, main.info.run.calibration), strict=True):
+        wanted |= set(map(id, person.items[:unseen] if unseen else (*shots, *queries)))
     assert sorted(id(item) for person in trained for item in person.items) == sorted(wanted)
     assert {id(item) for person in held_out for item in person.items} == set(map(id, held)) != set()
     assert [(sorted(map(id, pool)), sorted(map(id, stop))) for pool, stop in pools[:1]] == [
@@ -138,10 +138,19 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     assert len({person.id for person in trained}) == len(trained)
     assert all("task LoRA" in pooled.info.members.parts_of(p.id) for p in (*trained, *held_out))
     rounds = len(json.loads((tmp_path / "run" / "banks" / "main-0" / "run.json").read_text())["sittings"][0][LOSSES])
-    steps = math.ceil((rounds * len(own) + 4 * len(main)) / 3)  # anchors have four items, trained on once
+    steps = rounds * math.ceil(len(own) / 3) + math.ceil(4 * len(main) / 3)  # anchors have four items, trained on once
     assert longer.info.run.task_lora.training.steps == steps
     assert longer.info.run.task_lora.rounds == 1
     assert not torch.equal(*(next(iter(b.task_lora.factors.values())).b for b in (main, pooled)))
+
+
+def test_a_bank_without_a_task_lora_saw_no_items_of_task_people(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path / "run", "run.task_lora.enabled=false")
+    task, candidates = (workspace.splits.select(name, workspace.people) for name in ("task", "candidates"))
+    people, held_out = behind_bank(workspace.bank(MAIN, 0), task, candidates, 0)
+    assert held_out == []
+    assert people
+    assert {person.id for person in people} <= {person.id for person in candidates}
 
 
 def test_settings_that_train_no_bank_leave_it_as_it_is(world, cache, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mta.bank.bank import Bank
+from mta.bank.calibration.people import measured_items
 from mta.bank.members import TrainedPart
 from mta.bank.task_lora import LOSSES, pooled_candidates, pooled_items
 from mta.config import Run, override
@@ -26,6 +27,8 @@ def behind_task_lora(
     bank: Bank, task_people: Sequence[Person], candidates: Sequence[Person], seed: int
 ) -> list[list[Person]]:
     """Return the people behind a bank's task LoRA and those held out from it, with only these items."""
+    if not bank.task_lora:
+        return [[], []]
     settings, parts = bank.info.run.task_lora, []
     anchors = {person.id for person in in_bank(bank, "anchor", candidates)}
     others = pooled_candidates(candidates, anchors, settings)
@@ -41,10 +44,11 @@ def behind_bank(
 ) -> tuple[list[Person], list[Person]]:
     """Return everybody whom a bank saw, once, with the items that it saw; and those held out from its task LoRA."""
     pool, held_out = behind_task_lora(bank, task_people, candidates, seed)
-    most, kept_back = bank.info.run.bank.max_items, bank.info.run.task_lora.kept_back
-    pool += [person.latest(most) for person in in_bank(bank, "anchor", candidates)]
-    measured = in_bank(bank, "calibration", candidates)
-    pool += [person.latest(most) if kept_back is None else person.first(kept_back) for person in measured]
+    run, measured = bank.info.run, in_bank(bank, "calibration", candidates)
+    pool += [person.latest(run.bank.max_items) for person in in_bank(bank, "anchor", candidates)]
+    counts = [len(shots) + len(queries) for shots, queries in measured_items(measured, run.calibration)]
+    kept_back = run.task_lora.kept_back
+    pool += [person.first(count if kept_back is None else kept_back) for person, count in zip(measured, counts)]
     items: dict[str, set[int]] = {}
     for person in pool:
         items.setdefault(person.id, set()).update(map(id, person.items))
