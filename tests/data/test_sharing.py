@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -334,3 +335,21 @@ def test_a_query_with_other_fields_than_an_item_is_like_no_item() -> None:
     assert without_answers(task, [item], [query]) == [item]
     _, found = connected([Person("a", (item,), (query,)), Person("b", (item,), (query,))], task)
     assert found.items == 1
+
+
+def test_people_with_nearly_equal_histories_are_named_although_no_item_connects_them() -> None:
+    texts = [prose(n) for n in range(20)]
+    found = connected(people(*[texts] * (CROWD + 1)), LAMP3)[1]
+    assert (found.items, str(found)) == (0, "nearly equal histories connect 11 people in 1 groups of at most 11")
+    assert str(connected(people(["short"]), LAMP3)[1]) == "none"
+
+
+def test_people_who_answer_the_same_short_questions_alike_by_chance_stay_apart() -> None:
+    draw = random.Random(0)
+    asked = [
+        Person.of(f"p{n}", [Item({"text": f"Do you like {k}?", "score": draw.choice("45")}) for k in range(20)])
+        for n in range(60)
+    ]
+    assert not any(person.group for person in connected(asked, LAMP3)[0])
+    copied = [replace(asked[0], id=f"copy {n}") for n in range(60)]  # they all give the same answers
+    assert len({person.group for person in connected(copied, LAMP3)[0]}) == 1

@@ -55,7 +55,7 @@ def describe(
         lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {count} people")
     timed = splits["people with times"]
     lines.append(f"people with a time on every item: {timed}; other items keep the file's order, and come first")
-    lines.append(f"shared items: {shared if shared.items else 'none'}")
+    lines.append(f"shared items: {shared}")
     if shared.crowded:
         lines.append(f"not counted as shared: {shared.crowded} items that more than {CROWD} people have")
     if shared.judged:

@@ -35,8 +35,12 @@ class SharedItems:
     judged: int = 0
 
     def __str__(self) -> str:
-        held = f"{self.items} items belong to more than one person"
-        return f"{held} and connect {self.people} people in {self.groups} groups of at most {self.largest}"
+        if not self.people:
+            return "none"
+        connect = f"connect {self.people} people in {self.groups} groups of at most {self.largest}"
+        if not self.items:
+            return f"nearly equal histories {connect}"
+        return f"{self.items} items belong to more than one person and {connect}"
 
 
 # -- records of one user -----------------------------------------------------------------------------------------------
@@ -103,7 +107,8 @@ def _like_items(task: Task, item: Item) -> bool:
 class Copies:
     """Copies of items that several of ``people`` hold, in their histories or as queries with a known answer.
 
-    ``holders``: key of a shared item -> numbers of the people who hold a copy.
+    ``holders``: key of a shared item -> numbers of the people who hold a copy. ``independent``: people answer common
+    inputs, also short ones, independently of each other, so that nearly equal histories say nothing.
     """
 
     def __init__(self, people: Sequence[Person], task: Task) -> None:
@@ -112,10 +117,13 @@ class Copies:
         self.independent = False
         self.holders: dict[Key, set[int]] = {}
         by_inputs = self._several(people)
-        if task.labelled and _independent(by_inputs.values(), _chance(people, task)):
-            self.independent = True
-            self.judged = len(by_inputs)
-            return
+        if task.labelled:
+            chance = _chance(people, task)
+            # Short inputs, too: who gives most of the same short answers as another person may be anybody.
+            self.independent = _independent(self._several(people, least=0).values(), chance)
+            if _independent(by_inputs.values(), chance):
+                self.judged = len(by_inputs)
+                return
         for inputs, answers in by_inputs.items():
             total = sum(map(len, answers.values()))
             answer, holders = max(answers.items(), key=lambda one: len(one[1]))
@@ -135,27 +143,30 @@ class Copies:
         """Return the items that only one person holds."""
         return tuple(item for item in items if self._key(item) not in self.holders)
 
-    def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
-        """Return inputs that several people hold -> answers -> numbers of the people who give them."""
+    def _several(self, people: Sequence[Person], least: int = LONG) -> dict[bytes, dict[bytes, set[int]]]:
+        """Return inputs that several people hold -> answers -> numbers of the people who give them.
+
+        Texts of fewer than ``least`` characters are left out.
+        """
         first: dict[bytes, int] = {}
         several: set[bytes] = set()
-        for number, (inputs, _) in self._keys(people):
+        for number, (inputs, _) in self._keys(people, least):
             if first.setdefault(inputs, number) != number:
                 several.add(inputs)
         found: dict[bytes, dict[bytes, set[int]]] = {}
-        for number, (inputs, answer) in self._keys(people) if several else ():
+        for number, (inputs, answer) in self._keys(people, least) if several else ():
             if inputs in several:
                 found.setdefault(inputs, {}).setdefault(answer, set()).add(number)
         return found
 
-    def _keys(self, people: Sequence[Person]) -> Iterator[tuple[int, Key]]:
+    def _keys(self, people: Sequence[Person], least: int) -> Iterator[tuple[int, Key]]:
         for number, person in enumerate(people):
             for item in (*person.items, *person.queries):
-                if key := self._key(item):
+                if key := self._key(item, least):
                     yield number, key
 
-    def _key(self, item: Item) -> Key | None:
-        """Return digests of an item's inputs and answer; None if the item is too short to identify a person."""
+    def _key(self, item: Item, least: int = LONG) -> Key | None:
+        """Return digests of an item's inputs and answer; None for fewer than ``least`` characters."""
         task = self.task
         if not task.has_target(item):
             return None
@@ -163,7 +174,7 @@ class Copies:
         names = [name for name in task.item.inputs if name != PROFILE] if _like_items(task, item) else []
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
-        if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
+        if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < least:
             return None
         return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
 
