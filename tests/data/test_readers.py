@@ -107,9 +107,14 @@ BAD_LINES: list[tuple[Any, str]] = [
     ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),
     (
         {**GOOD, "id": "x"},
-        "field 'id': duplicate item id 'x' of person 'ann'",
+        "field 'id': duplicate item id 'x' of person 'ann'; rename a field that names no items",
     ),
 ]
+
+
+def test_an_empty_id_is_no_id(tmp_path: Path) -> None:
+    [ann] = read_people(jsonl(tmp_path, {**GOOD, "id": ""}, {**GOOD, "id": "", "text": "another"}), "lamp3")
+    assert [item.id for item in ann.items] == [None, None]
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_LINES)

@@ -74,7 +74,10 @@ BAD_LAMP: list[tuple[dict[str, Any], str]] = [
         "field 'profile[0].score': unknown label '0'; expected one of: 1, 2, 3, 4, 5",
     ),
     ({"profile": [{**PROFILE[0], "date": "soon"}, *PROFILE[1:]]}, f"field 'profile[0].date': bad time 'soon'; {TIME}"),
-    ({"profile": [PROFILE[0], *PROFILE]}, "field 'id': duplicate item id '10' of person 'u'"),
+    (
+        {"profile": [PROFILE[0], *PROFILE]},
+        "field 'id': duplicate item id '10' of person 'u'; rename a field that names no items",
+    ),
     ({"input": ...}, "field 'input': missing"),
     ({"input": ASK}, "field 'input': text is empty; expected some text"),
     (

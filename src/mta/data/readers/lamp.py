@@ -194,5 +194,5 @@ def _check_task(outputs: Path, task: Task) -> None:
             Place(outputs, 1),
             "task",
             f"holds answers for {match[1]!r}; task {task.name!r} is {task.lamp!r}",
-            hint=f"Give the questions and outputs of {task.name}, or another --task.",
+            hint=f"Give the questions and outputs of {task.name}, another --task, or the bank of that task.",
         )

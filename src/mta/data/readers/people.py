@@ -70,7 +70,7 @@ def read_people(
     if copies := repeated(people):
         log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
     people, shared = connected(people, task)
-    if shared.items:
+    if shared.people:
         log.warning("%s: %s; splits keep a group together", source, shared)
     return People(people, task)
 
@@ -133,7 +133,7 @@ class _Gathered:
         new: list[Item] = []
         for item in part.items:
             if item.id in (here if part.repeats else self.ids):  # LaMP may reuse an id in another record
-                reason = f"duplicate item id {item.id!r} of person {part.person!r}"
+                reason = f"duplicate item id {item.id!r} of person {part.person!r}; rename a field that names no items"
                 rejects.add(part.place, "id", reason, dict(item.fields))
                 continue
             if item.id is not None:

@@ -177,17 +177,22 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     fields = {name: text_in(row, key) for name, key in keys.items()}
     if labels := task.labels_of(Item(fields)):
         fields[target] = as_label(fields[target].strip(), labels)
-    item = Item(fields, time_in(row, time), text_in(row, "id") if row.get("id") is not None else None)
+    item = Item(fields, time_in(row, time), own_id_in(row))
     if found := task.wrong(item):
         name, reason = found
         raise Bad(keys[name], reason)
     return item
 
 
+def own_id_in(row: Mapping[str, Any]) -> str | None:
+    """Return the item's own id, if the row has one. Raises Bad."""
+    return text_in(row, "id") if row.get("id") not in (None, "") else None
+
+
 def question_in(row: Mapping[str, Any], task: Task) -> Item:
     """Return the question of a row; an answer in it is not read. Raises Bad."""
     fields = {name: text_in(row, key) for name, key in _Wanted(task, questions=True).keys(row).items()}
-    return Item(fields, id=text_in(row, "id") if row.get("id") is not None else None, is_query=True)
+    return Item(fields, id=own_id_in(row), is_query=True)
 
 
 def as_label(text: str, labels: Sequence[str]) -> str:
@@ -208,7 +213,7 @@ def _missing(row: Mapping[str, Any], wanted: _Wanted, named: Mapping[str, str] =
         return f"missing; 'input' stands for one field, but task {task!r} has {inputs}: give each under its name"
     given = {key for key, value in row.items() if value is not None}
     got = ", ".join(sorted(given - {"person", "time", "id"})) or "none of them"
-    hint = "" if also else "; if this is the wrong task, give another --task"
+    hint = "" if also else "; if this is the wrong task, give another (--task), or the bank of that task"
     return f"missing; task {task!r} needs {names}; got {got}{hint}"
 
 
