@@ -287,7 +287,9 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
 
 def test_a_shortened_question_is_reported(known, caplog):
     known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
-    assert caplog.messages == ["1 of 1 questions were too long: the end of their text was cut off"]
+    known.shares([("x0", {"title": "long " * 400, "genres": "Drama"}), ("x0", {"title": "short", "genres": "Drama"})])
+    cut = "questions were too long: the end of their text was cut off"
+    assert caplog.messages == [f"1 of 1 {cut}", f"1 of 2 {cut}"]
 
 
 @pytest.mark.parametrize(("policy", "most"), [("posterior", 1), ("ridge", 5)])

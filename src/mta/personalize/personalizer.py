@@ -17,6 +17,7 @@ from mta.bank.card import adapter_card
 from mta.bank.format import check_base
 from mta.config import Run, parse_size
 from mta.data.history import Item, Person
+from mta.data.tasks.prompt import Example
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.lora.layers import Adapters, applied
@@ -33,7 +34,7 @@ from mta.personalize.publish import publish_adapter
 from mta.store import Store
 from mta.store.state import State
 from mta.system.progress import OnStep
-from mta.training.scoring import label_scores, log_likelihood
+from mta.training.scoring import label_examples, log_likelihood
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")
@@ -133,8 +134,7 @@ class Personalizer:
         rows, task, longest = list(rows), self.bank.task, self.longest_answer(max_new_tokens)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
-        if shortened := sum(prompt.cut > 0 for prompt in prompts):
-            log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
+        _warn_of_cuts(prompts)
         tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed if seed is None else seed
         answers = generate(
             self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
@@ -173,9 +173,12 @@ class Personalizer:
         if task.labels is None:
             raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        memory, items = parse_size(self.run.memory), [items for _, items in rows]
-        found = label_scores(self.base, task, items, adapters, owners=owners, memory=memory)
-        return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
+        examples = label_examples(self.base, task, [items for _, items in rows])
+        _warn_of_cuts([example for part in examples for example in part[:: len(task.labels)]])
+        memory = parse_size(self.run.memory)
+        found = log_likelihood(self.base, examples, adapters, owners=owners, memory=memory)
+        # Inference tensors could not be changed or trained through.
+        return [scores.view(-1, len(task.labels)).clone() for scores in found]
 
     def shares(self, rows: Sequence[tuple[PersonOrModel, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
         """Return the probability of every label for each row's question, the most likely label first.
@@ -254,3 +257,9 @@ class Personalizer:
         states = [who if isinstance(who, SharedModel) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
+
+
+def _warn_of_cuts(prompts: Sequence[Example]) -> None:
+    """Warn of questions whose texts were shortened."""
+    if shortened := sum(prompt.cut > 0 for prompt in prompts):
+        log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))

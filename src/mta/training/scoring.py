@@ -88,7 +88,11 @@ def label_scores(
     A label's score is the sum of log p over its tokens and the end token, without length normalization. ``owners`` and
     ``memory`` are as in ``log_likelihood``.
     """
+    found = log_likelihood(base, label_examples(base, task, queries), adapters, owners=owners, memory=memory)
+    return [scores.view(-1, len(task.labels or ())) for scores in found]
+
+
+def label_examples(base: BaseModel, task: Task, queries: Sequence[Sequence[Item]]) -> list[list[Example]]:
+    """Return each person's queries with every label, label by label."""
     labels = task.labels or ()
-    jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
-    found = log_likelihood(base, jobs, adapters, owners=owners, memory=memory)
-    return [scores.view(-1, len(labels)) for scores in found]
+    return [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
