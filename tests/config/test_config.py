@@ -138,7 +138,7 @@ def test_a_bad_value_is_reported_with_its_key_and_the_expected_form(word, key, g
 
 @pytest.mark.parametrize("word", ["bank.anchors", "=3", ""])
 def test_a_word_without_an_equals_sign_is_refused_with_the_form(word):
-    assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  bank.anchors=20"
+    assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  memory=8GiB"
 
 
 def test_a_value_that_is_not_yaml_is_reported():

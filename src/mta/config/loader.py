@@ -120,7 +120,7 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(
             f"no such configuration file: {path}",
-            hint="Give the path of a YAML file, or settings as words:  bank.anchors=20",
+            hint="Give the path of a YAML file, or settings as words:  key=value",
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="Give a file that you can read.") from None

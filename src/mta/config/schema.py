@@ -287,7 +287,7 @@ def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], 
 
 def _example(kind: type[Settings]) -> str:
     """Return a word for one of the settings."""
-    words = {"shots": "shots=8", "bank": "bank.anchors=20", "run": "run.bank.anchors=20"}
+    words = {"shots": "shots=8", "bank": "memory=8GiB", "run": "run.memory=8GiB"}  # valid in every command
     return next((word for name, word in words.items() if name in kind.model_fields), "key=value")
 
 
