@@ -95,8 +95,8 @@ bench-full: $(VENV)/installed-dev
 NEW_ENOUGH = $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 	|| { echo "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" >&2; exit 1; }
 
-NO_PACKAGES = { echo "pip could not install the packages. To run make gpu with those of another Python:" \
-	"make gpu GPU_PYTHON=python3" >&2; exit 1; }
+NO_PACKAGES = { echo "pip could not install the packages: check the network, and repeat the command." \
+	"(make gpu can use those of another Python: make gpu GPU_PYTHON=python3)" >&2; exit 1; }
 
 # After the system's Python was replaced, the environment is made anew, and so is what make believes to be in it.
 STALE := $(shell [ -x $(VENV)/bin/python ] || rm -f $(VENV)/installed*)
