@@ -12,6 +12,7 @@ from mta.bank.bank import Bank
 from mta.bank.format import read_info
 from mta.bank.members import Members
 from mta.errors import InputError
+from mta.evaluation.protocol import members_and_others
 from mta.training.checkpoint import Checkpoint
 
 
@@ -72,6 +73,21 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
     assert sum("clusters" in part for part in parts) == 12
     assert parts.count(["task LoRA", "clusters", "anchor"]) == 2
     assert parts.count(["clusters", "calibration"]) == TINY_RUN.calibration.people
+
+
+def test_people_who_are_held_out_are_no_members_and_share_nothing_with_them(tmp_path, task, cache):
+    long = [replace(p, group=f"pair-{n // 2}" if n < 8 else "") for n, p in enumerate(people_of(14, items=20))]
+    long[1] = long[1].first(6)
+    everyone = [*long, *people_of(24, prefix="short")]
+    how = {"task": task, "encoder": HashEncoder(), "run": TINY_RUN, "anchors": 2}
+    bank = Bank.build(base_of(), everyone, tmp_path / "b", hold_out=9, **how)
+    outside = [person for person in everyone if not bank.info.members.parts_of(person.id)]
+    assert sum(len(person.items) >= 20 for person in outside) == 9
+    assert not {p.group for p in outside if p.group} & {p.group for p in everyone if p not in outside}
+    assert [person.id for person in members_and_others(bank, everyone)[1]] == [person.id for person in outside]
+    with pytest.raises(InputError, match="15 people were to be held out, but only 13 of 38 have 20 items or more"):
+        Bank.build(base_of(), everyone, tmp_path / "c", hold_out=15, **how)
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):

@@ -19,9 +19,9 @@ from mta.bank.calibration.settle import settled
 from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
-from mta.config import Run, override
+from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
-from mta.data.splits import draw
+from mta.data.splits import draw, held_out
 from mta.data.tasks.load import as_today, load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
@@ -71,6 +71,7 @@ class Bank:
         encoder: Encoder | None = None,
         task_people: Sequence[Person] | None = None,
         task_lora: str | Path | None = None,
+        hold_out: int = 0,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
         resume: bool = True,
@@ -84,7 +85,8 @@ class Bank:
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
         named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
-        same settings. A killed build resumes unless ``resume`` is False. ``command`` is recorded in the folder, and
+        same settings. ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
+        A killed build resumes unless ``resume`` is False. ``command`` is recorded in the folder, and
         ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -101,6 +103,10 @@ class Bank:
             run = run.model_copy(update={"task": str(task)})  # a file's name, for the folder's config.yaml
         task_people = None if task_people is None else list(task_people)
         check_distinct([*(task_people or ()), *people])
+        compared = CompareSettings()
+        outside, people = held_out(people, run.seed, hold_out, compared.shots + compared.queries)
+        if outside:
+            log.info("%d people stay out of the bank: compare methods on them", len(outside))
         if task_people is None:
             half = len(people) // 2 if run.task_lora.enabled else 0
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half

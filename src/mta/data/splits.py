@@ -108,6 +108,24 @@ def draw(
     return Splits(**_placed(left, sizes, rest=candidates is None))
 
 
+def held_out(people: Sequence[Person], seed: int, count: int, min_items: int) -> tuple[list[Person], list[Person]]:
+    """Draw ``count`` people with at least ``min_items`` items; return them, and the people who share nothing with them.
+
+    Raises InputError if too few people have so many items.
+    """
+    if not count:
+        return [], [*people]
+    able = [person for person in people if len(person.items) >= min_items]
+    if len(able) < count:
+        raise InputError(
+            f"{count} people were to be held out, but only {len(able)} of {len(people)} have {min_items} items or more",
+            hint="Hold fewer people out. Or put some into another file, for  mta compare FILE shots=4 queries=4",
+        )
+    chosen = draw(able, seed, task=0, development=0, test=count).select("test", able)
+    ids, groups = {person.id for person in chosen}, {person.group for person in chosen if person.group}
+    return chosen, [person for person in people if person.id not in ids and person.group not in groups]
+
+
 def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict[str, tuple[str, ...]]:
     """Place whole groups into the parts; with ``rest``, the candidates are all remaining groups."""
     most, parts = max(map(len, left), default=0), {}
