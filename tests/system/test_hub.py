@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, changed_json, counted, save_encoder, tokenizer
 
+from mta.config import Run
 from mta.errors import ModelError
-from mta.model.base import BaseModel
+from mta.model.base import BaseModel, prompts_of
 from mta.model.encoders import SentenceEncoder
 from mta.system.hub import local_folder
 
@@ -88,6 +89,15 @@ def test_only_the_weights_that_are_loaded_are_downloaded(request, hub, kind, tmp
     publish(hub, duplicated(folder, tmp_path / "more"))
     assert weights(local_folder(NAME)) == weights(folder)
     assert fingerprint(NAME) == FINGERPRINT
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_prompts_need_no_weights(request, hub, kind):
+    publish(hub, request.getfixturevalue(kind))
+    prompts = prompts_of(Run(base=NAME, max_tokens=200))
+    assert [path for _, path in hub.requests if path.endswith(".safetensors")] == []
+    base = BaseModel.load(NAME, "float32", "cpu", 200)
+    assert (prompts.max_tokens, prompts.text("a text")) == (base.prompts.max_tokens, base.prompts.text("a text"))
 
 
 def test_one_file_is_preferred_to_shards_as_transformers_does(hub, whole, sharded, tmp_path):

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-import mta
 from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import describe as counts
@@ -94,12 +93,14 @@ def show(
             f"no person {person!r} in {source}; expected the id of one of its {len(people)} people",
             hint="Leave out --person to see the first person.",
         )
-    base = mta.BaseModel.outline(run)  # the tokenizer is enough
+    from mta.model.base import prompts_of
+
+    prompts = prompts_of(run)
     shown = chosen.queries if questions else chosen.items + chosen.queries
-    examples = [_shown(base.prompts, load_task(run.task), item) for item in shown[:items]]
+    examples = [_shown(prompts, load_task(run.task), item) for item in shown[:items]]
     if json:
-        return show_json([_as_json(base.tokenizer, example) for example in examples])
-    decode = base.tokenizer.decode
+        return show_json([_as_json(prompts.tokenizer, example) for example in examples])
+    decode = prompts.tokenizer.decode
     for example in examples:
         target = f"⟦{decode(list(example.target))}⟧" if example.target else ""
         typer.echo(f"{decode(list(example.prompt))}{target}")

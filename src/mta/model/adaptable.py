@@ -14,13 +14,13 @@ from mta.errors import ModelError, UnsupportedModel
 log = logging.getLogger("mta")
 
 
-def longest_text(model: Any, asked: int) -> int:
+def longest_text(config: Any, asked: int) -> int:
     """Return how many of the ``asked`` tokens a text may have: at most ``max_position_embeddings``; for longrope, less.
 
     If one row is longer than the original length, longrope changes the frequencies of all rows of a pass. (Dynamic RoPE
     changes them only beyond ``max_position_embeddings``.)
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # of all layers, or by layer type
     original = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]

@@ -41,6 +41,7 @@ from mta.system.model_files import loading, refuse_unsafe_base
 
 log = logging.getLogger("mta")
 Exact = tuple[Tensor, Tensor]  # rows of chosen places and tokens whose logits must not be rounded; both (k,)
+_CONTENT = "Give an asset, or a folder or hub id that holds config.json, tokenizer.json and *.safetensors."
 Check = Callable[[str], None]  # called with a fingerprint; raises MtaError to refuse the base
 
 
@@ -78,7 +79,7 @@ class BaseModel:
         self.name = name
         self.place = _place(name)  # now: the working directory may change
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
-        self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
+        self.prompts = PromptFormat(tokenizer, longest_text(model.config, max_tokens))
         self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
         self.blocked = self.packable = False
         if self.has_weights:
@@ -322,19 +323,34 @@ def corrected(head: nn.Module, x: Tensor, found: Tensor, exact: Exact) -> Tensor
 
 def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check | None) -> tuple[nn.Module, Any, str]:
     """Return model, tokenizer, and fingerprint of a folder; ``make`` the model after safety checks and ``check``."""
-    from transformers import AutoConfig, AutoTokenizer
-
     folder = local_folder(name)
-    refuse_unsafe_base(Path(folder), name)
-    hint = "Give an asset, or a folder or hub id that holds config.json, tokenizer.json and *.safetensors."
-    with loading(name, "a causal language model", hint):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        refuse_quantized(config)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with loading(name, "a causal language model", _CONTENT):
+        config, tokenizer = _configured(folder, name)
         fingerprint = folder_fingerprint(folder, tokenizer)
         if check:
             check(fingerprint)
         return make(folder, config, name, dtype), tokenizer, fingerprint
+
+
+def prompts_of(run: Run) -> PromptFormat:
+    """Return the prompts of a run's base, whose weights are neither read nor downloaded.
+
+    Raises AssetError, ModelError, UnsupportedModel.
+    """
+    name = os.path.expanduser(run.base)
+    with loading(name, "a causal language model", _CONTENT):
+        config, tokenizer = _configured(local_folder(name, weights=False), name)
+    return PromptFormat(tokenizer, longest_text(config, run.max_tokens))
+
+
+def _configured(folder: str, name: str) -> tuple[Any, Any]:
+    """Return configuration and tokenizer of a folder that is safe to load."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    refuse_unsafe_base(Path(folder), name)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    refuse_quantized(config)
+    return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _place(name: str) -> str:

@@ -63,10 +63,10 @@ def is_cached(name: str) -> bool:
         return False
 
 
-def local_folder(name: str) -> str:
+def local_folder(name: str, weights: bool = True) -> str:
     """Return the folder of an asset, a local folder, or a hub snapshot of the files that are loaded.
 
-    From a hub repository, only configuration, tokenizer and safetensors weights are downloaded. Raises AssetError,
+    From a hub repository, only configuration, tokenizer and safetensors ``weights`` are downloaded. Raises AssetError,
     ModelError.
     """
     place = resolve(name)
@@ -75,7 +75,7 @@ def local_folder(name: str) -> str:
     try:
         folder = snapshot(place, _SMALL, ignore=[ADAPTER])
         # Single files first: if a repository has both, transformers loads the single file, not the shards.
-        for wanted in (_single_files, _all_files):
+        for wanted in (_single_files, _all_files) if weights else ():
             lacking = [file for file in wanted(folder, name) if not file.exists()]
             if lacking:
                 snapshot(place, [os.path.relpath(file, folder) for file in lacking], folder.name)
