@@ -148,3 +148,14 @@ def test_the_real_encoder_gives_rows_of_384_float32_on_the_cpu(minilm):
 def test_the_real_encoder_is_known_by_its_stored_weights(minilm):
     assert minilm.fingerprint == SentenceEncoder("all-minilm-l6-v2").fingerprint
     assert len(minilm.fingerprint) == 64
+
+
+def test_many_texts_are_encoded_with_progress(task, monkeypatch):
+    people, steps = people_of(5), []
+    whole = encode_people(HashEncoder(), task, people, "both", lambda *step: steps.append(step))
+    assert steps == []
+    monkeypatch.setattr("mta.model.encoders._REPORTED", 7)
+    parts = encode_people(HashEncoder(), task, people, "both", lambda *step: steps.append(step))
+    assert torch.equal(parts, whole)
+    assert [(stage, step.examples) for stage, step in steps[:2]] == [("encoding", 7), ("encoding", 14)]
+    assert steps[-1][1].examples == steps[-1][1].examples_total

@@ -18,7 +18,7 @@ from mta.errors import InputError
 from mta.lora.batch import LoraBatch, concatenate
 from mta.model.encoders import Encoder, encode_people
 from mta.system.atomic import json_sha256
-from mta.system.progress import Step
+from mta.system.progress import OnStep, Step
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
@@ -27,7 +27,12 @@ CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank th
 
 
 def choose_anchors(
-    task: Task, encoder: Encoder, candidates: Sequence[Person], settings: BankSettings, seed: int
+    task: Task,
+    encoder: Encoder,
+    candidates: Sequence[Person],
+    settings: BankSettings,
+    seed: int,
+    on_step: OnStep | None = None,
 ) -> tuple[list[Person], Tensor, list[int]]:
     """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
     eligible = [person for person in candidates if len(person.items) >= settings.min_items]
@@ -37,7 +42,7 @@ def choose_anchors(
             f"at least {SHARE} such people are needed, and {SHARE * settings.anchors} for {settings.anchors} anchors",
             hint="Give more people, or people with more items, or lower  bank.min_items=…",
         )
-    vectors = encode_people(encoder, task, eligible, settings.encode)
+    vectors = encode_people(encoder, task, eligible, settings.encode, on_step)
     return eligible, vectors, select_anchors(eligible, vectors, settings.anchors, seed, choose=settings.choose)
 
 

@@ -129,7 +129,7 @@ def build_bank(
     )
     context = BuildContext(base, task, run, out, keys, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
-    roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
+    roles = choose_roles(task, encoder, task_people, candidates, held_out, run, on_step)
     context = replace(context, chosen=tuple(roles.chosen))
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])

@@ -16,6 +16,7 @@ from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError
 from mta.model.encoders import Encoder
+from mta.system.progress import OnStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +52,13 @@ def choose_roles(
     candidates: Sequence[Person],
     held_out: Sequence[Person],
     run: Run,
+    on_step: OnStep | None = None,
 ) -> Roles:
     """Choose the anchors among ``candidates``, and what everybody else does.
 
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
-    eligible, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
+    eligible, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed, on_step)
     anchors, kept_back = {eligible[i].id for i in chosen}, run.task_lora.kept_back
     pool = [*task_people] if run.task_lora.enabled else []
     if kept_back is not None:  # candidates with too few items for an anchor train like task people

@@ -17,7 +17,10 @@ from mta.model.base import BaseModel
 from mta.model.fingerprint import folder_fingerprint
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
+from mta.system.progress import OnStep, Step
 
+ENCODING = "encoding"  # the stage of these reports
+_REPORTED = 4096  # texts from one report of progress to the next
 _KIND = "a sentence encoder"
 _HINT = "Give a folder or hub id of sentence-transformers, or encode with the base:  encoder=base"
 
@@ -119,7 +122,11 @@ def load_encoder(name: str, base: BaseModel) -> Encoder:
 
 
 def encode_people(
-    encoder: Encoder, task: Task, people: Sequence[Person], what: Literal["input", "both", "history"]
+    encoder: Encoder,
+    task: Task,
+    people: Sequence[Person],
+    what: Literal["input", "both", "history"],
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Return one unit vector per person, (U, E): the mean over their items. Each distinct text is encoded once.
 
@@ -131,6 +138,12 @@ def encode_people(
         texts = [["\n".join(each)] for each in texts]
     distinct = sorted({text for each in texts for text in each})
     place = {text: i for i, text in enumerate(distinct)}
-    vectors = torch.nn.functional.normalize(encoder.encode(distinct), dim=1)
+    parts = []
+    for number, start in enumerate(range(0, max(len(distinct), 1), _REPORTED), 1):
+        parts.append(encoder.encode(distinct[start : start + _REPORTED]))
+        if on_step and len(distinct) > _REPORTED:
+            done = min(start + _REPORTED, len(distinct))
+            on_step(ENCODING, Step(number, len(people), done, len(distinct)))
+    vectors = torch.nn.functional.normalize(torch.cat(parts), dim=1)
     means = torch.stack([vectors[[place[text] for text in each]].mean(0) for each in texts])
     return torch.nn.functional.normalize(means, dim=1)

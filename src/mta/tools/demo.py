@@ -27,6 +27,7 @@ from mta.errors import ConfigError, InputError, MtaError
 from mta.evaluation.compare import ComparisonReport, compare
 from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
+from mta.model.encoders import ENCODING
 from mta.personalize import Personalizer
 from mta.personalize.merge import check_merge
 from mta.system import assets
@@ -88,6 +89,8 @@ class Clock:
 
     def step(self, stage: str, step: Step) -> None:
         """Report the time left after a step of a stage."""
+        if stage == ENCODING:  # takes seconds, before the first stage
+            return
         stages, now = list(self._minutes), time.monotonic()
         stage = stage if stage in stages[1:] else stages[-1]
         earlier = stages[: stages.index(stage)]
