@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from mta.config.constants import NOTICEABLE
 from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
 from mta.system.assets import ASSETS
+from mta.system.hub import public_name
 
 _WIDTH = 30  # of a drawn interval, in characters
 
@@ -94,7 +94,7 @@ def adapter_card(info: BankInfo, rank: int, error: float, *, anchors: int, stack
     parts = ["the task LoRA that all people share"] if info.run.task_lora.enabled else []
     parts += ([f"a merge of {anchors} anchors"] if anchors else []) + ([f"a stack of rank {stack}"] if stack else [])
     exact = f"compressed by svd at a relative error of {error:.2%}" if error else "exactly"
-    base = _base_name(info)
+    base = public_name(info.run.base)
     return f"""{_front_matter(info, "peft")}{MARK}
 
 # One person's adapter for `{info.task["name"]}`
@@ -195,7 +195,7 @@ def table_of(results: Mapping[str, Any]) -> str:
 def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
     """Return the metadata that the hub reads from a card, as YAML."""
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    base = _base_name(info)
+    base = public_name(info.run.base)
     hub_id = ASSETS[base].hub if base in ASSETS else base
     if hub_id.count("/") == 1:
         values |= {"base_model": hub_id, "base_model_relation": "adapter"}
@@ -203,11 +203,6 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
         values["license"] = license
     values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
-
-
-def _base_name(info: BankInfo) -> str:
-    """Return the base's name; for a local base, only the folder's name without the path."""
-    return Path(info.run.base).name if Path(info.run.base).is_absolute() else info.base
 
 
 def _base_note(info: BankInfo) -> str:

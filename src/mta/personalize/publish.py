@@ -9,8 +9,7 @@ from mta.errors import InputError
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft
 from mta.store import Store
 from mta.store.exports import Export
-from mta.system.assets import ASSETS
-from mta.system.hub import Parcel, Repository, is_hub_id
+from mta.system.hub import Parcel, Repository, public_name
 
 
 def adapter_parcel(folder: Path) -> Parcel:
@@ -20,8 +19,7 @@ def adapter_parcel(folder: Path) -> Parcel:
     """
     read_peft(folder)  # raises if the adapter is incomplete or not plain LoRA
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    base = str(config.get("base_model_name_or_path") or "")
-    base = base if base in ASSETS or is_hub_id(base) else Path(base).name  # earlier versions wrote relative paths, too
+    base = public_name(str(config.get("base_model_name_or_path") or ""))
     if not has_own_card(folder):
         raise InputError(
             f"{folder} has no card from mta export; its {CARD} would be published unchecked",

@@ -42,8 +42,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(model: str) -> str:
-    """Return a model's name for publication: of an absolute path, the folder's name only."""
-    return Path(model).name if Path(model).is_absolute() else model
+    """Return a model's name for publication: that of an asset or on the hub, or the name of its folder here.
+
+    What has the form ``owner/name`` is a name on the hub, whatever folders are here.
+    """
+    return model if model in ASSETS or _ID.fullmatch(model) else Path(model).name
 
 
 def is_cached(name: str) -> bool:
