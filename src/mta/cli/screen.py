@@ -119,7 +119,7 @@ class Screen:
         if not console.is_interactive and (done >= total or now - known.printed > EVERY):
             known.printed = now
             if rate:
-                notes.append(f"about {(total - done) / rate:.0f} s left")
+                notes.append(_about((total - done) / rate))
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
 
     def whole(self, name: str, share: float, left: float) -> None:
