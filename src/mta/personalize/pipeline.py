@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from mta.bank.bank import Bank
@@ -51,7 +50,8 @@ class _Call(NamedTuple):
     forgotten: Collection[str] = ()
 
 
-class CohortPlan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CohortPlan:
     """The cohorts to compute, a digest of the plan, and the number of texts that were shortened to fit.
 
     ``errors`` maps ids of people who are left out to the error of an item that does not fit.
@@ -60,7 +60,7 @@ class CohortPlan(NamedTuple):
     cohorts: Sequence[Cohort] = ()
     digest: str = ""
     shortened: int = 0
-    errors: dict[str, MtaError] = {}  # noqa: RUF012
+    errors: dict[str, MtaError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +224,9 @@ class Pipeline:
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         jobs = self._jobs(chosen, errors := dict[str, MtaError]())  # made one by one, as they are planned
-        if (first := next(jobs, None)) is None:
-            return CohortPlan(errors=errors)
         plan = plan_cohorts(
             self.base,
-            chain([first], jobs),
+            jobs,
             trained,
             parse_size(self.run.memory),
             below=frozen_numbers(self.bank, self.run.merge),
@@ -236,6 +234,8 @@ class Pipeline:
             threads=self.executor.threads,
             on_gpu=self.executor.on_gpu,
         )
+        if not plan.cohorts:
+            return CohortPlan(errors=errors)
         if checkpoints:
             checkpoints.note([item.name for item in chosen])
         fitting = [item for item in chosen if item.person.id not in errors]

@@ -64,7 +64,8 @@ class _Lengths:
             if len(job.examples) > 1:
                 prefixes.append(common_prefix(job.examples[0].tokens, job.examples[1].tokens))
         prefix = min(sum(prefixes) // max(len(prefixes), 1), longest)
-        return cls(count, largest, max(smallest, 1), TextLengths(longest, prefix), targets / tokens, most, shortened)
+        share = targets / max(tokens, 1)
+        return cls(count, largest, max(smallest, 1), TextLengths(longest, prefix), share, most, shortened)
 
 
 def parameters_of(base: BaseModel, lora: Lora) -> int:
@@ -94,7 +95,9 @@ def plan_cohorts(
         on_gpu = base.device.type != "cpu"
     footprint = base.footprint_without_kernels if on_gpu else base.footprint
     numbers = replace(below or ParameterCounts(), trained=trained)
-    lengths = _Lengths.of(jobs, footprint.target_weight)
+    lengths, threads = _Lengths.of(jobs, footprint.target_weight), threads or torch.get_num_threads()
+    if not lengths.jobs:
+        return Plan((), 0, threads, 0)
     per_token = _bytes_per_token(footprint, lengths.texts, numbers)
     per_person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     per_person_in_pass, shared = footprint.person(numbers), footprint.shared(numbers)
@@ -116,7 +119,7 @@ def plan_cohorts(
     fit = max(all_in_pass, (for_people - most_in_pass * per_person_in_pass) // per_person)
     size = min(max(fit, 1), most)
     cohorts = tuple(tuple(range(i, min(i + size, lengths.jobs))) for i in range(0, lengths.jobs, size))
-    return Plan(cohorts, tokens, threads or torch.get_num_threads(), lengths.shortened)
+    return Plan(cohorts, tokens, threads, lengths.shortened)
 
 
 def _bytes_per_token(footprint: Footprint, texts: TextLengths, numbers: ParameterCounts) -> int:

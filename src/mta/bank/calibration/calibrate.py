@@ -115,8 +115,6 @@ def plan_of(
     sizes = ParameterCounts(task_lora=task_lora, shared=every, gated=every)
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
-    if not jobs:
-        return Plan((), 0, 1, 0)
     return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE), on_gpu=on_gpu)
 
 
