@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,7 +22,8 @@ from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
-from mta.data.splits import draw, held_out
+from mta.data.shots_and_queries import has_enough_items
+from mta.data.splits import draw, set_aside
 from mta.data.tasks.load import as_today, load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
@@ -103,8 +105,8 @@ class Bank:
             run = run.model_copy(update={"task": str(task)})  # a file's name, for the folder's config.yaml
         task_people = None if task_people is None else list(task_people)
         check_distinct([*(task_people or ()), *people])
-        compared = CompareSettings()
-        outside, people = held_out(people, run.seed, hold_out, compared.shots + compared.queries)
+        shared = {person.group for person in task_people or () if person.group}
+        outside, people = set_aside(people, run.seed, hold_out, partial(_is_comparable, chosen, shared))
         if outside:
             log.info("%d people stay out of the bank: compare methods on them", len(outside))
         if task_people is None:
@@ -271,3 +273,9 @@ class Bank:
                 hint="Load the encoder that the bank was built with, or rebuild the bank.",
             )
         return encoder
+
+
+def _is_comparable(task: Task, shared: Set[str], person: Person) -> bool:
+    """Return whether ``mta compare`` could test a person: enough items, and in none of the groups ``shared``."""
+    how = CompareSettings()
+    return person.group not in shared and has_enough_items(task, person, how.shots, how.queries, "next")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,27 +103,39 @@ def draw(
             f"but only {len(ids)} of the {len(people)} given qualify (min_items={min_items})",
             hint="Ask for fewer people, or lower min_items.",
         )
-    fit.sort(key=lambda person: json_sha256([seed, person.id]))
+    fit = _in_order(fit, seed)
     left = _grouped(fit) if together else [[person.id] for person in fit]
     return Splits(**_placed(left, sizes, rest=candidates is None))
 
 
-def held_out(people: Sequence[Person], seed: int, count: int, min_items: int) -> tuple[list[Person], list[Person]]:
-    """Draw ``count`` people with at least ``min_items`` items; return them, and the people who share nothing with them.
+def set_aside(
+    people: Sequence[Person], seed: int, count: int, able: Callable[[Person], bool]
+) -> tuple[list[Person], list[Person]]:
+    """Draw ``count`` people who are ``able``; return them, and the people who share nothing with them.
 
-    Raises InputError if too few people have so many items.
+    People of one group are drawn together, so there may be fewer, which is logged. Raises InputError.
     """
     if not count:
         return [], [*people]
-    able = [person for person in people if len(person.items) >= min_items]
-    if len(able) < count:
+    fit = _in_order([person for person in people if able(person)], seed)
+    groups = _fill(_grouped(fit), count, tested=True)
+    chosen = {id for group in groups for id in group}
+    if len(fit) < count or not chosen:
+        found = "those share items in larger groups" if len(fit) >= count else f"only {len(fit)} have enough items"
         raise InputError(
-            f"{count} people were to be held out, but only {len(able)} of {len(people)} have {min_items} items or more",
-            hint="Hold fewer people out. Or put some into another file, for  mta compare FILE shots=4 queries=4",
+            f"{count} of {len(people)} people were to be held out, but {found}",
+            hint="Hold out another number of people, or put some into a file of their own, for  mta compare FILE",
         )
-    chosen = draw(able, seed, task=0, development=0, test=count).select("test", able)
-    ids, groups = {person.id for person in chosen}, {person.group for person in chosen if person.group}
-    return chosen, [person for person in people if person.id not in ids and person.group not in groups]
+    if len(chosen) < count:
+        log.warning("%d people are held out, not %d: people who share items stay together", len(chosen), count)
+    shared = {person.group for person in fit if person.id in chosen and person.group}
+    outside = [person for person in fit if person.id in chosen]
+    return outside, [person for person in people if person.id not in chosen and person.group not in shared]
+
+
+def _in_order(people: Sequence[Person], seed: int) -> list[Person]:
+    """Return people in the order of the draw, which depends on the seed and their ids only."""
+    return sorted(people, key=lambda person: json_sha256([seed, person.id]))
 
 
 def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict[str, tuple[str, ...]]:
