@@ -178,7 +178,8 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = context.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    plan_of(base, subjects_of(base, context.task, roles.calibrating, run.calibration), len(anchors), run)
+    subjects = subjects_of(base, context.task, roles.calibrating, run.calibration)
+    plan_of(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan
 
