@@ -100,6 +100,20 @@ def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
     assert not [worker for worker in crew.idle if worker in dead]
 
 
+def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again():
+    def died():
+        raise Died
+
+    died.turn = 0
+    worker = SimpleNamespace(open=SimpleNamespace(), run=SimpleNamespace(remote=lambda function, piece: died))
+    opened = lambda: None  # noqa: E731
+    opened.turn = 0
+    worker.open.remote = lambda made: opened
+    cluster = SimpleNamespace(ray=Ray(), workers=1, attempts=2, hire=lambda: worker, stop=lambda _: None)
+    (found,) = PieceScheduler(cluster, None, Crew(None, {}, None, idle=[worker])).work_through([One()])
+    assert found.error == "workers died of it, Died"
+
+
 @pytest.fixture
 def three(monkeypatch):
     """A cluster of three workers, and those that were hired and stopped."""

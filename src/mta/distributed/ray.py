@@ -246,7 +246,7 @@ class PieceScheduler(Generic[P, R]):
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
             self.cluster.stop(worker)
             if id(worker) in self.from_before:  # perhaps with its machine, before this call
-                self._stop_those_from_before()
+                self._stop_those_from_before(worker)
                 self.waiting.appendleft(task)
             elif task.attempts > 1:
                 self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
@@ -262,11 +262,13 @@ class PieceScheduler(Generic[P, R]):
         self.idle.append(worker)
         self.from_before.discard(id(worker))
 
-    def _stop_those_from_before(self) -> None:
-        """Stop the idle workers of an earlier call: their machine may be the one that is gone."""
-        for worker in [one for one in self.idle if id(one) in self.from_before]:
+    def _stop_those_from_before(self, dead: Any) -> None:
+        """Stop the idle workers of an earlier call: their machine may be the one that is gone with ``dead``."""
+        old = [one for one in self.idle if id(one) in self.from_before]
+        for worker in old:
             self.idle.remove(worker)
             self.cluster.stop(worker)
+        self.from_before -= {id(dead), *map(id, old)}  # others may get these ids
 
     def _failed(self, task: _Task[P], error: str) -> Iterator[PieceResult[P, R]]:
         """Split a failed piece, or yield its error if it cannot be split."""
