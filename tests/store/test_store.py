@@ -4,9 +4,11 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+import fsspec
 import pytest
 from files import folder_of, path_of
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from stores import ANN, everything, person, state
 from test_state import FILE
 
@@ -82,6 +84,19 @@ def test_tombstones_of_others_cost_a_person_no_request_each(tmp_path, monkeypatc
     assert len(asked) < 100
     assert store.tombstones.since([ANN, "other 7", "unknown"], ()) == {ANN, "other 7"}
     assert len(store.tombstones.names()) == 301
+
+
+def test_a_listing_that_fails_does_not_look_as_if_nobody_was_forgotten(tmp_path, monkeypatch):
+    store = Store(f"memory://{tmp_path.name}/people")
+    store.save(ANN, state(0))
+
+    def fails(self, path, detail=True, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails)
+    with pytest.raises(StoreError, match="no network"):
+        store.save(ANN, state(1), since=())
+    fsspec.filesystem("memory").store.clear()
 
 
 def test_tombstones_of_one_person_are_those_of_the_whole_list(url: str) -> None:

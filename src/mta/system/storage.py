@@ -25,6 +25,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _TOGETHER = 16  # requests at once, because remote storage answers slowly
 _REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
+_WITH_PREFIXES = {"s3", "gs"}  # protocols whose find() asks for names that begin with a prefix
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
@@ -61,6 +62,8 @@ class Storage:
             raise StoreError(f"the store cannot be opened: {found}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        protocol = self.fs.protocol
+        self.by_prefix = not _WITH_PREFIXES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
         # Absolute, because the working directory may change.
         self.url = str(Path(self.root).resolve()) if self.local else str(url)
 
@@ -94,11 +97,9 @@ class Storage:
         with self._reported(place), contextlib.suppress(FileNotFoundError):
             if self.local:
                 return [name for name in os.listdir(place) if name.startswith(prefix)]
-            try:
-                paths = self.fs.find(place, prefix=prefix)
-            except TypeError:  # not every file system takes the argument
-                paths = self.fs.ls(place, detail=False)
-            return [name for path in paths if (name := str(path).rsplit("/", 1)[-1]).startswith(prefix)]
+            # Elsewhere find() has no prefix, and may hide errors.
+            listing = self.fs.find(place, prefix=prefix) if self.by_prefix else self.fs.ls(place, detail=False)
+            return [name for path in listing if (name := str(path).rsplit("/", 1)[-1]).startswith(prefix)]
         return []
 
     def folders(self, name: str) -> list[str]:
