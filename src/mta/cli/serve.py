@@ -110,7 +110,7 @@ def serve(
         str | None, Option(help="Rights of the new key: admin (the default), serve, person or prefix.")
     ] = None,
     of: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
-    slots: Annotated[int, Option(min=1, help="Maximum number of simultaneous answers.")] = 32,
+    slots: Annotated[int, Option(min=1, help="Most answers at once; a person's key gets a quarter.")] = 32,
     vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
     vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
     vllm_url: Annotated[str | None, Option(help="Answer with a vLLM server that runs here: http://… or unix:…")] = None,

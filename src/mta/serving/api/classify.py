@@ -43,7 +43,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
     with service.counted("classify", key, at_once, request.fallback is not None):  # first: many inputs tokenize long
         async with service.checking(key):
-            asks = [await service.on_text(_ask, service, text, labels, who, key) for text in inputs]
+            asks = [await service.apart_from_store(_ask, service, text, labels, who, key) for text in inputs]
         found = await _scored(service, asks, at_once)
     data = []
     for index, piece in enumerate(found):

@@ -66,7 +66,7 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
     with service.refusals(kind):
         async with service.checking(key):
-            ask = await service.on_text(_ask, service, request, who, key)  # long prompts take long to tokenize
+            ask = await service.apart_from_store(_ask, service, request, who, key)  # long prompts take long to tokenize
     formatter = ResponseFormatter(request, name_of(who, service, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, ask, request, key)
     if request.stream:
@@ -78,7 +78,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
         complete[part.index].append(part)
     tokens = sum(len(part.tokens) for answer in complete for part in answer)
     usage = usage_of(len(ask.prompt), tokens, complete[0][-1].cached)
-    choices = await service.on_text(lambda: [formatter.choice(answer) for answer in complete])
+    choices = await service.apart_from_store(lambda: [formatter.choice(answer) for answer in complete])
     return JSONResponse(formatter.body(choices, usage))
 
 

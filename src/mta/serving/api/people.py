@@ -65,7 +65,7 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
     async with service.checking(key):
-        await service.on_text(_check_lengths, service, new)
+        await service.apart_from_store(_check_lengths, service, new)
     async with service.lock(id), service.writing if body.keep else nullcontext():
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}

@@ -41,7 +41,7 @@ from mta.store import Store
 log = logging.getLogger("mta")
 P = ParamSpec("P")
 T = TypeVar("T")
-_TEXT_WORKERS = 4  # threads that tokenize and format; these never wait for a store
+_WORKERS = 4  # threads that tokenize and format
 _WRITERS = 4  # threads that wait for the store's lock at once: others look up people meanwhile
 
 
@@ -68,7 +68,7 @@ class Service:
     rate: Rate = field(init=False)
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
-    _text_workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_TEXT_WORKERS), init=False)
+    _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
     writing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WRITERS), init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
@@ -79,12 +79,12 @@ class Service:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
 
-    async def on_text(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the result of ``work`` on texts or tokens, which may take long, from a thread that waits for no store.
+    async def apart_from_store(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of ``work``, computed in a thread that never waits for a store.
 
         So a store that hangs stops no answers of the pooled model and the base.
         """
-        return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._text_workers)
+        return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._workers)
 
     def checking(self, key: Key) -> AbstractAsyncContextManager[object]:
         """Return a context for checks that tokenize: a person or prefix key makes one at a time."""
@@ -133,7 +133,7 @@ class Service:
             return
         # Permanent: the weights in memory stay stale even if the folder is rebuilt.
         for bank in self.strict_banks:
-            if not (bank / INFO).exists() or bool(await run_in_threadpool(stale, bank)):
+            if not (bank / INFO).exists() or bool(await self.apart_from_store(stale, bank)):
                 self.is_stale = True  # not |=, which would undo what another request found meanwhile
         if self.is_stale:
             raise NeedsRebuild("the bank must be rebuilt without a forgotten person", hint="Ask the base meanwhile.")
