@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import base_of, random_loras
 
+from mta.config import Run
 from mta.data.history import Item
 from mta.data.tasks import Task
 from mta.evaluation.methods.method import answer
@@ -24,7 +25,7 @@ def test_a_generated_answer_has_the_length_limit_of_its_task(limit, expected):
 
     base.model.get_output_embeddings().register_forward_hook(only_one_letter)
     task = FREE.model_copy(update={"answer_tokens": limit})
-    panel = SimpleNamespace(task=task, base=base, queries=[[Item({"a": "x", "b": "y"})]], write_texts=True)
+    panel = SimpleNamespace(task=task, base=base, queries=[[Item({"a": "x", "b": "y"})]], write_texts=True, run=Run())
     (found,) = answer(panel, [0], [])
     assert found.texts == ["a" * expected]
 
@@ -34,7 +35,7 @@ def test_texts_and_losses_are_each_persons_own_and_losses_are_per_token():
     base = base_of()
     queries = [[Item({"a": "one", "b": "x"}), Item({"a": "two", "b": "longer"})], [Item({"a": "one", "b": "yes"})]]
     panel = SimpleNamespace(
-        task=FREE.model_copy(update={"answer_tokens": 6}), base=base, queries=queries, write_texts=True
+        run=Run(), task=FREE.model_copy(update={"answer_tokens": 6}), base=base, queries=queries, write_texts=True
     )
     batch = random_loras(base, 2)
     first, second = answer(panel, [0, 1], [PerPerson(batch)])

@@ -42,7 +42,10 @@ def behind_task_lora(
 def behind_bank(
     bank: Bank, task_people: Sequence[Person], candidates: Sequence[Person], seed: int
 ) -> tuple[list[Person], list[Person]]:
-    """Return everybody whom a bank saw, once, with the items that it saw; and those held out from its task LoRA."""
+    """Return everybody whom a bank saw, once, with the items that it saw; and those held out from its task LoRA.
+
+    Of people who calibrated it, these are all items that they kept back, or the first ones, as many as were measured.
+    """
     pool, held_out = behind_task_lora(bank, task_people, candidates, seed)
     run, measured = bank.info.run, in_bank(bank, "calibration", candidates)
     pool += [person.latest(run.bank.max_items) for person in in_bank(bank, "anchor", candidates)]
