@@ -147,6 +147,17 @@ def test_the_memory_of_a_run_on_a_gpu_is_the_gpus(monkeypatch, free, verdict):
     assert f"{free // GIB}.0 GiB on cuda:0; " in memory.found
 
 
+def test_a_gpu_that_tells_nothing_of_its_memory_leaves_the_machines(monkeypatch):
+    def fails(_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(doctor, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 8 * GIB)
+    (memory,) = doctor._memory(None, "cuda:0")
+    assert memory.found.startswith("8.0 GiB; ")
+
+
 def test_memory_is_held_against_what_a_banks_runs_may_take(monkeypatch, tiny_bank_folder, tmp_path):
     monkeypatch.setattr(doctor, "_free_memory", lambda: 8 << 30)
     found = []

@@ -195,7 +195,7 @@ def _memory(bank: Path | None, wanted: str | None = None) -> Iterator[Finding]:
 
 def _free_for(wanted: str | None) -> tuple[int | None, str]:
     """Return the free bytes of the memory that a run would fill, and where: on its GPU, or in this machine."""
-    with contextlib.suppress(ModelError):  # which ``_machine`` reports
+    with contextlib.suppress(ModelError, RuntimeError):  # which ``_machine`` reports
         device = pick_device(wanted or "auto")
         if device.type == "cuda":
             return torch.cuda.mem_get_info(device)[0], f" on {device}"
