@@ -255,14 +255,12 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
         assert here.service.is_stale
 
 
-def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(monkeypatch, tiny_bank_folder):
-    service = SimpleNamespace(strict_banks=[tiny_bank_folder], is_stale=False)
-
+def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(tiny_bank_folder):
     async def fresh(*_):  # the bank could not be marked, and the other request ends while this one looks
         service.is_stale = True
         return []
 
-    monkeypatch.setattr("mta.serving.api.service.run_in_threadpool", fresh)
+    service = SimpleNamespace(strict_banks=[tiny_bank_folder], is_stale=False, apart_from_store=fresh)
     with pytest.raises(NeedsRebuild):
         asyncio.run(Service.check_fresh(service))
     assert service.is_stale
