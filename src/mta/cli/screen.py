@@ -118,7 +118,7 @@ class Screen:
         self._progress.update(known.bar, completed=done, total=total, note="  ".join([so_far, *notes]))
         if not console.is_interactive and (done >= total or now - known.printed > EVERY):
             known.printed = now
-            if rate:
+            if rate and done < total:
                 notes.append(_about((total - done) / rate))
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
 
