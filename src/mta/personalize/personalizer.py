@@ -34,7 +34,7 @@ from mta.personalize.publish import publish_adapter
 from mta.store import Store
 from mta.store.state import State
 from mta.system.progress import OnStep
-from mta.training.scoring import label_examples, log_likelihood
+from mta.training.scoring import label_scores, log_likelihood
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")
@@ -173,12 +173,9 @@ class Personalizer:
         if task.labels is None:
             raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        examples = label_examples(self.base, task, [items for _, items in rows])
-        _warn_of_cuts([example for part in examples for example in part[:: len(task.labels)]])
-        memory = parse_size(self.run.memory)
-        found = log_likelihood(self.base, examples, adapters, owners=owners, memory=memory)
-        # Inference tensors could not be changed or trained through.
-        return [scores.view(-1, len(task.labels)).clone() for scores in found]
+        memory, items = parse_size(self.run.memory), [items for _, items in rows]
+        found = label_scores(self.base, task, items, adapters, owners=owners, memory=memory, on_examples=_warn_of_cuts)
+        return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
 
     def shares(self, rows: Sequence[tuple[PersonOrModel, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
         """Return the probability of every label for each row's question, the most likely label first.

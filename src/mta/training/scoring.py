@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -82,17 +82,16 @@ def label_scores(
     *,
     owners: Sequence[int] | None = None,
     memory: int | None = None,
+    on_examples: Callable[[list[Example]], None] | None = None,
 ) -> list[Tensor]:
     """Return the log probability of every label for each person's queries: a list of (queries, labels) tensors.
 
     A label's score is the sum of log p over its tokens and the end token, without length normalization. ``owners`` and
-    ``memory`` are as in ``log_likelihood``.
+    ``memory`` are as in ``log_likelihood``. ``on_examples`` gets an example of each query, with its first label.
     """
-    found = log_likelihood(base, label_examples(base, task, queries), adapters, owners=owners, memory=memory)
-    return [scores.view(-1, len(task.labels or ())) for scores in found]
-
-
-def label_examples(base: BaseModel, task: Task, queries: Sequence[Sequence[Item]]) -> list[list[Example]]:
-    """Return each person's queries with every label, label by label."""
     labels = task.labels or ()
-    return [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
+    jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
+    if on_examples:
+        on_examples([example for job in jobs for example in job[:: len(labels)]])
+    found = log_likelihood(base, jobs, adapters, owners=owners, memory=memory)
+    return [scores.view(-1, len(labels)) for scores in found]
