@@ -73,6 +73,19 @@ class OneStore:
         return self.models[int(person)]
 
 
+class HeldStore(OneStore):
+    """Notes whom it loads, and loads once ``go_on`` is set."""
+
+    def __init__(self, models):
+        super().__init__(models)
+        self.loaded, self.go_on = [], threading.Event()
+
+    def load(self, person, version):
+        self.loaded.append(person)
+        assert self.go_on.wait(60)
+        return super().load(person, version)
+
+
 def engine_of(base, bank, models, **how):
     return EmbeddedEngine(base, bank, OneStore(models), **{"chunk": 8, "length": 64} | how)
 
@@ -353,16 +366,11 @@ def test_a_forgotten_persons_request_ends_while_the_adapter_of_another_model_loa
 
 def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
     base, bank, models = world()
-    loaded, go_on = [], threading.Event()
-
-    class Slow(OneStore):
-        def load(self, person, version):
-            loaded.append(person)
-            assert go_on.wait(60)
-            return super().load(person, version)
+    store = HeldStore(models)
+    loaded, go_on = store.loaded, store.go_on
 
     async def go():
-        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
+        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
         asks = [asyncio.create_task(tokens_of(engine, ask_of(n, [5, 6, 7], 6))) for n in (2, 3, 4)]
         while len(loaded) < 2:  # both threads are busy
             await asyncio.sleep(0.01)
@@ -396,16 +404,11 @@ def test_two_conversations_of_one_caller_both_stay_warm():
 
 def test_forgetting_someone_loads_nobody_else_again():
     base, bank, models = world()
-    loaded, go_on = [], threading.Event()
-
-    class Slow(OneStore):
-        def load(self, person, version):
-            loaded.append(person)
-            assert go_on.wait(60)
-            return super().load(person, version)
+    store = HeldStore(models)
+    loaded, go_on = store.loaded, store.go_on
 
     async def go():
-        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
+        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
         ask = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
         while not loaded:
             await asyncio.sleep(0.01)
