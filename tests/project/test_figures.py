@@ -22,6 +22,7 @@ BY_HAND = [RESULTS / "older-default.md"]
 PAGES = [ROOT / "README.md", *BY_HAND, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
 NUMBER = r"[+-]?\d+\.\d+"
 INTERVAL = re.compile(rf"({NUMBER})\**\s+\[({NUMBER}),\s+({NUMBER})\]")
+THREE_DIGITS = re.compile(r"(?<![\d.])\d\.\d{3}(?![\d.])")
 LINKED = re.compile(r"\]\(([^)]*results/[^)]*\.(?:md|json))\)")
 Figure = tuple[str, ...]
 
@@ -60,6 +61,20 @@ def measured():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_interval_is_in_a_result_file(page, measured):
     assert sorted(figures_in(page.read_text()) - measured) == []
+
+
+def test_every_number_of_the_results_is_in_a_file_that_the_page_links():
+    """Means in sentences, which have no interval: weaker than the tests of intervals and of rows."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "explanation" / "results.md"]
+    links = {(page.parent / link).resolve() for page in pages for link in LINKED.findall(page.read_text())}
+    links |= {
+        path for path in (RESULTS / "controls").rglob("*") if path.suffix in (".json", ".md")
+    }  # of decision 023, which the page links
+    texts = [one.read_text() for one in links]
+    known = {f"{float(number):.3f}" for text in texts for number in re.findall(r"\d+\.\d{3,}", text)}
+    found = {number for page in pages for number in THREE_DIGITS.findall(page.read_text())}
+    assert len(found) > 100
+    assert sorted(found - known) == []
 
 
 def test_every_p_value_is_in_the_table_of_corrected_comparisons():
