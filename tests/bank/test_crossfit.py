@@ -239,11 +239,29 @@ NOTHING = torch.zeros(10).double()
 MERGES = {n: torch.zeros(10, N).double() for n in (1, 8)}
 
 
-def test_the_gain_without_shots_is_that_of_the_merge_for_everybody(scene, monkeypatch):
+def test_no_gain_is_promised_without_shots(scene, monkeypatch):
+    """A person without a state gets the pooled model, not mu."""
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: w.abs().sum(1))
     found = calibrated(scene, known(12))
-    assert [gain.shots for gain in found.info.gains] == [0, 1, 4]
-    assert found.info.gains[0].mean > 0
+    assert bool(found.mu.any())
+    assert [gain.shots for gain in found.info.gains] == [1, 4]
+
+
+def test_a_person_does_not_choose_the_newton_step_that_their_reported_gain_is_by(scene, monkeypatch):
+    """Without the first person, there would be no step: only that person's gain beyond mu's is reported, here none."""
+    size = torch.tensor([4.0] + [1.0, -0.9] * 5 + [1.0]).double()
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w.any(dim=1))
+    monkeypatch.setattr(
+        Calibrator, "coefficients", lambda self, fits, *_: torch.stack([fits[f].mu for f in 1 - self.fold])
+    )
+    people, models = known(12), CalibrationWorker(*scene)
+    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    mu, _, best, optimism = steps.best_merge(steps.first_pass()[0])
+    assert bool(mu.any())
+    near(optimism[0], best[0])
+    found = calibrated(scene, people)
+    assert found.info.gains[0].mean == pytest.approx(float((best - optimism).mean()))
+    assert found.info.gains[0].mean < float(best.mean()) - float(best[0]) / 12 + 1e-9
 
 
 def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
@@ -256,7 +274,7 @@ def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
         return curvature_of(torch.cat([run_probe(models, probe)[:, :-1] for probe in made]))
 
     steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
-    mu, curvature, _ = steps.best_merge(steps.first_pass()[0])
+    mu, curvature, *_ = steps.best_merge(steps.first_pass()[0])
     assert bool(mu.any(1).all())
     near(curvature, torch.stack([at(one, fold) for fold, one in enumerate(mu)]))
     near(found.curvature, curvature.mean(0))
