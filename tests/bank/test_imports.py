@@ -14,14 +14,13 @@ from tiny import base_of, save_base
 import mta
 from mta.bank.bank import Bank
 from mta.bank.card import card
-from mta.bank.notes import mark_stale, stale, stale_report
+from mta.bank.notes import mark_stale, stale_report
 from mta.config import CompareSettings, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task
-from mta.errors import BankError, ConfigError, InputError
+from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import standard_methods
 from mta.evaluation.methods import Merged
-from mta.lora.batch import concatenate
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.model.encoders import encode_people
 from mta.personalize.merge import Merge, coefficients, merge_loras
@@ -126,49 +125,6 @@ def test_without_items_no_anchor_is_near(trained, tmp_path, policy, k):
     assert coefficients(MergeSettings(policy="uniform", k=0), similarity).w.tolist() == [pytest.approx([1 / 5] * 5)]
 
 
-def test_loras_join_a_bank(trained, tmp_path, monkeypatch):
-    folders, dense = trained
-    first = imported(tmp_path / "first", folders[:1])
-    monkeypatch.setattr(Bank, "encoder", lambda *_: HashEncoder())
-    both = first.added(base_of("llama"), folders[1:], tmp_path / "both")
-    check_merge(both, dense, list(KINDS))
-    assert len(Bank.open(tmp_path / "first", base_of("llama"))) == 1  # stays as it is
-    assert both.hash != first.hash
-    assert [both.info.members.parts_of(name) for name in ("ann", "cem")] == [["clusters", "anchor"]] * 2
-    with pytest.raises(BankError, match="both exists already"):
-        first.added(base_of("llama"), folders[1:], tmp_path / "both")
-    with pytest.raises(InputError, match=r"'ann' is an anchor of .*both already"):
-        both.added(base_of("llama"), folders[:1], tmp_path / "more")
-    mark_stale(tmp_path / "first", "ann")
-    with pytest.raises(BankError, match="a forgotten person is in the"):
-        first.added(base_of("llama"), folders[1:], tmp_path / "more")
-    assert not (tmp_path / "more").exists()
-
-
-def test_a_person_forgotten_while_loras_join_their_bank_is_noted_in_the_larger_one(trained, tmp_path, monkeypatch):
-    folders = trained[0]
-    first = imported(tmp_path / "first", folders[:1])
-    monkeypatch.setattr(Bank, "encoder", lambda *_: HashEncoder())
-
-    def meanwhile(loras):
-        mark_stale(first.folder, "ann")
-        return concatenate(loras)
-
-    monkeypatch.setattr("mta.bank.imports.concatenate", meanwhile)
-    first.added(base_of("llama"), folders[1:], tmp_path / "both")
-    assert stale(tmp_path / "both") == stale(tmp_path / "first") != []
-
-
-def test_loras_join_a_bank_with_a_task_lora(trained, tiny, tmp_path, monkeypatch):
-    (folders, dense), (base, bank) = trained, tiny
-    monkeypatch.setattr(Bank, "encoder", lambda *_: HashEncoder())
-    larger = bank.added(base, folders, tmp_path / "larger")
-    assert len(larger) == len(bank) + 5
-    check_merge(larger, dense, list(KINDS), start=len(bank))
-    for layer, pair in bank.task_lora.factors.items():
-        assert torch.equal(larger.task_lora.factors[layer].b, pair.b)
-
-
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
 def test_what_is_more_than_a_lora_is_refused_and_nothing_is_written(trained, tmp_path, change):
     folders, folder = trained[0], tmp_path / "dora"
@@ -232,26 +188,16 @@ def test_loras_of_another_base_and_equal_names_are_refused(trained, tmp_path):
         imported(tmp_path / "bank", [])
 
 
-def test_an_imported_bank_is_found_by_whole_paths_and_a_larger_one_by_those_that_were_given(
-    trained, tmp_path, monkeypatch
-):
-    folders, places = trained[0], [tmp_path / "here", tmp_path / "there"]
-    for place in places:
-        save_base(place / "base")
-        (place / "encoder").mkdir()
-    monkeypatch.chdir(places[0])
+def test_an_imported_bank_is_found_by_whole_paths(trained, tmp_path, monkeypatch):
+    save_base(tmp_path / "base")
+    (tmp_path / "encoder").mkdir()
+    monkeypatch.chdir(tmp_path)
     encoder = HashEncoder()
     encoder.name = "./encoder"
     base = mta.BaseModel.load("./base", dtype="float64")
-    first = Bank.of_adapters(base, folders[:1], tmp_path / "first", task=TASK, run=TINY_RUN, encoder=encoder)
-    assert first.info.encoder == first.info.run.encoder == str(places[0] / "encoder")
-    assert first.info.run.base == str(places[0] / "base")
-    monkeypatch.chdir(places[1])
-    again = mta.BaseModel.load("./base", dtype="float64")
-    monkeypatch.setattr(Bank, "encoder", lambda *_: encoder)
-    larger = first.added(again, folders[1:], tmp_path / "larger")
-    assert larger.info.run.base == str(places[1] / "base")
-    assert larger.info.encoder == larger.info.run.encoder == str(places[1] / "encoder")
+    bank = Bank.of_adapters(base, trained[0][:1], tmp_path / "bank", task=TASK, run=TINY_RUN, encoder=encoder)
+    assert bank.info.encoder == bank.info.run.encoder == str(tmp_path / "encoder")
+    assert bank.info.run.base == str(tmp_path / "base")
 
 
 def test_a_bank_with_the_lora_of_a_forgotten_person_is_imported_anew(trained, tmp_path):

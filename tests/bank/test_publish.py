@@ -118,16 +118,6 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     assert "base_model:" not in hub.repos[NAME].files["README.md"].decode()
 
 
-def test_a_place_that_an_added_lora_left_stays_here(hub, folder, tmp_path):
-    """`mta bank add --base` names the base's new place, and copies the task LoRA's file."""
-    place = str(tmp_path / "models" / "mine")
-    adapter = folder / "task_lora" / "adapter_config.json"
-    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": place}))
-    rewritten(folder, base=place, files=file_hashes(folder, read_info(folder).files))
-    Bank.open(folder, BASE).push_to_hub(NAME)
-    assert str(tmp_path).encode() not in hub.arrived()
-
-
 @pytest.mark.parametrize("place", ["../clients/acme/mine", "acme/mine"])
 def test_a_relative_place_of_this_machine_stays_here(hub, folder, place):
     adapter = folder / "task_lora" / "adapter_config.json"

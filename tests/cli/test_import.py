@@ -1,14 +1,15 @@
 """LoRAs that exist already become a bank, on the command line."""
 
-import shutil
+import json
 
 import pytest
 import torch
 from tiny import base_of, random_loras
 from world import TASK, mta, ratings, run, saved_base, written
 
-from mta.bank.notes import stop_calibration
 from mta.lora.peft import write_peft
+
+LORAS = ("ann", "bob", "cem")
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def loras(tmp_path_factory):
     root = tmp_path_factory.mktemp("loras")
     saved_base(root / "base")
     drawn = random_loras(base_of("llama", torch.float32), 3)
-    for n, name in enumerate(("ann", "bob", "cem")):
+    for n, name in enumerate(LORAS):
         write_peft(root / name, drawn.select([n]), "base")
     settings = ["encoder: base", "dtype: float32", "max_tokens: 400", "memory: 64MiB", "calibration: {shots: 2}"]
     (root / "run.yaml").write_text("\n".join(settings))
@@ -24,20 +25,57 @@ def loras(tmp_path_factory):
     return root
 
 
-def test_loras_become_a_bank_that_grows_and_personalizes(loras, tmp_path, monkeypatch):
+def test_loras_become_a_bank_that_is_calibrated_and_personalizes(loras, tmp_path, monkeypatch):
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
-    made = mta("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank", "--json").json
-    assert (made["anchors"], made["calibration"]) == (2, None)
     rows = (loras / "people.jsonl").read_text().replace('"person"', '"user"')
     (loras / "others.jsonl").write_text(f"{rows}not JSON\n")
-    people = ["--people", loras / "others.jsonl", "--person-column", "user", "--skip-bad", tmp_path / "bad.jsonl"]
-    grown = mta("bank", "add", tmp_path / "bank", loras / "cem", "--out", tmp_path / "more", *people, "--json").json
-    assert (grown["anchors"], grown["calibration"]["people"]) == (3, 10)
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank", "--json"]
+    how += ["--people", loras / "others.jsonl", "--person-column", "user", "--skip-bad", tmp_path / "bad.jsonl"]
+    made = mta("bank", "import", *(loras / name for name in LORAS), *how, "--unrelated").json
+    assert (made["anchors"], made["calibration"]["people"]) == (3, 10)
     new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
-    at = ["--bank", tmp_path / "more", "--store", tmp_path / "people"]
+    at = ["--bank", tmp_path / "bank", "--store", tmp_path / "people"]
     assert mta("personalize", new, *at, "--json").json["failed"] == {}
     assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
+
+
+def test_a_bank_is_not_calibrated_on_people_who_may_be_behind_its_loras(loras, tmp_path, monkeypatch):
+    """The LoRAs' names are the only link to people: cem's may be somebody's in the file."""
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--people", loras / "people.jsonl"]
+    said = mta("bank", "import", *(loras / name for name in LORAS), *how, "--out", tmp_path / "bank")
+    assert "The bank is not calibrated: 3 of 3 imported LoRAs have the name of none of the 10" in said.err
+    calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--json"]
+    refused = run(*calibrate)
+    assert refused.code == 1
+    assert "--unrelated" in refused.err
+    assert mta(*calibrate, "--unrelated").json["calibration"]["people"] == 10
+    assert "whose ids are not names of imported LoRAs" in mta("bank", "show", tmp_path / "bank").out
+
+
+def test_with_the_people_of_all_loras_nothing_needs_to_be_confirmed(loras, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    named = [{**row, "person": name} for name in LORAS for row in ratings("new", "quispe", 1)]
+    rows = [*(json.loads(line) for line in (loras / "people.jsonl").read_text().splitlines()), *named]
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank", "--json"]
+    people = written(tmp_path / "all.jsonl", rows)
+    made = mta("bank", "import", *(loras / name for name in LORAS), *how, "--people", people).json
+    assert made["calibration"]["people"] == 10
+
+
+def test_an_export_of_mta_is_no_lora_of_a_bank(loras, tmp_path, monkeypatch):
+    """It holds the task LoRA, which a merge of several exports would count several times."""
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
+    mta("bank", "import", *(loras / name for name in LORAS), *how, "--out", tmp_path / "bank")
+    at = ["--bank", tmp_path / "bank", "--store", tmp_path / "people"]
+    mta("personalize", written(tmp_path / "new.jsonl", ratings("new", "quispe", 2)), *at)
+    mta("export", "new-00-quispe", *at, "--out", tmp_path / "whole")
+    (tmp_path / "whole" / "README.md").unlink()
+    said = run("bank", "import", loras / "ann", tmp_path / "whole", *how, "--out", tmp_path / "next")
+    assert said.code == 1
+    assert "whole is an export of mta" in said.err
+    assert not (tmp_path / "next").exists()
 
 
 def test_an_interrupted_calibration_names_the_command_that_goes_on(loras, tmp_path, monkeypatch):
@@ -54,32 +92,6 @@ def test_an_interrupted_calibration_names_the_command_that_goes_on(loras, tmp_pa
     assert mta("bank", "show", tmp_path / "bank", "--json").json["calibration"] is None
 
 
-def test_a_person_forgotten_during_an_interrupted_calibration_is_named(loras, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        stop_calibration(tmp_path / "bank")
-        raise KeyboardInterrupt
-
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
-    mta("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank")
-    monkeypatch.setattr("mta.Bank.calibrate", interrupted)
-    words = ["bank", "add", tmp_path / "bank", loras / "cem", "--people", loras / "people.jsonl"]
-    said = run(*words, "--out", tmp_path / "more")
-    assert said.code == 1
-    assert "a person was forgotten" in said.err
-
-
-def test_a_bank_grows_where_its_base_was_moved(loras, tmp_path, monkeypatch):
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    moved = shutil.copytree(loras / "base", tmp_path / "base")
-    how = ["--base", moved, "--config", loras / "run.yaml", *TASK]
-    mta("bank", "import", loras / "ann", *how, "--out", tmp_path / "bank")
-    moved.rename(tmp_path / "elsewhere")
-    words = ["bank", "add", tmp_path / "bank", loras / "cem"]
-    assert run(*words, "--out", tmp_path / "no").code == 1
-    mta(*words, "--base", tmp_path / "elsewhere", "--out", tmp_path / "more")
-
-
 def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch):
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank"]
@@ -87,5 +99,5 @@ def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch)
     assert said.code == 1
     assert "nobody is not a PEFT folder" in said.err
     said = run("bank", "import", loras / "ann", *how, "--time-column", "day")
-    assert said.err.startswith("InputError: --skip-bad and names of columns need --people")
+    assert said.err.startswith("InputError: --skip-bad, --unrelated, and names of columns need --people")
     assert not (tmp_path / "bank").exists()

@@ -55,18 +55,22 @@ def calibrate_bank(
     run: Run,
     *,
     out: Path | None = None,
+    unrelated: bool = False,
     since: str | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Calibrate a finished bank, or its copy in ``out``, on items behind neither its anchors nor its task LoRA.
 
-    The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``since`` is what ``stops`` of the
+    The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
+    the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
+    their ids. ``since`` is what ``stops`` of the
     folders (the bank's, and ``out``) returned before the people were read; None: ask it now. An interrupted calibration
     resumes, and a finished one is not measured again. Raises InputError if too few people are left or the bank has no
     list of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile or ``out``
     holds anything but an unfinished copy, BankCorrupt, BankMismatch.
     """
+    _check_owners(read_info(folder), people, unrelated)
     folders = [folder, *([out] if out else [])]
     before = stops(*folders) if since is None else since
 
@@ -162,6 +166,20 @@ def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
     hashes = source.hash, trained.hash  # the second where a person was forgotten at its end
     same = _without_calibration(info).files == trained.files
     return same and (info.hash in hashes or (out / CALIBRATING).exists())
+
+
+def _check_owners(info: BankInfo, people: Sequence[Person], unrelated: bool) -> None:
+    """Raise InputError if people behind imported LoRAs may be among the given ones, under other ids than the names."""
+    if info.plan or unrelated or info.members.hashed is None:
+        return
+    anchors = info.members.anchors
+    if unnamed := anchors - sum(info.members.trained(person.id, "anchor") for person in people):
+        raise InputError(
+            f"{unnamed} of {anchors} imported LoRAs have the name of none of the {len(people)} given people, who may "
+            "thus be behind these LoRAs",
+            hint="Import the LoRAs from folders that are called like their people, and give these people, too. Or "
+            "confirm that none of the given people is behind a LoRA of another name:  --unrelated",
+        )
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:

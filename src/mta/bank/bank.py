@@ -18,7 +18,7 @@ from mta.bank.build import build_bank
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.settle import settled
 from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
-from mta.bank.imports import add_to_bank, import_bank
+from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
@@ -178,17 +178,6 @@ class Bank:
         import_bank(folders, base, load_task(task), encoder, Path(out), run, people)
         return cls.open(out, base)
 
-    def added(
-        self, base: BaseModel, adapters: Sequence[str | Path], out: str | Path, *, people: Sequence[Person] = ()
-    ) -> Bank:
-        """Write and open a new bank with LoRAs of PEFT folders as further anchors; arguments as for ``of_adapters``.
-
-        The LoRAs were trained over the bank's task LoRA, if it has one. The new bank has no calibration.
-        """
-        folders = [Path(folder) for folder in adapters]
-        add_to_bank(self.folder, folders, base, self.encoder(base), Path(out), people)
-        return self.open(out, base)
-
     def calibrate(
         self,
         base: BaseModel,
@@ -196,6 +185,7 @@ class Bank:
         *,
         out: str | Path | None = None,
         run: Run | None = None,
+        unrelated: bool = False,
         since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
@@ -203,7 +193,8 @@ class Bank:
         """Calibrate the bank, or a copy of it in the new folder ``out``, on items that it was not trained on.
 
         Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
-        personalize these people again. Settings are those of ``run.calibration``. ``since`` is what
+        personalize these people again. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
+        the people is behind an imported LoRA (see ``of_adapters``). ``since`` is what
         ``mta.bank.notes.stops(folder)``, with ``out`` ``stops(folder, out)``, returned before the people were read: the
         calibration is given up (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
@@ -211,7 +202,17 @@ class Bank:
         """
         settings, copy, people = run or self.info.run, Path(out) if out else None, list(people)
         check_distinct(people)
-        calibrate_bank(self.folder, base, people, settings, out=copy, since=since, executor=executor, on_step=on_step)
+        calibrate_bank(
+            self.folder,
+            base,
+            people,
+            settings,
+            out=copy,
+            unrelated=unrelated,
+            since=since,
+            executor=executor,
+            on_step=on_step,
+        )
         return self.open(copy or self.folder, base)
 
     def settled(self, run: Run | None = None) -> Run:

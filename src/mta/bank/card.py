@@ -38,7 +38,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") 
 | cut | {cuts} |
 | training | {seconds} |"""
     )
-    found = what_to_expect(info.calibration)
+    found = what_to_expect(info)
     expected = f"## What to expect\n\n{found}\n\n" if found else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
@@ -122,19 +122,32 @@ model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 """
 
 
-def what_to_expect(found: CalibrationInfo | None) -> str:
-    """Return what people are expected to gain, in words and as a table; empty without a calibration ``found``."""
-    if found is None:
+def what_to_expect(info: BankInfo) -> str:
+    """Return what people are expected to gain from a bank, in words and as a table; empty without a calibration."""
+    if info.calibration is None:
         return ""
+    people = "on items that the bank was not trained on"
+    if not info.plan:
+        people = "whose ids are not names of imported LoRAs (whether they are behind a LoRA was not checked otherwise)"
+    format_too = (
+        ""
+        if info.run.task_lora.enabled
+        else " The bank has no task LoRA: part of a gain may be the form of an answer, which a task LoRA teaches, too."
+    )
+    return f"{in_words(info.calibration, people)}{format_too}{gains_table(info.calibration)}"
+
+
+def gains_table(found: CalibrationInfo) -> str:
+    """Return the measured gains as a table after an empty line; empty without any."""
     kinds = {"merge": found.gains, "merge and stack": found.stacked}
-    measured = [(name if gain.shots else "merge for all", gain) for name, gains in kinds.items() for gain in gains]
+    measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
         f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
     head = f"| shots | | gain | worse by {NOTICEABLE:g} | people | |\n|---|---|---|---|---|---|\n"
-    return f"{in_words(found)}\n\n{head + rows if rows else ''}"
+    return f"\n\n{head}{rows}" if rows else ""
 
 
 def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
@@ -151,14 +164,16 @@ def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
     return "".join(cells)
 
 
-def in_words(found: CalibrationInfo) -> str:
-    """Return what a calibration found, in one paragraph."""
+def in_words(found: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
+    """Return what a calibration found, in one paragraph; ``people`` says who was measured."""
     notes = [f"{note[0].upper()}{note[1:]}." for note in found.notes]
     if not found.gains:
         return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
-        f"Measured on {found.people} people, on items that the bank was not trained on: the decrease of the true "
-        "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals."
+        f"Measured on {found.people} people, {people}: the decrease of the true "
+        "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals. Merge and "
+        "stack were chosen on these people, too: a person's gain is by what the others chose, but the intervals do not "
+        "cover this choice."
     ]
     merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
     if merged and found.prior == BOUNDLESS:

@@ -1,4 +1,4 @@
-"""Make a bank of LoRAs that exist already, or add LoRAs to a bank. Source: our choice."""
+"""Make a bank of LoRAs that exist already. Source: our choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mta.bank.card import card
@@ -18,26 +17,21 @@ from mta.bank.format import (
     HASHED_FILES,
     INDEX,
     SCHEMA,
-    TASK_LORA,
     BankInfo,
-    check_base,
     file_hashes,
-    read_adapters,
-    read_info,
     with_hash,
     write_info,
 )
 from mta.bank.members import Members
-from mta.bank.notes import pass_stale_on, stale_report
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import BankError, InputError
 from mta.lora.batch import Factors, LoraBatch, concatenate
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, read_peft
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, is_whole, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_tensors, write_text
+from mta.system.atomic import json_sha256, replacing_folder, write_tensors, write_text
 
 log = logging.getLogger("mta")
 _NAMED = 5  # bases in a warning
@@ -91,56 +85,6 @@ def import_bank(
     _write(out, info, concatenate(given.loras), _vectors(encoder, task, given.owners, run))
 
 
-def add_to_bank(
-    folder: Path, adapters: Sequence[Path], base: BaseModel, encoder: Encoder, out: Path, people: Sequence[Person] = ()
-) -> None:
-    """Write a new bank with a bank's anchors and the LoRAs of PEFT folders, which were trained over its task LoRA.
-
-    Arguments are as for ``import_bank``. The new bank has no calibration. Raises InputError, BankError, BankMismatch.
-    """
-    _refuse_existing(out)
-    info = read_info(folder)
-    check_base(folder, info, base.name, base.fingerprint)
-    if info.members.hashed is None:
-        raise InputError(f"{folder} came without its members", hint="Add to the bank where it was built.")
-    if report := stale_report(folder):
-        raise BankError(report.found, hint=report.hint)
-    given = _given(adapters, base, people)
-    if known := [id for id in given.ids if info.members.trained(id, "anchor")]:
-        raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")
-    anchors, _ = read_adapters(folder, info)
-    vectors = _vectors(encoder, Task.model_validate(info.task), given.owners, info.run)
-    loaded = base.as_loaded(info.run.model_copy(update={"encoder": encoder.name}))  # both may have moved
-    changed = {
-        "work": json_sha256([info.hash, given.files]),
-        "items": (*info.items, *given.items),
-        "members": info.members.joined_by(given.ids),
-        "plan": "",
-        "cut": {},
-        "seconds": {},
-        "base": loaded.base,
-        "encoder": loaded.encoder,
-        "run": info.run.model_copy(
-            update={
-                "base": loaded.base,
-                "encoder": loaded.encoder,
-                "calibration": info.run.calibration.model_copy(update={"enabled": False}),
-            }
-        ),
-        "calibration": None,
-    }
-    before = load_file(folder / INDEX)["vectors"]
-    task_lora = folder / TASK_LORA if info.run.task_lora.enabled else None
-    _write(
-        out,
-        info.model_copy(update=changed),
-        concatenate([anchors, *given.loras]),
-        torch.cat([before, vectors]),
-        task_lora,
-    )
-    pass_stale_on(folder, out)  # of a person who was forgotten meanwhile
-
-
 def _refuse_existing(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
@@ -171,6 +115,12 @@ def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) 
             hint="Rename one of them.",
         )
     loras = [_of_base(folder, read_peft(folder), base) for folder in folders]
+    if whole := [folder for folder in folders if is_whole(folder)]:
+        raise InputError(
+            f"{whole[0]} is an export of mta: a person's task LoRA, merge, and stack in one. A merge of several would "
+            "count the task LoRA as often",
+            hint="Give LoRAs that were trained apart, or build a bank from people's items:  mta bank build --help",
+        )
     _warn_of_other_bases(folders, base.name)
     known = {person.id: person for person in people if person.items}
     if missing := sum(name not in known for name in ids) if people else 0:
@@ -218,16 +168,13 @@ def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run:
     return vectors
 
 
-def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_lora: Path | None = None) -> None:
+def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor) -> None:
     """Write the files of a bank beside ``out``, and rename the folder when it is complete."""
     lora = Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank))
     bank = info.run.bank.model_copy(update={"anchors": len(anchors), "lora": lora})
     with replacing_folder(out) as temporary:
         write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
-        if task_lora:
-            for name in (CONFIG, WEIGHTS):
-                copy_file(task_lora / name, temporary / TASK_LORA / name)
         names = [name for name in HASHED_FILES if (temporary / name).is_file()]
         changed = {
             "run": info.run.model_copy(update={"bank": bank}),

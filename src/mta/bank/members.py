@@ -69,13 +69,6 @@ class Members(BaseModel):
         hashes = _all_keyed(self.hashed.key, people)
         return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
-    def joined_by(self, anchors: Sequence[str]) -> Members:
-        """Return the members with more anchors and without a calibration; ``hashed`` must be known."""
-        assert self.hashed is not None
-        more = set(_all_keyed(self.hashed.key, anchors))
-        groups = {name: tuple(sorted({*getattr(self.hashed, name)} | more)) for name in ("candidates", "anchors")}
-        return self.known_by(self.hashed.model_copy(update={**groups, "calibration": ()}))
-
     @classmethod
     def known_by(cls, hashed: Hashed) -> Members:
         """Return the members with the counts and the sha256 that ``bank.json`` holds."""

@@ -14,11 +14,14 @@ from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
 from mta.config.constants import COMPUTED_WITH
-from mta.data.tasks import Task
-from mta.errors import BankError, InputError, MtaError
+from mta.errors import InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
+Unrelated = Annotated[
+    bool,
+    Option("--unrelated", help="Confirm that none of the given people is behind an imported LoRA of another name."),
+]
 
 
 @app.command()
@@ -83,6 +86,7 @@ def import_(
     task: options.Task = None,
     base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
     people: People = None,
+    unrelated: Unrelated = False,
     person_column: options.PersonColumn = None,
     input_column: options.InputColumn = None,
     output_column: options.OutputColumn = None,
@@ -92,74 +96,36 @@ def import_(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Make a bank of LoRAs that were trained with PEFT or exported: every LoRA becomes the meta-LoRA of an anchor.
+    """Make a bank of LoRAs that PEFT trained: every LoRA becomes the meta-LoRA of an anchor.
 
-    Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank.
+    Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank, if the
+    file also holds every LoRA's person, or with --unrelated.
 
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    read = _people(people, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
+    columns = options.Columns(person_column, input_column, output_column, time_column)
+    if not people and (skip_bad or unrelated or any(columns)):
+        raise InputError(
+            "--skip-bad, --unrelated, and names of columns need --people",
+            hint="Give the file:  --people history.jsonl",
+        )
+    read = options.people_in(people, run.task, columns, skip_bad) if people else []
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read, run) if run.calibration.enabled else bank, json)
+    _show(_calibrated(bank, model, read, run, unrelated) if read and run.calibration.enabled else bank, json)
 
 
-@app.command()
-def add(
-    folder: Annotated[Path, Argument(help="Folder of a bank.", callback=options.bank_at)],
-    adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
-    out: Annotated[Path, Option(help="Folder of the new bank.")],
-    people: People = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
-    skip_bad: options.SkipBad = None,
-    base: options.MovedBase = None,
-    device: options.Device = None,
-    json: options.Json = False,
-) -> None:
-    """Make a new bank of a bank and more LoRAs, which were trained over its task LoRA, if it has one.
-
-    Example:  mta bank add bank/ loras/dora --out larger/
-    """
-    from mta.bank.notes import stops
-
-    task, since = options.task_of(folder), stops(folder)
-    read = _people(people, task, options.Columns(person_column, input_column, output_column, time_column), skip_bad)
-    model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
-    larger = bank.added(model, adapters, out, people=read)
-    try:
-        larger = _calibrated(larger, model, read, run)
-    finally:  # also if the calibration ends with an error
-        if stops(folder) != since:
-            there = f"mta forget … --bank {shlex.quote(str(out))}"
-            hint = f"Forget them there, too ({there}), or remove it and repeat the command without them."
-            raise BankError(f"a person was forgotten in {folder} meanwhile; {out} may hold this person", hint=hint)
-    _show(larger, json)
-
-
-def _people(source: str | None, task: str | Task, columns: options.Columns, skip_bad: Path | None) -> list[mta.Person]:
-    if source:
-        return options.people_in(source, task, columns, skip_bad)
-    if skip_bad or any(columns):
-        raise InputError("--skip-bad and names of columns need --people", hint="Give the file:  --people history.jsonl")
-    return []
-
-
-def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:
-    """Return the bank, calibrated on those of the people who are not in it; if they are too few, say so."""
-    if not people:
-        return bank
+def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run, unrelated: bool) -> mta.Bank:
+    """Return the bank, calibrated on those of the people who are not in it; if that is not possible, say why."""
     go_on = (
         f"The bank is written. Calibrate it with the same people:  mta bank calibrate {shlex.quote(str(bank.folder))} …"
     )
     try:
         with Screen() as screen:
-            return bank.calibrate(base, people, run=run, on_step=screen.step)
+            return bank.calibrate(base, people, run=run, unrelated=unrelated, on_step=screen.step)
     except InputError as error:
-        typer.echo(f"The bank is not calibrated: {error.message}.", err=True)
+        typer.echo(f"The bank is not calibrated: {error.message}. {error.hint}", err=True)
         return bank
     except MtaError:
         typer.echo(go_on, err=True)
@@ -184,6 +150,7 @@ def calibrate(
     output_column: options.OutputColumn = None,
     time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
+    unrelated: Unrelated = False,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
@@ -217,7 +184,16 @@ def calibrate(
         machine=COMPUTED_WITH | {"base"},
     )
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
-        found = opened.calibrate(base, people, out=out, run=run, since=since, executor=executor, on_step=screen.step)
+        found = opened.calibrate(
+            base,
+            people,
+            out=out,
+            run=run,
+            unrelated=unrelated,
+            since=since,
+            executor=executor,
+            on_step=screen.step,
+        )
     _show(found, json)
 
 
@@ -233,7 +209,7 @@ def _show(bank: mta.Bank, json: bool) -> None:
     task_lora = "yes" if bank.task_lora else "no"
     typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {task_lora}, hash {bank.hash[:12]}")
     if info.calibration:
-        typer.echo(what_to_expect(info.calibration))
+        typer.echo(what_to_expect(info))
     return None
 
 

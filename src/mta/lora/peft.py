@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from mta.system.atomic import replacing_folder, sync_folder, unfinished_in, writ
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_HOLDS, _WHOLE = "mta", "a person's whole adapter: task LoRA, merge, and stack"  # metadata of the weights
 CARD = "README.md"
 MARK = "<!-- A card that mta export wrote: mta forget removes it with the adapter. -->"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -49,14 +50,15 @@ def write_peft(
     *,
     fan_in_fan_out: bool = False,
     card: str = "",
+    whole: bool = False,
     on_weights: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a batch of exactly one adapter as a PEFT folder; ``fan_in_fan_out`` is for GPT-2's Conv1D layers.
 
     A new folder appears complete, by rename. In an existing folder only the two files are replaced, the configuration
     last: a killed export leaves no configuration, never new weights with an old alpha. ``card`` becomes the README.md,
-    unless there is one that mta did not write. ``on_weights`` is called with the file of the complete weights before
-    they appear in the folder. Raises InputError.
+    unless there is one that mta did not write. ``whole`` marks a person's whole adapter (see ``is_whole``).
+    ``on_weights`` is called with the file of the complete weights before they appear in the folder. Raises InputError.
     """
     if len(adapter) != 1:
         raise InputError(
@@ -67,7 +69,7 @@ def write_peft(
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
     with replacing_folder(target, _publish, inside=target.exists()) as temporary:
-        write_tensors(temporary / WEIGHTS, _tensors(adapter), {"format": "pt"})
+        write_tensors(temporary / WEIGHTS, _tensors(adapter), {"format": "pt"} | ({_HOLDS: _WHOLE} if whole else {}))
         config = _config(adapter, base_name, fan_in_fan_out)
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
         if card:
@@ -92,6 +94,12 @@ def has_own_card(folder: Path) -> bool:
         return MARK in (folder / CARD).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether the weights of a readable PEFT folder are a person's whole adapter that mta wrote."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get(_HOLDS) == _WHOLE
 
 
 def read_peft(folder: str | Path) -> LoraBatch:

@@ -8,7 +8,7 @@ The people are split into two folds. mu and F are judged on the fold that they w
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
 
 A person's reported gain is by what the likelihood of everybody else chooses: the lengths of the Newton steps, a merge
-of the person's own, mu, or no merge, and the stack's rate. The calibration that is kept averages mu and F of both folds.
+of the person's own, mu, or no merge, and the stack's rate. The kept calibration averages mu and F of both folds.
 Limit: the merges of the other fold's people come from mu and F that were fitted on this person, so these choices are
 not fully independent of the person. tests/bank/test_card_coverage.py simulates how often the intervals hold.
 Source: our choice; docs/explanation/method.md.

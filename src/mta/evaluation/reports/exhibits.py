@@ -8,7 +8,7 @@ from itertools import accumulate
 from statistics import fmean
 
 from mta.bank.calibration.info import CalibrationInfo
-from mta.bank.card import what_to_expect
+from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.experiments.recipe import MAIN_BANK, bank_name
@@ -40,7 +40,8 @@ def sections(found: Results) -> list[Section]:
 def _expected(found: Results) -> Section | None:
     """Return what the cards of the main banks say of gains, to compare with the gains that were measured."""
     calibrations = {name: facts["calibration"] for name, facts in found.facts.items() if facts.get("calibration")}
-    texts = [f"**{name}**. {what_to_expect(CalibrationInfo.model_validate(one))}" for name, one in calibrations.items()]
+    known = {name: CalibrationInfo.model_validate(one) for name, one in calibrations.items()}
+    texts = [f"**{name}**. {in_words(one)}{gains_table(one)}" for name, one in known.items()]
     return Section("What the banks' cards expect", "\n".join(texts), {}) if texts else None
 
 

@@ -97,7 +97,7 @@ class AdapterFolders:
                     return None
             else:
                 return None
-            write_peft(folder, adapter, "")
+            write_peft(folder, adapter, "", whole=True)
             write_json(folder / CUT, {"error": error})
         read_peft(folder)  # never give vLLM an unreadable adapter
         if isinstance(who, SharedModel) or self._is_stored(who):
