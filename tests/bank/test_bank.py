@@ -133,6 +133,15 @@ def test_a_file_is_no_bank(tmp_path):
     assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} does not describe a bank: ")
 
 
+@pytest.mark.parametrize("name", ["/proc/self/pagemap", "../secret", "task_lora/training_args.json"])
+def test_a_sealed_bank_that_names_another_file_is_refused_and_the_file_not_read(folder, monkeypatch, name):
+    """Hashing this machine's files would reveal them, or never end."""
+    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *_: pytest.fail("a file was read"))
+    described = json.loads((folder / "bank.json").read_text())
+    rewritten(folder, files=described["files"] | {name: "0" * 64})
+    assert f"{name!r}, which is no file of a bank" in corrupt(folder)
+
+
 @pytest.mark.parametrize("name", HASHED)
 def test_a_changed_file_is_named_with_both_hashes(folder, name):
     flipped(folder / name, -1)

@@ -205,17 +205,6 @@ def test_a_damaged_bank_is_not_published(hub, bank):
     assert hub.requests == []
 
 
-def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
-    (folder / "task_lora" / "training_args.json").write_text("{}")
-    sealed = file_hashes(folder, [*read_info(folder).files, "task_lora/training_args.json"])
-    rewritten(folder, files=sealed)
-    said = refused(BankError, Bank.open(folder, BASE).push_to_hub, NAME)
-    assert (
-        "holds task_lora/training_args.json, which does not belong to a bank: the bank is not published\n  Rebuild"
-        in said
-    )
-
-
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
     hub.repos[NAME] = stand_in.Repo(private=False)
     said = refused(HubError, bank.push_to_hub, NAME)

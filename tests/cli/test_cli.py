@@ -277,6 +277,13 @@ def test_forget_removes_exports_and_names_those_it_cannot_remove(world, tmp_path
     assert [(tmp_path / name).exists() for name in ("one", "two")] == [False, True]
 
 
+@pytest.mark.parametrize("update", [[], ["--update"]])
+def test_a_kept_history_is_whole_where_a_state_is_made_from_the_latest_items(world, tmp_path, update):
+    at = world.copy(tmp_path)
+    mta("personalize", world.new, *at, "--latest", 2, "--keep-histories", *update)
+    assert mta("person", "show", ANN, *at, "--json").json["history"] == 6
+
+
 def test_person_show_explains_a_state(world, tmp_path):
     at = world.copy(tmp_path)
     mta("personalize", world.new, *at, "--keep-histories")

@@ -209,6 +209,10 @@ MISTAKES = {
         "compare {new} --bank {bank} --out {new} shots=2 queries=2",
         "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
+    "an export to where nothing can be written": (
+        "export new-00-quispe --bank {bank} --store {store} --out /proc/adapter",
+        "InputError: /proc/adapter cannot be written: /proc is not a writable folder",
+    ),
     "forgetting with a bank and without": (
         "forget ann --bank {bank} --no-bank --store {store}",
         "InputError: --bank and --no-bank exclude each other",

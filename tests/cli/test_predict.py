@@ -75,6 +75,13 @@ def test_an_interrupted_run_goes_on_with_the_same_answers(world, asked, tmp_path
     assert (out.read_text(), part.exists()) == (whole, False)
 
 
+def test_the_folder_of_the_answers_is_made_before_they_are_computed(world, asked, tmp_path):
+    out = tmp_path / "new" / "folder" / "answers.jsonl"
+    mta("predict", asked, *world.at, "--out", out)
+    assert len(out.read_text().splitlines()) == 6
+    assert stat.S_IMODE(out.parent.stat().st_mode) == 0o700
+
+
 def test_answers_of_an_older_model_are_not_taken_over(world, asked, tmp_path, monkeypatch):
     base, bank, settings = open_bank(world.bank)
     personal = Personalizer(base, bank, copytree(world.store, tmp_path / "store"), run=settings)
@@ -170,6 +177,7 @@ def test_answers_in_the_benchmarks_format_can_be_scored(world, tmp_path):
         ([question(ANN, "Quorn")], ["--out", "{root}/mine.json"], "some questions have no id"),
         ([question(ANN, "Quorn", id="1")] * 2, ["--out", "{root}/mine.json"], "several questions have the id '1'"),
         ([question(ANN, "Quorn")], ["--out", "{root}"], "is a folder"),
+        ([question(ANN, "Quorn")], ["--out", "/proc/new/answers.jsonl"], "/proc is not a writable folder"),
         ([question(ANN, "Quorn")], ["--out", "{root}/questions.jsonl"], "is also the file of questions"),
         ([question(ANN, "Quorn")], ["--skip-bad", "{root}/bad.jsonl", "--out", "{root}/bad.jsonl"], "or bad rows"),
     ],

@@ -323,3 +323,13 @@ def test_a_role_token_that_is_not_marked_as_special_is_broken_too() -> None:
     tokens = prompts.example(load_task("movielens-rating"), item).tokens
     assert [made.convert_ids_to_tokens(token) for token in tokens].count("<|user|>") == 1
     assert "aside" in [made.convert_ids_to_tokens(token) for token in tokens]  # only what the template writes
+
+
+def test_a_text_with_many_special_tokens_is_cut_and_not_dropped():
+    """A special token is one token in the raw text, and several where it is broken in the prompt."""
+    made = form(max_tokens=200)
+    text = "<|end|> good " * 40
+    example = made.example(PAIR, pair(a=text))
+    assert 180 < len(example.tokens) <= 200
+    assert words(made, example.prompt).count("good") > 5
+    assert example.cut > 0

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from files import TIME, fails, jsonl
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mta.data.history import Item, Person
@@ -199,11 +200,26 @@ def test_running_numbers_are_not_taken_for_years(tmp_path):
     assert [item.fields["text"] for item in ann.items] == [f"text {n}" for n in range(1795, 1805)]
 
 
-def test_quotes_of_two_rows_of_a_table_with_tabs_do_not_join_them(tmp_path):
-    rows = 'ann\t"Great\t4\nbob\tthe best 5"\t5\nann\t"Two\nlines"\t3\n'
-    ann, bob = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
-    assert [item.fields["text"] for item in ann.items] == ['"Great', "Two\nlines"]
-    assert [item.fields["text"] for item in bob.items] == ['the best 5"']
+@pytest.mark.parametrize("rows", ['ann\t"Great\t4\nbob\tthe best 5"\t5\n', '"ann\t1\t1\nb"\t2\t3\n'])
+def test_quotes_of_a_table_with_tabs_that_can_be_read_in_two_ways_are_refused(tmp_path, rows):
+    table = written(tmp_path / "a.tsv", f"person\ttext\tscore\nann\tFine.\t4\n{rows}")
+    said = f"{table}:3: its quotes can mean one row with a cell of 2 lines, or 2 rows with quotes in their texts"
+    fails(table, "lamp3", said, "Write it as JSONL, or as CSV with commas: there, quotes have one meaning.")
+
+
+@given(
+    cells=st.lists(
+        st.lists(st.text(st.sampled_from('ab"\t\n'), max_size=6), min_size=3, max_size=3), min_size=1, max_size=4
+    )
+)
+@example(cells=[["ann\t1\t1\nb", "2", "3"]])
+def test_a_table_with_tabs_is_read_as_it_was_written_or_refused(tmp_path_factory, cells):
+    out = io.StringIO()
+    csv.writer(out, delimiter="\t", lineterminator="\n").writerows([["one", "two", "three"], *cells])
+    table = written(tmp_path_factory.mktemp("table") / "a.tsv", out.getvalue())
+    filled = [[cell if cell.strip() else None for cell in row] for row in cells if any(cell.strip() for cell in row)]
+    with suppress(DataError):
+        assert [list(row.values()) for _, row in csv_rows(table, Rejects(None))] == filled
 
 
 def test_an_open_quote_of_a_table_with_tabs_is_text_if_every_line_is_a_row(tmp_path):

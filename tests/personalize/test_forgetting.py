@@ -27,7 +27,7 @@ def unwritable(own_bank, request, tmp_path):
     """A person in a store, and a bank that cannot be marked; what makes it writable again."""
     base, bank = own_bank
     personal = personalizer(base, bank, store=tmp_path / "people")
-    personal.personalize([MEMBER], keep_histories=True)
+    personal.personalize([MEMBER], histories=[MEMBER])
     personal.export(MEMBER.id, tmp_path / "out")
     mark, info = bank.folder / STALE, bank.folder / INFO
     if request.param == "read-only":
@@ -128,7 +128,7 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
 ):
     base, bank = own_bank
     personal = personalizer(base, bank, store=tmp_path / "people")
-    personal.personalize([MEMBER], keep_histories=True)
+    personal.personalize([MEMBER], histories=[MEMBER])
     personal.export(MEMBER.id, tmp_path / "out")
     (tmp_path / "people" / "work" / ("0" * 24)).mkdir(parents=True)
     (bank.folder / STALE / "in the way").mkdir(parents=True)

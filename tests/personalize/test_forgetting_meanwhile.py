@@ -42,7 +42,7 @@ def test_a_person_who_is_forgotten_while_a_run_is_under_way_is_not_saved_by_it(t
             elsewhere(personal.store, "x0")
 
     gone = []
-    done = personal.personalize(PEOPLE, keep_histories=True, on_step=forget)
+    done = personal.personalize(PEOPLE, histories=PEOPLE, on_step=forget)
     assert (done.trained, done.failed, done.forgotten) == (2, {}, ("x0",))
     assert nothing_of("x0", personal.store)
     assert all(id in personal.store for id in ("x1", "x2"))
@@ -57,7 +57,7 @@ def test_a_person_who_is_forgotten_after_their_items_were_read_is_not_begun(tiny
     known = personal.store.tombstones.names()
     elsewhere(personal.store, "x0")
     for make in (personal.personalize, personal.update):
-        done = make(PEOPLE, since=known, keep_histories=True)
+        done = make(PEOPLE, since=known, histories=PEOPLE)
         assert done.forgotten == ("x0",)
         assert nothing_of("x0", personal.store)
     assert all(id in personal.store for id in ("x1", "x2"))

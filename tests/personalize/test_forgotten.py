@@ -65,8 +65,8 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     places = [tmp_path / name for name in ("people", "cache", "bank", "exports", "results")]
     personal = personalizer(base, bank, store=tmp_path / "people")
     everybody = [EVE, *OTHERS]
-    personal.personalize(everybody, keep_histories=True)
-    personal.personalize([EVE.first(4)], keep_histories=True)
+    personal.personalize(everybody, histories=everybody)
+    personal.personalize([EVE.first(4)], histories=[EVE.first(4)])
     personal.store.rollback(EVE.id, 1)
     for name in ("plain", EVE.id):
         personal.export(EVE.id, tmp_path / "exports" / name, rank=3)
@@ -101,7 +101,7 @@ def test_only_a_kept_history_holds_texts_and_no_file_of_a_store_holds_an_id(own_
     personal.export(EVE.id, tmp_path / "exports" / EVE.id)
     hashes, places = {"keyed hash", "hash of the texts"}, [tmp_path / "people", tmp_path / "bank"]
     assert {what for _, what in traces(places, EVE, personal.store)} == hashes
-    personal.personalize([EVE], keep_histories=True)
+    personal.personalize([EVE], histories=[EVE])
     found = traces(places, EVE, personal.store)
     assert {what for _, what in found} == {*hashes, "texts"}
     assert {Path(path).name for path, what in found if what == "texts"} == {"history.json"}

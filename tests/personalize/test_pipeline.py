@@ -174,7 +174,7 @@ def test_states_and_histories_are_written_to_a_bucket_several_at_once(tiny, tmp_
 
     monkeypatch.setattr(Storage, "replace", waiting)
     url = f"memory://{tmp_path.name}/people"
-    done = personalizer(*tiny, store=url).personalize(PEOPLE[:4], keep_histories=True)
+    done = personalizer(*tiny, store=url).personalize(PEOPLE[:4], histories=PEOPLE[:4])
     assert done.trained == 4
     assert all(Store(url).history(person.id) == person for person in PEOPLE[:4])
 
@@ -277,12 +277,12 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
     personal = personalizer(*tiny, store=tmp_path)
     personal.personalize(PEOPLE)
     assert personal.store.history("x0") is None
-    personal.personalize(PEOPLE, keep_histories=True)
+    personal.personalize(PEOPLE, histories=PEOPLE)
     assert personal.store.history("x0") == PEOPLE[0]
     personal.forget("x0")
     assert personal.store.history("x0") is None
     with pytest.raises(InputError, match="histories are kept in a store, and there is none"):
-        personalizer(*tiny).personalize(PEOPLE, keep_histories=True)
+        personalizer(*tiny).personalize(PEOPLE, histories=PEOPLE)
 
 
 def test_a_shortened_question_is_reported(known, caplog):

@@ -126,7 +126,7 @@ def test_a_state_of_more_items_is_kept_with_its_history_unless_fewer_are_wanted(
     personal = started(tiny, tmp_path, GROWN[:2])
     personal.store.save_history(GROWN[0])
     before, few = personal.state("p0"), [YOUNG[0].latest(2), GROWN[1]]
-    done = personal.update(few, keep_histories=True)
+    done = personal.update(few, histories=few)
     assert (done.ahead, done.failed, done.unchanged, done.begun) == (("p0",), {}, 1, 0)
     assert (personal.state("p0"), personal.store.history("p0")) == (before, GROWN[0])
     assert personal.update(few, fewer=True).begun == 1
@@ -370,7 +370,7 @@ def test_an_update_that_is_stopped_and_repeated_ends_as_if_undisturbed(by_policy
 
 def test_an_update_keeps_the_grown_histories(tiny, tmp_path):
     personal = started(tiny, tmp_path)
-    personal.update(GROWN, keep_histories=True)
+    personal.update(GROWN, histories=GROWN)
     assert [personal.store.history(person.id) for person in GROWN] == GROWN
 
 

@@ -9,6 +9,8 @@ from mta.errors import ConfigError
 from mta.serving.api import auth
 from mta.serving.api.auth import Keys, add_key
 
+SECRET = "x" * 24
+
 
 def test_concurrently_added_keys_are_all_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(auth, "_WAIT", 600.0)  # however slow the disk is
@@ -51,9 +53,15 @@ def test_keys_have_names_that_differ(tmp_path, monkeypatch):
     path.write_text(entry.replace("name: ann", "name: MTA_API_KEY"))
     assert Keys.load(path).keys[0].name == "MTA_API_KEY"
     with pytest.raises(ConfigError, match="the name of the key in the environment"):
-        Keys.load(path, "secret")
+        Keys.load(path, SECRET)
 
 
 def test_a_key_from_the_environment_is_an_admins():
-    keys = Keys.load(None, "secret")
-    assert (keys.of("secret").rights, keys.of("other")) == ("admin", None)
+    keys = Keys.load(None, SECRET)
+    assert (keys.of(SECRET).rights, keys.of("other")) == ("admin", None)
+
+
+@pytest.mark.parametrize("secret", ["a", SECRET[:-1]])
+def test_a_short_key_in_the_environment_is_refused(secret):
+    with pytest.raises(ConfigError, match=f"MTA_API_KEY has {len(secret)} characters, expected 24 or more"):
+        Keys.load(None, secret)

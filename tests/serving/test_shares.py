@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
-from mta.serving.api.histories import Histories
+from mta.serving.api.histories import Histories, size_of
 from mta.serving.api.jobs import TOGETHER, Jobs
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
-ROOM = 40_000
+ROOM = 160_000
 
 
 def team(n):
@@ -29,8 +29,12 @@ def item(characters=100):
     return Item({"text": "x" * characters})
 
 
+def size(characters=100, items=1):
+    return size_of(Person("", (item(characters),) * items))
+
+
 def taken(histories, people):
-    return sum(164 * histories.held(id) for id in people)
+    return sum(size(items=held) for id in people if (held := histories.held(id)))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -53,17 +57,17 @@ def test_no_key_exceeds_its_share_and_new_items_are_always_held(tmp_path, append
 
 def test_prefix_keys_never_displace_the_operators_quarter(tmp_path):
     histories = Histories(Store(tmp_path), 50, ROOM)
-    for n in range(ROOM // 4 // 164):
+    for n in range(ROOM // 4 // size()):
         histories.append(f"{n}", [item()], False)
     for n in range(400):
         for owner in range(1, 7):
             histories.append(f"team{owner}/{n}", [item()], False, team(owner))
-    assert all(histories.held(f"{n}") for n in range(ROOM // 4 // 164))
+    assert all(histories.held(f"{n}") for n in range(ROOM // 4 // size()))
 
 
 def test_keys_of_one_person_fill_three_quarters_together_and_leave_the_operators_quarter(tmp_path):
     histories = Histories(Store(tmp_path), 50, ROOM)
-    mine = [f"{n}" for n in range(ROOM // 4 // 164)]
+    mine = [f"{n}" for n in range(ROOM // 4 // size())]
     for id in mine:
         histories.append(id, [item()], False)
     people = [Key(name=f"p{n}", sha256="0" * 64, rights="person", of=f"p{n}") for n in range(30)]
@@ -82,9 +86,9 @@ def test_a_person_larger_than_the_keys_share_is_refused_and_displaces_nobody(tmp
     histories.append("mine", [item()], False)
     greedy = Key(name="greedy", sha256="0" * 64, rights="person", of="greedy")
     for _ in range(9):
-        histories.append("greedy", [item(1000)], False, greedy)
+        histories.append("greedy", [item(3900)], False, greedy)
     with pytest.raises(Refused, match="bytes in memory"):
-        histories.append("greedy", [item(1000)], False, greedy)
+        histories.append("greedy", [item(3900)], False, greedy)
     assert all(histories.held(id) == 1 for id in ["mine", *(key.of for key in small)])
 
 
@@ -99,13 +103,13 @@ def test_characters_of_other_scripts_take_their_bytes(tmp_path):
 
 
 def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):
-    histories = Histories(Store(tmp_path), 50, room=1000)
+    histories = Histories(Store(tmp_path), 50, room=2 * size(200, 2) + 1)
     for id in "abac":  # a is not the oldest any more
         histories.append(id, [item(200)], False)
     assert [histories.held(id) for id in "abc"] == [2, 0, 1]
     assert histories.forget("a")
     assert not histories.forget("b")
-    histories.append("d", [item(400)], False)
+    histories.append("d", [item(1000)], False)
     assert [histories.held(id) for id in "acd"] == [0, 1, 1]
 
 
@@ -122,7 +126,7 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(append, range(8)))
     assert all(histories.held(f"team{n % 3}/{n}-{turn}") == 10 for n in range(8) for turn in range(20))
-    assert sum(histories._used.values()) == 8 * 200 * (9 + 64)
+    assert sum(histories._used.values()) == 8 * 20 * size(9, 10)
 
 
 def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
@@ -196,12 +200,12 @@ def test_keys_take_turns_and_a_job_has_few_items():
 def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
     monkeypatch.setattr("mta.serving.api.jobs.ROOM", ROOM)
     with busy() as (jobs, *_):
-        jobs.put(Person.of("team1/0", [item(9000)]), team(1))
+        jobs.put(Person.of("team1/0", [item(36_000)]), team(1))
         with pytest.raises(QueueFull):
-            jobs.put(Person.of("team1/1", [item(2000)]), team(1))
-        jobs.put(Person.of("team1/0", [item(9500)]), team(1))  # in place of the items before
-        jobs.put(Person.of("team2/0", [item(2000)]), team(2))
-        jobs.put(Person.of("other", [item(30_000)]))
+            jobs.put(Person.of("team1/1", [item(8000)]), team(1))
+        jobs.put(Person.of("team1/0", [item(38_000)]), team(1))  # in place of the items before
+        jobs.put(Person.of("team2/0", [item(8000)]), team(2))
+        jobs.put(Person.of("other", [item(120_000)]))
 
 
 def test_forgetting_waits_only_for_the_job_that_the_person_is_in():

@@ -18,7 +18,7 @@ PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 @pytest.fixture
 def known(tiny, tmp_path):
     personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE, keep_histories=True)
+    personal.personalize(PEOPLE, histories=PEOPLE)
     return personal
 
 

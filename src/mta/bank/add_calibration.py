@@ -17,7 +17,6 @@ from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,
     CALIBRATION,
-    HASHED_FILES,
     INFO,
     MEMBERS,
     UNKNOWN_TO_0_1_0,
@@ -150,9 +149,8 @@ def _copy(folder: Path, out: Path) -> None:
 
 
 def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
-    known = [name for name in HASHED_FILES if name in info.files]  # others' banks may name any path
     with replacing_folder(out) as temporary:
-        for name in (*known, CARD, INFO, CONFIG):
+        for name in (*info.files, CARD, INFO, CONFIG):
             if (folder / name).exists():
                 copy_file(folder / name, temporary / name)
         if info.members.hashed:  # which a killed process may have left in another file

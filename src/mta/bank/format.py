@@ -171,6 +171,11 @@ def read_info(folder: Path) -> BankInfo:
         raise BankCorrupt(
             f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=restore(folder)
         ) from None
+    if other := info.files.keys() - set(HASHED_FILES):  # opening a bank must not read other files of this machine
+        raise BankCorrupt(
+            f"{path} names {min(other)!r}, which is no file of a bank; expected some of {', '.join(HASHED_FILES)}",
+            hint=restore(folder),
+        )
     hashed = hashed or _read_members(folder, info.members.sha256)
     counts = info.members.model_dump()
     return info.model_copy(update={"members": Members(**counts, hashed=hashed)})

@@ -44,11 +44,6 @@ def bank_parcel(
     since, info = stops(folder), read_info(folder)
     if report := stale_report(folder):
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
-    if foreign := sorted(set(info.files) - set(HASHED_FILES)):
-        raise BankError(
-            f"{folder} holds {foreign[0]}, which does not belong to a bank: the bank is not published",
-            hint="Rebuild the bank with this version of mta:  mta bank build",
-        )
     if with_members and info.members.hashed is None:
         raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
     verify(folder, info, full=True)

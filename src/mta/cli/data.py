@@ -53,7 +53,7 @@ def describe(
     for shots, count in splits["shots"].items():
         lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {count} people")
     timed = splits["people with times"]
-    lines.append(f"people with a time on every item: {timed}; other items keep the file's order, and come first")
+    lines.append(f"people with a time on every item: {timed}; the others follow the newest item before them")
     lines.append(f"shared items: {shared}")
     if shared.crowded:
         lines.append(f"not counted as shared: {shared.crowded} items that more than {CROWD} people have")

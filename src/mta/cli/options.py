@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PosixPath
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from typer import Argument, Option
@@ -221,8 +221,14 @@ def check_out(out: Path | None) -> None:
     if out is None:
         return
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{out} cannot be written: {there} is not a writable folder", hint="Choose another folder.")
+    try:
+        with TemporaryFile(dir=there):  # permissions alone do not tell: root may write to all folders but /proc
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written: {there} is not a writable folder ({error.strerror})",
+            hint="Choose another folder.",
+        ) from None
 
 
 def tracker_for(name: str | None, folder: Path | None) -> Opener | None:

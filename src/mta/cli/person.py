@@ -164,6 +164,7 @@ def export(
     from mta.lora.peft import CONFIG
     from mta.personalize.publish import adapter_parcel
 
+    options.check_out(out)
     base, opened, run = options.open_bank(bank, words, device=device, weights=False)
     personal = mta.Personalizer(base, opened, store, run=run)
     error = personal.export(person, out, rank=rank)

@@ -28,7 +28,10 @@ def personalize(
     latest: Annotated[int | None, Option(min=1, help="Use only this many most recent items of each person.")] = None,
     keep_histories: Annotated[
         bool,
-        Option("--keep-histories", help="Keep people's items, instead of those kept before, until they are forgotten."),
+        Option(
+            "--keep-histories",
+            help="Keep all items of the file, instead of those kept before, until people are forgotten.",
+        ),
     ] = False,
     update: Annotated[
         bool, Option("--update", help="Update existing states, at the cost of each person's new items.")
@@ -84,7 +87,7 @@ def personalize(
         with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
             again = partial(personal.update, fewer=latest is not None)
             compute = again if update else partial(personal.personalize, resume=resume)
-            done = compute(people, keep_histories=keep_histories, since=since, on_step=folder.step)
+            done = compute(people, histories=read if keep_histories else (), since=since, on_step=folder.step)
             folder.outcome, folder.about["plan"] = counts(done), done.plan
     show_json(as_json(done)) if json else typer.echo(str(done))
     _warn_of_failures(done)

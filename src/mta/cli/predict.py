@@ -16,7 +16,7 @@ from mta.cli import options
 from mta.cli.screen import Screen, show_json, speaks_unicode
 from mta.data.readers.people import is_read
 from mta.errors import InputError
-from mta.system.atomic import check_ordinary, write_json, write_text
+from mta.system.atomic import check_ordinary, make_folder, write_json, write_text
 
 _OTHER = "Give the name of another file:  --out answers.jsonl"
 
@@ -81,6 +81,8 @@ def predict(
         tool.check_ids(people)
     base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
     personal = mta.Personalizer(base, opened, store, run=run)
+    if out:
+        make_folder(out.parent)
     kept = tool.Unfinished(out) if out else None
     with Screen("questions") as screen:
         found = list(

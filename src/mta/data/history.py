@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from types import MappingProxyType
 from typing import SupportsIndex, overload
 
@@ -66,9 +67,11 @@ class Person:
 
     @classmethod
     def of(cls, id: str, items: Iterable[Item], queries: Iterable[Item] = ()) -> Person:
-        """Return a person with items sorted by time; items without a time keep their order and come first."""
-        timed = sorted(items, key=lambda item: (item.time is not None, item.time or 0.0))
-        return cls(id, tuple(timed), tuple(queries))
+        """Return a person with items sorted by time; an item without a time has the newest time of those before it."""
+        items = tuple(items)
+        newest = accumulate((-math.inf if item.time is None else item.time for item in items), max)
+        times = [time if item.time is None else item.time for item, time in zip(items, newest)]
+        return cls(id, tuple(items[n] for n in sorted(range(len(items)), key=times.__getitem__)), tuple(queries))
 
     def first(self, m: int) -> Person:
         """Return the person with only the first ``m`` items: the *shots*."""

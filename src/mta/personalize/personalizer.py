@@ -81,7 +81,7 @@ class Personalizer:
         self,
         people: Sequence[Person],
         *,
-        keep_histories: bool = False,
+        histories: Sequence[Person] = (),
         resume: bool = True,
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
@@ -90,18 +90,19 @@ class Personalizer:
 
         States that ``personalize`` made from the same shots, bank, and settings are kept; the others are computed
         together, in cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless
-        ``resume`` is False. ``keep_histories`` also stores people's items, until the people are forgotten. ``since``
+        ``resume`` is False. ``histories`` are stored, too, until their people are forgotten: ``people``, or their whole
+        histories where ``people`` have their latest items only. ``since``
         are the ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
         Raises Diverged if all training of a cohort does, DataError for a person without items, MemoryBudgetError,
         ConfigError, StoreError, ClusterError.
         """
-        return self._pipeline.personalize(people, keep_histories, resume, since, on_step)
+        return self._pipeline.personalize(people, histories, resume, since, on_step)
 
     def update(
         self,
         people: Sequence[Person],
         *,
-        keep_histories: bool = False,
+        histories: Sequence[Person] = (),
         fewer: bool = False,
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
@@ -112,7 +113,7 @@ class Personalizer:
         personalized anew. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
         ``since`` and errors are as in ``personalize``.
         """
-        return self._pipeline.update(people, keep_histories, fewer, since, on_step)
+        return self._pipeline.update(people, histories, fewer, since, on_step)
 
     def generate(
         self,

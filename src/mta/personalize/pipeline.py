@@ -110,14 +110,14 @@ class Pipeline:
     def personalize(
         self,
         people: Sequence[Person],
-        keep_histories: bool = False,
+        histories: Sequence[Person] = (),
         resume: bool = True,
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Personalized:
         """See ``Personalizer.personalize``."""
         call = self._call_for(people, since)
-        self._keep_histories(call, keep_histories)
+        self._save_histories(call, histories)
         settings = settings_text(self.base, self.run), self.run.seed
 
         def planned(person: Person) -> tuple[WorkItem, bool]:  # without the state: all of them would fill the memory
@@ -161,7 +161,7 @@ class Pipeline:
     def update(
         self,
         people: Sequence[Person],
-        keep_histories: bool,
+        histories: Sequence[Person],
         fewer: bool,
         since: Collection[str] | None,
         on_step: OnStep | None,
@@ -175,7 +175,7 @@ class Pipeline:
         grown = [item for item in items if item.earlier]
         ahead = [id for id, work in works.items() if work == "ahead"]
         call = call._replace(people=[person for person in call.people if works[person.id] != "ahead"])
-        self._keep_histories(call, keep_histories)
+        self._save_histories(call, histories)
         plan = self.plan(grown, grown)
         done = self._compute(update_cohort, plan.cohorts, call.since, on_step)
         plain = [WorkItem.of(person, self.bank, *settings) for person in call.people]
@@ -275,19 +275,20 @@ class Pipeline:
         gone = store.tombstones.since([person.id for person in ordered], since)
         return _Call([person for person in ordered if person.id not in gone], since, gone)
 
-    def _keep_histories(self, call: _Call, keep: bool) -> None:
-        if not keep:
+    def _save_histories(self, call: _Call, histories: Sequence[Person]) -> None:
+        """Save the histories of the people of a call."""
+        if not histories:
             return
         if self.store is None:
             raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-        store = self.store
+        store, ids = self.store, {person.id for person in call.people}
 
         def save(person: Person) -> None:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
                 store.save_history(person, call.since)
 
         store.identity(write=True)  # creates a new store's key, once
-        for _ in store.files.each(save, call.people):
+        for _ in store.files.each(save, [person for person in histories if person.id in ids]):
             pass
 
     def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:

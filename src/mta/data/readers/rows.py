@@ -20,6 +20,7 @@ from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
+DATES_FROM = 1e8  # seconds since 1970: smaller numbers count something else, such as a person's items
 NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 
 
@@ -110,7 +111,7 @@ class _Digits:
         if isinstance(time, str) and text.isdecimal() and _is_date(text):
             self.date = self.date or text
         elif is_number(text):
-            self.number = self.number or (text if abs(float(text)) < 1e8 else "")
+            self.number = self.number or (text if abs(float(text)) < DATES_FROM else "")
         elif re.match(r"\d{4}-\d{2}", text):
             self.date = self.date or text
         if self.date and self.number:

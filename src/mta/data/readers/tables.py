@@ -82,9 +82,9 @@ def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
 def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Rejects) -> Iterator[tuple[Place, list[str]]]:
     """Yield the cells of each record, the header first; ``begin`` is its place.
 
-    A line with wrong quotes is a bad row, or in a table with tabs, which often has no quoting, read as it is. If the
+    A line with wrong quotes is a bad row, or in a table with tabs, which often has no quoting, read as it is. If wrong
     quotes span lines, the begin of the next record is unknown: raises DataError, except if each of the lines is a whole
-    record of a table with tabs.
+    record of a table with tabs. Raises DataError, too, if the lines of such a table are a record with quotes as well.
     """
     taken, width = list[str](), 0  # the lines of the record
 
@@ -108,7 +108,7 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
                 fix = "Convert them:  tr '\\r' '\\n' < OLD.csv > NEW.csv"
                 raise data_error(place, None, "its lines end as on old Macs (CR)", hint=fix) from None
         width = width or len(cells)
-        if delimiter == "\t" and (rows := _unquoted(taken, width, bool(wrong))):
+        if delimiter == "\t" and (rows := _unquoted(place, taken, width, None if wrong else cells)):
             yield from ((place._replace(line=place.line + n), row) for n, row in enumerate(rows))
         elif not wrong:
             yield place, cells
@@ -118,15 +118,22 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
             raise data_error(place, None, wrong, hint=f"In a table, {QUOTES}.")
 
 
-def _unquoted(lines: Sequence[str], width: int, wrong: bool) -> list[list[str]]:
+def _unquoted(place: Place, lines: Sequence[str], width: int, cells: list[str] | None) -> list[list[str]]:
     """Return the cells of lines with tabs where quotes are no quotes; empty where they are.
 
-    They are none in a line that is ``wrong``, and in several lines of which each has all cells.
+    ``cells`` are those with quotes, None if the quotes are wrong. Quotes are none in a line where they are wrong, and
+    in several lines of which each has all cells. Raises DataError if ``cells`` are a row, too.
     """
     rows = [line.split("\t") for line in lines]
     if len(rows) == 1:
-        return rows if wrong else []
-    return rows if all(len(row) == width for row in rows) else []
+        return rows if cells is None else []
+    if any(len(row) != width for row in rows):
+        return []
+    if cells and len(cells) == width:
+        either = f"one row with a cell of {len(rows)} lines, or {len(rows)} rows with quotes in their texts"
+        hint = "Write it as JSONL, or as CSV with commas: there, quotes have one meaning."
+        raise data_error(place, None, f"its quotes can mean {either}", hint=hint)
+    return rows
 
 
 def _check_distinct(names: list[str], place: Place) -> None:

@@ -203,7 +203,11 @@ class PromptFormat:
             cut += removed
 
     def _shorten(self, text: str, excess: int) -> tuple[str, int]:
-        """Return the text without its last ``excess`` tokens (at least one character less), and how many were cut."""
+        """Return the text without its last ``excess`` tokens (at least one character less), and how many were cut.
+
+        Special tokens in the text are broken, as in the prompt: they take more tokens there.
+        """
+        text = self._as_text(text)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = max(len(offsets) - excess, 0)
         end = offsets[keep][0] if keep < len(offsets) else len(text) - 1

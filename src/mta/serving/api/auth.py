@@ -27,6 +27,7 @@ from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
+_LEAST = 24  # characters of a key from the environment
 _WAIT = 10.0  # seconds to wait for another process that adds a key
 Rights = Literal["admin", "serve", "person", "prefix"]
 
@@ -77,7 +78,12 @@ class Keys(Settings):
 
     @classmethod
     def load(cls, path: Path | None, secret: str | None = None) -> Keys:
-        """Load the keys of a file, and an admin key from the environment. Raises ConfigError."""
+        """Load the keys of a file, and an admin key from the environment (``secret``). Raises ConfigError."""
+        if secret and len(secret) < _LEAST:
+            raise ConfigError(
+                f"{ENV} has {len(secret)} characters, expected {_LEAST} or more: shorter keys can be guessed",
+                hint=f'Set a random one:  export {ENV}="$(openssl rand -base64 32)"',
+            )
         try:
             found = checked(cls, read_yaml(path), str(path)).keys if path else ()
         except ConfigError as error:

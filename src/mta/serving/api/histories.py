@@ -8,13 +8,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from mta.data.history import Item, Person
+from mta.data.readers.rows import DATES_FROM
 from mta.data.sharing import missing_from
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
 
 ROOM = 1 << 28  # bytes of items in memory
-_OVERHEAD = 64 - sys.getsizeof("")  # of a text in an item, besides its object
+_PERSON, _ITEM, _TEXT = 320, 360, 16  # bytes besides the texts' own objects; tests/serving/test_histories.py measures
 
 
 class Histories:
@@ -66,6 +67,7 @@ class Histories:
         self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None, more: int = 0
     ) -> Person:
         known = before or Person(id, ())
+        _check_times([*known.items, *(beside.items if beside else ())], new)
         person = Person.of(id, (*known.items, *new), known.queries)
         others = missing_from(person.items, beside.items) if beside else ()
         self.check_count(len(person.items) + len(others), more)
@@ -140,6 +142,17 @@ class Histories:
             return self._drop(id)
 
 
+def _check_times(known: Sequence[Item], new: Sequence[Item]) -> None:
+    """Raise Refused for a new item with a small number as its time, where other items have dates."""
+    dated = any((item.time or 0) >= DATES_FROM for item in (*known, *new))
+    if dated and (small := [item.time for item in new if item.time is not None and abs(item.time) < DATES_FROM]):
+        raise Refused(
+            f"an item's time is {small[0]:g}, and other items of this person have dates",
+            hint="Give seconds since 1970, or leave the time out: the item then follows all known ones.",
+        )
+
+
 def size_of(person: Person) -> int:
-    """Return the approximate bytes of a person's items: a character takes one, two, or four."""
-    return sum(sys.getsizeof(text) + _OVERHEAD for item in person.items for text in item.fields.values())
+    """Return the approximate bytes that a person takes in memory; a character takes one, two, or four."""
+    texts = [text for item in person.items for text in (*item.fields.values(), item.id) if text]
+    return _PERSON + _ITEM * len(person.items) + sum(sys.getsizeof(text) + _TEXT for text in texts)
