@@ -21,7 +21,7 @@ from mta.store import Store
 
 
 @contextmanager
-def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store=None, strict=(), sweep=600.0, **how):
+def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store=None, strict=None, sweep=600.0, **how):
     """Yields url, service, and secrets of four keys: admin, serve, ann (a person), team (a prefix)."""
     store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
@@ -29,7 +29,7 @@ def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store
     engine = engine or EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
     jobs = Jobs(personalizer(base.twin(), bank, store))
     known = Keys() if keyless else Keys.load(keys)
-    more = {"strict_banks": strict, "sweep": sweep}
+    more = {"strict_banks": strict or {}, "sweep": sweep}
     service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length, **more)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", access_log=False))
     listening = socket.create_server(("127.0.0.1", 0))

@@ -18,6 +18,7 @@ MtaError
 ├── HubError              the hub refuses a request, or cannot be reached
 ├── ClusterError          a Ray cluster cannot be reached, or its workers cannot start
 ├── BankError
+│   ├── BankNotFound      a folder without a bank
 │   ├── BankMismatch      a bank built for another base
 │   ├── BankRefused       a folder that holds a bank of other people or settings
 │   └── BankCorrupt       files of a bank are missing, truncated or changed
@@ -111,6 +112,10 @@ class ClusterError(MtaError):
 
 class BankError(MtaError):
     """A bank cannot be used."""
+
+
+class BankNotFound(BankError):
+    """A folder holds no bank."""
 
 
 class BankMismatch(BankError):

@@ -23,7 +23,7 @@ from mta.bank.format import INFO, file_hashes, read_info
 from mta.bank.notes import clear_stale, mark_stale, published, stale
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
-from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
+from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, BankNotFound, HubError, InputError
 from mta.personalize import forget_person
 from mta.store import Store
 from mta.system.hub import local_folder
@@ -268,7 +268,7 @@ def test_a_bank_for_another_base_is_refused(hub, bank):
 def test_a_repository_without_a_bank_is_refused_before_weights_are_downloaded(hub):
     hub.repos[NAME] = stand_in.Repo(private=True)
     hub.repos[NAME].commit({"model.safetensors": b"0" * 1000})
-    said = refused(BankCorrupt, bank_folder, NAME)
+    said = refused(BankNotFound, bank_folder, NAME)
     assert (
         said
         == f"there is no folder {NAME}, and {NAME!r} on the hub is not a bank: it has no bank.json\n  Check the name."

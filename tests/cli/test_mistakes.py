@@ -96,10 +96,10 @@ MISTAKES = {
         "bank build {members} {settings} --out {bank} seed=9",
         "BankRefused: {bank} holds a bank built from other people",
     ),
-    "a bank that is not there": ("bank show {root}/no", "BankCorrupt: no bank at {root}/no: bank.json is missing"),
+    "a bank that is not there": ("bank show {root}/no", "BankNotFound: no bank at {root}/no: bank.json is missing"),
     "personalize with a bank that is not there": (
         "personalize {new} --bank {root}/no --store {root}/s",
-        "BankCorrupt: no bank at {root}/no",
+        "BankNotFound: no bank at {root}/no",
     ),
     "a file of people that is not there": (
         "personalize {root}/no.jsonl --bank {bank} --store {root}/s",
@@ -135,7 +135,7 @@ MISTAKES = {
     ),
     "an export into a file": (
         "export new-00-quispe --out {new} --bank {bank} --store {store}",
-        "InputError: {new} is a file, expected a folder",
+        "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
     "person show of an unknown person": (
         "person show eve --bank {bank} --store {store}",
@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     "person show with a bank that is not there": (
         "person show new-00-quispe --bank {root}/no --store {store}",
-        "BankCorrupt: no bank at {root}/no",
+        "BankNotFound: no bank at {root}/no",
     ),
     "person versions of an unknown person": (
         "person versions eve --store {root}/s",

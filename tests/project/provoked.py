@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import shutil
 from dataclasses import replace
 
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
@@ -135,6 +136,12 @@ def damaged_state(world):
     world.store.load(id)
 
 
+def damaged_bank(world):
+    folder = shutil.copytree(world.bank_folder, world.tmp / "damaged")
+    (folder / "index.safetensors").write_bytes(b"torn")
+    Bank.open(folder, world.base)
+
+
 def damaged_store(world):
     world.known()
     (world.tmp / "people" / "store.json").write_text("{}")
@@ -228,7 +235,7 @@ PROVOKED = {
     "MissingExtra": (
         lambda w: require("eval", "no-such-package"),
         ("no-such-package is not installed", "no-such-package", "belongs to the extra 'eval'"),
-        r"pip install 'merge-then-adapt\[eval\]'",
+        "pip install bm25s cma matplotlib rouge-score",
     ),
     "AssetError": (
         lambda w: BaseModel.load("./no"),
@@ -260,10 +267,15 @@ PROVOKED = {
         ("was built for base 'tiny-llama'", r"the loaded base is 'tiny-gpt2'", r"sha256 \w{8}"),
         r"mta bank build --base tiny-gpt2",
     ),
-    "BankCorrupt": (
+    "BankNotFound": (
         lambda w: Bank.open(w.tmp, w.base),
         ("no bank at", r"no bank at /", r"bank\.json is missing"),
         "mta bank build --help",
+    ),
+    "BankCorrupt": (
+        damaged_bank,
+        ("was changed or cut short", r"its sha256 is \w{12}…", r"bank\.json says \w{12}…"),
+        "Copy the bank again from its source",
     ),
     "StoreError": (
         damaged_store,
@@ -321,7 +333,7 @@ PROVOKED = {
         "GET /v1/models",
     ),
     "NeedsRebuild": (
-        lambda w: w.who("task", strict=[w.tmp]),
+        lambda w: w.who("task", strict={w.tmp: ""}),
         ("the bank must be rebuilt", "a forgotten person", "without"),
         "Ask the base",
     ),

@@ -247,7 +247,8 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
 def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_bank_folder, tmp_path):
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
-    with served(base, Bank.open(folder, base), tmp_path, strict=[folder]) as here:
+    bank = Bank.open(folder, base)
+    with served(base, bank, tmp_path, strict={folder: bank.hash}) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
         done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
@@ -258,9 +259,9 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
 def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(tiny_bank_folder):
     async def fresh(*_):  # the bank could not be marked, and the other request ends while this one looks
         service.is_stale = True
-        return []
+        return True
 
-    service = SimpleNamespace(strict_banks=[tiny_bank_folder], is_stale=False, apart_from_store=fresh)
+    service = SimpleNamespace(strict_banks={tiny_bank_folder: "hash"}, is_stale=False, apart_from_store=fresh)
     with pytest.raises(NeedsRebuild):
         asyncio.run(Service.check_fresh(service))
     assert service.is_stale

@@ -16,6 +16,7 @@ from served import served
 from tiny import base_of, endless
 
 from mta.bank.bank import Bank
+from mta.bank.format import read_info, with_hash, write_info
 from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
 from mta.serving.api.auth import LOCAL
@@ -145,7 +146,7 @@ def test_strict_refuses_a_bank_that_contains_a_forgotten_person(tiny_bank_folder
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict=[folder]) as here:
+    with served(base, bank, tmp_path, strict={folder: bank.hash}) as here:
         here.service.store.save("ann", State(bank.hash, (0,), (1.0,), "fixed", "", "work", 0))
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         assert said(client, "person:ann")
@@ -162,6 +163,21 @@ def test_strict_refuses_a_bank_that_contains_a_forgotten_person(tiny_bank_folder
             shutil.rmtree(folder)  # rebuilding does not change what this server has in memory
             with pytest.raises(openai.InternalServerError, match="rebuilt"):
                 said(client, "task")
+
+
+def test_strict_refuses_a_bank_whose_folder_was_replaced_meanwhile(tiny_bank_folder, tmp_path):
+    """The rebuilt bank has no note of the forgotten person, whom the one in memory may still contain."""
+    base = endless(base_of())
+    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+    bank = Bank.open(folder, base)
+    with served(base, bank, tmp_path, strict={folder: bank.hash}) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+        assert said(client, "task")
+        info = read_info(folder)
+        write_info(folder, with_hash(info.model_copy(update={"work": "another"})))
+        with pytest.raises(openai.InternalServerError, match="its folder holds another bank by now"):
+            said(client, "task")
+        assert said(client, base.name)
 
 
 def test_without_strict_a_stale_bank_is_served(tiny_bank_folder, tmp_path):

@@ -61,7 +61,7 @@ def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(w
     load = Bank.open
     monkeypatch.setattr(Bank, "open", lambda *given: (threads.append(threading.current_thread()), load(*given))[1])
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older, strict=True)
-    assert list(service.strict_banks) == [bank.folder, older]
+    assert service.strict_banks == {bank.folder: bank.hash, older: bank.hash}
     assert threads
     assert threading.current_thread() not in threads  # its OpenMP threads would slow decoding down as long as it lives
     asyncio.run(service.engine.close())

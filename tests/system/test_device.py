@@ -107,7 +107,7 @@ def test_a_named_gpu_becomes_the_current_one(monkeypatch):
 def test_a_missing_device_is_reported():
     with pytest.raises(ModelError, match="device 'toaster' cannot be used") as caught:
         pick_device("toaster")
-    assert caught.value.hint == "Use --device cpu."
+    assert caught.value.hint.startswith("Use --device cpu, or install torch for your GPU: https://pytorch.org/")
 
 
 def test_an_unknown_dtype_is_named_with_the_known_ones():

@@ -283,10 +283,10 @@ def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, 
     findings = list(doctor._extras())
     serve = found("serve", findings)
     assert (serve.verdict, serve.found) == ("ok", "not installed: uvicorn")
-    assert serve.hint == "Optional: pip install 'merge-then-adapt[serve]'"
+    assert serve.hint == "Optional: pip install fastapi httpx2 prometheus-client uvicorn"
     needed = found("eval", findings)
     assert (needed.verdict, needed.found) == ("problem", "not installed: cma")
-    assert needed.hint == "A demo needs it: pip install 'merge-then-adapt[eval]'"
+    assert needed.hint == "A demo needs it: pip install bm25s cma matplotlib rouge-score"
     assert found("assets", findings).verdict == "problem"
     monkeypatch.setattr(doctor, "is_present", lambda name: True)
     assert found("assets", doctor._extras()).verdict == "ok"

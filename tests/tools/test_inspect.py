@@ -8,7 +8,7 @@ import pytest
 from conftest import people_of, personalizer
 
 from mta.config import MergeSettings
-from mta.errors import BankCorrupt, PersonNotFound
+from mta.errors import BankNotFound, PersonNotFound
 from mta.store.state import Losses
 from mta.tools.inspect import SavedVersion, gains, summarize, versions_of
 
@@ -73,7 +73,7 @@ def test_who_is_not_there(known, tmp_path):
     for look in (lambda: summarize("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
         with pytest.raises(PersonNotFound, match="no state of 'eve'"):
             look()
-    with pytest.raises(BankCorrupt, match="no bank at"):
+    with pytest.raises(BankNotFound, match="no bank at"):
         summarize("x0", known.store, tmp_path / "nowhere")
 
 

@@ -129,12 +129,17 @@ def what_to_expect(info: BankInfo) -> str:
     people = "on items that the bank was not trained on"
     if not info.plan:
         people = "whose ids are not names of imported LoRAs (whether they are behind a LoRA was not checked otherwise)"
-    format_too = (
-        ""
-        if info.run.task_lora.enabled
-        else " The bank has no task LoRA: part of a gain may be the form of an answer, which a task LoRA teaches, too."
-    )
-    return f"{in_words(info.calibration, people)}{format_too}{gains_table(info.calibration)}"
+    said = [in_words(info.calibration, people)]
+    if info.calibration.gains:
+        said.append(
+            "Merge and stack were chosen on these people, too: a person's gain is by what the others chose, but the "
+            "intervals do not cover the choice."
+        )
+    if not info.run.task_lora.enabled:
+        said.append(
+            "The bank has no task LoRA: part of a gain can be the form of an answer, which one would teach, too."
+        )
+    return f"{' '.join(said)}{gains_table(info.calibration)}"
 
 
 def gains_table(found: CalibrationInfo) -> str:
@@ -171,9 +176,7 @@ def in_words(found: CalibrationInfo, people: str = "on items that the bank was n
         return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
         f"Measured on {found.people} people, {people}: the decrease of the true "
-        "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals. Merge and "
-        "stack were chosen on these people, too: a person's gain is by what the others chose, but the intervals do not "
-        "cover this choice."
+        "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals."
     ]
     merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
     if merged and found.prior == BOUNDLESS:

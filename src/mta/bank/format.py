@@ -21,7 +21,7 @@ from mta.config import CalibrationSettings, Run, TaskLoraSettings
 from mta.data.history import Person
 from mta.data.tasks.load import as_today
 from mta.data.tasks.task import UNTRAINED, Task
-from mta.errors import BankCorrupt, BankMismatch
+from mta.errors import BankCorrupt, BankMismatch, BankNotFound
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
@@ -157,13 +157,13 @@ def write_task(folder: Path, task: Task) -> None:
 
 
 def read_info(folder: Path) -> BankInfo:
-    """Return the description of a bank. Raises BankCorrupt."""
+    """Return the description of a bank. Raises BankNotFound, BankCorrupt."""
     path = folder / INFO
     try:
         values, hashed = read_description(folder)
         info = BankInfo.model_validate(values)
     except FileNotFoundError:
-        raise BankCorrupt(
+        raise BankNotFound(
             f"no bank at {folder}: {INFO} is missing",
             hint="Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
         ) from None

@@ -25,7 +25,7 @@ from mta.bank.format import (
     verify,
 )
 from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report, stops
-from mta.errors import BankCorrupt, BankError, HubError, InputError
+from mta.errors import BankCorrupt, BankError, BankNotFound, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Parcel, Repository, is_hub_id, public_name, snapshot
@@ -84,7 +84,10 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the folder of a bank, which is downloaded for a hub id without a folder. Raises HubError, BankCorrupt."""
+    """Return the folder of a bank, which is downloaded for a hub id without a folder.
+
+    Raises HubError, BankNotFound, BankCorrupt.
+    """
     repo = str(name)
     if not is_hub_id(repo):
         return Path(name)
@@ -94,7 +97,7 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
         local = "" if revision else f" There is no folder {repo} either; to build a bank: mta bank build --help"
         raise HubError(error.message, hint=error.hint + local) from None
     if not (first / INFO).exists():
-        raise BankCorrupt(
+        raise BankNotFound(
             f"there is no folder {repo}, and {repo!r} on the hub is not a bank: it has no {INFO}",
             hint="Check the name.",
         )

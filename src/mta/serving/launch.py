@@ -102,6 +102,7 @@ def service_of(
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
+    old_bank = None
     if vllm is None:
         old_bank = in_passing(lambda: Bank.open(bank_before, base)) if bank_before else None
         if old_bank and old_bank.task.identity != bank.task.identity:
@@ -131,7 +132,7 @@ def service_of(
         jobs=jobs,
         limits=Limits(rate=rate, own=min(Limits().own, max(slots // 4, 1))),
         length=length,
-        strict_banks=[folder for folder in (bank.folder, bank_before) if folder] if strict else (),
+        strict_banks={one.folder: one.hash for one in (bank, old_bank) if one} if strict else {},
     )
 
 

@@ -63,7 +63,8 @@ def pick_device(device: str) -> torch.device:
         return found
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="Use --device cpu."
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}",
+            hint="Use --device cpu, or install torch for your GPU: https://pytorch.org/get-started (see mta doctor)",
         ) from None
 
 

@@ -21,6 +21,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packag
     }
 )
 
+_TO_INSTALL = {"ray": "'ray[client]'"}  # for ray:// addresses
+
 
 def require(extra: str, *packages: str) -> None:
     """Check that ``packages`` can be imported, or without names all packages of the extra. Raises MissingExtra."""
@@ -28,5 +30,10 @@ def require(extra: str, *packages: str) -> None:
         if find_spec(package.replace("-", "_")) is None:
             raise MissingExtra(
                 f"{package} is not installed; it belongs to the extra {extra!r}",
-                hint=f"pip install 'merge-then-adapt[{extra}]'",
+                hint=install(extra),
             )
+
+
+def install(extra: str) -> str:
+    """Return the command that installs the packages of an extra, wherever mta itself was installed from."""
+    return f"pip install {' '.join(_TO_INSTALL.get(name, name) for name in EXTRAS[extra])}"

@@ -30,7 +30,7 @@ from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, dtype_name, gemm_rate, pick_device, pick_dtype, processor
-from mta.system.extras import EXTRAS
+from mta.system.extras import EXTRAS, install
 from mta.system.hub import is_cached
 from mta.system.provenance import version_of
 from mta.system.units import human_bytes, human_memory
@@ -281,10 +281,9 @@ def _extras() -> Iterator[Finding]:
     needed = {"eval", "assets"} if converts else {"eval"}
     for extra, packages in EXTRAS.items():
         if missing := [name for name in packages if version_of(name) is None]:
-            install = f"pip install 'merge-then-adapt[{extra}]'"
-            needs = f"A demo needs it: {install}" if extra in needed else ""
+            needs = f"A demo needs it: {install(extra)}" if extra in needed else ""
             found = f"not installed: {', '.join(missing)}"
-            yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install}")
+            yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install(extra)}")
         else:
             yield Finding("extras", extra, "ok", ", ".join(f"{name} {version_of(name)}" for name in packages))
     python = os.environ.get("MTA_VLLM_PYTHON") or ".vllm/bin/python"

@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from mta.data.history import Item
-from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rejects import HINT, Bad, Place, Rejects, data_error
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
 DATES_FROM = 1e8  # seconds since 1970: smaller numbers count something else, such as a person's items
+OTHER_LABELS = f"{HINT}\n  Other labels need a task of your own:  --task mine.yaml  (docs/how-to/add-a-task.md)"
 NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 
 
@@ -181,7 +182,7 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     item = Item(fields, time_in(row, time), own_id_in(row))
     if found := task.wrong(item):
         name, reason = found
-        raise Bad(keys[name], reason)
+        raise Bad(keys[name], reason, hint=OTHER_LABELS if name == target and labels else "")
     return item
 
 
@@ -282,7 +283,7 @@ def item_parts(
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), wanted.others.get(field)
-                hint = "" if ({column, other} - replaced) & seen else _rename(field, wanted)
+                hint = bad.hint if ({column, other} - replaced) & seen else _rename(field, wanted)
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"

@@ -40,8 +40,11 @@ def sections(found: Results) -> list[Section]:
 def _expected(found: Results) -> Section | None:
     """Return what the cards of the main banks say of gains, to compare with the gains that were measured."""
     calibrations = {name: facts["calibration"] for name, facts in found.facts.items() if facts.get("calibration")}
-    known = {name: CalibrationInfo.model_validate(one) for name, one in calibrations.items()}
-    texts = [f"**{name}**. {in_words(one)}{gains_table(one)}" for name, one in known.items()]
+    texts = list[str]()
+    for name, values in calibrations.items():
+        known = CalibrationInfo.model_validate(values)  # an earlier one promised a gain without shots, too
+        known = known.model_copy(update={"gains": tuple(gain for gain in known.gains if gain.shots)})
+        texts.append(f"**{name}**. {in_words(known)}{gains_table(known)}")
     return Section("What the banks' cards expect", "\n".join(texts), {}) if texts else None
 
 

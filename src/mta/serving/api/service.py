@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,7 @@ from mta.serving.api.schemas import ClassifyRequest, Request
 from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import Named, named
 from mta.store import Store
+from mta.system.atomic import read_json
 
 log = logging.getLogger("mta")
 P = ParamSpec("P")
@@ -49,7 +50,8 @@ _WRITERS = 4  # threads that wait for the store's lock at once: others look up p
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
-    ``strict_banks`` are bank folders that must not be served once they contain a forgotten person.
+    ``strict_banks`` maps the folders of the banks in memory to their hashes: a bank must not be served once it contains
+    a forgotten person, or its folder holds another bank, which may have been built without one.
     ``sweep`` is the number of seconds between two checks for people that other processes forgot.
     """
 
@@ -62,7 +64,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
-    strict_banks: Sequence[Path] = ()
+    strict_banks: Mapping[Path, str] = field(default_factory=dict)
     is_stale: bool = False
     sweep: float = 10.0
     rate: Rate = field(init=False)
@@ -128,15 +130,18 @@ class Service:
         return await answer(SharedModel(request.fallback))
 
     async def check_fresh(self, who: ServedModel | None = None) -> None:
-        """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
+        """Raises NeedsRebuild if a bank in memory must not be served (``strict_banks``), except for the base."""
         if who is BASE or not self.strict_banks:
             return
         # Permanent: the weights in memory stay stale even if the folder is rebuilt.
-        for bank in self.strict_banks:
-            if not (bank / INFO).exists() or bool(await self.apart_from_store(stale, bank)):
+        for folder, loaded in self.strict_banks.items():
+            if not await self.apart_from_store(_is_fresh, folder, loaded):
                 self.is_stale = True  # not |=, which would undo what another request found meanwhile
         if self.is_stale:
-            raise NeedsRebuild("the bank must be rebuilt without a forgotten person", hint="Ask the base meanwhile.")
+            raise NeedsRebuild(
+                "the bank must be rebuilt without a forgotten person, or its folder holds another bank by now",
+                hint="Start the server again with the rebuilt bank. Ask the base meanwhile.",
+            )
 
     def _version(self, found: Named) -> Version | None:
         number = found.version or self.store.latest(found.person)
@@ -241,6 +246,12 @@ class Service:
             for version, seal in seals.items()
             if seal is None or seal[: len(version.seal) or None] != version.seal  # vLLM names shorten seals
         }
+
+
+def _is_fresh(folder: Path, loaded: str) -> bool:
+    """Return whether a folder still holds the bank with the hash ``loaded``, without a forgotten person in it."""
+    described = read_json(folder / INFO)
+    return isinstance(described, dict) and described.get("hash") == loaded and not stale(folder)
 
 
 async def gateway(request: HttpRequest) -> Service:
