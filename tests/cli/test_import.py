@@ -50,7 +50,10 @@ def test_a_bank_is_not_calibrated_on_people_who_may_be_behind_its_loras(loras, t
     assert refused.code == 1
     assert "--unrelated" in refused.err
     assert mta(*calibrate, "--unrelated").json["calibration"]["people"] == 10
-    assert "whose ids are not names of imported LoRAs" in mta("bank", "show", tmp_path / "bank").out
+    card = mta("bank", "show", tmp_path / "bank").out
+    assert "whose ids are not names of imported LoRAs" in card
+    assert "the bank was not trained on" not in card
+    assert "The bank has no task LoRA: part of a gain can be the form of an answer" in card
 
 
 def test_with_the_people_of_all_loras_nothing_needs_to_be_confirmed(loras, tmp_path, monkeypatch):
