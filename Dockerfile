@@ -6,7 +6,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
 RUN python -m venv /opt/mta \
- && /opt/mta/bin/pip install --no-cache-dir --constraint constraints.txt ".[assets,eval,serve]"
+ && /opt/mta/bin/pip install --no-cache-dir --constraint constraints.txt ".[assets,lab,serve]"
 
 FROM python:3.11-slim-trixie
 # g++ compiles the kernels for the processor that is there, once (docs/decisions/008-compiled-kernels.md).

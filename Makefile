@@ -117,7 +117,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
 	@[ "$$(uname)" != Linux ] || [ "$$PIP_EXTRA_INDEX_URL" ] || \
 		echo "torch may bring gigabytes of CUDA. To leave it out: PIP_EXTRA_INDEX_URL=<the index for CPUs, see pytorch.org> make demo"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]" || $(NO_PACKAGES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,lab,serve]" || $(NO_PACKAGES)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -3,7 +3,7 @@
 It is no asset of mta, because Google's terms (ai.google.dev/gemma/terms) apply to everybody who fetches it. The weights
 are dequantized from Q4_K_M; it is a base model without a chat template. 233 MB are downloaded, and 1.1 GB are written.
 Run:  python -m benchmarks.gemma --out gemma
-Then: mta evaluate movielens --out runs/gemma-movielens --exhibit base run.base=gemma
+Then: mta-lab evaluate movielens --out runs/gemma-movielens --exhibit base run.base=gemma
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ from typer.cli import get_docs_for_click
 from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
-from mta.config import AttackSettings, CompareSettings, Run, Settings
+from mta.config import CompareSettings, Run, Settings
 from mta.data.tasks import load_task, task_names
-from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import DemoRecipe
+from mta_lab.cli import app as lab
+from mta_lab.experiments.recipe import Experiment
+from mta_lab.privacy.settings import AttackSettings
 
 
 def write_all(folder: Path) -> None:
@@ -32,9 +34,11 @@ def write_all(folder: Path) -> None:
 
 def verbs() -> str:
     """Every verb with its arguments, as its help has them."""
-    command = typer.main.get_command(app)
-    context = command.make_context("mta", [], resilient_parsing=True)
-    text = get_docs_for_click(obj=command, ctx=context, name="mta", title="Command line")
+    text = ""
+    for name, one, title in (("mta", app, "Command line"), ("mta-lab", lab, "The laboratory")):
+        command = typer.main.get_command(one)
+        context = command.make_context(name, [], resilient_parsing=True)
+        text += get_docs_for_click(obj=command, ctx=context, name=name, title=title)
     text = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, text)
     return re.sub(r"(?m)^\* `(.*?)`: ", r"- `\1`: ", text).replace("...`:", " …`:")
 
@@ -50,7 +54,7 @@ def settings() -> str:
         "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
         "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists "
         "you can change:\n\n"
-        "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `attack`, `serve`);\n"
+        "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `serve`, `mta-lab attack`);\n"
         "- `calibration.…` (`mta bank calibrate`; of the following it takes only `base`, `device`, `memory`, and "
         "`gradient_checkpointing`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
@@ -59,8 +63,8 @@ def settings() -> str:
     for title, kind in {
         "A run": Run,
         "A comparison: `mta compare`": CompareSettings,
-        "An attack: `mta attack`": AttackSettings,
-        "A recipe: `mta evaluate RECIPE`": Experiment,
+        "An attack: `mta-lab attack`": AttackSettings,
+        "A recipe: `mta-lab evaluate RECIPE`": Experiment,
         "A demo: `mta demo`": DemoRecipe,
     }.items():
         text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"

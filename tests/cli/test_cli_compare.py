@@ -1,4 +1,4 @@
-"""``mta compare`` and ``mta attack``, from a saved bank and a file of ratings."""
+"""``mta compare`` and ``mta-lab attack``, from a saved bank and a file of ratings."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_attack_attacks_the_bank(world, tmp_path):
     own = rows["the anchors' items", "the anchor's own"]
     assert (own["models"], own["members"], own["others"]) == (2, 6, 12)
     assert set(own["attacks"]) == {"loss", "over base", "over task LoRA"}
-    assert said.json["meta"]["command"].startswith("mta attack ")
+    assert said.json["meta"]["command"].startswith("mta-lab attack ")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == said.json
     assert (tmp_path / "out" / "privacy.png").stat().st_size > 1000
     assert not any(word in said.out for word in ("quispe", "hoxha", "Zorblax"))

@@ -1,4 +1,4 @@
-"""``mta data`` and ``mta score``: what is in a file."""
+"""``mta data`` and ``mta-lab score``: what is in a file."""
 
 import json
 import os

@@ -22,16 +22,16 @@ from mta.data.readers import read_people
 from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, Diverged, StoreError
-from mta.evaluation.experiments.recipe import load_experiment
-from mta.evaluation.experiments.results import read_records
-from mta.evaluation.experiments.runner import run_experiment
-from mta.evaluation.experiments.workspace import Workspace
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.worker import open_stages
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import resolve
+from mta_lab.experiments.recipe import load_experiment
+from mta_lab.experiments.results import read_records
+from mta_lab.experiments.runner import run_experiment
+from mta_lab.experiments.workspace import Workspace
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
 PEOPLE = 12

@@ -11,7 +11,6 @@ from mta.data.tasks import load_task
 from mta.errors import Diverged, InputError
 from mta.evaluation import Context, Panel, context, run_methods
 from mta.evaluation.compare import compare, standard_methods
-from mta.evaluation.experiments.runner import compute_records
 from mta.evaluation.methods import (
     Base,
     GlobalConstant,
@@ -27,6 +26,7 @@ from mta.evaluation.methods import (
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports.summary import headline, verdict
 from mta.evaluation.statistics import Comparison, Row, bootstrap
+from mta_lab.experiments.runner import compute_records
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))

@@ -12,10 +12,11 @@ from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.settle import one_step
 from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 from mta.evaluation.context import Context
-from mta.evaluation.methods import Merged, MergeThenAdapt, OneLora, Prime
+from mta.evaluation.methods import Merged, MergeThenAdapt, OneLora
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import frozen_numbers
 from mta.training.plan import parameters_of
+from mta_lab.methods.published import Prime
 
 SHAPE = Lora(rank=1, alpha=4.0)
 STACK = StackSettings(lora=SHAPE, training=Training(lr=1e-2, steps=2, batch_size=8))

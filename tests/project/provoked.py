@@ -235,7 +235,7 @@ PROVOKED = {
     "MissingExtra": (
         lambda w: require("eval", "no-such-package"),
         ("no-such-package is not installed", "no-such-package", "belongs to the extra 'eval'"),
-        "pip install bm25s cma matplotlib rouge-score",
+        "pip install bm25s matplotlib rouge-score",
     ),
     "AssetError": (
         lambda w: BaseModel.load("./no"),

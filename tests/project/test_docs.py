@@ -18,10 +18,11 @@ from typer import BadParameter
 from typer.main import get_command
 
 from mta.cli.app import app
-from mta.config import AttackSettings, CompareSettings, Run
+from mta.config import CompareSettings, Run
 from mta.errors import HubError
-from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import DemoRecipe
+from mta_lab.experiments.recipe import Experiment
+from mta_lab.privacy.settings import AttackSettings
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
 TUTORIAL = ROOT / "docs" / "tutorial" / "your-people.md"

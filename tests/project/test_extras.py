@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from mta.cli.compare import attack, compare
-from mta.cli.evaluate import demo, evaluate, report, score
+from mta.cli.compare import compare
+from mta.cli.demo import demo
 from mta.cli.serve import serve
 from mta.data.bm25 import retrieve
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.distributed.ray import Cluster
 from mta.errors import MissingExtra
-from mta.evaluation.methods.published import Prime
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports import figures
 from mta.system.assets import fetch
 from mta.system.extras import EXTRAS, install
 from mta.tracking.trackers import SINKS, tracker
+from mta_lab.cli import attack, evaluate, report, score
+from mta_lab.methods.published import Prime
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -56,15 +57,15 @@ def test_without_extras_a_bank_is_built_and_people_are_personalized_answered_and
 
 FEATURES = {
     "a gateway": ("serve", "fastapi", lambda: serve()),
-    "an experiment": ("eval", "cma", lambda: evaluate("lamp3")),
-    "a comparison": ("eval", "cma", lambda: compare("people.jsonl")),
-    "an attack": ("eval", "cma", lambda: attack("people.jsonl")),
-    "scores": ("eval", "cma", lambda: score(Path("mine.json"), "true.json", "lamp3")),
-    "a report": ("eval", "matplotlib", lambda: report([Path("runs")])),
+    "an experiment": ("lab", "cma", lambda: evaluate("lamp3")),
+    "a comparison": ("eval", "bm25s", lambda: compare("people.jsonl")),
+    "an attack": ("lab", "cma", lambda: attack("people.jsonl")),
+    "scores": ("lab", "rouge-score", lambda: score(Path("mine.json"), "true.json", "lamp3")),
+    "a report": ("lab", "matplotlib", lambda: report([Path("runs")])),
     "a demo": ("eval", "rouge-score", lambda: demo()),
     "ROUGE": ("eval", "rouge-score", lambda: measure(load_task("lamp4"), Answers(["a"]), ["b"])),
     "BM25": ("eval", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
-    "CMA-ES": ("eval", "cma", lambda: Prime().run(None, 0)),
+    "CMA-ES": ("lab", "cma", lambda: Prime().run(None, 0)),
     "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
     "Parquet": ("tables", "pyarrow", lambda: read_people(Path("people.parquet"), "text")),

@@ -13,7 +13,7 @@ from pages import ROOT
 from benchmarks.gains import SETS, gains, picture
 from mta.evaluation.reports import html
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.report import report
+from mta_lab.reports.report import report
 
 RESULTS = ROOT / "results"
 PUBLISHED = sorted(path.parent for path in RESULTS.rglob("scores.jsonl.gz"))

@@ -1,7 +1,8 @@
 """The guide to a method of one's own: its code, as it stands there."""
 
 import re
-from dataclasses import replace
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,26 +12,32 @@ from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.recipe import load_experiment
-from mta.evaluation.methods import METHODS
-from mta.evaluation.methods.merged import answered
-from mta.evaluation.methods.method import Method, Outcome, register
+from mta.evaluation.methods import method_class, method_names
 from mta.evaluation.protocol import Panel
+from mta.system import plugins
+from mta_lab.experiments.recipe import load_experiment
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md").read_text()
 
 
 @pytest.fixture
-def methods():
-    """The two classes of the guide, registered for one test."""
-    given = {"replace": replace, "MergeSettings": MergeSettings, "answered": answered, "Method": Method}
-    names = {**given, "Outcome": Outcome, "register": register, "Panel": Panel, "__name__": "guide"}
-    before = dict(METHODS)
-    for block in re.findall(r"```python\n((?!def test_|report = ).*?)```", GUIDE, re.DOTALL):
-        exec(compile(block.replace("from __future__ import annotations\n", ""), "guide", "exec"), names)
-    yield {name: METHODS[name] for name in METHODS.keys() - before.keys()}
-    METHODS.clear()
-    METHODS.update(before)
+def methods(tmp_path, monkeypatch):
+    """The two classes of the guide, in a package that is installed for one test."""
+    blocks = re.findall(r"```python\n((?!def test_|report = ).*?)```", GUIDE, re.DOTALL)
+    code = "\n".join(block.replace("from __future__ import annotations\n", "") for block in blocks)
+    (tmp_path / "my_methods.py").write_text(f"from __future__ import annotations\n{code}")
+    (project,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    (group,) = (named := tomllib.loads(project)["project"])["entry-points"]
+    installed = tmp_path / "my_methods-0.1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {named['name']}\nVersion: {named['version']}\n")
+    entries = [f"{name} = {place}" for name, place in named["entry-points"][group].items()]
+    (installed / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries]))
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.load.cache_clear()
+    yield {name: method_class(name) for name in sorted(set(method_names()) & {"smoothed", "shrunk"})}
+    plugins.load.cache_clear()
+    del sys.modules["my_methods"]
 
 
 def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):

@@ -125,7 +125,7 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
     ("free", "verdict", "hint"),
     [
         (8 * GIB, "ok", ""),
-        (4 * GIB, "warning", "Give memory=3GiB (mta demo and mta evaluate: run.memory=3GiB)."),
+        (4 * GIB, "warning", "Give memory=3GiB (mta demo and mta-lab evaluate: run.memory=3GiB)."),
         (BASE, "problem", "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."),
         (None, "warning", ""),
     ],
@@ -279,14 +279,14 @@ def test_versions_are_compared_as_numbers(less, more):
 
 
 def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, monkeypatch):
-    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("uvicorn", "cma", "gguf") else "1.0")
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("uvicorn", "bm25s", "gguf") else "1.0")
     findings = list(doctor._extras())
     serve = found("serve", findings)
     assert (serve.verdict, serve.found) == ("ok", "not installed: uvicorn")
     assert serve.hint == "Optional: pip install fastapi httpx2 prometheus-client uvicorn"
     needed = found("eval", findings)
-    assert (needed.verdict, needed.found) == ("problem", "not installed: cma")
-    assert needed.hint == "A demo needs it: pip install bm25s cma matplotlib rouge-score"
+    assert (needed.verdict, needed.found) == ("problem", "not installed: bm25s")
+    assert needed.hint == "A demo needs it: pip install bm25s matplotlib rouge-score"
     assert found("assets", findings).verdict == "problem"
     monkeypatch.setattr(doctor, "is_present", lambda name: True)
     assert found("assets", doctor._extras()).verdict == "ok"

@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from mta import __version__
-from mta.cli import bank, compare, data, evaluate, machine, person, personalize, predict, serve, store
+from mta.cli import bank, compare, data, demo, machine, person, personalize, predict, serve, store
 from mta.cli.options import Interrupted
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 START, BUILD, MEASURE, MANAGE = "Start here", "Build and use", "Measure", "Manage"
-app.command(rich_help_panel=START)(evaluate.demo)
+app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=START)(machine.doctor)
 app.add_typer(data.app, name="data", rich_help_panel=BUILD)
 app.add_typer(bank.app, name="bank", rich_help_panel=BUILD)
@@ -36,10 +36,6 @@ app.command(rich_help_panel=BUILD)(serve.generate)
 app.command(rich_help_panel=BUILD)(predict.predict)
 app.command(rich_help_panel=BUILD)(serve.serve)
 app.command(rich_help_panel=MEASURE)(compare.compare)
-app.command(rich_help_panel=MEASURE)(compare.attack)
-app.command(rich_help_panel=MEASURE)(evaluate.evaluate)
-app.command(rich_help_panel=MEASURE)(evaluate.report)
-app.command(rich_help_panel=MEASURE)(evaluate.score)
 app.command(rich_help_panel=MEASURE)(machine.size)
 app.add_typer(person.app, name="person", rich_help_panel=MANAGE)
 app.command(rich_help_panel=MANAGE)(person.export)
@@ -57,11 +53,16 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 _LESS_MEMORY = (
     "Lower memory=, set gradient_checkpointing=true, or choose another device: --device cpu. "
-    "(mta demo and mta evaluate: run.memory=, run.device=cpu, and so on)"
+    "(mta demo and mta-lab evaluate: run.memory=, run.device=cpu, and so on)"
 )
 
 
 def main() -> None:
+    """Run a command of ``mta``."""
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
     """Run a command. Print a user's mistake without a traceback, and exit with 1."""
     if sys.platform == "win32":  # writing files needs flags of POSIX: system/atomic.py
         typer.echo("mta does not run on Windows. Install and run it in WSL 2.", err=True)

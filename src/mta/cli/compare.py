@@ -1,4 +1,4 @@
-"""``mta compare`` and ``mta attack``: what a bank gains for people, and what it reveals about them."""
+"""``mta compare``: what a bank gains for people."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typer import Option
 import mta
 from mta.cli import options, screen
 from mta.cli.screen import Screen, show_json
-from mta.config import AttackSettings, CompareSettings, Run, load_settings
-from mta.config.loader import read_yaml
+from mta.config import CompareSettings, Run, load_settings
+from mta.config.loader import Settings, read_yaml
 from mta.data.history import Person
 from mta.system.extras import require
 
 if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
 
-Kind = TypeVar("Kind", CompareSettings, AttackSettings)
+Kind = TypeVar("Kind", bound=Settings)
 RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
 Out = Annotated[Path | None, Option(help="Folder for report.html, results.json and the run's settings.")]
 
@@ -58,9 +58,9 @@ def compare(
     """
     require("eval")  # before a model is loaded
     columns = options.Columns(person_column, input_column, output_column, time_column)
-    given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
+    given = Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
-    with _open(given, "comparison", CompareSettings) as session:
+    with opened(given, "comparison", CompareSettings) as session:
         step, say = session.folder.step, session.screen.say
         report = mta.compare(
             session.base,
@@ -85,55 +85,8 @@ def compare(
         typer.echo(f"Report: {out / 'report.html'}; what follows from it: docs/how-to/decide.md", err=True)
 
 
-def attack(
-    source: options.Source,
-    words: options.Words = None,
-    bank: options.BankDir = Path("bank"),
-    out: Out = None,
-    config: options.Config = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
-    skip_bad: options.SkipBad = None,
-    track: options.Track = None,
-    json: options.Json = False,
-) -> None:
-    """Attack a bank, its merges and personal models by their losses on training items and other items.
-
-    Do they reveal which items a model was trained on? SOURCE holds the people of the bank and other people. key=value
-    sets the attack (shots=8 targets=16 items=16; fewer targets take less time) and overrides merge.…, stack.…, memory
-    and dtype of the bank.
-
-    Example:  mta attack everybody.jsonl --bank bank/ --out privacy/
-    """
-    from mta.evaluation.privacy import report
-    from mta.evaluation.privacy.runner import privacy
-
-    require("eval")  # before a model is loaded
-    columns = options.Columns(person_column, input_column, output_column, time_column)
-    given = _Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
-    command = options.command_line()
-    with _open(given, "privacy", AttackSettings) as session:
-        found = privacy(
-            session.base,
-            session.bank,
-            session.people,
-            session.settings,
-            run=session.run,
-            on_step=session.folder.step,
-            say=session.screen.say,
-        )
-        session.folder.outcome = found.outcome()
-        if out:
-            report.write(found, out, command)
-    show_json(report.to_json(found, command)) if json else report.show(found, screen.tables())
-
-
-class _Arguments(NamedTuple):
-    """The options of both commands."""
+class Arguments(NamedTuple):
+    """The options of a command that measures a bank on people."""
 
     source: str
     words: list[str]
@@ -148,7 +101,7 @@ class _Arguments(NamedTuple):
 
 
 @dataclass
-class _Session(Generic[Kind]):
+class Session(Generic[Kind]):
     """A bank and people, ready to be measured."""
 
     base: mta.BaseModel
@@ -161,7 +114,7 @@ class _Session(Generic[Kind]):
 
 
 @contextmanager
-def _open(given: _Arguments, name: str, kind: type[Kind]) -> Iterator[_Session[Kind]]:
+def opened(given: Arguments, name: str, kind: type[Kind]) -> Iterator[Session[Kind]]:
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
     tracker = options.tracker_for(given.track, given.out)
     people = options.people_in(given.source, options.task_of(given.bank), given.columns, given.skip_bad)
@@ -176,11 +129,11 @@ def _open(given: _Arguments, name: str, kind: type[Kind]) -> Iterator[_Session[K
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     with Screen() as screen, options.run_folder(name, given.out, base, bank, used, tracker, screen.step) as folder:
-        yield _Session(base, bank, run, people, chosen, screen, folder)
+        yield Session(base, bank, run, people, chosen, screen, folder)
 
 
 def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str], list[str]]:
-    """Return the settings of a comparison or an attack, and as key=value those of the run: of words, of the file."""
+    """Return the settings of what is measured, and as key=value those of the run: of words, of the file."""
     given = read_yaml(config).items()
     file_words = [
         f"{key}={dumps(value, default=str, ensure_ascii=False)}" for key, value in given if key in RUN_SETTINGS

@@ -244,9 +244,9 @@ def tracker_for(name: str | None, folder: Path | None) -> Opener | None:
     return tracker(name) if name else None
 
 
-def command_line() -> str:
+def command_line(program: str = "mta") -> str:
     """Return the command as it was typed, without passwords."""
-    return without_passwords(shlex.join(["mta", *sys.argv[1:]]))
+    return without_passwords(shlex.join([program, *sys.argv[1:]]))
 
 
 def without_passwords(command: str) -> str:

@@ -49,7 +49,7 @@ def personalize(
     workers: options.Workers = None,
     together: options.Together = None,
     run: Annotated[
-        Path | None, Option("--run", help="Folder for this run's settings and metrics, for mta report.")
+        Path | None, Option("--run", help="Folder for this run's settings and metrics, for mta-lab report.")
     ] = None,
     track: options.Track = None,
     json: options.Json = False,

@@ -1,7 +1,6 @@
 """Settings: schema, validation, and reading from YAML files and the command line."""
 
 from mta.config.loader import Settings as Settings
-from mta.config.schema import AttackSettings as AttackSettings
 from mta.config.schema import BankSettings as BankSettings
 from mta.config.schema import CalibrationSettings as CalibrationSettings
 from mta.config.schema import CompareSettings as CompareSettings

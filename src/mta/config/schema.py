@@ -229,17 +229,6 @@ class CompareSettings(Settings):
     )
 
 
-class AttackSettings(Settings):
-    """How a bank is attacked: ``targets`` people outside the bank are personalized from their first ``shots`` items.
-
-    Every model is then scored on at most ``items`` items that each anchor was trained on.
-    """
-
-    shots: int = Field(default=8, ge=1, description="first items of a target person")
-    targets: int = Field(default=16, ge=1, description="people who are personalized and attacked")
-    items: int = Field(default=16, ge=1, description="items of each anchor to score")
-
-
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

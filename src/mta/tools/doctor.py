@@ -189,7 +189,7 @@ def _memory(bank: Path | None, wanted: str | None = None) -> Iterator[Finding]:
         problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
     elif free <= bound + BASE:
         less = f"memory={max((free - BASE) // (1 << 30), 1)}GiB"
-        warning = f"Give {less} (mta demo and mta evaluate: run.{less})."
+        warning = f"Give {less} (mta demo and mta-lab evaluate: run.{less})."
     yield _judged("memory", "free", f"{human_memory(free)}{where}; {needs}", problem=problem, warning=warning)
 
 

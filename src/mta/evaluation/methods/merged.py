@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import ClassVar, Literal, Self
@@ -20,7 +17,7 @@ from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, can_merge, coefficients, learn, merge_adapters, needs_encodings, needs_evidence
+from mta.personalize.merge import Merge, can_merge, coefficients, merge_adapters, needs_encodings, needs_evidence
 from mta.personalize.policies import POLICIES, policy_of
 from mta.personalize.stages import adapt
 from mta.system.device import clock
@@ -70,7 +67,7 @@ class Merged(Method):
         return self
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return _fits(self.merge, task, anchors, calibrated) and (self.anchors or 0) <= anchors
+        return fits(self.merge, task, anchors, calibrated) and (self.anchors or 0) <= anchors
 
     @property
     def seeded(self) -> bool:
@@ -86,40 +83,6 @@ class Merged(Method):
 
 
 @register
-class MergedByLayer(Method):
-    """The learned policy with separate coefficients for each of ``groups`` equally deep groups of layers."""
-
-    seeded: ClassVar[bool] = True
-    method: Literal["merge-by-layer"] = "merge-by-layer"
-    name: str = "merge only, by layer"
-    merge: MergeSettings | None = None
-    groups: int = 3
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return _fits(self.merge, task, anchors, calibrated)
-
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, bank = panel.merge_settings(self.merge), panel.bank
-        policy = "uniform" if settings.start == "zero" else "posterior"  # of the same anchors
-        first, seconds = panel.merge(settings.model_copy(update={"policy": policy}), seed)
-        if settings.start == "zero":
-            first = replace(first, w=torch.zeros_like(first.w))
-        start = clock(panel.base.device)
-        merge = learn(
-            panel.base,
-            panel.jobs,
-            bank.device_anchors,
-            bank.task_adapters,
-            replace(first, w=first.w.to(panel.base.master_dtype)),
-            settings.learned,
-            layer_groups(bank.device_anchors.names, self.groups),
-            seed=seed,
-            tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
-        )
-        return answered(panel, merge, seconds + clock(panel.base.device) - start, settings.mode, settings.rank)
-
-
-@register
 class MergeThenAdapt(Method):
     """MTA: stage 2, then the stack on top of it."""
 
@@ -131,7 +94,7 @@ class MergeThenAdapt(Method):
     stack: StackSettings | None = None
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return _fits(self.merge, task, anchors, calibrated)
+        return fits(self.merge, task, anchors, calibrated)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings = panel.merge_settings(self.merge)
@@ -196,14 +159,8 @@ def bytes_of(merge: Merge) -> float:
     return fmean(map(one, range(len(merge.ids))))
 
 
-def layer_groups(names: Sequence[str], groups: int) -> list[int]:
-    """Return the group of each adapted layer: ranges of equal depth, numbered from the input on."""
-    blocks = [int(found[0]) if (found := re.findall(r"\d+", name)) else 0 for name in names]
-    depth = max(blocks) + 1
-    return [block * min(groups, depth) // depth for block in blocks]
-
-
-def _fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
+def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
+    """Return whether the settings of a merge, if any, work for a task and a bank."""
     return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
 
 

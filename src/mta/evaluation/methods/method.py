@@ -18,10 +18,22 @@ from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, Panel
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
+from mta.system import plugins
 from mta.system.atomic import json_sha256
 from mta.training.scoring import label_scores, log_likelihood
 
-__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "OverMethod", "answer", "parse_method", "register"]
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Method",
+    "Outcome",
+    "OverMethod",
+    "answer",
+    "method_class",
+    "method_names",
+    "parse_method",
+    "register",
+]
 
 
 class Method(Settings, ABC):
@@ -96,6 +108,7 @@ def _unnamed(settings: Any) -> Any:
 
 
 METHODS: dict[str, type[Method]] = {}
+GROUP = "mta.methods"  # of the entry points by which methods of other packages are found
 M = TypeVar("M", bound=Method)
 
 
@@ -111,10 +124,20 @@ def parse_method(value: Any) -> Method:
         return value
     values = {"method": value} if isinstance(value, str) else value
     name = values.get("method") if isinstance(values, Mapping) else None
-    kind = METHODS.get(name) if isinstance(name, str) else None
+    kind = method_class(name) if isinstance(name, str) else None
     if kind is None:
-        raise ConfigError(f"no such method: {value!r}", hint=f"Use one of: {', '.join(sorted(METHODS))}.")
+        raise ConfigError(f"no such method: {value!r}", hint=f"Use one of: {', '.join(method_names())}.")
     return kind.model_validate(values)
+
+
+def method_class(name: str) -> type[Method] | None:
+    """Return the class of methods with this name; None without one."""
+    return METHODS.get(name) or plugins.load(GROUP, name)
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, those of other packages included."""
+    return sorted({*METHODS, *plugins.names(GROUP)})
 
 
 AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports.summary import MEANING, OURS, POOLED, RIVAL, better_side, judge, title_of, verdict
-from mta.evaluation.statistics import Comparison, Interval, Resampled, corrected
+from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
 _COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
@@ -47,75 +46,12 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return list(filled), list(map(list, zip(*filled.values())))
 
 
-def overview(many: Sequence[Results]) -> str:
-    """Return the main table over data sets: each method's primary metric and its difference to the pooled model.
-
-    Each set's columns are over the people whom all of its methods have.
-    """
-    compared = [(found.name, comparison) for found in many if (comparison := found.comparison("main"))]
-    if not compared:
-        return ""
-    names = list(dict.fromkeys(name for _, c in compared for name in c.names))
-    heads, columns = ["method"], [names]
-    for data, c in compared:
-        measure, known = c.yardstick, c.names
-        heads += [f"{data} ({c.people} people): {c.primary}", f"{measure} against {POOLED}", "worse off"]
-        columns.append([str(c.score(name, c.primary) or "") if name in known else "" for name in names])
-        columns.append([marked(c, measure, name, POOLED) for name in names])
-        shares = [c.worse_off(name, POOLED) for name in names]
-        columns.append([f"{share[0]:.0%}" if share else "" for share in shares])
-    said = (
-        "Each set with the seeds that all of its methods have; the main methods over more seeds: each set's page.\n\n"
-    )
-    return said + markdown(heads, list(zip(*columns)))
-
-
-def primary(many: Sequence[Results]) -> str:
-    """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty.
-
-    Those that were not run count, too. Each is over the people and seeds that both methods and the task LoRA have,
-    whatever other methods have, in the exhibit with most people, and then most seeds. (People who are trained only to
-    measure times have no results of the task LoRA.)
-    """
-    named = [(found, other) for found in many for other in found.recipe.primary]
-    tests = [_widest(found, other) for found, other in named]
-    run = [test for test, *_ in filter(None, tests)]
-    if not run:
-        return ""
-    rows, results = [], iter(corrected(run, len(named)))
-    for (found, other), test in zip(named, tests):
-        cells = ["", "", "", "not run", ""]
-        if test:
-            resampled, people, seeds = test
-            interval, p = next(results)
-            counts = str(people), str(resampled.count), str(seeds)
-            cells = [*counts, f"{interval.mean:+.3f} {_brackets(interval)}", f"{p:.4f}"]
-        rows.append([found.name, other, *cells])
-    said = (
-        f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
-        "Measured by NLL where there is one."
-    )
-    heads = ["set", f"{OURS} against", "people", "independent", "seeds", "difference", "p"]
-    return f"{said}\n\n{markdown(heads, rows)}"
-
-
-def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
-    """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
-    tried: list[tuple[Resampled, int, int]] = []
-    for exhibit in ("seeds", "main"):
-        rows = (OURS, other, POOLED)
-        comparison = found.comparison(exhibit, among=rows)
-        if comparison and (test := comparison.resampled(OURS, other, comparison.yardstick)):
-            tried.append((test, comparison.people, len(found.seeds(exhibit, among=rows))))
-    return max(tried, key=lambda one: one[1:], default=None)
-
-
 def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
     """Return the difference of two methods with its interval, in bold if the interval excludes zero."""
     difference = comparison.difference(name, other, metric)
     if difference is None:
         return ""
-    text = f"{difference.mean:+.3f} {_brackets(difference)}"
+    text = f"{difference.mean:+.3f} {brackets(difference)}"
     return text if judge(metric, difference, comparison.independent) == "unclear" else f"**{text}**"
 
 
@@ -179,8 +115,9 @@ def _change(comparison: Comparison, name: str) -> str:
     if difference is None:
         return ""
     said = judge(comparison.yardstick, difference, comparison.independent)
-    return f"{difference.mean:+.3f} [{_COLOURS[said]}]{said}[/]\n[dim]{escape(_brackets(difference))}[/]"
+    return f"{difference.mean:+.3f} [{_COLOURS[said]}]{said}[/]\n[dim]{escape(brackets(difference))}[/]"
 
 
-def _brackets(interval: Interval) -> str:
+def brackets(interval: Interval) -> str:
+    """Return an interval in brackets, with signs."""
     return f"[{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -1,0 +1,234 @@
+"""Recipes of experiments: sizes of the parts, training settings, and the methods that each exhibit compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mta.config import Run, override
+from mta.config.loader import Settings, checked, merged_over, read_yaml
+from mta.config.schema import Seed
+from mta.data.shots_and_queries import QueryOrder
+from mta.errors import ConfigError, InputError
+from mta.evaluation.methods import AnyMethod, Method, method_class
+
+FOLDER = Path(str(resources.files("mta_lab"))) / "recipes"
+Which = Literal["test", "development"]
+MAIN_BANK = "main"
+
+
+def bank_name(bank: str, seed: int) -> str:
+    """Return the name of a bank for a seed: in its folder, current.json, and banks.json."""
+    return f"{bank}-{seed}"
+
+
+FREE = ("merge.", "merge=", "stack.", "stack=", "memory=")  # settings that do not change how a bank is trained
+FIXED = ("base", "dtype", "device", "task=", "task.", "max_tokens", "seed")  # settings of the whole experiment
+
+
+class Sizes(Settings):
+    """Maximum number of people in each part; a small data set gives a share of the people with enough items."""
+
+    test: int = Field(100, ge=1)
+    development: int = Field(40, ge=0)
+    candidates: int = Field(200, ge=4)
+    task: int = Field(400, ge=0)
+    together: bool = Field(True, description="people who share items are in one part")
+    never_tested: int = Field(0, ge=0, description="so many people, the first by hash: choices were made on them")
+
+
+class Part(Settings):
+    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, or ``pool`` change how it is trained."""
+
+    methods: tuple[AnyMethod, ...]
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    bank: str = MAIN_BANK
+    words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
+    retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
+    pool: Literal["task", "everything", "as-many"] = Field(
+        "task",
+        description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
+    )
+    whom: Which = "test"
+    people: int | None = Field(None, ge=1)  # only the first people, this many, whatever ``compared`` is
+    texts: bool = True  # generate free text; otherwise only the likelihood of the true text is computed
+
+    @property
+    def bank_settings(self) -> tuple[Any, ...]:
+        """The part's settings of its bank: words, items retrieved into prompts, and the pool it is trained on."""
+        return tuple(word for word in self.words if not word.startswith(FREE)), self.retrieve, self.pool
+
+    @model_validator(mode="after")
+    def _check_bank(self) -> Self:
+        if fixed := [word for word in self.words if word.startswith(FIXED)]:
+            raise ValueError(f"words: {fixed[0]!r} would change the base or its prompts; make another recipe for it")
+        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, "task"):
+            raise ValueError("words, retrieve, or pool change how a bank is trained: give it a name with bank:")
+        return self
+
+
+class Experiment(Settings):
+    """All comparisons on one set of people. Exhibits share banks, splits and scores."""
+
+    about: str = Field("", description="one line about the data and the task")
+    data: str | None = Field(None, description="people, as for --data; null: --data has to be given")
+    needs_test: bool = Field(False, description="the tested people come from another file, --test")
+    people: Sizes = Sizes()
+    ask: QueryOrder = Field(
+        "last", description="queries are a person's last items, or the next ones after the first shots"
+    )
+    shots: int = Field(8, ge=1, description="items that a person's model learns from")
+    queries: int = Field(4, ge=1, description="items to predict, of a person")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")
+    compared: int | None = Field(None, ge=1, description="test only the first people, this many")
+    primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
+    few: int = Field(30, ge=1, description="leave out a number of shots if fewer people have enough items")
+    run: Run
+    tuned: dict[str, dict[str, Any]] = Field(
+        {}, description="settings of the methods with these names, in every exhibit"
+    )
+    exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures: lists of parts, with methods")
+
+    def limited(self, people: int) -> Self:
+        """Return the experiment with at most so many tested people in every exhibit."""
+
+        def least(own: int | None) -> int:
+            return min(own or people, people)
+
+        exhibits = {
+            name: tuple(
+                part.model_copy(update={"people": least(part.people) if part.people else None}) for part in parts
+            )
+            for name, parts in self.exhibits.items()
+        }
+        return self.model_copy(update={"compared": least(self.compared), "exhibits": exhibits})
+
+    def seeds_of(self, part: Part) -> tuple[int, ...]:
+        """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""
+        return tuple(seed for seed in self.seeds if seed in part.seeds) or self.seeds[: 1 if part.seeds else None]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tune(cls, values: Any) -> Any:
+        tuned, exhibits = values.get("tuned") or {}, values.get("exhibits", {})
+        if not isinstance(tuned, dict) or not all(isinstance(one, dict) for one in tuned.values()):
+            raise ValueError("tuned names methods, and below each its settings")
+        if not isinstance(exhibits, dict) or not all(isinstance(parts, list | tuple) for parts in exhibits.values()):
+            raise ValueError("exhibits are lists of parts: a name, then below it '- methods: [...]'")
+
+        def with_tuned(part: Any) -> Any:
+            if not isinstance(part, dict):
+                return part
+            methods = part.get("methods", ())
+            if not isinstance(methods, list | tuple):
+                raise ValueError("methods is a list, such as [base, task-lora]")
+            return part | {"methods": [_tuned(method, tuned) for method in methods]}
+
+        if not exhibits:
+            raise ValueError("exhibits are missing: a name for each, then below it '- methods: [...]'")
+        return values | {"tuned": tuned, "exhibits": {name: list(map(with_tuned, exhibits[name])) for name in exhibits}}
+
+    @field_validator("exhibits")
+    @classmethod
+    def _check_row_names(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        for exhibit, parts in exhibits.items():
+            names = [(part.bank, method.name) for part in parts for method in part.methods]
+            if twice := [row for row in names if names.count(row) > 1]:
+                raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0][1]!r}; give each a name")
+        return exhibits
+
+    @field_validator("exhibits")
+    @classmethod
+    def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        trained: dict[str, tuple[Any, ...]] = {}
+        for part in (part for parts in exhibits.values() for part in parts):
+            if trained.setdefault(part.bank, part.bank_settings) != part.bank_settings:
+                raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
+        return exhibits
+
+
+def _tuned(method: Any, tuned: Mapping[str, Any]) -> Any:
+    """Return a method of a recipe, and the methods within it, with the settings that are tuned for their names."""
+    values = {"method": method} if isinstance(method, str) else method
+    kind = method_class(str(values.get("method"))) if isinstance(values, dict) else None
+    if kind is None:
+        return method  # an error that the check of the methods reports
+
+    def default(name: str) -> Any:
+        return kind.model_fields[name].get_default() if name in kind.model_fields else None
+
+    found = merged_over(values, tuned.get(str(values.get("name", default("name"))), {}))
+    if over := found.get("over", default("over")):
+        found["over"] = _tuned(_as_values(over), tuned)
+    if isinstance(candidates := found.get("candidates", default("candidates")), list | tuple):
+        found["candidates"] = [_tuned(_as_values(one), tuned) for one in candidates]
+    return found
+
+
+def _as_values(method: Any) -> Any:
+    """Return a method as it stands in a recipe."""
+    return method.model_dump(mode="json") if isinstance(method, Method) else method
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the packaged experiments."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("[!_]*.yaml")))
+
+
+def load_experiment(name: str | Path) -> Experiment:
+    """Return an experiment by name or by the path of a YAML file. Raises ConfigError."""
+    return checked(Experiment, _values(str(name)), f"recipe {name}")
+
+
+def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe's settings merged over those of its ``over`` recipe; file names are relative to ``folder``."""
+    path = folder / name if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        hint = f"Give the path of a .yaml, or one of: {', '.join(names())}. For a file of people:  mta compare"
+        raise ConfigError(f"no recipe {name!r}", hint=hint)
+    if path.resolve() in above:
+        raise ConfigError(f"recipe {above[0].name} is over itself", hint="Remove one of the lines  over: …")
+    values = read_yaml(path)
+    below, above = values.pop("over", None), (*above, path.resolve())
+    if below is None:
+        return values
+    if not isinstance(below, str):
+        raise ConfigError(f"{path}: over is {below!r}, expected one recipe", hint="Write a line such as  over: lamp3")
+    return merged_over(_values(below, path.parent, above), values)
+
+
+def _check_words(recipe: Experiment) -> None:
+    """Raise InputError if two parts run one method with different merges or stacks: a report would mix the results."""
+    known: dict[tuple[str, str], object] = {}
+    for part in (part for parts in recipe.exhibits.values() for part in parts):
+        run = override(recipe.run, [word for word in part.words if word.startswith(FREE)])
+        for method in part.methods:
+            settings = run.merge, run.stack
+            if method.uses_bank and known.setdefault((part.bank, method.digest), settings) != settings:
+                raise InputError(
+                    f"two parts run {method.name!r} on bank {part.bank!r} with different words",
+                    hint="Give the method its own merge and stack instead.",
+                )
+
+
+def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:
+    """Return the exhibits to run: the named ones, or all exhibits for these people. Raises InputError."""
+    if unknown := [name for name in exhibits if name not in recipe.exhibits]:
+        raise InputError(
+            f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}",
+            hint=f"For example:  --exhibit {next(iter(recipe.exhibits))}",
+        )
+    _check_words(recipe)
+    own = [
+        name
+        for name, parts in recipe.exhibits.items()
+        if all(part.whom == which for part in parts) and (parts or which == "test")  # without parts: about the banks
+    ]
+    if other := [name for name in exhibits if name not in own and which == "test"]:
+        raise InputError(f"exhibit {other[0]!r} is for development people only", hint="Add --on development.")
+    return list(exhibits) or own

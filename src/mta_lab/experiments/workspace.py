@@ -1,0 +1,364 @@
+"""The folder of an experiment at work: its people, the banks that are built for it, and the panels tested on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from mta.bank.anchors import CHOICE
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.bank.format import TASK_LORA
+from mta.bank.keys import NOT_IN_KEY
+from mta.config import Run, override
+from mta.config.loader import dump_yaml
+from mta.data.bm25 import with_profiles
+from mta.data.history import Item, Person
+from mta.data.readers import read_people
+from mta.data.shots_and_queries import has_enough_items, shots_and_queries
+from mta.data.splits import Splits
+from mta.data.tasks.load import load_task
+from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor, LocalExecutor
+from mta.errors import BankRefused, InputError
+from mta.evaluation.context import Context
+from mta.evaluation.methods import Method
+from mta.evaluation.protocol import Panel, check_lengths
+from mta.model.base import BaseModel
+from mta.model.encoders import load_encoder
+from mta.system.assets import ASSETS, resolve
+from mta.system.atomic import json_sha256, write_json, write_text
+from mta.system.progress import OnStep
+from mta_lab.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
+from mta_lab.experiments.people import draw_splits, with_tested
+from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name
+from mta_lab.experiments.results import CURRENT, RECIPE, SIZES, read_beside
+
+BATCH = 16  # people at most; their results are written together
+MAIN = Part(methods=())  # the bank that the recipe describes
+
+
+def batches(people: int) -> list[range]:
+    """Return the numbers of people in batches of nearly equal sizes: no method gets a single person out of many."""
+    count = -(-people // BATCH)
+    return [range(people * n // count, people * (n + 1) // count) for n in range(count)]
+
+
+def _name_of(source: str) -> str:
+    """Return the name of a data set: its file or folder. LaMP's files have the same names in every folder."""
+    if source in ASSETS:
+        return source
+    path = Path(source).resolve()
+    return path.parent.name if path.name.endswith("_questions.json") else path.name
+
+
+@dataclass(slots=True)
+class Workspace:
+    """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
+
+    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json.
+    """
+
+    recipe: Experiment
+    out: Path
+    which: Which
+    task: Task
+    people: Sequence[Person]
+    splits: Splits
+    sizes: dict[str, Any]
+    base: BaseModel
+    say: Callable[[str], None]
+    executor: Executor
+    on_step: OnStep | None
+    histories: str = field(init=False, repr=False)  # a hash of the tested people's items
+    learned_from: str = field(init=False, repr=False)  # a hash of the encoder's name and the others' items
+    _ids: Counter[str | None] = field(init=False, repr=False)
+    _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
+    _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
+    _panel: tuple[object, Panel] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tested = self.splits.select(self.which, self.people)
+        self._ids = Counter(query.id for person in tested for query in person.queries)
+        self.histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
+        others = [[person.digest() for person in people] for people in self._task_people_and_candidates]
+        self.learned_from = json_sha256([self.recipe.run.encoder, *others])
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Experiment,
+        out: Path,
+        data: str | None = None,
+        which: Which = "test",
+        *,
+        test: str | None = None,
+        read: Callable[[str, Task], Sequence[Person]] = read_people,
+        read_tested: Callable[[str, Task], Sequence[Person]] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        executor: Executor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Self:
+        """Read the people of ``data`` (or of the recipe) with ``read``, draw the parts, and load the base.
+
+        ``test`` names other data with the people to test, which ``read_tested`` reads if it is given; without it they
+        are drawn from ``data``.
+        Raises InputError without data.
+        """
+        source = data or recipe.data
+        if source is None:
+            raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
+        task = load_task(recipe.run.task)
+        people, tested = list(read(resolve(source), task)), list[Person]()
+        if test:
+            people, tested = with_tested(recipe, task, people, (read_tested or read)(resolve(test), task))
+        elif recipe.needs_test:
+            raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
+        splits, sizes = draw_splits(recipe, task, people, tested)
+        named = {"data": source} | ({"tested": test} if test else {})
+        sizes = {key: _name_of(name) for key, name in named.items()} | sizes
+        base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
+        every = [*people, *tested]
+        return cls(recipe, out, which, task, every, splits, sizes, base, say, executor, on_step)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the results; results of development people have a folder of their own."""
+        return self.out if self.which == "test" else self.out / self.which
+
+    def write_recipe(self) -> None:
+        """Write recipe, sizes, and the protocols of the recipe's results beside the results.
+
+        Where the recipe trains a bank otherwise than before, or on other items, results of the earlier bank do not
+        count until the bank is known again (``note_bank``).
+        """
+        parts = [part for parts in self.recipe.exhibits.values() for part in parts]
+        protocols = {self.protocol(part, method) for part in parts for method in part.methods}
+        run = self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY)
+        trained = {part.bank: json_sha256([run, *part.bank_settings]) for part in (MAIN, *parts)}
+        current = read_beside(self.folder / CURRENT)
+        before, banks = current.get("trained", {}), current.get("banks", {})
+        unchanged = current.get("learned_from", self.learned_from) == self.learned_from
+        same = {name for name, how in trained.items() if unchanged and before.get(name, how) == how}
+        banks = {name: bank if name.rpartition("-")[0] in same else "" for name, bank in banks.items()}
+        known = {"protocols": sorted(protocols), "trained": before | trained}
+        known |= {"histories": self.histories, "learned_from": self.learned_from}
+        write_json(self.folder / CURRENT, known | {"banks": banks})
+        for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
+            write_json(folder / SIZES, self.sizes)
+            write_text(folder / RECIPE, dump_yaml(self.recipe))
+
+    @contextmanager
+    def described(self) -> Iterator[None]:
+        """Write the recipe. If a bank with other settings is in the folder (BankRefused), restore the one before."""
+        paths = [folder / name for folder in {self.out, self.folder} for name in (CURRENT, SIZES, RECIPE)]
+        before = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+        self.write_recipe()
+        try:
+            yield
+        except BankRefused:
+            mixed = dict.fromkeys(read_beside(self.folder / CURRENT).get("banks", {}), "")  # whose bank is unclear now
+            for path in paths:
+                write_text(path, before[path]) if path in before else path.unlink(missing_ok=True)
+            if self.folder / CURRENT in before:
+                found = read_beside(self.folder / CURRENT)
+                write_json(self.folder / CURRENT, found | {"banks": mixed | found.get("banks", {})})
+            raise
+
+    def note_bank(self, part: Part, seed: int) -> None:
+        """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""
+        found, bank = read_beside(self.folder / CURRENT), {bank_name(part.bank, seed): self.bank(part, seed).hash}
+        write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
+
+    def opener(self) -> Callable[[], Workspace]:
+        """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
+        recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
+        read = ("which", "task", "people", "splits", "sizes")
+        return partial(_open_remote, recipe, out=self.out.resolve(), **{name: getattr(self, name) for name in read})
+
+    # -- people --------------------------------------------------------------------------------------------------------
+
+    def tested(self, part: Part, shots: int) -> list[Person]:
+        """Return the tested people with enough items, in the order of the splits; empty if they are too few."""
+        return self._able(shots)[: part.people or self.recipe.compared]
+
+    def _able(self, shots: int) -> list[Person]:
+        """Return all people who could be tested; empty if they are too few."""
+        recipe, chosen = self.recipe, self.splits.select(self.which, self.people)
+        able = [p for p in chosen if has_enough_items(self.task, p, shots, recipe.queries, recipe.ask)]
+        return able if len(able) >= min(recipe.few, len(chosen)) else []
+
+    def check_lengths(self, shots: Collection[int]) -> None:
+        """Raise DataError for an item of a tested person that is too long, before anything is trained."""
+        protocol = partial(shots_and_queries, self.task, queries=self.recipe.queries, ask=self.recipe.ask)
+        asked = ((p.id, *protocol(p, shots=count)) for count in sorted(set(shots)) for p in self._able(count))
+        check_lengths(self.base, self.task, asked)
+
+    def hashed(self, id: str) -> str:
+        """Return the name of a person or group in the records: a hash that only the whole data can resolve."""
+        return hashlib.sha256(f"{self.splits.digest}/{id}".encode()).hexdigest()[:12]
+
+    def question_id(self, person: Person, item: Item, number: int) -> str:
+        """Return the id of a question in LaMP's files: the benchmark's own, or the person's hash and a number.
+
+        In Per-Pcs's files, questions of several people may have the same id.
+        """
+        own = item.id if item.is_query and item.id is not None else None
+        return own if own and self._ids[own] == 1 else f"{self.hashed(person.id)}-{own or number}"
+
+    def _task_of(self, part: Part) -> Task:
+        """Return the task in the wording of the part's prompts."""
+        return self.task.profiled() if part.retrieve else self.task
+
+    def _shown(self, part: Part, people: Sequence[Person]) -> list[Person]:
+        """Return people with the earlier items that the part's prompts show."""
+        return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else [*people]
+
+    # -- banks ---------------------------------------------------------------------------------------------------------
+
+    def _run_of(self, part: Part, seed: int, *, as_trained: bool = False) -> Run:
+        """Return the recipe's settings with the changes of the part, or only with those that train its bank."""
+        words = part.bank_settings[0] if as_trained else part.words
+        run = override(self.recipe.run, [*words, f"seed={seed}"])
+        if part.pool == "task":
+            return run
+        parts = behind_task_lora(self.bank(MAIN, seed), *self._task_people_and_candidates, seed)
+        items = (sum(len(person.items) for person in people) for people in parts)
+        return run_on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
+
+    def _folder(self, part: Part, seed: int) -> Path:
+        return self.out / "banks" / bank_name(part.bank, seed)
+
+    @property
+    def _task_people_and_candidates(self) -> tuple[list[Person], list[Person]]:
+        """The task people and the candidates."""
+        return self.splits.select("task", self.people), self.splits.select("candidates", self.people)
+
+    def _pool(self, part: Part, seed: int) -> tuple[list[Person], list[Person]]:
+        """Return the people that train a bank's task LoRA, and those held out from it (none: chosen by hash)."""
+        if part.pool == "task":
+            return self._shown(part, self._task_people_and_candidates[0]), []
+        pool, held_out = behind_bank(self.bank(MAIN, seed), *self._task_people_and_candidates, seed)
+        return self._shown(part, pool), self._shown(part, held_out)
+
+    def has_opened(self, part: Part, seed: int) -> bool:
+        """Return whether the part's bank for a seed was used so far."""
+        return bank_name(part.bank, seed) in self._banks
+
+    def bank(self, part: Part, seed: int) -> Bank:
+        """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
+        name = bank_name(part.bank, seed)
+        if name not in self._banks:
+            run, (pool, held_out) = self._run_of(part, seed, as_trained=True), self._pool(part, seed)
+            self.say(f"bank {name}")
+            folder = self._folder(part, seed)
+            build_bank(
+                self.base,
+                self._task_of(part),
+                load_encoder(run.encoder, self.base),
+                pool,
+                self._shown(part, self.splits.select("candidates", self.people)),
+                run,
+                folder,
+                held_out=held_out,
+                task_lora=self._shared_task_lora(part, run),
+                executor=self.executor,
+                on_step=self.on_step,
+            )
+            self._banks[name] = Bank.open(folder, self.base)
+        return self._banks[name]
+
+    def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
+        """Return the main bank's task LoRA if the part's bank would have the same. Builds that bank first."""
+        if part.bank == MAIN_BANK or not run.task_lora.enabled:
+            return None
+        plain = self._run_of(MAIN, run.seed)
+        same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
+        if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
+            same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
+        return self.bank(MAIN, run.seed).folder / TASK_LORA if same else None
+
+    def _context(self, part: Part, seed: int) -> Context:
+        """Return the context of a part's panels for a seed."""
+        key = (bank_name(part.bank, seed), part.words)
+        if key not in self._contexts:
+            bank, run = self.bank(part, seed), self._run_of(part, seed)
+            self._contexts[key] = Context(
+                self.base,
+                bank,
+                bank.encoder(self.base, run.encoder),
+                run,
+                anchors=self._shown(part, in_bank(bank, "anchor", self._task_people_and_candidates[1])),
+                task_people=self.splits.select("task", self.people),
+                on_step=self.on_step,
+                evidence_folder=self.out / "work",
+            )
+        return self._contexts[key]
+
+    # -- panels --------------------------------------------------------------------------------------------------------
+
+    def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
+        """Yield the tested people in batches, always the same people together."""
+        for batch in batches(len(self.tested(part, shots))):
+            yield self.panel(part, seed, shots, batch)
+
+    def panel(self, part: Part, seed: int, shots: int, batch: range) -> Panel:
+        """Return the tested people with these numbers. The last panel is cached."""
+        key = (part, seed, shots, batch)
+        if self._panel is None or self._panel[0] != key:
+            tested = self.tested(part, shots)
+            panel = Panel.of(
+                self._context(part, seed),
+                tested[batch.start : batch.stop],
+                shots=shots,
+                queries=self.recipe.queries,
+                ask=self.recipe.ask,
+                retrieve=part.retrieve,
+                write_texts=part.texts,
+                tested=self._able(shots),
+            )
+            self._panel = key, panel
+        return self._panel[1]
+
+    def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
+        """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""
+        parts: list[Any] = [method.digest, shots, *self._questions(part)]
+        if method.uses_bank:
+            parts += [self.bank(part, seed).hash, *self._defaults(part)]
+        if method.uses_bank or method.seeded:
+            parts.append(seed)
+        if method.uses_task_people:
+            parts += [person.digest() for person in self.splits.select("task", self.people)]
+        if method.uses_other_people:
+            parts += [person.id for person in self._able(shots)]
+        return json_sha256([*parts])[:16]
+
+    def protocol(self, part: Part, method: Method) -> str:
+        """Return a hash of what determines the results of a method with all seeds and numbers of shots."""
+        parts = [*self._questions(part), part.bank, *(self._defaults(part) if method.uses_bank else ())]
+        return json_sha256(parts)[:16]
+
+    def _questions(self, part: Part) -> list[Any]:
+        """Return what determines the questions, and how the base answers them."""
+        run, recipe, task = self.recipe.run, self.recipe, self.task
+        parts: list[Any] = [recipe.queries, recipe.ask, self.histories]
+        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
+        parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
+        return [*parts, part.retrieve] if part.retrieve else parts
+
+    def _defaults(self, part: Part) -> list[Any]:
+        """Return the settings of merges and stacks that methods without own ones take."""
+        run = override(self.recipe.run, [*part.words])
+        return [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
+
+
+def _open_remote(recipe: Experiment, **read: Any) -> Workspace:
+    """Open a workspace with the people that another process read."""
+    base = BaseModel.of(recipe.run)
+    return Workspace(recipe, base=base, say=lambda _: None, executor=LocalExecutor(), on_step=None, **read)

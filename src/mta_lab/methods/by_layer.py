@@ -1,0 +1,58 @@
+"""Coefficients for each group of layers. Source: our choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+
+from mta.config import MergeSettings
+from mta.data.tasks.task import Task
+from mta.evaluation.methods.merged import answered, fits
+from mta.evaluation.methods.method import Method, Outcome
+from mta.evaluation.protocol import Panel
+from mta.personalize.merge import learn
+from mta.system.device import clock
+
+
+class MergedByLayer(Method):
+    """The learned policy with separate coefficients for each of ``groups`` equally deep groups of layers."""
+
+    seeded: ClassVar[bool] = True
+    method: Literal["merge-by-layer"] = "merge-by-layer"
+    name: str = "merge only, by layer"
+    merge: MergeSettings | None = None
+    groups: int = 3
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return fits(self.merge, task, anchors, calibrated)
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        settings, bank = panel.merge_settings(self.merge), panel.bank
+        policy = "uniform" if settings.start == "zero" else "posterior"  # of the same anchors
+        first, seconds = panel.merge(settings.model_copy(update={"policy": policy}), seed)
+        if settings.start == "zero":
+            first = replace(first, w=torch.zeros_like(first.w))
+        start = clock(panel.base.device)
+        merge = learn(
+            panel.base,
+            panel.jobs,
+            bank.device_anchors,
+            bank.task_adapters,
+            replace(first, w=first.w.to(panel.base.master_dtype)),
+            settings.learned,
+            layer_groups(bank.device_anchors.names, self.groups),
+            seed=seed,
+            tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
+        )
+        return answered(panel, merge, seconds + clock(panel.base.device) - start, settings.mode, settings.rank)
+
+
+def layer_groups(names: Sequence[str], groups: int) -> list[int]:
+    """Return the group of each adapted layer: ranges of equal depth, numbered from the input on."""
+    blocks = [int(found[0]) if (found := re.findall(r"\d+", name)) else 0 for name in names]
+    depth = max(blocks) + 1
+    return [block * min(groups, depth) // depth for block in blocks]

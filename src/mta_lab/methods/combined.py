@@ -1,0 +1,158 @@
+"""Methods made of other methods: a person's history in every prompt, and a choice of method for each person."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from mta.data.history import Item
+from mta.data.tasks.task import Form, Task
+from mta.errors import InputError
+from mta.evaluation.methods.merged import Merged, MergeThenAdapt
+from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod
+from mta.evaluation.methods.plain import Base, TaskLora
+from mta.evaluation.metrics import Answers, query_nll
+from mta.evaluation.protocol import Panel
+from mta.model.generate import generate
+from mta.system.device import clock
+
+_DESCRIBE = Task(
+    name="describe-a-person",
+    item=Form(
+        prompt="Here is what a person did earlier:\n{history}\n\nDescribe their taste and style in one sentence.",
+        target="description",
+        cut=("history",),
+    ),
+    text="{history}",
+    metric="rouge",
+)
+
+
+class _Prompted(OverMethod):
+    """Every prompt starts with what is known of the person; ``over`` is the method that gets the prompts."""
+
+    if TYPE_CHECKING:  # fields of the subclasses: their order is part of the digest
+        k: int = 1
+        over: AnyMethod = Base()
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        start = clock(panel.base.device)
+        stored = self.descriptions(panel)
+        profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
+        seconds = clock(panel.base.device) - start
+        if self.k:  # the shots must be stored for retrieval
+            stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
+        found = self.over.outcome(profiled, seed)
+        each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(panel.people)
+        return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
+
+    def descriptions(self, panel: Panel) -> list[str]:
+        """Return a text about each person; empty for none."""
+        return []
+
+
+class Rag(_Prompted):
+    """RAG: every prompt, of shots and of queries, starts with the ``k`` earlier items nearest by BM25.
+
+    A shot sees only the shots before it.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2304.11406"
+    method: Literal["rag"] = "rag"
+    name: str = "RAG"
+    k: int = 1
+    over: AnyMethod = Base()
+
+
+class Pag(_Prompted):
+    """PAG: every prompt starts with the base model's description of the person, and ``k`` retrieved items."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2310.20081"
+    method: Literal["pag"] = "pag"
+    name: str = "PAG"
+    k: int = 1
+    tokens: int = 48
+    over: AnyMethod = Base()
+
+    def descriptions(self, panel: Panel) -> list[str]:
+        base, task = panel.base, panel.bank.task
+        items = [Item({"history": "\n".join(task.sentence(item) for item in p.items)}) for p in panel.people]
+        prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in items]
+        written = generate(base, prompts, [-1] * len(prompts), [], max_new_tokens=self.tokens)
+        return [base.prompts.decode(tokens) for tokens in written]
+
+
+class Chosen(Method):
+    """Choose among ``candidates``; the first is the default, which does not personalize.
+
+    Shots are held out in ``folds`` turns. Another candidate is chosen only if its mean loss on them is lower than that
+    of the default by ``margin`` standard errors; among several, the lowest. With one shot, the default stays.
+    The seconds are the sum over candidates, which counts a shared merge several times: an upper bound.
+    Source: our choice.
+    """
+
+    method: Literal["choice"] = "choice"
+    name: str = "MTA, chosen"
+    candidates: tuple[AnyMethod, ...] = (TaskLora(), Merged(), MergeThenAdapt())
+    folds: int = 4
+    margin: float = 0.5
+
+    @model_validator(mode="after")
+    def _read_one_person(self) -> Self:
+        for one in self.candidates:
+            if one.uses_other_people or one.uses_task_people:  # in folds, other rows hold this row's held-out shots
+                raise ValueError(f"candidates: {one.name!r} reads other people; choose among methods that do not")
+        return self
+
+    @property
+    def seeded(self) -> bool:
+        return any(candidate.seeded for candidate in self.candidates)
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return all(candidate.fits(task, anchors, calibrated) for candidate in self.candidates)
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        picks, seconds = self._picks(panel, seed)
+        outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]
+        return Outcome(
+            [outcomes[pick].answers[u] for u, pick in enumerate(picks)],
+            seconds + sum(outcome.seconds for outcome in outcomes),
+            sum(outcomes[pick].bytes_per_person for pick in picks) / len(picks),
+            chosen=tuple(self.candidates[pick].name for pick in picks),
+        )
+
+    def _picks(self, panel: Panel, seed: int) -> tuple[list[int], float]:
+        """Return the number of each person's candidate, and the seconds of trying the candidates on held-out shots."""
+        folds, owners = panel.folds(self.folds)
+        if not owners:
+            return [0] * len(panel.people), 0.0
+        outcomes = [candidate.outcome(folds, seed) for candidate in self.candidates]
+        losses: list[list[Tensor]] = [[] for _ in panel.people]
+        for row, u in enumerate(owners):
+            held_out = [self._nll(n, folds, outcome.answers[row], row) for n, outcome in enumerate(outcomes)]
+            losses[u].append(torch.stack(held_out))
+        picks = [pick(torch.cat(rows, 1), self.margin) if rows else 0 for rows in losses]
+        return picks, sum(outcome.seconds for outcome in outcomes)
+
+    def _nll(self, number: int, folds: Panel, answers: Answers, row: int) -> Tensor:
+        found = query_nll(folds.task, answers, folds.golds[row])
+        if found is None:
+            raise InputError(
+                f"method {self.candidates[number].name!r} gives no probabilities, which {self.name!r} compares",
+                hint="Leave it out of candidates:",
+            )
+        return found
+
+
+def pick(losses: Tensor, margin: float) -> int:
+    """Return the number of the candidate to use. Shapes: losses (candidates, shots); the first row is the default."""
+    gains = losses[0] - losses[1:]
+    shots = gains.shape[1]
+    error = gains.std(1) / shots**0.5 if shots > 1 else torch.zeros(len(gains))
+    sure = gains.mean(1) - margin * error
+    means = [0.0, *torch.where(sure > 0, gains.mean(1), -1.0).tolist()]
+    return max(range(len(means)), key=lambda i: means[i])

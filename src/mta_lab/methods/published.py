@@ -1,0 +1,126 @@
+"""Other papers' ways to combine a bank: module by module without training, and a search without gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mta.config import MergeSettings
+from mta.errors import InputError
+from mta.evaluation.context import mean_inputs
+from mta.evaluation.methods.merged import answered
+from mta.evaluation.methods.method import Method, Outcome
+from mta.evaluation.protocol import Panel
+from mta.personalize.merge import Merge, merge_adapters
+from mta.system.device import clock
+from mta.system.extras import require
+from mta.training.scoring import log_likelihood
+
+
+class PerPcs(Method):
+    """Each module merges the ``k`` anchors whose gates are nearest to the mean input of the person's shots, by softmax.
+
+    An anchor's gate at a module is the mean input of its own items, minus the mean over all anchors: our choice.
+    The published gates are trained for 200 steps each; these gates cost one pass.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.10471"
+    method: Literal["per-pcs"] = "per-pcs"
+    name: str = "Per-Pcs"
+    k: int = 3
+    tau: float = 0.1
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        if not panel.anchors:
+            raise InputError(
+                "Per-Pcs needs the anchors' histories; give the people the bank was built from",
+                hint="Context(…, anchors=…), or leave the method out.",
+            )
+        anchors = panel.context.anchor_inputs  # shared by all panels, so the seconds do not include them
+        start = clock(panel.base.device)
+        inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
+        k = min(self.k, len(panel.bank))
+        weights = []
+        for name in panel.bank.device_anchors.names:
+            center, gate = gate_of(anchors[name])
+            fit = torch.nn.functional.normalize(inputs[name] - center, dim=1) @ gate.T  # (U, N)
+            top = fit.topk(k, dim=1)
+            shares = torch.softmax(top.values / self.tau, dim=1)
+            weights.append(torch.zeros_like(fit).scatter(1, top.indices, shares))
+        w = torch.stack(weights, 1).to(panel.base.master_dtype)  # (U, L, N)
+        ids = torch.arange(len(panel.bank)).expand(len(w), -1)
+        return answered(panel, Merge(ids, w), clock(panel.base.device) - start)
+
+
+def gate_of(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the center (D,) of the anchors' mean inputs (N, D), and each anchor's direction from the center (N, D)."""
+    center = means.mean(0)
+    return center, torch.nn.functional.normalize(means - center, dim=1)
+
+
+class Prime(Method):
+    """CMA-ES over the coefficients of the ``k`` nearest anchors; each person has ``budget`` evaluations of the shots.
+
+    All people take their steps together, so an evaluation is one pass for all. Coefficients stay in [-1.5, 1.5].
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.18008"
+    seeded: ClassVar[bool] = True
+    method: Literal["prime"] = "prime"
+    name: str = "PriME-style"
+    k: int = 3
+    budget: int = 10
+    bound: float = 1.5
+    sigma: float = 0.3
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        require("lab", "cma")
+        import cma
+
+        settings = MergeSettings(policy="uniform", k=min(self.k, len(panel.bank)))
+        begun, seconds = panel.merge(settings, seed)
+        start = clock(panel.base.device)
+        options = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
+        searches = [
+            cma.CMAEvolutionStrategy(w, self.sigma, options | {"randn": _normal_draws(seed, job.key)})
+            for w, job in zip(begun.w.tolist(), panel.jobs)
+        ]
+        best, least = begun.w.clone(), self._losses(panel, begun, settings)
+        evaluations = 1
+        while evaluations < self.budget:
+            candidates = np.stack([search.ask() for search in searches], axis=1)  # (candidates, U, K)
+            losses = []
+            for w in torch.from_numpy(candidates[: self.budget - evaluations]).to(begun.w):
+                found = self._losses(panel, Merge(begun.ids, w), settings)
+                better = found < least
+                best[better], least[better] = w[better], found[better]
+                losses.append(found)
+            evaluations += len(losses)
+            if len(losses) == len(candidates):  # otherwise the budget is spent
+                for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
+                    search.tell(list(asked), scores)
+        return answered(panel, Merge(begun.ids, best), seconds + clock(panel.base.device) - start)
+
+    @staticmethod
+    def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
+        """Return the loss of each person's shots under their merge, (U,)."""
+        found = list[Tensor]()
+        plan = panel.plan(1, settings)
+        for cohort in plan.cohorts:
+            adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort))]
+            examples = [panel.jobs[u].examples for u in cohort]
+            found += log_likelihood(panel.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
+        return torch.stack([-scores.sum() for scores in found])
+
+
+def _normal_draws(seed: int, person: str) -> Callable[..., npt.NDArray[np.float64]]:
+    """Return normal draws that depend on the seed and the person only; the library shares one source by default."""
+    digest = hashlib.sha256(f"{seed}/{person}".encode()).digest()
+    source = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return lambda *shape: source.standard_normal(shape)

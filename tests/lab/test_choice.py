@@ -1,0 +1,91 @@
+"""The choice among methods for each person: by their shots alone."""
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+from panels import PEOPLE, POSTERIOR, QUERIES, SHOTS
+from panels import panel as panel  # the fixture
+from pydantic import ValidationError
+
+from mta.config import Training
+from mta.data.history import Item, Person
+from mta.errors import InputError
+from mta.evaluation.context import Context
+from mta.evaluation.methods import Merged, OneLora, Outcome, TaskLora
+from mta.evaluation.methods.method import parse_method
+from mta.evaluation.metrics import Answers, query_nll
+from mta.evaluation.protocol import Panel
+from mta_lab.methods.combined import Chosen, pick
+
+
+def test_pick_needs_a_gain_above_the_margin():
+    calm = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.9, 0.9, 0.9, 0.9], [0.8, 0.8, 0.8, 0.8]])
+    assert pick(calm, 1.0) == 2
+    noisy = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.9, 0.1, 1.8]])
+    assert pick(noisy, 0.0) == 1
+    assert pick(noisy, 1.0) == 0
+    assert pick(torch.tensor([[1.0, 1.0], [1.1, 1.1]]), 0.0) == 0
+    assert pick(torch.tensor([[1.0], [0.5]]), 1.0) == 1
+
+
+def test_chosen_returns_the_answers_of_each_persons_candidate(panel):
+    candidates = (TaskLora(), Merged(merge=POSTERIOR), OneLora(name="harmful", training=Training(lr=0.5, steps=3)))
+    method = Chosen(candidates=candidates, margin=0.0)
+    found = method.run(panel, 0)
+    every = {c.name: c.run(panel, 0) for c in candidates}
+    folds, owners = panel.folds(method.folds)
+    held_out = [c.run(folds, 0).answers for c in candidates]
+    for u, name in enumerate(found.chosen):
+        rows = [row for row, owner in enumerate(owners) if owner == u]
+        losses = [torch.cat([query_nll(folds.task, one[row], folds.golds[row]) for row in rows]) for one in held_out]
+        assert name == candidates[pick(torch.stack(losses), 0.0)].name
+        assert torch.equal(found.answers[u].scores, every[name].answers[u].scores)
+    assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
+
+
+def test_an_outcome_is_computed_once_per_panel(panel, monkeypatch):
+    candidates = (TaskLora(), Merged(merge=POSTERIOR))
+    before = [candidate.outcome(panel, 0) for candidate in candidates]
+    ran = []
+    monkeypatch.setattr(TaskLora, "run", lambda self, asked, seed: ran.append(asked) or before[0])
+    assert TaskLora().outcome(panel, 0) is before[0]
+    assert not ran
+    assert TaskLora(name="by another name").outcome(panel, 0) is before[0]
+    TaskLora().outcome(panel.profiled(1), 0)
+    assert len(ran) == 1  # another panel has other prompts
+
+
+def test_chosen_does_not_read_queries(tiny):
+    people = people_of(PEOPLE, prefix="x", seed=7)
+    changed = [
+        Person(p.id, (*p.items[:SHOTS], *(Item({**i.fields, "rating": "1"}, i.time) for i in p.items[SHOTS:])))
+        for p in people
+    ]
+    base, bank = tiny
+    panels = [
+        Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), group, shots=SHOTS, queries=QUERIES)
+        for group in (people, changed)
+    ]
+    one, other = (Chosen(margin=0.0).run(panel, 0).chosen for panel in panels)
+    assert one == other
+
+
+@pytest.mark.parametrize("candidate", ["own-constant", "other-person", {"method": "rag", "over": "other-person"}])
+def test_a_method_that_reads_other_people_cannot_be_chosen(candidate):
+    """In the folds of a choice, other rows hold the shots that a row holds out."""
+    with pytest.raises(ValidationError, match="reads other people"):
+        parse_method({"method": "choice", "candidates": ["task-lora", candidate]})
+
+
+class Silent(TaskLora):
+    """Gives no probabilities."""
+
+    name: str = "silent"
+
+    def run(self, panel, seed):
+        return Outcome([Answers(["3"] * len(items)) for items in panel.queries], 0.0, 0.0)
+
+
+def test_a_method_without_probabilities_cannot_be_chosen(panel):
+    with pytest.raises(InputError, match="'silent' gives no probabilities"):
+        Chosen(candidates=(TaskLora(), Silent(), Merged(merge=POSTERIOR))).run(panel, 0)
