@@ -14,12 +14,12 @@ from mta.cli.app import run
 from mta.cli.compare import Arguments, Out, opened
 from mta.cli.screen import Screen, show_json
 from mta.config import override
-from mta.data.readers import read_answers
 from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.system.assets import resolve
 from mta.system.extras import require
 from mta_lab.privacy.settings import AttackSettings
+from mta_lab.readers.lamp import read_answers
 
 app = typer.Typer(
     name="mta-lab",

@@ -19,6 +19,6 @@ def names(group: str) -> list[str]:
 
 
 @cache
-def load(group: str, name: str) -> Any | None:
+def load(group: str, name: str) -> Any:
     """Return the object with this name; None without one."""
     return next((entry.load() for entry in entry_points(group=group, name=name)), None)

@@ -1,12 +1,11 @@
-"""Readers of people's items from JSONL, CSV, Parquet, ``datasets``, LaMP, Per-Pcs, and RecBole, by name and content.
+"""Readers of people's items from JSONL, CSV, Parquet, ``datasets``, and formats of other packages.
 
 ``read_people`` returns all people; ``iter_parts`` streams and never holds a whole file. A bad row raises a DataError
 that names file, line, and field, or is written to a file of rejects while reading continues.
 """
 
-from mta.data.readers.lamp import read_answers
 from mta.data.readers.people import iter_parts, read_people
 from mta.data.readers.rejects import Rejects
 from mta.data.readers.rows import RecordPart
 
-__all__ = ["RecordPart", "Rejects", "iter_parts", "read_answers", "read_people"]
+__all__ = ["RecordPart", "Rejects", "iter_parts", "read_people"]

@@ -9,8 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from mta.data.history import Item, People, Person
-from mta.data.readers.lamp import lamp_parts, outputs_beside, outputs_name, perpcs_parts, questions_in
-from mta.data.readers.recbole import recbole_parts
+from mta.data.readers.formats import formats
 from mta.data.readers.rejects import Rejects, data_error, is_rejects
 from mta.data.readers.rows import NO_TIME, RecordPart, item_parts
 from mta.data.readers.stream import objects
@@ -88,26 +87,19 @@ def iter_parts(
     path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None, questions: bool = False
 ) -> Iterator[RecordPart]:
     """Yield people's items in the order of the file; a person may come in many parts. Raises DataError, InputError."""
-    if path.is_dir() and any(path.glob("*.inter")):
+    if known := next((one for one in formats() if one.opens(path)), None):
         if columns:
-            raise InputError(f"{path} is a RecBole folder, whose columns are known", hint="Leave the columns out.")
-        yield from recbole_parts(path, task, rejects)
+            raise InputError(f"{path} has a format with known columns", hint="Leave the columns out.")
+        yield from known.parts(path, None, task, rejects, answers=not questions)
         return
-    if table := table_in(path):
-        file, records = path, table(path, rejects)
-    else:
-        file = questions_in(path) if path.is_dir() else path
-        records = objects(file, rejects)
+    table = table_in(path)
+    records = table(path, rejects) if table else objects(path, rejects)
     for place, record in records:
         keys, every = record.keys(), chain([(place, record)], records)
-        # A profile that is no list is a fault of the record. A column of that name in a table holds text.
-        profiled = "profile" in keys and "person" not in keys and not isinstance(record["profile"], str)
         if columns:
             yield from item_parts(every, task, rejects, columns, questions)
-        elif profiled and "query" in keys:
-            yield from perpcs_parts(every, task, rejects, answers=not questions)
-        elif profiled and "input" in keys:
-            yield from lamp_parts(every, file, task, rejects, answers=not questions)
+        elif known := next((one for one in formats() if one.knows(record)), None):
+            yield from known.parts(path, every, task, rejects, answers=not questions)
         elif keys & {"person", "input", "output", *task.fields()}:
             yield from item_parts(every, task, rejects, questions=questions)
         else:
@@ -186,13 +178,9 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
 
 
 def is_read(path: Path, source: Path) -> bool:
-    """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it.
-
-    Reading LaMP's questions would take the outputs file beside them for the true answers.
-    """
+    """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
     inside = files_in(source) if source.is_dir() else ()
     files = [file for file in inside if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     files = files if source.is_dir() else [source]
-    of_lamp = [outputs_name(file) for file in files if ".json" in file.suffixes]  # whether or not they exist already
-    read = [*files, *of_lamp, *filter(None, map(outputs_beside, files))]
+    read = [*files, *(other for one in formats() for file in files for other in one.beside(file))]
     return any(path.resolve() == file.resolve() for file in read)

@@ -31,8 +31,7 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[PlacedRow]] | Non
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        is_lamp = any(path.glob("*questions.json"))
-        return arrow_rows if saved else None if is_lamp else folder_rows
+        return arrow_rows if saved else folder_rows
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mta.data.history import Item
+from mta.data.readers.formats import Records
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import RecordPart, as_label, id_in, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, object_in, only_file, opened
+from mta.data.readers.stream import array_elements, object_in, objects, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
+
+
+class Lamp:
+    """LaMP's questions, with the outputs beside them, and Per-Pcs' person files."""
+
+    def opens(self, path: Path) -> bool:
+        return path.is_dir() and any(path.glob("*questions.json"))
+
+    def knows(self, record: Mapping[str, Any]) -> bool:
+        # A profile that is no list is a fault of the record. A column of that name in a table holds text.
+        profiled = "profile" in record and "person" not in record and not isinstance(record["profile"], str)
+        return profiled and ("query" in record or "input" in record)
+
+    def parts(
+        self, path: Path, records: Records | None, task: Task, rejects: Rejects, answers: bool
+    ) -> Iterator[RecordPart]:
+        file = questions_in(path) if records is None else path
+        left = objects(file, rejects) if records is None else records
+        for place, record in left:
+            every = chain([(place, record)], left)
+            if "query" in record:
+                yield from perpcs_parts(every, task, rejects, answers)
+            else:
+                yield from lamp_parts(every, file, task, rejects, answers)
+
+    def beside(self, file: Path) -> list[Path]:
+        # Reading questions would take the outputs file beside them for the true answers.
+        return [outputs_name(file)] if ".json" in file.suffixes or outputs_beside(file) else []
+
 
 GOLDS = r'"golds"\s*:\s*\['
 
@@ -196,3 +227,6 @@ def _check_task(outputs: Path, task: Task) -> None:
             f"holds answers for {match[1]!r}; task {task.name!r} is {task.lamp!r}",
             hint=f"Give the questions and outputs of {task.name}, another --task, or the bank of that task.",
         )
+
+
+FORMAT = Lamp()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from mta.data.readers.formats import Records
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import RecordPart, id_in, item_in
 from mta.data.readers.stream import only_file, text_lines
@@ -18,6 +20,24 @@ COLUMNS = {  # field -> names of its column in different data sets
     "year": ("release_year", "year"),
     "genres": ("class", "genre", "genres"),
 }
+
+
+class RecBole:
+    """A folder of RecBole's atomic files."""
+
+    def opens(self, path: Path) -> bool:
+        return path.is_dir() and any(path.glob("*.inter"))
+
+    def knows(self, record: Mapping[str, Any]) -> bool:
+        return False
+
+    def parts(
+        self, path: Path, records: Records | None, task: Task, rejects: Rejects, answers: bool
+    ) -> Iterator[RecordPart]:
+        return recbole_parts(path, task, rejects)
+
+    def beside(self, file: Path) -> list[Path]:
+        return []
 
 
 def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[RecordPart]:
@@ -97,3 +117,6 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
 
 def _header(names: tuple[str, ...]) -> str:
     return " ".join(f"{name}:token" for name in names)
+
+
+FORMAT = RecBole()

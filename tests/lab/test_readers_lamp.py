@@ -8,9 +8,9 @@ from files import ASK, TIME, dumped, fails, jsonl, lamp, question
 from mta.data.describe import describe
 from mta.data.history import Item
 from mta.data.readers import read_people
-from mta.data.readers.lamp import read_answers
 from mta.data.tasks import load_task
 from mta.errors import DataError
+from mta_lab.readers.lamp import read_answers
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
