@@ -22,7 +22,6 @@ from mta.bank.card import card
 from mta.bank.context import BuildContext
 from mta.bank.format import (
     ANCHORS,
-    CALIBRATING,
     CALIBRATION,
     INDEX,
     INFO,
@@ -265,11 +264,10 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
     interrupted build with other keys: its finished work would be overwritten.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (keys.whole, keys.training, *keys.older):
+        if (info := read_info(out)).work in (keys.whole, keys.training):
             if info.work != keys.whole and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
-            if not (out / CALIBRATING).exists():
-                remove_work(out)
+            remove_work(out)
             return True
         raise BankRefused(
             f"{out} holds a bank built from other people, another base, or other settings (dtype, …)",

@@ -18,6 +18,7 @@ from mta.bank.format import (
     INDEX,
     SCHEMA,
     BankInfo,
+    check_new,
     file_hashes,
     with_hash,
     write_info,
@@ -26,7 +27,7 @@ from mta.bank.members import Members
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.errors import BankError, InputError
+from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch, concatenate
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, is_whole, read_peft
 from mta.model.base import BaseModel
@@ -52,7 +53,7 @@ def import_bank(
     the LoRAs. ``people`` with these ids are what they were trained on; without them anchors are not
     retrieved by content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
     """
-    _refuse_existing(out)
+    check_new(out)
     given = _given(adapters, base, people)
     work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, given.files])
     settings = run.model_copy(
@@ -83,11 +84,6 @@ def import_bank(
         hash="",
     )
     _write(out, info, concatenate(given.loras), _vectors(encoder, task, given.owners, run))
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
 
 
 class _Given(NamedTuple):

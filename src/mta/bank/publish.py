@@ -118,9 +118,7 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
 
     A local base or encoder is named by its folder's name only, without the path.
     """
-    values, members = read_description(folder)
-    if members and MEMBERS not in sent:  # in schema 1, the members' key can be derived from the description
-        values["members"] = values["members"] | {"sha256": ""}
+    values = read_description(folder)
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     values["base"] = run["base"] = public_name(run["base"])
     values["encoder"] = run["encoder"] = public_name(run["encoder"])
