@@ -16,7 +16,7 @@ from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people, measured_items
-from mta.bank.card import card
+from mta.bank.card import write_described
 from mta.bank.format import (
     CALIBRATION,
     INFO,
@@ -31,8 +31,6 @@ from mta.bank.format import (
     file_hashes,
     read_adapters,
     read_info,
-    with_hash,
-    write_info,
 )
 from mta.bank.notes import note_stop, pass_stale_on, remove_leftovers, stale, stops
 from mta.config import CalibrationSettings, Run
@@ -42,7 +40,6 @@ from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
 from mta.errors import BankError, InputError
-from mta.lora.peft import CARD
 from mta.model.base import BaseModel
 from mta.system.atomic import (
     copy_file,
@@ -266,12 +263,11 @@ def _write(
         "files": info.files | file_hashes(written, [CALIBRATION]),
         "calibration": found.info,
     }
-    calibrated = with_hash(info.model_copy(update=changed))
-    write_text(written / CARD, card(calibrated))
+    calibrated = info.model_copy(update=changed)
     if noted is not None:  # the settings for another build like this
         new = calibrated.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
         write_text(written / CONFIG, to_yaml(noted | new))
-    write_info(written, calibrated)
+    write_described(written, calibrated)
 
 
 def _appear(written: Path, out: Path, check: Callable[[], None]) -> None:

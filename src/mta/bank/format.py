@@ -62,7 +62,7 @@ class BankInfo(BaseModel):
     """The contents of ``bank.json``. Anchors are numbered; no file of a bank contains ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int
+    version: int = SCHEMA
     base: str
     base_fingerprint: str
     base_note: str
@@ -71,13 +71,13 @@ class BankInfo(BaseModel):
     encoder_fingerprint: str
     run: Run
     work: str
-    plan: str  # empty if anchors are LoRAs that were trained elsewhere
+    plan: str = ""  # empty if anchors are LoRAs that were trained elsewhere
     items: tuple[int, ...]
-    cut: dict[str, int]
-    seconds: dict[str, float]
+    cut: dict[str, int] = {}
+    seconds: dict[str, float] = {}
     members: Members
     files: dict[str, str]
-    hash: str
+    hash: str = ""  # ``with_hash`` sets it
     calibration: CalibrationInfo | None = None
 
     @field_validator("run")
