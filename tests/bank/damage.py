@@ -45,10 +45,3 @@ def rewritten(folder: Path, **values) -> None:
     described = json.loads(path.read_text()) | values
     del described["sha256"]
     path.write_text(json.dumps(described | {"sha256": seal(described)}))
-
-
-def as_schema_1(folder: Path) -> None:
-    """The bank as mta wrote it before members had a file of their own."""
-    members = json.loads((folder / "members.json").read_text())
-    (folder / "members.json").unlink()
-    rewritten(folder, version=1, members=members)

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +17,9 @@ from safetensors.torch import load_file
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import CALIBRATING, read_info, seal, with_hash, write_info
-from mta.bank.keys import BuildKeys
+from mta.bank.format import read_info, seal, with_hash
 from mta.bank.task_lora import LOSSES
 from mta.data.history import Item
-from mta.data.tasks import load_task
 from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, DataError, InputError
 from mta.lora.batch import fresh
@@ -124,18 +121,6 @@ def test_a_build_goes_on_with_other_memory(built, tmp_path):
     assert trained(out)["task_lora/adapter_model.safetensors"] == trained(built)["task_lora/adapter_model.safetensors"]
 
 
-def test_a_bank_whose_key_holds_the_memory_is_the_same(built, tmp_path):
-    """As earlier versions wrote it."""
-    run, base = base_of().as_loaded(TINY_RUN), base_of()
-    groups = [sorted(people, key=lambda one: one.id) for people in (TASK_PEOPLE, CANDIDATES)]
-    keys = BuildKeys.of(base, load_task(run.task), HashEncoder(), groups, run, None)
-    assert read_info(built).work == keys.whole
-    out = shutil.copytree(built, tmp_path / "bank")
-    for key in keys.older:
-        write_info(out, read_info(out).model_copy(update={"work": key}))
-        build(out)
-
-
 def test_another_seed_gives_another_bank(built, tmp_path):
     again = build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}))
     assert trained(again)["anchors.safetensors"] != trained(built)["anchors.safetensors"]
@@ -179,15 +164,6 @@ def test_a_finished_build_is_left_as_it_is(built):
     build(built, on_step=lambda *_: steps.append(1))
     assert stamps(built) == before
     assert steps == []
-
-
-def test_a_finished_build_leaves_a_calibration_under_way_alone(built, tmp_path):
-    out = Path(shutil.copytree(built, tmp_path / "bank"))
-    mark = out / CALIBRATING
-    mark.parent.mkdir()
-    mark.touch()
-    build(out)
-    assert mark.exists()
 
 
 def test_settings_of_later_stages_do_not_ask_for_another_bank(built):

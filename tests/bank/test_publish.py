@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import personalizer, trust
-from damage import BASE, HASHED, as_schema_1, rewritten
+from damage import BASE, HASHED, rewritten
 from damage import folder as folder  # the fixture
 from hub import hub as hub  # the fixture
 from huggingface_hub import ModelCard, constants
@@ -19,8 +19,8 @@ from publishing import logged_out as logged_out
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import INFO, file_hashes, read_info
-from mta.bank.notes import clear_stale, mark_stale, published, stale
+from mta.bank.format import INFO, STALE, file_hashes, read_info
+from mta.bank.notes import mark_stale, published
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, BankNotFound, HubError, InputError
@@ -90,19 +90,6 @@ def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank
     assert Bank.from_pretrained(NAME, BASE, revision=first).info == bank.info
 
 
-def test_a_bank_of_schema_1_is_published_without_its_members(hub, folder):
-    hashed = read_info(folder).members.hashed
-    as_schema_1(folder)
-    bank = Bank.open(folder, BASE)
-    bank.push_to_hub(NAME)
-    assert hashed.key.encode() not in hub.arrived()
-    assert hashed.task[0].encode() not in hub.arrived()
-    back = Bank.from_pretrained(NAME, BASE)
-    assert (back.hash, back.info.members.sha256, back.info.members.task) == (bank.hash, "", 7)
-    bank.push_to_hub("somebody/known", with_members=True)
-    assert Bank.from_pretrained("somebody/known", BASE).info == bank.info
-
-
 def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     """A base and an encoder in folders: their names are all that others learn, in every file."""
     place = str(tmp_path / "models" / "mine")
@@ -121,7 +108,7 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
 @pytest.mark.parametrize("place", ["../clients/acme/mine", "acme/mine"])
 def test_a_relative_place_of_this_machine_stays_here(hub, folder, place):
     adapter = folder / "task_lora" / "adapter_config.json"
-    place = {"base_model_name_or_path": place}  # as written by earlier versions
+    place = {"base_model_name_or_path": place}
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | place))
     rewritten(folder, files=file_hashes(folder, read_info(folder).files))
     Bank.open(folder, BASE).push_to_hub(NAME)
@@ -184,8 +171,7 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
 def test_a_parcel_from_before_a_forgetting_is_not_sent_though_the_bank_was_made_anew(hub, bank):
     parcel = bank_parcel(bank.folder, NAME)
     forget_person("t2", None, bank.folder)
-    for part in stale(bank.folder):
-        clear_stale(bank.folder, part)
+    (bank.folder / STALE).unlink()
     assert "forgotten meanwhile" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
     assert published(bank.folder) == []
     assert hub.repos[NAME].files == {}

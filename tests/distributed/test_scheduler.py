@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from mta.distributed.executor import Piece
-from mta.distributed.ray import Cluster, Crew, PieceScheduler
+from mta.distributed.ray import Cluster, Crew, PieceScheduler, Worker
 from mta.errors import ClusterError
+from mta.system.provenance import sources_digest
 
 
 def test_a_worker_takes_a_gpu_if_there_is_one_and_it_is_not_unwanted(monkeypatch):
@@ -153,3 +154,21 @@ def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch, thr
     assert (len(hired), len(stopped)) == (7, 6)
     cluster.dismiss()
     assert len(stopped) == 7
+
+
+def test_a_worker_refuses_a_driver_with_other_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.distributed.ray.keep_freed_memory", lambda: None)
+    worker = Worker()
+    worker.open((sources_digest(), lambda: "context"))
+    assert worker.context == "context"
+    with pytest.raises(
+        ClusterError, match=r"other sources of mta .* expected 000000000000…\n  Install the same version"
+    ):
+        worker.open(("0" * 64, lambda: "another"))
+    (tmp_path / "sub").mkdir()
+    digests = set()
+    for name, content in (("a.py", ""), ("a.py", "1"), ("sub/b.py", "1"), ("sub/b.py", "2")):
+        (tmp_path / name).write_text(content)
+        monkeypatch.setattr("mta.system.provenance._PACKAGE", tmp_path)
+        digests.add(sources_digest.__wrapped__())
+    assert len(digests) == 4

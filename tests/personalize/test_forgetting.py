@@ -12,7 +12,7 @@ from at_once import at_once
 from conftest import people_of, personalizer
 
 from mta.bank.bank import Bank
-from mta.bank.format import CALIBRATING, INFO, STALE, read_info
+from mta.bank.format import INFO, STALE, read_info
 from mta.bank.notes import mark_stale, note_published, published, stale
 from mta.errors import StoreError
 from mta.personalize import Personalizer, forget_person
@@ -93,7 +93,7 @@ def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_
     base, bank = own_bank
     personal = personalizer(base, bank, store=tmp_path / "people")
     personal.personalize([MEMBER])
-    running = bank.folder / CALIBRATING
+    running = bank.folder / "work" / "calibration"
     running.parent.mkdir()
     running.touch()
     if closed == "work":  # as on a read-only disk

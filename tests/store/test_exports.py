@@ -2,14 +2,11 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from files import folder_of, path_of
+from files import path_of
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import ANN, adapter, everything, export_from, exported, state
@@ -20,83 +17,24 @@ from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store import exports as module
 from mta.store.exports import Export, Exports, exports_from_bytes, exports_to_bytes
-from mta.store.maintenance import check
 
-KEY = b"k" * 32
 LIST = [Export("here", "/data/ann/adapter", "ab" * 32), Export("there", "/Grüße/\udcff", "cd" * 32)]
 
 
-@given(st.lists(st.builds(Export, st.text(), st.text(), st.text()), max_size=4), st.binary(min_size=1, max_size=40))
-def test_a_list_is_read_back_with_its_key(exports: list[Export], key: bytes) -> None:
-    assert exports_from_bytes(exports_to_bytes(exports, key), key) == exports
+@given(st.lists(st.builds(Export, st.text(), st.text(), st.text()), max_size=4))
+def test_a_list_is_read_back(exports: list[Export]) -> None:
+    assert exports_from_bytes(exports_to_bytes(exports)) == exports
 
 
-def test_an_encrypted_list_is_unreadable_and_always_different() -> None:
-    data = exports_to_bytes(LIST, KEY)
-    assert data != exports_to_bytes(LIST, KEY)
-    for word in ("/data/ann", "adapter", "ab" * 8):
-        assert word.encode() not in data
-        assert word.encode().hex().encode() not in data
-    with pytest.raises(StateCorrupt, match="x was changed or cut short: got another key"):
-        exports_from_bytes(data, b"other", "x")
+def test_another_schema_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SCHEMA", 2)
+        data = exports_to_bytes(LIST)
+    with pytest.raises(StateCorrupt, match="expected schema 3 and exports with that sha256\n  Remove the file"):
+        exports_from_bytes(data)
 
 
-# A list as mta 0.1.0 wrote it, under the same key.
-OLD = b"""{"schema": 1, "sha256": "7774688993942cef45565894f8e8c4ddc8949c4d896355cab721e3e5f7788ac7", "exports": [
-"abe7371d122bf137c43b808461a1bb6e",
-"336ef4de6af2997d7d47045649e9e778f9749bd7b339fe063beb0b7de07ec38f094a2e0664f0fc167a983dcf7f4d8d61cd44658de347e51b4068ea\
-97fa83421916c7e7c54a1772457935454b1ae13d57d027ad038192143ee19d1ab46473bc75f4ed456c17cdbc307626493e48d2da0245d4416098c8\
-7e50ee975e01f642e178f3c87d7f0e73db5a040cbe190916a2f2541528f1d5803825a0b8c30e0698095be72fdb52f0b8a769ad51875c320ddb50ae\
-305b4db53634fed5ddd9ad7971ac5fdca0b5eb34fce7d7f26261b0cf790ca2827f8aeed9793ece6f24c862c055e57ce0bf730f5874fea85c904ce5\
-9ddc0975cefaac7cda238cddfb34de5fba4b8e4391e448e286"]}"""
-
-
-def test_a_list_of_the_first_release_is_read_and_rewritten() -> None:
-    assert exports_from_bytes(OLD, KEY) == LIST
-    with pytest.raises(StateCorrupt, match="got another key"):
-        exports_from_bytes(OLD, b"other")
-    with pytest.raises(StateCorrupt, match="another schema or sha256"):
-        exports_from_bytes(OLD.replace(b"abe7", b"abe8"), KEY)
-
-
-def written_by_the_first_release(exports: list[Export], key: bytes) -> bytes:
-    nonce, plain = bytes(range(16)), json.dumps([asdict(export) for export in exports]).encode()
-    stream = hashlib.shake_256(key + nonce).digest(len(plain))
-    rows = [nonce.hex(), bytes(a ^ b for a, b in zip(plain, stream)).hex()]
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return json.dumps({"schema": 1, "sha256": digest, "exports": rows}).encode()
-
-
-def test_forgetting_reaches_an_export_that_the_first_release_noted(tmp_path: Path) -> None:
-    store, folder = Store(tmp_path / "people"), tmp_path / "out"
-    store.save(ANN, state())
-    old = exported(folder)
-    noted = written_by_the_first_release([old], store._secret(ANN))
-    (path_of(store, ANN) / "exports.json").write_bytes(noted)
-    assert check(store).damaged == {}
-    assert store.exports.of(ANN) == [old]
-    with store.exports.writing(ANN, tmp_path / "new"):
-        new = exported(tmp_path / "new")
-    assert store.exports.of(ANN) == [old, new]
-    assert store.exports.forget(ANN) == {}
-    assert not folder.exists()
-
-
-FILE = exports_to_bytes(LIST, KEY)
-
-
-@given(st.integers(0, len(FILE) - 1), st.integers(0, 255), st.booleans())
-def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool) -> None:
-    damaged = FILE[:place] if cut else FILE[:place] + bytes([byte]) + FILE[place + 1 :]
-    try:
-        assert exports_from_bytes(damaged, KEY, "x") == LIST
-    except StateCorrupt as error:
-        assert str(error).startswith("x was changed or cut short: got ")  # noqa: PT017
-        assert "then find and remove adapters" in str(error)  # noqa: PT017
-
-
-def test_a_store_notes_exports_without_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.platform, "node", lambda: "a-host-of-ours")
+def test_a_store_notes_exports_for_its_owner_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "people")
     assert store.exports.of(ANN) == []
     first, second = (export_from(store, tmp_path / f"{ANN}-{n}", n) for n in range(2))
@@ -106,15 +44,23 @@ def test_a_store_notes_exports_without_ids(tmp_path: Path, monkeypatch: pytest.M
     assert store.exports.of("bob") == []
     again = export_from(store, tmp_path / f"{ANN}-0", 7)
     assert store.exports.of(ANN) == [second, again]  # one entry a folder
+    assert (path_of(store, ANN) / "exports.json").stat().st_mode & 0o777 == 0o600
     for path, content in everything(tmp_path / "people"):
-        for word in (ANN, str(tmp_path), first.host or "-"):
-            assert word not in str(path.relative_to(tmp_path))
-            assert word.encode() not in content
+        assert ANN not in str(path.relative_to(tmp_path))
+        assert ANN.encode() not in content or path.name == "exports.json"
 
 
-def test_the_key_of_exports_is_not_a_path_of_the_store(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    assert store._secret("ann").hex() not in {folder_of(store, id) for id in ("ann", "exports/ann", "exportsann")}
+FILE = exports_to_bytes(LIST)
+
+
+@given(st.integers(0, len(FILE) - 1), st.integers(0, 255), st.booleans())
+def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool) -> None:
+    damaged = FILE[:place] if cut else FILE[:place] + bytes([byte]) + FILE[place + 1 :]
+    try:
+        assert exports_from_bytes(damaged, "x") == LIST
+    except StateCorrupt as error:
+        assert str(error).startswith("x was changed or cut short: got ")  # noqa: PT017
+        assert "then find and remove adapters" in str(error)  # noqa: PT017
 
 
 def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""Calibrate a finished bank: measure, then commit, so that a killed calibration leaves a bank that opens."""
+"""Calibrate a finished bank: measure, write the calibrated bank beside it, and rename it when it is complete."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,38 +16,46 @@ from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people, measured_items
-from mta.bank.card import card
+from mta.bank.card import write_described
 from mta.bank.format import (
-    CALIBRATING,
     CALIBRATION,
     INFO,
     MEMBERS,
-    UNKNOWN_TO_0_1_0,
+    PUBLISHED,
+    REPLACED,
+    STALE,
+    STOPS,
     BankInfo,
     check_base,
+    check_new,
     file_hashes,
-    names_as_in_0_1_0,
     read_adapters,
     read_info,
-    verify,
-    with_hash,
-    write_info,
 )
-from mta.bank.notes import clear_stale, pass_stale_on, stale, stops
-from mta.config import CalibrationSettings, Run, StackSettings
+from mta.bank.notes import note_stop, pass_stale_on, remove_leftovers, stale, stops
+from mta.config import CalibrationSettings, Run
 from mta.config.constants import COMPUTED_WITH
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
 from mta.errors import BankError, InputError
-from mta.lora.peft import CARD
 from mta.model.base import BaseModel
-from mta.system.atomic import copy_file, json_sha256, replacing_folder, write_tensors, write_text
+from mta.system.atomic import (
+    copy_file,
+    json_sha256,
+    make_folder,
+    replacing_folder,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import CONFIG
-from mta.training.checkpoint import Checkpoint, saved_work
+from mta.training.checkpoint import saved_work
+
+_OUT = "Calibrate a copy:  --out bank-2/"
 
 
 def calibrate_bank(
@@ -63,53 +74,70 @@ def calibrate_bank(
 
     The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
     the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
-    their ids. ``since`` is what ``stops`` of the
-    folders (the bank's, and ``out``) returned before the people were read; None: ask it now. An interrupted calibration
-    resumes, and a finished one is not measured again. Raises InputError if too few people are left or the bank has no
-    list of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile or ``out``
-    holds anything but an unfinished copy, BankCorrupt, BankMismatch.
+    their ids. ``since`` is what ``stops(folder)`` returned before the people were read; None: ask it now. A finished
+    calibration is not measured again. Raises InputError if too few people are left or the bank has no list of members,
+    DataError for an item that is too long, BankError if a person is forgotten meanwhile, ``out`` holds anything but
+    this calibration, or the bank cannot be replaced; BankCorrupt, BankMismatch.
     """
+    folder = folder.resolve()
+    before = stops(folder) if since is None else since
     _check_owners(read_info(folder), people, unrelated)
-    folders = [folder, *([out] if out else [])]
-    before = stops(*folders) if since is None else since
 
-    def is_stopped() -> bool:
-        return stops(*folders) != before
+    def check(bank: Path = folder) -> None:
+        if stops(bank) != before:
+            raise BankError(
+                "a person was forgotten during the calibration", hint="Leave them out, and calibrate again."
+            )
 
-    if out:
-        info, outside = _checked(folder, base, people, run.calibration)  # before anything is copied
-        if _is_done(out, _work_of(info, base, outside, run)):
-            return
-        _copy(folder, out)
-    target = out or folder
-    with exclusive(target):
-        info, outside = _checked(target, base, people, run.calibration)
+    def stepped(step: Step) -> None:
+        check()
+        if on_step:
+            on_step("calibration", step)
+
+    with nullcontext() if out else _held(folder):
+        info = read_info(folder)
+        outside = _checked(folder, info, base, people, run.calibration)
         work = _work_of(info, base, outside, run)
-        if _is_done(target, work):
+        if _is_done(out or folder, work):
             return
-        _noted_settings(target)  # if they cannot be read, nothing is measured in vain
-        write_text(target / CALIBRATING, work)
-        found = _measured(target, info, base, outside, _settings(info, run), work, is_stopped, executor, on_step)
-        _commit(target, info, outside, run.calibration, found, work, is_stopped)
+        if out:
+            check_new(out)
+        noted = (
+            read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else None
+        )  # before measuring: it may be damaged
+        found = _measured(folder, info, base, outside, _settings(info, run), executor, stepped)
+        publish = partial(_appear if out else _replace, check=check)
+        try:
+            with replacing_folder(out or folder, publish) as written:
+                _copy(folder, written, info, whole=not out)
+                _write(written, info, outside, run.calibration, found, work, noted)
+                check()
+        except OSError:
+            check()  # forgetting a person removes an unfinished folder
+            raise
 
 
 def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
     given = {name: getattr(run, name) for name in COMPUTED_WITH}
-    return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration, True)})
+    return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration)})
 
 
-def _enabled(settings: CalibrationSettings, enabled: bool) -> CalibrationSettings:
-    return settings.model_copy(update={"enabled": enabled})
+def _enabled(settings: CalibrationSettings) -> CalibrationSettings:
+    return settings.model_copy(update={"enabled": True})
+
+
+def _trained_files(info: BankInfo) -> dict[str, str]:
+    """Return the hashes of the files that a calibration does not change."""
+    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
 
 
 def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
     """Return the key of a calibration: of what was trained, the people, and the settings that count."""
-    trained = _without_calibration(info).files
     histories = [[one.id, one.digest()] for one in people]
     unused = {"base", "encoder", *COMPUTED_WITH}  # the bank has fingerprints of the first two
-    loaded = base.as_loaded(_with_todays_defaults(_settings(info, run))).model_dump(mode="json", exclude=unused)
-    return json_sha256([trained, histories, loaded])
+    loaded = base.as_loaded(_settings(info, run)).model_dump(mode="json", exclude=unused)
+    return json_sha256([_trained_files(info), histories, loaded])
 
 
 def _is_done(folder: Path, work: str) -> bool:
@@ -120,50 +148,26 @@ def _is_done(folder: Path, work: str) -> bool:
 
 
 def _checked(
-    folder: Path, base: BaseModel, people: Sequence[Person], settings: CalibrationSettings
-) -> tuple[BankInfo, list[Person]]:
-    """Return a bank's description, and the people to calibrate it on, whose items fit."""
-    info = read_info(folder)
+    folder: Path, info: BankInfo, base: BaseModel, people: Sequence[Person], settings: CalibrationSettings
+) -> list[Person]:
+    """Return the people to calibrate a bank on, whose items fit."""
     check_base(folder, info, base.name, base.fingerprint)
     outside = _outside(folder, info, people, settings)
     measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
     base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
-    return info, outside
+    return outside
 
 
-def _copy(folder: Path, out: Path) -> None:
-    """Copy a bank to a new folder, or go on with the copy that an interrupted call left there.
-
-    Notes on runs and publications are left out: these were about the other folder. Raises BankError if ``out`` holds
-    anything else, BankCorrupt.
-    """
-    info = read_info(folder)
-    if not (out / INFO).exists():
-        if out.exists() and any(out.iterdir()):
-            raise BankError(f"{out} is not empty, and no copy of {folder}", hint="Give a new folder:  --out bank-2/")
-        _copy_files(folder, info, out)
-    elif out.samefile(folder) or not _is_unfinished(read_info(out), out, info):
-        hint = f"Give a new folder. To calibrate that bank again:  mta bank calibrate {shlex.quote(str(out))}"
-        raise BankError(f"{out} is a bank already, and no unfinished copy of {folder}", hint=hint)
-    pass_stale_on(folder, out)
-
-
-def _copy_files(folder: Path, info: BankInfo, out: Path) -> None:
-    with replacing_folder(out) as temporary:
-        for name in (*info.files, CARD, INFO, CONFIG):
-            if (folder / name).exists():
-                copy_file(folder / name, temporary / name)
-        if info.members.hashed:  # which a killed process may have left in another file
-            write_text(temporary / MEMBERS, info.members.hashed.to_bytes().decode())
-        verify(temporary, read_info(temporary))  # another process may have calibrated the bank meanwhile
-
-
-def _is_unfinished(info: BankInfo, out: Path, source: BankInfo) -> bool:
-    """Return whether a bank in ``out`` is a copy whose calibration was interrupted, or did not begin."""
-    trained = _without_calibration(source)
-    hashes = source.hash, trained.hash  # the second where a person was forgotten at its end
-    same = _without_calibration(info).files == trained.files
-    return same and (info.hash in hashes or (out / CALIBRATING).exists())
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the lock of a bank that is to be replaced. Raises BankError if it cannot be, InputError if it is locked."""
+    closed = [str(place) for place in (folder, folder.parent) if not os.access(place, os.W_OK)]
+    if folder.is_mount() or closed:
+        why = f"{closed[0]} is not writable" if closed else "it is a mount point"
+        raise BankError(f"{folder} cannot be replaced by the calibrated bank: {why}", hint=_OUT)
+    with exclusive(folder):
+        remove_leftovers(folder)
+        yield
 
 
 def _check_owners(info: BankInfo, people: Sequence[Person], unrelated: bool) -> None:
@@ -207,106 +211,90 @@ def _measured(
     base: BaseModel,
     people: Sequence[Person],
     settings: Run,
-    work: str,
-    is_stopped: Callable[[], bool],
     executor: Executor | None,
-    on_step: OnStep | None,
+    on_step: Callable[[Step], None],
 ) -> Calibration:
     anchors, task_lora = read_adapters(folder, info)
-
-    def stepped(step: Step) -> None:
-        _check_not_stopped(folder, is_stopped)
-        if on_step:
-            on_step("calibration", step)
-
-    def saved(name: str) -> Checkpoint:
-        file = folder / "work" / f"{name}.safetensors"
-        return Checkpoint(file, work, allowed=lambda: not is_stopped())  # no new file after `forget`
-
-    found = calibrate(
-        base,
-        Task.model_validate(info.task),
-        anchors,
-        task_lora,
-        people,
-        settings,
-        executor=executor,
-        checkpoint=saved,
-        on_step=stepped,
-    )
+    task = Task.model_validate(info.task)
+    found = calibrate(base, task, anchors, task_lora, people, settings, executor=executor, on_step=on_step)
     if not found.info.gains:
-        remove_work(folder)
         raise InputError(f"{folder} stays as it is: {found.info.notes[0]}", hint="Give more people.")
     return found
 
 
-def _commit(
-    folder: Path,
+def _copy(folder: Path, written: Path, info: BankInfo, whole: bool) -> None:
+    """Copy what a calibration does not change: the trained files or, for the ``whole`` folder, all files.
+
+    Without the whole folder, notes on runs and publications are left out: these were about the other folder.
+    """
+    make_folder(written)
+    if whole:
+        remove_work(folder)
+        rewritten = {".lock", STALE, STOPS}  # other processes write the last two
+        shutil.copytree(
+            folder,
+            written,
+            ignore=lambda place, names: rewritten & {*names} if Path(place) == folder else (),
+            copy_function=lambda source, target: copy_file(Path(source), Path(target)),
+            dirs_exist_ok=True,
+        )
+        if stops(folder):
+            note_stop(written)
+    else:
+        for name in _trained_files(info):
+            copy_file(folder / name, written / name)
+    pass_stale_on(folder, written, without="calibration")
+
+
+def _write(
+    written: Path,
     info: BankInfo,
     people: Sequence[Person],
     settings: CalibrationSettings,
     found: Calibration,
     work: str,
-    is_stopped: Callable[[], bool],
+    noted: dict[str, Any] | None,
 ) -> None:
-    """Write a calibration, with the key ``work``.
-
-    A person may be forgotten at any time before its end, and it then has to be given up.
-    """
-    without, noted = _without_calibration(info), _noted_settings(folder)
-    _check_not_stopped(folder, is_stopped)
-    if info.calibration:  # if this is killed, what is left is a bank without a calibration
-        write_info(folder, without)
-    write_tensors(folder / CALIBRATION, found.tensors(), {"work": work})
-    run = info.run.model_copy(update={"calibration": _enabled(settings, True)})
+    """Write a calibration, with the key ``work``, and what changes with it: description, members, card, settings."""
+    write_tensors(written / CALIBRATION, found.tensors(), {"work": work})
     changed = {
-        "run": _with_todays_defaults(run),
+        "run": info.run.model_copy(update={"calibration": _enabled(settings)}),
         "members": info.members.calibrated_on([person.id for person in people]),
-        "files": info.files | file_hashes(folder, [CALIBRATION]),
+        "files": info.files | file_hashes(written, [CALIBRATION]),
         "calibration": found.info,
     }
-    whole = with_hash(info.model_copy(update=changed))
-    write_text(folder / CARD, card(whole))
-    if noted is not None:
-        new = whole.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
-        write_text(folder / CONFIG, to_yaml(noted | new))
-    clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
-    write_info(folder, whole)
+    calibrated = info.model_copy(update=changed)
+    if noted is not None:  # the settings for another build like this
+        new = calibrated.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
+        write_text(written / CONFIG, to_yaml(noted | new))
+    write_described(written, calibrated)
+
+
+def _appear(written: Path, out: Path, check: Callable[[], None]) -> None:
+    """Rename a complete copy to ``out``, and back if a person was forgotten meanwhile."""
+    written.rename(out)
     try:
-        _check_not_stopped(folder, is_stopped)  # from here on, forgetting finds the person in the bank
+        check()
     except BankError:
-        write_info(folder, without)
-        write_text(folder / CARD, card(without))
-        (folder / CALIBRATION).unlink()
-        clear_stale(folder, "calibration")  # set meanwhile: nothing of the person is left in this part
+        out.rename(written)
         raise
-    remove_work(folder)
 
 
-def _noted_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings in ``config.yaml``, which follow a calibration, for another build like this; None without."""
-    return read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else None
+def _replace(written: Path, folder: Path, check: Callable[[Path], None]) -> None:
+    """Rename a bank's folder away, and the calibrated bank into its place.
 
-
-def _without_calibration(info: BankInfo) -> BankInfo:
-    files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-    run = info.run.model_copy(update={"calibration": _enabled(info.run.calibration, False)})
-    changed = {"calibration": None, "files": files, "members": info.members.calibrated_on([]), "run": run}
-    return with_hash(info.model_copy(update=changed))
-
-
-def _check_not_stopped(folder: Path, is_stopped: Callable[[], bool]) -> None:
-    if is_stopped():
-        remove_work(folder)
-        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
-
-
-def _with_todays_defaults(run: Run) -> Run:
-    """Return a bank's settings, in which default policy and stack of 0.1.0 become today's, which are calibrated."""
-    if names_as_in_0_1_0(run.task_lora) != UNKNOWN_TO_0_1_0.keys() or run.stack.calibrated:
-        return run
-    policy = "auto" if run.merge.policy == "posterior" else run.merge.policy
-    calibrated = run.stack.training == StackSettings().training
-    merge, stack = ({"policy": policy}, {"calibrated": calibrated})
-    update = {"merge": run.merge.model_copy(update=merge), "stack": run.stack.model_copy(update=stack)}
-    return run.model_copy(update=update)
+    While the place is empty, nothing can be noted in either folder: a person who was forgotten before is noted in the
+    old one, and whoever forgets a person later finds the members of the new one.
+    """
+    old = folder.with_name(REPLACED.format(folder.name))
+    folder.rename(old)
+    try:
+        check(old)
+        if (old / PUBLISHED).exists():  # perhaps written after the files were copied
+            copy_file(old / PUBLISHED, written / PUBLISHED)
+        written.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -24,7 +24,7 @@ from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
 from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import draw, set_aside
-from mta.data.tasks.load import as_today, load_task
+from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
 from mta.errors import BankCorrupt, BankMismatch, InputError
@@ -144,7 +144,7 @@ class Bank:
         check_base(folder, info, base.name, base.fingerprint)
         try:
             verify(folder, info, full=full)
-            task = as_today(Task.model_validate(info.task))
+            task = Task.model_validate(info.task)
             vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
@@ -195,10 +195,10 @@ class Bank:
         Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
         personalize these people again. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
         the people is behind an imported LoRA (see ``of_adapters``). ``since`` is what
-        ``mta.bank.notes.stops(folder)``, with ``out`` ``stops(folder, out)``, returned before the people were read: the
-        calibration is given up (BankError) if a person was forgotten after that.
+        ``mta.bank.notes.stops(folder)`` returned before the people were read: the calibration is given up (BankError)
+        if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
-        holds anything but an unfinished copy of the bank.
+        holds anything, or the bank's folder cannot be replaced.
         """
         settings, copy, people = run or self.info.run, Path(out) if out else None, list(people)
         check_distinct(people)

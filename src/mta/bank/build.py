@@ -18,17 +18,15 @@ from mta.bank.anchors import train_anchors
 from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
-from mta.bank.card import card
+from mta.bank.card import write_described
 from mta.bank.context import BuildContext
 from mta.bank.format import (
     ANCHORS,
-    CALIBRATING,
     CALIBRATION,
     INDEX,
     INFO,
     OURS,
     PUBLISHED,
-    SCHEMA,
     STALE,
     STOPS,
     TASK_LORA,
@@ -36,12 +34,9 @@ from mta.bank.format import (
     file_hashes,
     has_task,
     read_info,
-    with_hash,
-    write_info,
     write_task,
 )
 from mta.bank.keys import BuildKeys
-from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.config import Run
@@ -51,7 +46,7 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
+from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.system.atomic import unfinished_in, write_tensors, write_text
@@ -127,9 +122,9 @@ def build_bank(
         on_step=on_step,
         locked=True,
     )
-    context = BuildContext(base, task, run, out, keys, executor or LocalExecutor(), record)
+    context = BuildContext(base, task, encoder, run, out, keys, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
-    roles = choose_roles(task, encoder, task_people, candidates, held_out, run, on_step)
+    roles = choose_roles(context, task_people, candidates, held_out, on_step)
     context = replace(context, chosen=tuple(roles.chosen))
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])
@@ -147,7 +142,7 @@ def build_bank(
             if not run.task_lora.enabled:  # of an earlier build that was begun with one
                 shutil.rmtree(out / TASK_LORA, ignore_errors=True)
             calibration = _train(context, roles, jobs, plan, trained)
-            _finish(context, encoder, plan, roles, roles.members(keys.secret), calibration)
+            _finish(context, plan, roles, calibration)
         remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
@@ -207,14 +202,7 @@ def _calibrate(
     return found.info
 
 
-def _finish(
-    context: BuildContext,
-    encoder: Encoder,
-    plan: Plan,
-    roles: Roles,
-    members: Members,
-    calibration: CalibrationInfo | None,
-) -> None:
+def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: CalibrationInfo | None) -> None:
     """Write the description last: a folder with ``bank.json`` is complete."""
     items = [len(person.items) for person in roles.anchors]
     left_out = sum(max(n - context.run.bank.max_items, 0) for n in items)
@@ -224,27 +212,23 @@ def _finish(
     if context.run.task_lora.enabled:
         names += [f"{TASK_LORA}/{name}" for name in (CONFIG, WEIGHTS)]
     info = BankInfo(
-        version=SCHEMA,
         base=context.base.name,
         base_fingerprint=context.base.fingerprint,
         base_note=context.base.note,
         task=context.task.model_dump(mode="json"),
         encoder=context.run.encoder,
-        encoder_fingerprint=encoder.fingerprint,
+        encoder_fingerprint=context.encoder.fingerprint,
         run=context.run,
         work=context.keys.whole,
         plan=plan.digest,
         items=tuple(items),
         cut=cut,
         seconds=run_folder.seconds_of(context.out, context.keys.training),
-        members=members,
+        members=roles.members(context.keys.secret),
         files=file_hashes(context.out, names),
-        hash="",  # set below: a hash of the other fields
         calibration=calibration,
     )
-    info = with_hash(info)
-    write_text(context.out / CARD, card(info))
-    write_info(context.out, info)
+    write_described(context.out, info)
 
 
 def remove_work(out: Path) -> None:
@@ -265,11 +249,10 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
     interrupted build with other keys: its finished work would be overwritten.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (keys.whole, keys.training, *keys.older):
+        if (info := read_info(out)).work in (keys.whole, keys.training):
             if info.work != keys.whole and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
-            if not (out / CALIBRATING).exists():
-                remove_work(out)
+            remove_work(out)
             return True
         raise BankRefused(
             f"{out} holds a bank built from other people, another base, or other settings (dtype, …)",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.laplace import BOUNDLESS
-from mta.bank.format import BankInfo
+from mta.bank.format import BankInfo, with_hash, write_info
 from mta.config.constants import NOTICEABLE
 from mta.config.loader import dump_yaml
-from mta.lora.peft import MARK
+from mta.lora.peft import CARD, MARK
 from mta.system.assets import ASSETS
+from mta.system.atomic import write_text
 from mta.system.hub import public_name
 
 _WIDTH = 30  # of a drawn interval, in characters
@@ -23,6 +25,13 @@ _WIDTH = 30  # of a drawn interval, in characters
 def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
     """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
     return _front_matter(info, "merge-then-adapt", license) + body(info, place, results)
+
+
+def write_described(folder: Path, info: BankInfo) -> None:
+    """Write the hash, the card, and the description of a bank, the description last."""
+    whole = with_hash(info)
+    write_text(folder / CARD, card(whole))
+    write_info(folder, whole)
 
 
 def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:

@@ -19,6 +19,7 @@ from mta.distributed.executor import Executor, P, R
 from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
 from mta.model.footprint import ParameterCounts
 from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
@@ -40,6 +41,7 @@ class BuildContext:
 
     base: BaseModel
     task: Task
+    encoder: Encoder
     run: Run
     out: Path
     keys: BuildKeys

@@ -10,32 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.members import Hashed, Members
-from mta.config import CalibrationSettings, Run, TaskLoraSettings
+from mta.config import Run
 from mta.data.history import Person
-from mta.data.tasks.load import as_today
 from mta.data.tasks.task import UNTRAINED, Task
-from mta.errors import BankCorrupt, BankMismatch, BankNotFound
+from mta.errors import BankCorrupt, BankError, BankMismatch, BankNotFound
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
-from mta.system.atomic import file_sha256, read_json, replacing, write_json
+from mta.system.atomic import file_sha256, read_json, write_json, write_text
 from mta.tracking import run_folder
 
-SCHEMA = 2
+SCHEMA = 3
 INFO = "bank.json"
 MEMBERS = "members.json"
-NEW_MEMBERS = "members.new.json"  # until bank.json is written
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
-CALIBRATING = "work/calibrating"  # while a finished bank is calibrated
+REPLACED = ".{}.replaced"  # name beside a bank of the folder that a calibrated bank replaces
 STOPS = "stops"  # another text after each forgetting: a calibration of people who were read before is given up
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
@@ -43,9 +41,8 @@ PUBLISHED = "published.json"
 TASK_LORA_CONFIG = f"{TASK_LORA}/{CONFIG}"
 # The files whose hashes bank.json holds.
 HASHED_FILES = ANCHORS, INDEX, CALIBRATION, TASK_LORA_CONFIG, f"{TASK_LORA}/{WEIGHTS}"
-_FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, STOPS, PUBLISHED, CARD, "work"}
+_FILES = {INFO, MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, STOPS, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
-UNKNOWN_TO_0_1_0 = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 PERMISSIONS = "Make the folder writable, or use a host where it is, and repeat the command."
 
 
@@ -55,11 +52,17 @@ def restore(folder: Path) -> str:
     return f"Copy the bank again from its source. Or remove it, and repeat the command that built it:  {remove}"
 
 
+def check_new(out: Path) -> None:
+    """Raise BankError for the folder of a new bank that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
+
+
 class BankInfo(BaseModel):
     """The contents of ``bank.json``. Anchors are numbered; no file of a bank contains ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int
+    version: int = SCHEMA
     base: str
     base_fingerprint: str
     base_note: str
@@ -68,27 +71,14 @@ class BankInfo(BaseModel):
     encoder_fingerprint: str
     run: Run
     work: str
-    plan: str  # empty if anchors are LoRAs that were trained elsewhere
+    plan: str = ""  # empty if anchors are LoRAs that were trained elsewhere
     items: tuple[int, ...]
-    cut: dict[str, int]
-    seconds: dict[str, float]
+    cut: dict[str, int] = {}
+    seconds: dict[str, float] = {}
     members: Members
     files: dict[str, str]
-    hash: str
+    hash: str = ""  # ``with_hash`` sets it
     calibration: CalibrationInfo | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_built(cls, values: Any) -> Any:
-        """Fill in what 0.1.0, which had none of these settings, did not write (see _unset)."""
-        run = values.get("run") if isinstance(values, dict) else None
-        if not isinstance(run, dict):
-            return values
-        if not values.get("calibration") and "calibration" not in run:
-            run = run | {"calibration": {"enabled": False}}
-        if isinstance(task_lora := run.get("task_lora"), dict):
-            run = run | {"task_lora": UNKNOWN_TO_0_1_0 | task_lora}
-        return values | {"run": run}
 
     @field_validator("run")
     @classmethod
@@ -108,46 +98,16 @@ class BankInfo(BaseModel):
 
 
 def write_info(folder: Path, info: BankInfo) -> None:
-    """Write the members and ``bank.json``, with a sha256 over its own content.
-
-    New members are beside the old ones until ``bank.json``, which holds their sha256, is written: whenever this is
-    killed, one of the two files fits.
-    """
+    """Write the members, then ``bank.json``, with a sha256 over its own content."""
     if info.members.hashed:
-        _settle_members(folder)
-        with replacing(folder / NEW_MEMBERS) as temporary:
-            temporary.write(info.members.hashed.to_bytes())
-    values = info.model_dump(mode="json", exclude=_unset(info))
+        write_text(folder / MEMBERS, info.members.hashed.to_bytes().decode())
+    values = info.model_dump(mode="json")
     write_json(folder / INFO, values | {"sha256": seal(values)})
-    if info.members.hashed:
-        (folder / NEW_MEMBERS).replace(folder / MEMBERS)
-
-
-def _settle_members(folder: Path) -> None:
-    """Rename the new members if ``bank.json`` was written for them, and the process killed before it renamed them."""
-    current, new = read_json(folder / INFO), folder / NEW_MEMBERS
-    members = current.get("members") if isinstance(current, dict) else None
-    if isinstance(members, dict) and new.exists() and file_sha256(new) == members.get("sha256"):
-        new.replace(folder / MEMBERS)
-
-
-def names_as_in_0_1_0(settings: TaskLoraSettings) -> set[str]:
-    """Return the names of settings unknown to version 0.1.0 whose values make no difference to it."""
-    return {name for name, value in UNKNOWN_TO_0_1_0.items() if getattr(settings, name) == value}
-
-
-def _unset(info: BankInfo) -> dict[str, Any]:
-    """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
-    run: dict[str, Any] = {"task_lora": names_as_in_0_1_0(info.run.task_lora)}
-    if info.calibration:
-        return {"run": run}
-    as_before = {"calibration": True} if info.run.calibration == CalibrationSettings(enabled=False) else {}
-    return {"calibration": True, "run": run | as_before}
 
 
 def has_task(info: BankInfo, task: Task) -> bool:
     """Return whether a bank has this task in every field."""
-    return as_today(Task.model_validate(info.task)) == task
+    return Task.model_validate(info.task) == task
 
 
 def write_task(folder: Path, task: Task) -> None:
@@ -160,8 +120,7 @@ def read_info(folder: Path) -> BankInfo:
     """Return the description of a bank. Raises BankNotFound, BankCorrupt."""
     path = folder / INFO
     try:
-        values, hashed = read_description(folder)
-        info = BankInfo.model_validate(values)
+        info = BankInfo.model_validate(read_description(folder))
     except FileNotFoundError:
         raise BankNotFound(
             f"no bank at {folder}: {INFO} is missing",
@@ -176,9 +135,8 @@ def read_info(folder: Path) -> BankInfo:
             f"{path} names {min(other)!r}, which is no file of a bank; expected some of {', '.join(HASHED_FILES)}",
             hint=restore(folder),
         )
-    hashed = hashed or _read_members(folder, info.members.sha256)
-    counts = info.members.model_dump()
-    return info.model_copy(update={"members": Members(**counts, hashed=hashed)})
+    hashed = _read_members(folder, info.members.sha256)
+    return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
 
 
 def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> None:
@@ -192,44 +150,34 @@ def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> Non
         )
 
 
-def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
-    """Return ``bank.json`` without its sha256, and the members if the file is of schema 1, which contained them.
-
-    Raises BankCorrupt, OSError, ValueError, RecursionError.
-    """
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return ``bank.json`` without its sha256. Raises BankCorrupt, OSError, ValueError, RecursionError."""
     path = folder / INFO
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__}, expected a JSON object")
-    if values.get("version") not in (1, SCHEMA):
+    if values.get("version") != SCHEMA:
         raise BankCorrupt(
-            f"{path} has schema version {values.get('version')!r}; this mta reads versions 1 and {SCHEMA}",
-            hint="Rebuild the bank, or use the version of mta that wrote it.",
+            f"{path} has schema version {values.get('version')!r}; this mta reads version {SCHEMA}",
+            hint="Use the version of mta that wrote it, or build the bank again:  mta bank build --out NEW",
         )
     if "sha256" in values and values.pop("sha256") != seal(values):
         raise BankCorrupt(f"{path} was changed: its sha256 does not match its content", hint=restore(folder))
-    if values["version"] == SCHEMA:
-        return values, None
-    members = Members.known_by(hashed := Hashed.model_validate(values.get("members")))
-    return values | {"version": SCHEMA, "members": members.model_dump(mode="json")}, hashed
+    return values
 
 
 def _read_members(folder: Path, sha256: str) -> Hashed | None:
-    """Return the members; None if there is no file. Raises BankCorrupt if no file has this ``sha256``."""
-    wrong = None
-    for path in (folder / NEW_MEMBERS, folder / MEMBERS):
-        try:
-            data = path.read_bytes()
-            if (found := hashlib.sha256(data).hexdigest()) == sha256:
-                return Hashed.model_validate_json(data)
-            wrong = path, found
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=restore(folder)) from None
-    if wrong is None:
+    """Return the members; None if there is no file. Raises BankCorrupt if it has another ``sha256``."""
+    path = folder / MEMBERS
+    try:
+        data = path.read_bytes()
+        if (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise BankCorrupt(_changed(path, found, sha256), hint=restore(folder))
+        return Hashed.model_validate_json(data)
+    except FileNotFoundError:
         return None
-    raise BankCorrupt(_changed(*wrong, sha256), hint=restore(folder))
+    except (OSError, ValueError) as error:
+        raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=restore(folder)) from None
 
 
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -292,9 +240,9 @@ def _changed(path: Path, found: str, expected: str) -> str:
 
 
 def with_hash(info: BankInfo) -> BankInfo:
-    """Return the description with the hash that identifies the bank; it is stored, as later versions may add settings.
+    """Return the description with the hash that identifies the bank.
 
     It covers the hashes of all files, but not the seconds and ``UNTRAINED`` of the task, which may change later.
     """
-    left_out: Any = {"hash": True, "seconds": True, "task": UNTRAINED, **_unset(info)}
+    left_out: Any = {"hash": True, "seconds": True, "task": UNTRAINED}
     return info.model_copy(update={"hash": seal(info.model_dump(mode="json", exclude=left_out))})

@@ -11,27 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mta.bank.card import card
+from mta.bank.card import write_described
 from mta.bank.format import (
     ANCHORS,
     HASHED_FILES,
     INDEX,
-    SCHEMA,
     BankInfo,
+    check_new,
     file_hashes,
-    with_hash,
-    write_info,
 )
 from mta.bank.members import Members
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.errors import BankError, InputError
+from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch, concatenate
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, is_whole, read_peft
+from mta.lora.peft import CONFIG, WEIGHTS, alpha_of, base_name_of, is_whole, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.system.atomic import json_sha256, replacing_folder, write_tensors, write_text
+from mta.system.atomic import json_sha256, replacing_folder, write_tensors
 
 log = logging.getLogger("mta")
 _NAMED = 5  # bases in a warning
@@ -52,7 +50,7 @@ def import_bank(
     the LoRAs. ``people`` with these ids are what they were trained on; without them anchors are not
     retrieved by content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
     """
-    _refuse_existing(out)
+    check_new(out)
     given = _given(adapters, base, people)
     work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, given.files])
     settings = run.model_copy(
@@ -65,7 +63,6 @@ def import_bank(
     )
     loaded = base.as_loaded(settings)
     info = BankInfo(
-        version=SCHEMA,
         base=base.name,
         base_fingerprint=base.fingerprint,
         base_note=base.note,
@@ -74,20 +71,11 @@ def import_bank(
         encoder_fingerprint=encoder.fingerprint,
         run=loaded,
         work=work,
-        plan="",
         items=given.items,
-        cut={},
-        seconds={},
         members=Members.of(secrets.token_hex(32), [], given.ids, given.ids),
         files={},
-        hash="",
     )
     _write(out, info, concatenate(given.loras), _vectors(encoder, task, given.owners, run))
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
 
 
 class _Given(NamedTuple):
@@ -180,6 +168,4 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor) -> No
             "run": info.run.model_copy(update={"bank": bank}),
             "files": file_hashes(temporary, names),
         }
-        whole = with_hash(info.model_copy(update=changed))
-        write_text(temporary / CARD, card(whole))
-        write_info(temporary, whole)
+        write_described(temporary, info.model_copy(update=changed))

@@ -28,8 +28,7 @@ class Hashed(BaseModel):
 
     def to_bytes(self) -> bytes:
         """Return the contents of ``members.json``; equal members give equal bytes."""
-        unset = {name for name in ("calibration", "kept_back") if not getattr(self, name)}  # as older versions wrote it
-        return self.model_dump_json(indent=1, exclude=unset).encode() + b"\n"
+        return self.model_dump_json(indent=1).encode() + b"\n"
 
 
 class Members(BaseModel):

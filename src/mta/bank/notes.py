@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import glob
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, STALE, STOPS, read_info
+from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, REPLACED, STALE, STOPS, read_info
 from mta.bank.members import TrainedPart
 from mta.errors import BankError
-from mta.system.atomic import file_mode, read_json, sync_folder, write_json, write_text
+from mta.system.atomic import file_mode, read_json, sync_folder, unfinished_in, write_json, write_text
 
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -28,39 +28,47 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     return parts
 
 
-def stops(*folders: Path) -> str:
+def stops(folder: Path) -> str:
     """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
 
-    It is about the files, not their content: a forgetting by another account may leave a file that is closed here.
+    It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
     """
-    found = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError):
-            file = (folder / STOPS).stat()
-            found.append(f"{file.st_ino} {file.st_mtime_ns}")
-    return " ".join(found)
+    try:
+        file = (folder / STOPS).stat()
+    except FileNotFoundError:
+        return ""
+    return f"{file.st_ino} {file.st_mtime_ns}"
 
 
 def stop_calibration(folder: Path) -> None:
-    """Give up calibrations that begin with people who were read before, or are under way; remove what these measured.
+    """Give up calibrations that begin with people who were read before, or are under way; remove what killed ones left.
 
     Raises BankError if it cannot be removed, or the folder cannot be read.
     """
-    work = folder / "work"
+    folder = folder.resolve()
     try:
         if not (folder / INFO).exists():
             return  # an unfinished build's
-        _note_stop(folder)
-        for _ in range(2):  # a calibration under way may be writing its last file
-            shutil.rmtree(work, ignore_errors=True)
-        sync_folder(folder)
-        if work.exists():
-            raise BankError(f"{work} holds what a calibration measured, and cannot be removed", hint=PERMISSIONS)
+        note_stop(folder)
+        if left := remove_leftovers(folder):
+            raise BankError(f"{left[0]} holds what was computed from people, and cannot be removed", hint=PERMISSIONS)
     except OSError as error:
         raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
 
 
-def _note_stop(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed builds and calibrations left in a finished bank and beside it; return what cannot be."""
+    left = [folder / "work", *unfinished_in(folder.parent, glob.escape(folder.name))]
+    replaced = folder.with_name(REPLACED.format(folder.name))
+    if replaced.exists() and (folder / INFO).exists():  # in this order: a calibration may be about to rename it back
+        left.append(replaced)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    sync_folder(folder.parent)
+    return [path for path in left if path.exists()]
+
+
+def note_stop(folder: Path) -> None:
     """Write a new file ``stops``. Raises BankError, except for a folder that only others may write."""
     try:
         write_text(folder / STOPS, secrets.token_hex(8))
@@ -113,16 +121,10 @@ def published(folder: Path) -> list[str]:
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
 
 
-def pass_stale_on(folder: Path, copy: Path) -> None:
-    """Note in a copy of a bank which parts need a rebuild. Raises BankError."""
-    if parts := stale(folder):
+def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
+    """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew. Raises BankError."""
+    if parts := set(stale(folder)) - {without}:
         _note(copy, STALE, parts)
-
-
-def clear_stale(folder: Path, part: str) -> None:
-    """Note that a part was made anew. Raises BankError if the note cannot be written."""
-    if part in stale(folder):
-        _note(folder, STALE, (), without=part)
 
 
 def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:

@@ -52,9 +52,7 @@ def bank_parcel(
     if with_members and info.members.hashed:
         sent[MEMBERS] = info.members.hashed.to_bytes()
     if info.calibration:  # a calibration may replace the file before it is sent
-        sent[CALIBRATION] = data = (folder / CALIBRATION).read_bytes()
-        if hashlib.sha256(data).hexdigest() != info.files[CALIBRATION]:
-            raise BankError(f"{folder} is being calibrated", hint="Publish it afterwards.")
+        sent[CALIBRATION] = (folder / CALIBRATION).read_bytes()
     values = _portable(folder, sent)
     if values["hash"] != info.hash:
         raise BankError(f"{folder} was calibrated meanwhile", hint="Repeat the command.")
@@ -118,9 +116,7 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
 
     A local base or encoder is named by its folder's name only, without the path.
     """
-    values, members = read_description(folder)
-    if members and MEMBERS not in sent:  # in schema 1, the members' key can be derived from the description
-        values["members"] = values["members"] | {"sha256": ""}
+    values = read_description(folder)
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     values["base"] = run["base"] = public_name(run["base"])
     values["encoder"] = run["encoder"] = public_name(run["encoder"])

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mta.bank.anchors import choose_anchors
 from mta.bank.calibration.people import calibration_people
+from mta.bank.context import BuildContext
 from mta.bank.members import Members
 from mta.bank.task_lora import pooled_candidates
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError
-from mta.model.encoders import Encoder
 from mta.system.progress import OnStep
 
 
@@ -46,19 +46,18 @@ class Roles:
 
 
 def choose_roles(
-    task: Task,
-    encoder: Encoder,
+    context: BuildContext,
     task_people: Sequence[Person],
     candidates: Sequence[Person],
     held_out: Sequence[Person],
-    run: Run,
     on_step: OnStep | None = None,
 ) -> Roles:
     """Choose the anchors among ``candidates``, and what everybody else does.
 
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
-    eligible, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed, on_step)
+    task, run = context.task, context.run
+    eligible, vectors, chosen = choose_anchors(task, context.encoder, candidates, run.bank, run.seed, on_step)
     anchors, kept_back = {eligible[i].id for i in chosen}, run.task_lora.kept_back
     pool = [*task_people] if run.task_lora.enabled else []
     if kept_back is not None:  # candidates with too few items for an anchor train like task people

@@ -159,7 +159,7 @@ def calibrate(
     """Calibrate a finished bank on items that it was not trained on: policy, stack, and gains to expect.
 
     Members of the bank are left out, except for items that candidates kept back. The calibrated bank has a new hash:
-    personalize everybody again with it. An interrupted calibration resumes.
+    personalize everybody again with it. The calibrated bank replaces the folder when it is complete.
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
@@ -172,8 +172,7 @@ def calibrate(
             f"{bank} is on the hub: calibrated in place, its download here would differ from it",
             hint="Calibrate a copy:  --out bank-2/",
         )
-    folders = [folder, *([out] if out else [])]
-    since = stops(*folders)  # before the people are read: a person may be forgotten while the base loads
+    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
         folder,

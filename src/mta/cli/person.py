@@ -156,7 +156,7 @@ def export(
 ) -> None:
     """Write a person's task LoRA, merge and stack as one PEFT adapter for the unchanged base.
 
-    The store records the folder, readable only with the person's id, so that mta forget removes the adapter too.
+    The store records the folder in clear, so that mta forget removes the adapter too.
     A push lists its files first. mta forget can only name pushed copies.
 
     Example:  mta export ann --out ann-adapter/ --rank 16

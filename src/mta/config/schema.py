@@ -25,7 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _without(values: dict[str, Any], name: str, value: object) -> dict[str, Any]:
-    """Return settings as earlier versions wrote them, without a field of a later version at its old meaning."""
+    """Return settings as published results hold them, without a field that is newer, at its old meaning."""
     return {key: held for key, held in values.items() if key != name or held != value}
 
 
@@ -74,7 +74,7 @@ class Training(Settings):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(dump(self), "prior", 0.0)  # so that keys of banks and states do not change
+        return _without(dump(self), "prior", 0.0)  # so that hashes of settings in results/ stay the same
 
 
 class TaskLoraSettings(Settings):

@@ -24,7 +24,7 @@ from mta.system.atomic import SHARED
 from mta.system.device import cores
 from mta.system.extras import require
 from mta.system.malloc import keep_freed_memory
-from mta.system.provenance import versions
+from mta.system.provenance import sources_digest
 
 log = logging.getLogger("mta")
 _POLL = 1.0  # seconds between two checks whether workers are missing
@@ -94,7 +94,7 @@ class Cluster:
         environment = self._own()
         if not self.crew or self.crew.open_remote is not open_remote or self.crew.environment != environment:
             self.dismiss()
-            self.crew = Crew(open_remote, environment, self.ray.put((_version(), open_remote)))
+            self.crew = Crew(open_remote, environment, self.ray.put((sources_digest(), open_remote)))
         return self.crew
 
     def dismiss(self) -> None:
@@ -293,11 +293,12 @@ class Worker:
         self.context: Any = None
 
     def open(self, made: tuple[str, Callable[[], Any]]) -> None:
-        """Create the context. Raises ClusterError if this node has another version of mta."""
-        version, open_remote = made
-        if version != _version():
+        """Create the context. Raises ClusterError if this node has other sources of mta."""
+        expected, open_remote = made
+        if (found := sources_digest()) != expected:
             raise ClusterError(
-                f"a worker has mta {_version()}, expected {version}", hint="Install the same version on all machines."
+                f"a worker has other sources of mta (sha256 {found[:12]}…), expected {expected[:12]}…",
+                hint="Install the same version on all machines.",
             )
         keep_freed_memory()  # allowed: an actor is its own process
         self.context = open_remote()
@@ -305,10 +306,6 @@ class Worker:
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:
         """Return ``function(context, piece)``."""
         return function(self.context, piece)
-
-
-def _version() -> str:
-    return versions()["merge-then-adapt"]
 
 
 def _connected(address: str, workers: int | None) -> Any:

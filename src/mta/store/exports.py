@@ -1,20 +1,16 @@
 """Records of where a person's adapters were exported to, so that ``forget`` finds them: exports.json beside the states.
 
-A folder's name may identify its person, and no file of a store may contain raw ids. So the list is encrypted (Fernet:
-AES-128-CBC and HMAC-SHA256, from the ``cryptography`` package) with a key derived from the store's key and the id.
+The list names folders in clear, and a folder's name may identify its person. On local disks, only the owner can read
+the file.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mta.errors import PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
@@ -24,7 +20,7 @@ from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
 from mta.system.storage import Storage
 
-SCHEMA = 2
+SCHEMA = 3
 _BY_HAND = "Remove the file; then find and remove adapters that were exported before by hand."
 
 
@@ -127,18 +123,16 @@ class Exports:
     """The lists of exports of a store's people, each beside its person's states.
 
     ``path`` returns a person's folder from an id; its second argument is whether to create a missing store.
-    ``secret`` returns the key of a person's list from an id.
     """
 
     files: Storage
     path: Callable[[str, bool], str]
-    secret: Callable[[str], bytes]
     tombstones: Tombstones
 
     def of(self, id: str) -> list[Export]:
         """Return the records of a person's exports. Raises StateCorrupt."""
         data = self.files.read(name := f"{self.path(id, False)}/exports.json")
-        return [] if data is None else exports_from_bytes(data, self.secret(id), self.files.at(name))
+        return [] if data is None else exports_from_bytes(data, self.files.at(name))
 
     def written(self, id: str, folder: Path) -> bool:
         """Return whether the adapter in a folder is an export of this person, perhaps one that was interrupted."""
@@ -220,7 +214,7 @@ class Exports:
     def _write(self, id: str, exports: Sequence[Export]) -> None:
         path = self.path(id, bool(exports))
         if exports:
-            self.files.replace(f"{path}/exports.json", exports_to_bytes(exports, self.secret(id)))
+            self.files.replace(f"{path}/exports.json", exports_to_bytes(exports))
         else:
             self.files.remove(f"{path}/exports.json")
             remove_if_empty(self.files, path)
@@ -254,43 +248,11 @@ def _without(exports: Sequence[Export], export: Export) -> list[Export]:
     return left
 
 
-def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
-    """Encrypt a list of exports as JSON under ``key``, with a sha256 that detects damage without the key."""
-    from cryptography.fernet import Fernet
-
-    rows = json.dumps([asdict(export) for export in exports]).encode()
-    return sealed_json("exports", Fernet(_fernet_key(key)).encrypt(rows).decode(), SCHEMA)
+def exports_to_bytes(exports: Sequence[Export]) -> bytes:
+    """Return a list of exports as JSON, with a sha256 that detects damage."""
+    return sealed_json("exports", [asdict(export) for export in exports], SCHEMA)
 
 
-def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> list[Export]:
-    """Invert ``exports_to_bytes``; read schema 1 too. Raises StateCorrupt for damaged data or another key."""
-    from cryptography.fernet import Fernet, InvalidToken
-
-    hidden = check_exports(data, source)
-    try:
-        rows = Fernet(_fernet_key(key)).decrypt(hidden) if isinstance(hidden, str) else _of_schema_1(hidden, key)
-        return [Export(**row) for row in json.loads(rows)]
-    except (InvalidToken, ValueError, TypeError, RecursionError):
-        raise StateCorrupt(f"{source} was changed or cut short: got another key", hint=_BY_HAND) from None
-
-
-def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
-    """Check without the key that the data are intact; return the encrypted list. Raises StateCorrupt."""
-
-    def parse(hidden: Any) -> str | list[str]:
-        if not isinstance(hidden, str | list):
-            raise TypeError(type(hidden).__name__)
-        return hidden
-
-    return opened_json("exports", data, (1, SCHEMA), source, _BY_HAND, parse)
-
-
-def _fernet_key(key: bytes) -> bytes:
-    return base64.urlsafe_b64encode(hashlib.sha256(key).digest())
-
-
-def _of_schema_1(hidden: list[str], key: bytes) -> bytes:
-    """Decrypt a list written by mta 0.1.0: a nonce, and the list XORed with a SHAKE-256 keystream."""
-    nonce, veiled = map(bytes.fromhex, hidden)
-    stream = hashlib.shake_256(key + nonce).digest(len(veiled))
-    return bytes(a ^ b for a, b in zip(veiled, stream))
+def exports_from_bytes(data: bytes, source: str = "the file") -> list[Export]:
+    """Invert ``exports_to_bytes``. Raises StateCorrupt."""
+    return opened_json("exports", data, SCHEMA, source, _BY_HAND, lambda rows: [Export(**row) for row in rows])

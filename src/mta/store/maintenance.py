@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from mta.errors import MtaError
-from mta.store.exports import check_exports
+from mta.store.exports import exports_from_bytes
 from mta.store.lock import LOCK
 from mta.store.run_checkpoints import FOLDER as WORK
 from mta.store.run_checkpoints import RUN
@@ -41,7 +41,7 @@ _KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match cou
 _READERS: dict[Kind, Callable[[bytes, str], object]] = {
     "state": State.from_bytes,
     "history": partial(history_from_bytes, "-"),
-    "exports": check_exports,
+    "exports": exports_from_bytes,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -22,9 +22,12 @@ from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
 
 T = TypeVar("T")
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 HISTORY_SCHEMA = 1
-_FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
+_FIELDS = (
+    *("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank"),
+    *("settings", "gradient", "loglik", "shots", "untrained"),
+)
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
@@ -72,8 +75,7 @@ class Losses:
 class State:
     """What is stored per person: the merge's anchors and coefficients, the stack, and where they came from.
 
-    States of older versions lack losses, settings, and shots. Nothing depends on the clock, so the same work gives the
-    same bytes.
+    Nothing depends on the clock, so the same work gives the same bytes.
     """
 
     bank: str  # hash of the bank
@@ -130,16 +132,7 @@ class State:
         """
         fields = {"sha256": _NO_DIGEST, "schema": STATE_SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
         fields["scale"] = None if self.stack is None else self.stack.scale
-        if self.losses is not None:  # states without losses keep the bytes of older versions
-            fields["losses"] = asdict(self.losses)
-        if self.settings:
-            fields["settings"] = self.settings
-        if self.gradient:
-            fields |= {"gradient": self.gradient, "loglik": self.loglik}
-        if self.shots:
-            fields["shots"] = self.shots
-        if self.untrained:
-            fields["untrained"] = self.untrained
+        fields["losses"] = None if self.losses is None else asdict(self.losses)
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -174,13 +167,9 @@ class State:
         if fields["schema"] != STATE_SCHEMA:
             raise ValueError(f"schema {fields['schema']!r}")
         stack = None if fields["scale"] is None else LoraBatch.of_tensors(load(data), fields["scale"])
-        losses = Losses(**fields["losses"]) if "losses" in fields else None
+        losses = None if fields["losses"] is None else Losses(**fields["losses"])
         kept = {name: fields[name] for name in _FIELDS}
-        kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
-        if "loglik" in fields:
-            kept |= {"gradient": tuple(fields["gradient"]), "loglik": fields["loglik"]}
-        kept |= {"settings": fields.get("settings", ""), "shots": fields.get("shots", 0)}
-        kept |= {"untrained": fields.get("untrained", 0)}
+        kept |= {name: tuple(kept[name]) for name in ("anchors", "w", "gradient")}
         return cls(**kept, stack=stack, losses=losses)
 
 
@@ -222,7 +211,7 @@ def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person
         return Person(id, items, queries)
 
     hint = "Give the person's history again, or forget them:  mta forget"
-    return opened_json("history", data, (HISTORY_SCHEMA,), source, hint, parse)
+    return opened_json("history", data, HISTORY_SCHEMA, source, hint, parse)
 
 
 def sealed_json(name: str, value: object, schema: int) -> bytes:
@@ -230,18 +219,15 @@ def sealed_json(name: str, value: object, schema: int) -> bytes:
     return json.dumps({"schema": schema, "sha256": json_sha256(value), name: value}).encode()
 
 
-def opened_json(
-    name: str, data: bytes, schemas: Collection[int], source: str, hint: str, parse: Callable[[Any], T]
-) -> T:
+def opened_json(name: str, data: bytes, schema: int, source: str, hint: str, parse: Callable[[Any], T]) -> T:
     """Invert ``sealed_json``, and ``parse`` the value. Raises StateCorrupt with ``source`` and ``hint``."""
     try:
         file = json.loads(data)
-        if file["schema"] not in schemas or file["sha256"] != json_sha256(file[name]):
+        if file["schema"] != schema or file["sha256"] != json_sha256(file[name]):
             raise ValueError("another schema or sha256")
         return parse(file[name])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        known = " or ".join(map(str, schemas))
         raise StateCorrupt(
-            f"{source} was changed or cut short: got {error!r}, expected schema {known} and {name} with that sha256",
+            f"{source} was changed or cut short: got {error!r}, expected schema {schema} and {name} with that sha256",
             hint=hint,
         ) from error

@@ -5,12 +5,13 @@
         1.safetensors, 2.safetensors ...  states, each created once and never changed
         latest.json                       a hint for readers: version, time, work
         history.json                      only if ``save_history`` was called
-        exports.json                      where adapters were exported to, readable only with the id
+        exports.json                      where adapters were exported to, with the names of the folders
     forgotten/                            records that a person was forgotten, for a week (``tombstones``)
     work/                                 checkpoints of interrupted runs (``run_checkpoints``)
     .lock                                 only in local stores: one process at a time changes a history or exports
 
-No file contains raw ids. Readers of store.json can test a guessed id, so protect this file like the data.
+Raw ids are in no file; but folders in exports.json may be named after people. Readers of store.json can test a guessed
+id, so protect this file like the data.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         self.files = Storage(url)
         self.tombstones = Tombstones(self.files, self._buried)
-        self.exports = Exports(self.files, self._path, self._secret, self.tombstones)
+        self.exports = Exports(self.files, self._path, self.tombstones)
         self._key = b""
 
     def identity(self, write: bool = False) -> str:
@@ -236,16 +237,14 @@ class Store:
         keyed = hmac.new(self._key, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
         return f"{keyed[:2]}/{keyed}"
 
-    def _secret(self, id: str, purpose: bytes = b"exports/") -> bytes:
-        """Return the key of a person's exports; it is derived from another key than their path, which is not secret."""
-        self._path(id)  # reads the store's key on first use
-        own = hashlib.sha256(purpose + self._key).digest()
-        return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
-
     def _buried(self, id: str) -> str:
-        """Return the hash that names a person's tombstones; "" for a missing store."""
-        hashed = self._secret(id, b"forgotten/").hex()
-        return hashed if self._key else ""
+        """Return the hash that names a person's tombstones; "" for a missing store.
+
+        Its key is derived from the store's, so that a tombstone cannot be matched with a person's folder.
+        """
+        self._path(id)  # reads the store's key on first use
+        own = hashlib.sha256(b"forgotten/" + self._key).digest()
+        return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest() if self._key else ""
 
     def _know_key(self, write: bool) -> None:
         """Read the key once, and again before writing to a local folder, which may have been created anew."""

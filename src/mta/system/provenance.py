@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from functools import cache
 from pathlib import Path
+
+from mta.system.atomic import file_sha256
+
+_PACKAGE = Path(__file__).parent.parent
 
 
 @cache
@@ -38,6 +43,14 @@ def version_of(package: str) -> str | None:
         return None
 
 
+@cache
+def sources_digest() -> str:
+    """Return the sha256 of this package's Python files, by their relative paths and contents."""
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(_PACKAGE).as_posix(), path) for path in _PACKAGE.rglob("*.py")):
+        digest.update(f"{name}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def _git(*words: str) -> str:
-    folder = Path(__file__).parent.parent
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *words], cwd=_PACKAGE, capture_output=True, text=True, check=True).stdout.strip()

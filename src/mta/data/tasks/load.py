@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from mta.config.loader import checked, read_yaml
-from mta.data.tasks.task import RESERVED, UNTRAINED, Task
+from mta.data.tasks.task import RESERVED, Task
 from mta.errors import ConfigError, TaskError
 
 _FOLDER = Path(__file__).parent / "builtin"
@@ -51,13 +51,6 @@ def task_file(name: str | Path) -> Path | None:
     """Return the YAML file that the name of a task of one's own is; None for a built-in task."""
     own = isinstance(name, Path) or name.endswith((".yaml", ".yml"))
     return Path(os.path.expanduser(name)) if own else None
-
-
-def as_today(task: Task) -> Task:
-    """Return the built-in task instead of its older version without ``UNTRAINED`` fields, as older banks hold it."""
-    if task.name not in task_names() or (today := _builtin(task.name)).identity != task.identity:
-        return task
-    return today.model_copy(update={name: value for name in UNTRAINED if (value := getattr(task, name))})
 
 
 @cache

@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -169,11 +167,6 @@ class Task(Settings):
         if extra := set(template_fields(self.profile or "")) - {*self.item.inputs, self.item.target}:
             raise ValueError(f"profile has the fields {sorted(extra)}; items have {sorted(self.fields())}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_set(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit fields of ``UNTRAINED`` that are not set, so that hashes of tasks older than these stay the same."""
-        return {name: value for name, value in values(self).items() if name not in UNTRAINED or value}
 
     def __hash__(self) -> int:
         return hash((self.name, self.version, self.item))  # examples cannot be hashed
