@@ -116,19 +116,19 @@ def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
             "person,film,genres,rating",
             "movielens-rating",
             "field 'title': missing; task 'movielens-rating' needs title, genres, rating (or output); got film, ",
-            "Rename the columns of the file to these names.",
+            "Rename the columns of the file to these names, or name its column:  --columns title=NAME",
         ),
         (
             "person,title,genres,stars",
             "movielens-rating",
             "field 'rating': missing; task 'movielens-rating' needs title, ",
-            "Rename the columns of the file to these names, or give its name:  --output-column NAME",
+            "Rename the columns of the file to these names, or name its column:  --columns output=NAME",
         ),
         (
             "user,title,genres,rating",
             "movielens-rating",
             "field 'person': missing",
-            "Rename a column of the file to person, or give its name:  --person-column NAME",
+            "Rename a column of the file to person, or name its column:  --columns person=NAME",
         ),
     ],
 )

@@ -221,15 +221,14 @@ def _missing(row: Mapping[str, Any], wanted: _Wanted, named: Mapping[str, str] =
 
 def _rename(field: str, wanted: _Wanted) -> str:
     """Return the hint for a field that no row of the file had so far."""
-    names = {"person": "person"} | wanted.others
     these = "a column of the file to person" if field == "person" else "the columns of the file to these names"
-    return f"Rename {these}" + (f", or give its name:  --{names[field]}-column NAME" if field in names else ".")
+    return f"Rename {these}, or name its column:  --columns {wanted.others.get(field, field)}=NAME"
 
 
 def _named_otherwise(column: str | None, columns: Mapping[str, str]) -> str:
     """Return the hint for a column that was named, and that the file does not have."""
     name = next((name for name, given in columns.items() if given == column), "person")
-    return f"Name a column of the file:  --{name}-column NAME"
+    return f"Name a column of the file:  --columns {name}=NAME"
 
 
 def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
@@ -239,11 +238,18 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
     """
     names = {other: name for name, other in wanted.aliases.items()}
     answer = {"output", wanted.task.item.target} - {*wanted.fields} if wanted.questions else set()
-    named = {names.get(name, name): column for name, column in columns.items() if name not in answer}
+    named: dict[str, str] = {}
+    for name, column in columns.items():
+        if (field := names.get(name, name)) in named:
+            raise InputError(
+                f"two columns were given for {field!r}: {named[field]!r} and {column!r}", hint="Leave one of them out."
+            )
+        if name not in answer:
+            named[field] = column
     if unknown := named.keys() - {"person", "time", "id", *wanted.fields}:
         raise InputError(
             f"task {wanted.task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(wanted.fields)}",
-            hint="Rename the columns of the file to these names.",
+            hint="Name columns of these fields, of person, or of time.",
         )
     target = wanted.task.item.target
     if shown := [name for name, column in named.items() if name != target and column == named.get(target)]:
