@@ -127,14 +127,6 @@ def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):
     )
 
 
-def test_lines_of_old_macs_are_named(tmp_path):
-    path = tmp_path / "reviews.csv"
-    path.write_bytes(b"person,input,output\rann,Fine.,3\r")
-    said = run("data", "describe", path, "--task", "lamp3")
-    assert (said.code, "its lines end as on old Macs (CR)" in said.err) == (1, True), said.err
-    assert "tr '" in said.err
-
-
 def test_answers_in_lines_are_no_outputs_of_the_benchmark(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"person": "ann", "answer": "3"}\n')

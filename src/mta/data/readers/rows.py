@@ -91,14 +91,9 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
     return time
 
 
-def _is_date(digits: str) -> bool:
-    """Return whether digits are a year or a day, such as 2009 and 20090521; others count something."""
-    return len(digits) in (4, 8) and 1800 <= int(digits[:4]) <= 2100
-
-
 @dataclass(slots=True)
-class _Digits:
-    """The first times of a file that are dates, and numbers that count something: not both can be right.
+class _Times:
+    """The first date of a file, and its first number that counts something: not both can be right.
 
     Large numbers, such as seconds since 1970, can stand beside dates.
     """
@@ -108,29 +103,21 @@ class _Digits:
 
     def check(self, place: Place, column: str, time: Any) -> None:
         """Raise DataError for the first time that is not like the others."""
-        text = as_text(time).strip() if isinstance(time, str | int | float) and not isinstance(time, bool) else ""
-        if isinstance(time, str) and text.isdecimal() and _is_date(text):
-            self.date = self.date or text
-        elif is_number(text):
+        text = as_text(time).strip() if isinstance(time, str | int | float) else ""
+        if is_number(text):
             self.number = self.number or (text if abs(float(text)) < DATES_FROM else "")
         elif re.match(r"\d{4}-\d{2}", text):
             self.date = self.date or text
         if self.date and self.number:
-            reason = f"{self.date!r} would be a date, and {self.number!r} a number"
-            digits = f" ({self.date[:4]}-01)", f" with a decimal point ({self.date}.0)"
-            dates, numbers = digits if self.date.isdecimal() else ("", " as numbers")
-            raise data_error(place, column, reason, f"Write all times as dates{dates}, or all{numbers}.")
+            reason = f"{self.date!r} is a date, and {self.number!r} a number"
+            raise data_error(place, column, reason, "Write all times as dates, or all as numbers.")
 
 
 def _iso(text: str) -> float:
     text = text.strip().removesuffix(" UTC")
-    if is_number(text) and not (text.isdecimal() and _is_date(text)):  # 10010115.07 is no day of the year 1001
+    if is_number(text):
         return float(text)
-    if re.fullmatch(r"\d{4}", text):
-        text += "-01"
-    if re.fullmatch(r"\d{4}-\d{2}", text):
-        text += "-01"
-    date = datetime.fromisoformat(text)
+    date = datetime.fromisoformat(f"{text}-01" if re.fullmatch(r"\d{4}-\d{2}", text) else text)
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
@@ -274,13 +261,13 @@ def item_parts(
     """
     wanted, unread = _Wanted(task, questions), Counter[str]()
     known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
-    (named, replaced), seen, digits = _columns_of(wanted, columns), set[str](), _Digits()
+    (named, replaced), seen, times = _columns_of(wanted, columns), set[str](), _Times()
     for place, record in records:
         seen |= record.keys()
         row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
-        digits.check(place, named.get("time", "time"), row.get("time"))
+        times.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
                 person = id_in(row, "person")
