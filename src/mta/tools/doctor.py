@@ -28,12 +28,11 @@ from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, dtype_name, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS, install
-from mta.system.hub import is_cached
 from mta.system.provenance import version_of
 from mta.system.units import human_bytes, human_memory
 
 Verdict = Literal["ok", "warning", "problem"]
-UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
+DISK = 3 << 30  # bytes for a demo's assets, while they are unpacked and converted, and for its folder
 BASE = 600 << 20  # bytes of the default base in memory
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -56,9 +55,9 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
     """
     found = [*_versions(), *_machine(device or "auto"), _kernels()]
     if device is None:
-        found += [_memory(bank), *_assets(), *_extras()]
+        found += [_memory(), *_assets(), *_extras()]
     if bank:
-        found += _bank(bank)
+        found.append(_bank(bank))
     if store:
         found.append(_store(store))
     return found
@@ -120,12 +119,9 @@ def _machine(wanted: str = "auto") -> Iterator[Finding]:
     yield Finding("machine", "dtype", "ok", dtype_name(pick_dtype("auto", device)))
 
 
-def _memory(bank: Path | None) -> Finding:
-    memory = Run().memory
-    with contextlib.suppress(MtaError):  # which ``_bank`` reports
-        memory = read_info(bank).run.memory if bank else memory
-    bound, free = parse_size(memory), _free_memory()
-    needs = f"memory={memory} bounds one cohort; the default base takes another {human_memory(BASE)}"
+def _memory() -> Finding:
+    bound, free = parse_size(Run().memory), _free_memory()
+    needs = f"memory={Run().memory} bounds one cohort; the default base takes another {human_memory(BASE)}"
     if free is None:
         return Finding("memory", "free", "warning", f"unknown on this system; {needs}")
     problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB." if free <= 3 * BASE else ""
@@ -162,17 +158,14 @@ def _kernels() -> Finding:
 
 def _assets() -> Iterator[Finding]:
     """Yield where a demo's base, encoder, and data are, or come from. Only their download needs a network."""
-    missing = {name: asset for name, asset in ASSETS.items() if not is_present(name)}
+    missing = [name for name in ASSETS if not is_present(name)]
     folder = cache_dir()
     place = next(one for one in (folder, *folder.parents) if os.path.exists(one))  # Path's raises in closed folders
     writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
     hint = "" if writable else "Set MTA_CACHE to a writable folder."
     found = f"{folder}, {'writable' if writable else 'not writable'}"
     yield _judged("cache", "folder", found, problem=hint if missing else "", warning=hint)
-    free, needed = (
-        shutil.disk_usage(place).free,
-        UNPACKED * sum(one.wheel_bytes for one in missing.values()) + (1 << 30),
-    )
+    free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
     no_pip = "" if find_spec("pip") else "This Python has no pip: python -m ensurepip"
@@ -197,22 +190,16 @@ def _extras() -> Iterator[Finding]:
         yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
 
 
-def _bank(folder: Path) -> list[Finding]:
+def _bank(folder: Path) -> Finding:
     try:
         info = read_info(folder)
         verify(folder, info)
     except MtaError as error:
-        return [Finding("bank", str(folder), "problem", error.message, error.hint)]
+        return Finding("bank", str(folder), "problem", error.message, error.hint)
     content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
     report = stale_report(folder)
     rebuild = f"{report.found[0].upper()}{report.found[1:]}. {report.hint}" if report else ""
-    found = [_judged("bank", str(folder), content, warning=rebuild)]
-    for what, name in (("base", info.run.base), ("encoder", info.run.encoder)):
-        present = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)
-        hint = "" if present else f"mta fetches the {what} when it opens the bank, or give a folder:  {what}=…"
-        where = f"{name}: {'present' if present else 'not present yet'}"
-        found.append(_judged("bank", f"its {what}", where, warning=hint))
-    return found
+    return _judged("bank", str(folder), content, warning=rebuild)
 
 
 def _store(url: str) -> Finding:
