@@ -47,6 +47,12 @@ def exported(folder: Path, seed: int = 0) -> Export:
     return Export.begun(folder).done()
 
 
+def record_export(store: Store, id: str = ANN) -> None:
+    """Record an export that another host wrote."""
+    export = Export("host", "/folder", "0" * 64)
+    store.exports._change(id, lambda known: [*known, export])
+
+
 def export_from(store: Store, folder: Path, seed: int = 0) -> Export:
     with store.exports.writing(ANN, folder):
         return exported(folder, seed)

@@ -55,10 +55,7 @@ def evaluate(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
@@ -95,7 +92,6 @@ def evaluate(
     if skip_bad and test:
         hint = "Correct the bad rows of both files, and leave --skip-bad out."
         raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint=hint)
-    columns, usual = options.Columns(person_column, input_column, output_column, time_column), options.Columns()
     with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
         workspace = Workspace.open(
             chosen,
@@ -103,7 +99,7 @@ def evaluate(
             data,
             which,
             test=test,
-            read=lambda source, task: options.people_in(source, task, usual if test else columns, skip_bad),
+            read=lambda source, task: options.people_in(source, task, None if test else columns, skip_bad),
             read_tested=lambda source, task: options.people_in(source, task, columns, None),
             say=screen.say,
             executor=executor,
@@ -124,10 +120,7 @@ def attack(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     track: options.Track = None,
     json: options.Json = False,
@@ -144,7 +137,6 @@ def attack(
     from mta_lab.privacy.runner import privacy
 
     require("lab")  # before a model is loaded
-    columns = options.Columns(person_column, input_column, output_column, time_column)
     given = Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line("mta-lab")
     with opened(given, "privacy", AttackSettings) as session:

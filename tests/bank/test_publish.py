@@ -1,7 +1,10 @@
-"""Publish and download banks and adapters with the hub's real client: files sent, kept local, and downloaded."""
+"""Publish and download banks with the hub's real client: files sent, kept local, and downloaded."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import hub as stand_in
@@ -383,3 +386,19 @@ def test_forgetting_says_what_a_published_bank_does_not_let_us_know(hub, bank, t
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own_as_people_have_it(hub, bank, tmp_path, cache):
+    """A new process with the hub client configured by environment variables."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]; from tiny import base_of; from mta.bank.bank import Bank; "
+        f"base = base_of(); bank = Bank.open(sys.argv[1], base); bank.push_to_hub({NAME!r}); "
+        f"print(Bank.from_pretrained({NAME!r}, base).hash)"
+    )
+    places = [str(bank.folder), str(Path(__file__).parents[1])]
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    own |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # this hub is on this machine
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, env=os.environ | own)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == bank.hash

@@ -121,19 +121,10 @@ def test_data_show_prints_questions_without_answers(world, tmp_path):
 def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):
     path = tmp_path / "reviews.csv"
     path.write_text("person,review,stars\nann,Fine.,3\n")
-    words = ["--input-column", "stars", "--output-column", "stars"]
-    said = run("data", "describe", path, "--task", "lamp3", *words)
+    said = run("data", "describe", path, "--task", "lamp3", "--columns", "input=stars,output=stars")
     assert (said.code, "column 'stars' was given for the answer 'score' and for 'text'" in said.err) == (1, True), (
         said.err
     )
-
-
-def test_lines_of_old_macs_are_named(tmp_path):
-    path = tmp_path / "reviews.csv"
-    path.write_bytes(b"person,input,output\rann,Fine.,3\r")
-    said = run("data", "describe", path, "--task", "lamp3")
-    assert (said.code, "its lines end as on old Macs (CR)" in said.err) == (1, True), said.err
-    assert "tr '" in said.err
 
 
 def test_answers_in_lines_are_no_outputs_of_the_benchmark(tmp_path):

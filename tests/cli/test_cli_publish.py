@@ -1,7 +1,6 @@
-"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is printed, confirmed and sent."""
+"""``mta bank publish`` and a hub id as ``--bank``: what is printed, confirmed and sent."""
 
 import io
-import json
 import shutil
 import sys
 
@@ -88,23 +87,6 @@ def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
 def test_a_bank_that_is_neither_a_folder_nor_on_the_hub_is_an_error(world, hub):
     said = run("generate", QUESTION, "--bank", "nobody/nothing")
     assert said.err.startswith("HubError: there is no 'nobody/nothing' on the hub, or it is private\n")
-
-
-def test_an_export_is_pushed_private_after_asking(world, hub, tmp_path):
-    at = world.copy(tmp_path)
-    where = ["--out", tmp_path / "one", "--push", "somebody/one"]
-    said = run("export", ANN, *where, *at)
-    assert (said.code, hub.requests) == (1, [])
-    assert "To somebody/one, private: 3 files, " in said.err
-    assert "this is one person's model" in said.err
-    result = mta("export", ANN, *where, "--yes", "--json", *at).json
-    assert result["url"] == f"{hub.endpoint}/somebody/one"
-    assert hub.repos["somebody/one"].private
-    assert ANN.encode() not in hub.arrived()
-    assert str(world.root).encode() not in hub.arrived()
-    config = json.loads(hub.repos["somebody/one"].files["adapter_config.json"])
-    assert config["base_model_name_or_path"] == "base"
-    assert f"{result['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
 
 
 def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):

@@ -30,7 +30,7 @@ def test_loras_become_a_bank_that_is_calibrated_and_personalizes(loras, tmp_path
     rows = (loras / "people.jsonl").read_text().replace('"person"', '"user"')
     (loras / "others.jsonl").write_text(f"{rows}not JSON\n")
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank", "--json"]
-    how += ["--people", loras / "others.jsonl", "--person-column", "user", "--skip-bad", tmp_path / "bad.jsonl"]
+    how += ["--people", loras / "others.jsonl", "--columns", "person=user", "--skip-bad", tmp_path / "bad.jsonl"]
     made = mta("bank", "import", *(loras / name for name in LORAS), *how, "--unrelated").json
     assert (made["anchors"], made["calibration"]["people"]) == (3, 10)
     new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
@@ -101,6 +101,6 @@ def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch)
     said = run("bank", "import", loras / "nobody", *how)
     assert said.code == 1
     assert "nobody is not a PEFT folder" in said.err
-    said = run("bank", "import", loras / "ann", *how, "--time-column", "day")
-    assert said.err.startswith("InputError: --skip-bad, --unrelated, and names of columns need --people")
+    said = run("bank", "import", loras / "ann", *how, "--columns", "time=day")
+    assert said.err.startswith("InputError: --skip-bad, --unrelated, and --columns need --people")
     assert not (tmp_path / "bank").exists()

@@ -156,7 +156,7 @@ def test_a_terminal_without_unicode_gets_escaped_json(world, tmp_path, monkeypat
 def test_columns_and_written_answers(world, tmp_path):
     path = tmp_path / "questions.csv"
     path.write_text(f"who,title,genres\n{ANN},Quorn,Drama\n")
-    (one,) = lines(mta("predict", path, *world.at, "--person-column", "who", "--write", "--max-new-tokens", 2).out)
+    (one,) = lines(mta("predict", path, *world.at, "--columns", "person=who", "--write", "--max-new-tokens", 2).out)
     assert "shares" not in one
 
 

@@ -8,7 +8,7 @@ import pytest
 from world import mta, run
 
 TABLE = "user;body;stars;day\nann;Fine.;4;2024-05-31\nbob;Bad.;1;\nann;Good.;5;2024-06-01\n"
-COLUMNS = ["--person-column", "user", "--input-column", "body", "--output-column", "stars", "--time-column", "day"]
+COLUMNS = ["--columns", "person=user,input=body", "--columns", "score=stars, time=day"]
 
 
 def typed(monkeypatch, text):
@@ -25,6 +25,25 @@ def test_a_table_with_other_columns_is_read(tmp_path):
     failed = run("data", "describe", path, "--task", "lamp3", *COLUMNS)
     assert failed.code == 1
     assert "reviews.csv:2: field 'day': bad time 'soon'" in failed.err
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("user", "--columns has 'user'; expected a name, =, and a column"),
+        ("person=", "--columns has 'person='; expected a name, =, and a column"),
+        ("person=user,", "--columns has ''; expected a name, =, and a column"),
+        ("person=user,person=body", "--columns names 'person' twice: 'user' and 'body'"),
+        ("output=stars,score=day", "two columns were given for 'score': 'stars' and 'day'"),
+        ("person=user,film=body", "task 'lamp3' has no field 'film'; its fields are text, score"),
+        ("person=user,input=bdy,score=stars", "{path}:2: field 'bdy': missing; the columns are user, body, stars, day"),
+    ],
+)
+def test_bad_names_of_columns_are_refused(tmp_path, columns, message):
+    path = tmp_path / "reviews.csv"
+    path.write_text(TABLE)
+    said = run("data", "describe", path, "--task", "lamp3", "--columns", columns)
+    assert (said.code, message.format(path=path) in said.err) == (1, True), said.err
 
 
 LINE = '{"user": "ann", "body": "Fine.", "stars": 4, "day": "2024"}\n'

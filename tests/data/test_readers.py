@@ -46,13 +46,10 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         (0, 0.0),
         ("1970-01-02", 86400.0),
         ("1970-01-01T01:00:00+01:00", 0.0),
-        ("1970", 0.0),
         ("1970-02", 31 * 86400.0),
-        ("19700102", 86400.0),
+        ("19700102", 19700102.0),
         ("881250949", 881250949.0),
-        ("1000", 1000.0),  # no year: a number like 999 and 10000
-        ("9999", 9999.0),
-        ("12341231", 12341231.0),
+        ("2009", 2009.0),
         (1381010111213, 1381010111.213),  # milliseconds, microseconds, and nanoseconds since 1970
         ("1381010111213", 1381010111.213),
         ("1381010111213000", 1381010111.213),
@@ -67,7 +64,6 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("None", None),
         ("N/A", None),
         ("-3.5", -3.5),
-        ("10010115.07", 10010115.07),  # not the year 1001
         ("1714012300123.0", 1714012300.123),
         (None, None),
     ],
@@ -102,7 +98,6 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({**GOOD, "score": 4.5}, "field 'score': unknown label '4.5'; expected one of: 1, 2, 3, 4, 5"),
     ({**GOOD, "time": "May"}, f"field 'time': bad time 'May'; {TIME}"),
     ({**GOOD, "time": "2024-13-01"}, f"field 'time': bad time '2024-13-01'; {TIME}"),
-    ({**GOOD, "time": "20240230"}, f"field 'time': bad time '20240230'; {TIME}"),
     ({**GOOD, "time": True}, f"field 'time': bad time true or false; {TIME}"),
     ({**GOOD, "time": "inf"}, f"field 'time': bad time 'inf'; {TIME}"),
     ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),

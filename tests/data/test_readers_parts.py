@@ -31,9 +31,9 @@ def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (["0.5", "1.25", "1850", "1900.5"], "'1850' would be a date, and '0.5' a number"),
-        ([2009, "2009-05"], "'2009-05' would be a date, and '2009' a number"),
-        (["2009-05", 3], "'2009-05' would be a date, and '3' a number"),
+        ([2009, "2009-05"], "'2009-05' is a date, and '2009' a number"),
+        (["20090531", "2009-05-31"], "'2009-05-31' is a date, and '20090531' a number"),
+        (["2009-05", 3], "'2009-05' is a date, and '3' a number"),
     ],
 )
 def test_times_that_count_something_do_not_stand_beside_dates(tmp_path, times, message):
@@ -45,7 +45,7 @@ def test_times_that_count_something_do_not_stand_beside_dates(tmp_path, times, m
 
 
 def test_seconds_since_1970_can_stand_beside_dates(tmp_path):
-    rows = [("b", 1717113600), ("c", "2024-06-01"), ("a", "2009"), ("d", None)]
+    rows = [("b", 1717113600), ("c", "2024-06-01"), ("a", "2009-01"), ("d", None)]
     rows = [{"person": "ann", "text": f"text {name}", "score": "4", "time": time} for name, time in rows]
     (ann,) = read_people(jsonl(tmp_path, *rows), "lamp3")
     assert [item.fields["text"] for item in ann.items] == ["text a", "text b", "text c", "text d"]

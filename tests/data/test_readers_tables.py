@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-from contextlib import suppress
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from files import TIME, fails, jsonl
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mta.data.history import Item, Person
@@ -23,7 +22,7 @@ from mta.data.readers.tables import csv_rows
 from mta.errors import DataError, InputError, MissingExtra
 
 TABLES = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
-ROWS = 'person,text,score,time\nann,Fine.,4,2024-05-31\n007,"Broke, then\nburned.",1.0,\nann,Old.,2,2020\n'
+ROWS = 'person,text,score,time\nann,Fine.,4,2024-05-31\n007,"Broke, then\nburned.",1.0,\nann,Old.,2,2020-01\n'
 PEOPLE = [
     Person(
         "ann", (Item({"text": "Old.", "score": "2"}, 1577836800.0), Item({"text": "Fine.", "score": "4"}, 1717113600.0))
@@ -50,10 +49,10 @@ def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, ma
 
 
 def test_columns_with_other_names(tmp_path):
-    table = written(tmp_path / "a.csv", "user,body,stars,day,text\nann,Fine.,4,2024,not this\n")
+    table = written(tmp_path / "a.csv", "user,body,stars,day,text\nann,Fine.,4,2024-01-01,not this\n")
     (ann,) = read_people(table, "lamp3", columns=NAMED)
     assert ann == Person("ann", (Item({"text": "Fine.", "score": "4"}, 1704067200.0),))
-    lines = jsonl(tmp_path, {"user": "ann", "body": "Fine.", "stars": 4, "day": "2024", "person": "bob", "score": 9})
+    lines = jsonl(tmp_path, {"user": "ann", "body": "Fine.", "stars": 4, "day": "2024-01", "person": "bob", "score": 9})
     assert read_people(lines, "lamp3", columns=NAMED) == [ann]
 
 
@@ -116,19 +115,19 @@ def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
             "person,film,genres,rating",
             "movielens-rating",
             "field 'title': missing; task 'movielens-rating' needs title, genres, rating (or output); got film, ",
-            "Rename the columns of the file to these names.",
+            "Rename the columns of the file to these names, or name its column:  --columns title=NAME",
         ),
         (
             "person,title,genres,stars",
             "movielens-rating",
             "field 'rating': missing; task 'movielens-rating' needs title, ",
-            "Rename the columns of the file to these names, or give its name:  --output-column NAME",
+            "Rename the columns of the file to these names, or name its column:  --columns output=NAME",
         ),
         (
             "user,title,genres,rating",
             "movielens-rating",
             "field 'person': missing",
-            "Rename a column of the file to person, or give its name:  --person-column NAME",
+            "Rename a column of the file to person, or name its column:  --columns person=NAME",
         ),
     ],
 )
@@ -189,62 +188,26 @@ def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text
     assert ann.items[0].fields["text"].strip() == "Fine."
 
 
-def test_running_numbers_are_not_taken_for_years(tmp_path):
-    def table(name, end):
-        rows = "".join(f"ann,text {n},4,{n}{end}\n" for n in range(1795, 1805))
-        return written(tmp_path / name, f"person,text,score,time\n{rows}")
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path, delimiter):
+    def table(*rows):
+        return written(tmp_path / "a.csv", "".join(delimiter.join(row) + "\n" for row in rows))
 
-    path = table("a.csv", "")
-    fails(path, "lamp3", f"{path}:7: field 'time': '1800' would be a date, and '1795' a number")
-    (ann,) = read_people(table("b.csv", ".0"), "lamp3")
-    assert [item.fields["text"] for item in ann.items] == [f"text {n}" for n in range(1795, 1805)]
-
-
-@pytest.mark.parametrize("rows", ['ann\t"Great\t4\nbob\tthe best 5"\t5\n', '"ann\t1\t1\nb"\t2\t3\n'])
-def test_quotes_of_a_table_with_tabs_that_can_be_read_in_two_ways_are_refused(tmp_path, rows):
-    table = written(tmp_path / "a.tsv", f"person\ttext\tscore\nann\tFine.\t4\n{rows}")
-    said = f"{table}:3: its quotes can mean one row with a cell of 2 lines, or 2 rows with quotes in their texts"
-    fails(table, "lamp3", said, "Write it as JSONL, or as CSV with commas: there, quotes have one meaning.")
-
-
-@given(
-    cells=st.lists(
-        st.lists(st.text(st.sampled_from('ab"\t\n'), max_size=6), min_size=3, max_size=3), min_size=1, max_size=4
-    )
-)
-@example(cells=[["ann\t1\t1\nb", "2", "3"]])
-def test_a_table_with_tabs_is_read_as_it_was_written_or_refused(tmp_path_factory, cells):
-    out = io.StringIO()
-    csv.writer(out, delimiter="\t", lineterminator="\n").writerows([["one", "two", "three"], *cells])
-    table = written(tmp_path_factory.mktemp("table") / "a.tsv", out.getvalue())
-    filled = [[cell if cell.strip() else None for cell in row] for row in cells if any(cell.strip() for cell in row)]
-    with suppress(DataError):
-        assert [list(row.values()) for _, row in csv_rows(table, Rejects(None))] == filled
-
-
-def test_an_open_quote_of_a_table_with_tabs_is_text_if_every_line_is_a_row(tmp_path):
-    rows = 'ann\t"Great\t4\nbob\tfine\t5\n'
-    ann, bob = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
-    assert (ann.items[0].fields["text"], bob.items[0].fields["text"]) == ('"Great', "fine")
-
-
-def test_quotes_in_a_tab_separated_table_need_no_escape(tmp_path):
-    rows = 'ann\t"Great" film\t4\nann\t"Two\nlines"\t5\nann\tIt is "fine"\t3\nann\t"Open\t2\n'
-    (ann,) = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
-    assert [item.fields["text"] for item in ann.items] == ['"Great" film', "Two\nlines", 'It is "fine"', '"Open']
-
-
-def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path):
-    table = written(tmp_path / "a.csv", 'person,text,score\nann,"Great" film,4\nann,Fine.,5\nbob,"a,1\nbob,"b",2\n')
-    with pytest.raises(
-        DataError, match=r"a\.csv:2: not a table: ',' expected after '\"'; close the quotes around a cell"
-    ):
-        read_people(table, "lamp3")
+    head, good, bad = ["person", "text", "score"], ["ann", "Fine.", "5"], ["ann", '"Great" film', "4"]
+    path = table(head, bad, good, ["bob", '"a', "1"], ["bob", '"b"', "2"])
+    with pytest.raises(DataError, match=r"a\.csv:2: not a table: .* expected after '\"'; close the quotes"):
+        read_people(path, "lamp3")
     with pytest.raises(DataError, match=r"a\.csv:4: not a table") as caught:  # the next row may begin anywhere
-        read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")
-    assert caught.value.hint == "In a table, close the quotes around a cell, and double those in it."
-    written(table, 'person,text,score\nann,"Great" film,4\nann,Fine.,5\n')
-    assert len(read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")[0].items) == 1
+        read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert caught.value.hint == "Write JSONL, or close the quotes around a cell, and double those in it."
+    (ann,) = read_people(table(head, bad, good), "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert len(ann.items) == 1
+
+
+def test_a_file_that_is_one_line_is_no_table(tmp_path):
+    table = written(tmp_path / "a.csv", "person,input,output\rann,Fine.,3\r")
+    with pytest.raises(DataError, match=r"a\.csv:1: not a table: new-line character"):
+        read_people(table, "lamp3")
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)

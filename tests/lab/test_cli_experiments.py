@@ -89,8 +89,8 @@ def test_bad_rows_and_names_of_columns_are_as_for_other_commands(tmp_path):
     table, bad = tmp_path / "reviews.csv", tmp_path / "bad.jsonl"
     table.write_text("who,text,score\nann,Fine.,4\nann,Bad.,9\n")
     words = ["evaluate", "lamp3", "--data", table, "--out", tmp_path / "out"]
-    assert run(*words).err.rstrip().endswith("or give its name:  --person-column NAME")
-    words += ["--person-column", "who"]
+    assert run(*words).err.rstrip().endswith("or name its column:  --columns person=NAME")
+    words += ["--columns", "person=who"]
     assert "--skip-bad FILE" in run(*words).err
     assert "1 bad rows" in run(*words, "--skip-bad", bad).err  # and too few people
     assert json.loads(bad.read_text())["row"]["score"] == "9"
@@ -98,10 +98,10 @@ def test_bad_rows_and_names_of_columns_are_as_for_other_commands(tmp_path):
     lamp = tmp_path / "dev_questions.json"
     lamp.write_text(json.dumps([{"id": "1", "input": "x", "profile": [{"id": "2", "text": "Fine.", "score": "4"}]}]))
     table.write_text("who,text,score\nann,Fine.,4\n")
-    both = ["evaluate", "lamp3", "--data", lamp, "--test", table, "--person-column", "who", "--out", tmp_path / "both"]
+    both = ["evaluate", "lamp3", "--data", lamp, "--test", table, "--columns", "person=who", "--out", tmp_path / "both"]
     assert "column" not in run(*both).err  # the names are those of the tested people's file
-    said = run(*words, "--time-column", "day")
-    assert said.err.rstrip().endswith("Name a column of the file:  --time-column NAME")
+    said = run(*words, "--columns", "time=day")
+    assert said.err.rstrip().endswith("Name a column of the file:  --columns time=NAME")
 
 
 def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):

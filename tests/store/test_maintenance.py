@@ -11,14 +11,13 @@ import pytest
 from files import path_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from stores import ANN, everything, person, state
+from stores import ANN, everything, person, record_export, state
 from typer.testing import CliRunner
 
 from mta.cli.app import app
 from mta.errors import StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
-from mta.store.exports import Export
 from mta.store.maintenance import check, collect, stats
 
 
@@ -28,7 +27,7 @@ def filled(url: str | Path, versions: int = 2) -> Store:
         store.save(ANN, state(n))
     store.save("bob", state(0))
     store.save_history(person())
-    store.exports.note(ANN, Export("host", "/folder", "0" * 64))
+    record_export(store)
     return store
 
 
@@ -203,7 +202,7 @@ def test_stats_and_check_agree_on_the_number_of_people(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / f".1.safetensors.{'0' * 32}").write_bytes(b"half")
     assert stats(store).people == check(store).people == 2
-    store.exports.note("gone", Export("host", "/folder", "0" * 64))  # all that the gateway leaves of a forgotten person
+    record_export(store, "gone")  # all that the gateway leaves of a forgotten person
     assert stats(store).people == check(store).people == 2
 
 

@@ -34,10 +34,7 @@ def build(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     hold_out: Annotated[int, Option(min=0, help="People to keep out of the bank, for mta compare on SOURCE.")] = 0,
     resume: Annotated[bool, Option("--resume/--restart", help="Resume an interrupted build, or start over.")] = True,
@@ -55,9 +52,7 @@ def build(
     """
     tracker = options.tracker_for(track, out)
     run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
-    people = options.people_in(
-        source, run.task, options.Columns(person_column, input_column, output_column, time_column), skip_bad
-    )
+    people = options.people_in(source, run.task, columns, skip_bad)
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
         bank = mta.Bank.build(
             mta.BaseModel.of(run),
@@ -87,10 +82,7 @@ def import_(
     base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
     people: People = None,
     unrelated: Unrelated = False,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     config: options.Config = None,
     device: options.Device = None,
@@ -104,10 +96,9 @@ def import_(
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    columns = options.Columns(person_column, input_column, output_column, time_column)
-    if not people and (skip_bad or unrelated or any(columns)):
+    if not people and (skip_bad or unrelated or columns):
         raise InputError(
-            "--skip-bad, --unrelated, and names of columns need --people",
+            "--skip-bad, --unrelated, and --columns need --people",
             hint="Give the file:  --people history.jsonl",
         )
     read = options.people_in(people, run.task, columns, skip_bad) if people else []
@@ -145,10 +136,7 @@ def calibrate(
     ] = None,
     config: options.Config = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     unrelated: Unrelated = False,
     cluster: options.ClusterAt = None,
@@ -165,7 +153,6 @@ def calibrate(
     """
     from mta.bank.notes import stops
 
-    columns = options.Columns(person_column, input_column, output_column, time_column)
     folder = options.bank_at(bank)
     if out is None and folder != bank:
         raise InputError(

@@ -40,10 +40,7 @@ def compare(
     ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     track: options.Track = None,
     json: options.Json = False,
@@ -57,7 +54,6 @@ def compare(
     Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
     """
     require("eval")  # before a model is loaded
-    columns = options.Columns(person_column, input_column, output_column, time_column)
     given = Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line()
     with opened(given, "comparison", CompareSettings) as session:
@@ -95,7 +91,7 @@ class Arguments(NamedTuple):
     config: Path | None
     seed: int | None
     device: str | None
-    columns: options.Columns
+    columns: list[str] | None
     skip_bad: Path | None
     track: str | None
 

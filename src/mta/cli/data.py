@@ -26,10 +26,7 @@ def describe(
     source: options.Source,
     task: options.Task = None,
     queries: Annotated[int, Option(min=1, help="Number of each person's last items to use as queries.")] = 4,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
@@ -38,9 +35,7 @@ def describe(
     Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
     loaded = load_task(task or "text")
-    people = options.people_in(
-        source, loaded, options.Columns(person_column, input_column, output_column, time_column), skip_bad
-    )
+    people = options.people_in(source, loaded, columns, skip_bad)
     found, splits = counts.describe(people), counts.describe_for_evaluation(people, loaded, queries)
     shared = connected(people, loaded)[1]
     if json:
@@ -72,10 +67,7 @@ def show(
     person: Annotated[str | None, Option(help="Person id; default: the first person of the source.")] = None,
     items: Annotated[int, Option(min=1, help="Number of the person's items to print.")] = 3,
     config: options.Config = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     questions: Annotated[bool, Option("--questions", help="Rows are questions, which need no answer.")] = False,
     json: options.Json = False,
@@ -85,7 +77,6 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     run = options.settings(config, words, task=task)
-    columns = options.Columns(person_column, input_column, output_column, time_column)
     people = options.people_in(source, run.task, columns, skip_bad, questions)
     chosen = next((p for p in people if person in (None, p.id)), None)
     if chosen is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,10 +36,7 @@ def demo(
     chosen, tracker = tool.load_demo(recipe), options.tracker_for(track, out)
     command = options.command_line()
     with Screen() as screen:
-        left = partial(screen.whole, "whole demo")
-        found = tool.demo(
-            out, chosen, command, given, full=full, on_step=screen.step, on_time=left, say=screen.say, track=tracker
-        )
+        found = tool.demo(out, chosen, command, given, full=full, on_step=screen.step, say=screen.say, track=tracker)
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=command))
     show_glance(found.comparison, found.samples, tool.next_commands(out, found), tables())

@@ -51,7 +51,7 @@ def doctor(
     """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
 
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
-    With --device, exits with 1 if that device cannot be used; what only mta demo needs is at most a warning.
+    With --device, exits with 1 if that device cannot be used; what only mta demo needs is not checked.
     With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
     exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 

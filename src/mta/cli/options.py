@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PosixPath
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -50,10 +50,14 @@ Source = Annotated[
         help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of datasets or RecBole; movielens-100k; or - for stdin."
     ),
 ]
-PersonColumn = Annotated[str | None, Option(help="Column of the person, if it is not called person.")]
-InputColumn = Annotated[str | None, Option(help="Column of the input, if it is not called input.")]
-OutputColumn = Annotated[str | None, Option(help="Column of the output, if it is not called output.")]
-TimeColumn = Annotated[str | None, Option(help="Column of the time, if it is not called time.")]
+Columns = Annotated[
+    list[str] | None,
+    Option(
+        "--columns",
+        help="Other names of columns, such as person=uid,output=stars: of person, input, output, time, or the task's "
+        "fields; can be repeated.",
+    ),
+]
 Words = Annotated[list[str] | None, Argument(help="Settings as key=value, for example memory=8GiB.")]
 RecipeWords = Annotated[list[str] | None, Argument(help="Settings as key=value, for example run.memory=8GiB.")]
 PersonId = Annotated[str, Argument(help="Person id.")]
@@ -108,27 +112,28 @@ class Stdin(PosixPath):
         return "stdin"
 
 
-class Columns(NamedTuple):
-    """What a file calls its columns; None: by their usual name."""
-
-    person: str | None = None
-    input: str | None = None
-    output: str | None = None
-    time: str | None = None
-
-    @property
-    def given(self) -> dict[str, str]:
-        """The names that were given."""
-        return {name: column for name, column in self._asdict().items() if column}
+def columns_in(given: Sequence[str] | None) -> dict[str, str]:
+    """Return what ``--columns`` names: person, input, output, time, or a field -> its column. Raises InputError."""
+    hint = "Give names and columns of the file:  --columns person=uid,output=stars"
+    columns: dict[str, str] = {}
+    for pair in (pair for pairs in given or () for pair in pairs.split(",")):
+        name, equals, column = (part.strip() for part in pair.partition("="))
+        if not (name and equals and column):
+            raise InputError(f"--columns has {pair!r}; expected a name, =, and a column", hint=hint)
+        if name in columns:
+            raise InputError(f"--columns names {name!r} twice: {columns[name]!r} and {column!r}", hint=hint)
+        columns[name] = column
+    return columns
 
 
 def people_in(
-    source: str, task: str | TaskType, columns: Columns, skip_bad: Path | None, questions: bool = False
+    source: str, task: str | TaskType, columns: Sequence[str] | None, skip_bad: Path | None, questions: bool = False
 ) -> list[Person]:
     """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
+    named = columns_in(columns)
     with readable(source) as place:
         file = place if isinstance(place, Stdin) else source  # which may be a data asset
-        return read_people(file, task, columns=columns.given, skip_bad=skip_bad, questions=questions)
+        return read_people(file, task, columns=named, skip_bad=skip_bad, questions=questions)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 import mta
 from mta.cli import options
-from mta.cli.screen import confirm, show_json, show_parcel
+from mta.cli.screen import show_json
 from mta.errors import InputError, MtaError, PersonNotFound, StoreError
 from mta.system.units import human_bytes
 
@@ -146,9 +146,6 @@ def export(
     out: Annotated[Path, Option(help="Folder to write.")],
     words: options.Words = None,
     rank: Annotated[int | None, Option(min=1, help="Compress to this rank with SVD, and print the error.")] = None,
-    push: Annotated[str | None, Option(help="Also push the adapter to this hub repository: owner/name.")] = None,
-    private: options.Private = True,
-    yes: options.Yes = False,
     bank: options.BankDir = Path("bank"),
     store: options.StoreUrl = "people",
     device: options.Device = None,
@@ -157,12 +154,10 @@ def export(
     """Write a person's task LoRA, merge and stack as one PEFT adapter for the unchanged base.
 
     The store records the folder in clear, so that mta forget removes the adapter too.
-    A push lists its files first. mta forget can only name pushed copies.
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
     from mta.lora.peft import CONFIG
-    from mta.personalize.publish import adapter_parcel
 
     options.check_out(out)
     base, opened, run = options.open_bank(bank, words, device=device, weights=False)
@@ -171,18 +166,11 @@ def export(
     needed = int(loads((out / CONFIG).read_text(encoding="utf-8"))["r"])
     slots = next((most for most in VLLM_RANKS if most >= needed), None)
     result: dict[str, object] = {"folder": str(out), "rank": needed, "max_lora_rank": slots, "relative_error": error}
-    if not json:
-        typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
-        needs = f"--max-lora-rank {slots}" if slots else "a smaller --rank here"
-        typer.echo(f"rank {needed}: a vLLM server needs {needs}", err=True)
-    if push:
-        show_parcel(adapter_parcel(out), push, private)
-        confirm(yes)
-        result["url"] = personal.push_to_hub(person, out, push, private=private)
     if json:
-        show_json(result)
-    elif push:
-        typer.echo(result["url"])
+        return show_json(result)
+    typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
+    needs = f"--max-lora-rank {slots}" if slots else "a smaller --rank here"
+    typer.echo(f"rank {needed}: a vLLM server needs {needs}", err=True)
 
 
 def forget(

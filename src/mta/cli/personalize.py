@@ -39,10 +39,7 @@ def personalize(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
-    output_column: options.OutputColumn = None,
-    time_column: options.TimeColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     resume: Annotated[bool, Option("--resume/--restart", help="Resume interrupted cohorts, or start over.")] = True,
     cluster: options.ClusterAt = None,
@@ -70,7 +67,6 @@ def personalize(
     if update and not resume:
         raise InputError("--restart was given with --update, which always goes on", hint="Leave one of them out.")
     tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
-    columns = options.Columns(person_column, input_column, output_column, time_column)
     read = options.people_in(source, options.task_of(bank), columns, skip_bad)
     people = [person.latest(latest) if latest else person for person in read if person.items] or read
     if empty := len(read) - len(people):

@@ -48,8 +48,7 @@ def predict(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    person_column: options.PersonColumn = None,
-    input_column: options.InputColumn = None,
+    columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
@@ -73,7 +72,7 @@ def predict(
     if out and (is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve())):
         raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
     options.check_out(out and out.parent)
-    columns, task = options.Columns(person_column, input_column), options.task_of(bank)
+    task = options.task_of(bank)
     options.check_written(task, write, max_new_tokens, temperature)
     people = options.people_in(source, task, columns, skip_bad, questions=True)
     lamp = out is not None and out.suffix == ".json"

@@ -48,15 +48,10 @@ class _Stage:
 
 
 class _Left(TimeRemainingColumn):
-    """Time left of a row: the estimate of ``Screen.whole``, or else an extrapolation of the progress so far.
-
-    The estimate counts down until the next one, because some stages report no steps.
-    """
+    """Time left of a row, by the progress so far."""
 
     def render(self, task: Task) -> Text:
-        if "end" not in task.fields:
-            return super().render(task).append(" left")
-        return Text(_about(max(task.fields["end"] - time.monotonic(), 0.0)))
+        return super().render(task).append(" left")
 
 
 class _Note(ProgressColumn):
@@ -64,10 +59,6 @@ class _Note(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
-
-
-def _about(left: float) -> str:
-    return f"about {human_seconds(left)} left"
 
 
 class Screen:
@@ -84,7 +75,7 @@ class Screen:
             BarColumn(bar_width=12),
             _Note(),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            _Left(table_column=Column(no_wrap=True, min_width=len(_about(599)))),
+            _Left(table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_interactive,
         )
@@ -119,20 +110,8 @@ class Screen:
         if not console.is_interactive and (done >= total or now - known.printed > EVERY):
             known.printed = now
             if rate and done < total:
-                notes.append(_about((total - done) / rate))
+                notes.append(f"about {human_seconds((total - done) / rate)} left")
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
-
-    def whole(self, name: str, share: float, left: float) -> None:
-        """Update the progress of all stages together: the share that is done, and the seconds left."""
-        now = time.monotonic()
-        if (known := self._stages.get(name)) is None:
-            known = self._stages[name] = _Stage(
-                self._progress.add_task(name, note="", end=now + left, total=1.0), done=0
-            )
-        self._progress.update(known.bar, completed=share, end=now + left)
-        if not console.is_interactive and now - known.printed > EVERY:
-            known.printed = now
-            self.say(f"{name}: {share:.0%} done, {_about(left)}")
 
     def say(self, text: str) -> None:
         """Print one line."""

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
-from mta.data.overlap import SAME_ITEMS, Sets, nearly_equal
 from mta.data.tasks.task import PROFILE, Task, own_fields
 
+SAME_ITEMS = 5  # least number of items that two records of one user share: a few popular films are shared by chance
 LONG = 64  # characters: two people can write a shorter text by coincidence
 CROWD = 10  # people: an item held by more people is common text and connects no people
 Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
@@ -37,10 +37,33 @@ class SharedItems:
     def __str__(self) -> str:
         if not self.people:
             return "none"
-        connect = f"connect {self.people} people in {self.groups} groups of at most {self.largest}"
-        if not self.items:
-            return f"nearly equal histories {connect}"
-        return f"{self.items} items belong to more than one person and {connect}"
+        groups = f"{self.people} people in {self.groups} groups of at most {self.largest}"
+        return f"{self.items} items belong to more than one person and connect {groups}"
+
+
+class Sets:
+    """Disjoint sets of the numbers 0 to n - 1 (union-find)."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def root(self, n: int) -> int:
+        while self._above[n] != n:
+            self._above[n] = n = self._above[self._above[n]]
+        return n
+
+    def join(self, numbers: Iterable[int]) -> None:
+        roots = {self.root(n) for n in numbers}
+        first = min(roots)
+        for root in roots:
+            self._above[root] = first
+
+    def groups(self) -> list[list[int]]:
+        """Return all sets, each in ascending order, sorted by their smallest number."""
+        found: dict[int, list[int]] = {}
+        for n in range(len(self._above)):
+            found.setdefault(self.root(n), []).append(n)
+        return list(found.values())
 
 
 # -- records of one user -----------------------------------------------------------------------------------------------
@@ -63,8 +86,19 @@ def repeated(people: Iterable[Person]) -> int:
 
 
 def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
-    """Group the numbers of records that belong to one user: those with nearly equal profiles."""
-    return nearly_equal([frozenset(map(sameness, items)) for items in records]).groups()
+    """Group the numbers of records that belong to one user: each profile lacks at most one item of the other.
+
+    LaMP takes the question's own item out of the profile. Profiles must have ``SAME_ITEMS`` items in common.
+    """
+    sets, first = Sets(len(records)), dict[int, int]()
+    for n, items in enumerate(records):
+        digests = [int.from_bytes(_digest([repr(key)])) for key in set(map(sameness, items))]
+        whole = sum(digests)  # the same for any order of the items
+        equal = [whole] if len(digests) >= SAME_ITEMS else []
+        but_one = [whole - digest for digest in digests] if len(digests) > SAME_ITEMS else []
+        for key in equal + but_one:
+            sets.join((first.setdefault(key, n), n))
+    return sets.groups()
 
 
 def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
@@ -107,23 +141,17 @@ def _like_items(task: Task, item: Item) -> bool:
 class Copies:
     """Copies of items that several of ``people`` hold, in their histories or as queries with a known answer.
 
-    ``holders``: key of a shared item -> numbers of the people who hold a copy. ``independent``: people answer common
-    inputs, also short ones, independently of each other, so that nearly equal histories say nothing.
+    ``holders``: key of a shared item -> numbers of the people who hold a copy.
     """
 
     def __init__(self, people: Sequence[Person], task: Task) -> None:
         self.task = task
         self.crowded = self.judged = 0
-        self.independent = False
         self.holders: dict[Key, set[int]] = {}
         by_inputs = self._several(people)
-        if task.labelled:
-            chance = _chance(people, task)
-            # Short inputs, too: who gives most of the same short answers as another person may be anybody.
-            self.independent = _independent(self._several(people, least=0).values(), chance)
-            if _independent(by_inputs.values(), chance):
-                self.judged = len(by_inputs)
-                return
+        if task.labelled and _independent(by_inputs.values(), _chance(people, task)):
+            self.judged = len(by_inputs)
+            return
         for inputs, answers in by_inputs.items():
             total = sum(map(len, answers.values()))
             answer, holders = max(answers.items(), key=lambda one: len(one[1]))
@@ -143,30 +171,27 @@ class Copies:
         """Return the items that only one person holds."""
         return tuple(item for item in items if self._key(item) not in self.holders)
 
-    def _several(self, people: Sequence[Person], least: int = LONG) -> dict[bytes, dict[bytes, set[int]]]:
-        """Return inputs that several people hold -> answers -> numbers of the people who give them.
-
-        Texts of fewer than ``least`` characters are left out.
-        """
+    def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
+        """Return inputs that several people hold -> answers -> numbers of the people who give them."""
         first: dict[bytes, int] = {}
         several: set[bytes] = set()
-        for number, (inputs, _) in self._keys(people, least):
+        for number, (inputs, _) in self._keys(people):
             if first.setdefault(inputs, number) != number:
                 several.add(inputs)
         found: dict[bytes, dict[bytes, set[int]]] = {}
-        for number, (inputs, answer) in self._keys(people, least) if several else ():
+        for number, (inputs, answer) in self._keys(people) if several else ():
             if inputs in several:
                 found.setdefault(inputs, {}).setdefault(answer, set()).add(number)
         return found
 
-    def _keys(self, people: Sequence[Person], least: int) -> Iterator[tuple[int, Key]]:
+    def _keys(self, people: Sequence[Person]) -> Iterator[tuple[int, Key]]:
         for number, person in enumerate(people):
             for item in (*person.items, *person.queries):
-                if key := self._key(item, least):
+                if key := self._key(item):
                     yield number, key
 
-    def _key(self, item: Item, least: int = LONG) -> Key | None:
-        """Return digests of an item's inputs and answer; None for fewer than ``least`` characters."""
+    def _key(self, item: Item) -> Key | None:
+        """Return digests of an item's inputs and answer; None for fewer than ``LONG`` characters."""
         task = self.task
         if not task.has_target(item):
             return None
@@ -174,7 +199,7 @@ class Copies:
         names = [name for name in task.item.inputs if name != PROFILE] if _like_items(task, item) else []
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
-        if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < least:
+        if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
         return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
 
@@ -183,14 +208,13 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     """Return the people with their groups, and counts of what they share.
 
     People who hold a copy of one item, directly or through others, are in one group, named by its smallest person id.
-    So are people with nearly equal histories, even if many people hold their items. People who share nothing have no
-    group.
+    People who share nothing have no group.
     """
-    copies = Copies(people, task)
-    sets = _alike(people, copies)
+    copies, sets = Copies(people, task), Sets(len(people))
     for holders in copies.holders.values():
         sets.join(holders)
-    names = _names(people, sets)
+    groups = [group for group in sets.groups() if len(group) > 1]
+    names = {n: min(people[m].id for m in group) for group in groups for n in group}
     sizes = Counter(names.values())
     counts = {"people": len(names), "groups": len(sizes), "largest": max(sizes.values(), default=0)}
     found = SharedItems(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
@@ -198,23 +222,13 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
 
 
 def separated(people: Sequence[Person], task: Task) -> list[Person]:
-    """Return the people with the items that only they hold. Only people with nearly equal histories have a group."""
+    """Return the people with the items that only they hold; without items if these are less than half of theirs."""
     copies = Copies(people, task)
-    names = _names(people, _alike(people, copies))
+    own = [copies.alone(person.items) for person in people]
     return [
-        replace(person, items=copies.alone(person.items), group=names.get(n, "")) for n, person in enumerate(people)
+        replace(person, items=items if 2 * len(items) >= len(person.items) else ())
+        for person, items in zip(people, own)
     ]
-
-
-def _alike(people: Sequence[Person], copies: Copies) -> Sets:
-    """Join the numbers of people with nearly equal histories, unless people answer common inputs independently."""
-    return nearly_equal([frozenset() if copies.independent else _contents(person) for person in people])
-
-
-def _names(people: Sequence[Person], sets: Sets) -> dict[int, str]:
-    """Return the groups of people who are not alone in theirs, named by the smallest id."""
-    groups = [group for group in sets.groups() if len(group) > 1]
-    return {n: min(people[m].id for m in group) for group in groups for n in group}
 
 
 def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int]:

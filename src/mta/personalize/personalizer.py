@@ -30,7 +30,6 @@ from mta.personalize.adapters import PersonOrModel, SharedModel, row_adapters, w
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.outcomes import Personalized, Updated
 from mta.personalize.pipeline import Pipeline
-from mta.personalize.publish import publish_adapter
 from mta.store import Store
 from mta.store.state import State
 from mta.system.progress import OnStep
@@ -224,16 +223,6 @@ class Personalizer:
             return
         if not (self.store.exports.written(person, folder) if self.store else has_own_card(folder)):
             raise InputError(f"{folder} holds another adapter", hint="Export to a new folder.")
-
-    def push_to_hub(
-        self, person: str, folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None
-    ) -> str:
-        """Push a person's adapter from its export folder to the hub; return the repository's address.
-
-        The adapter reveals something about the person. The store records the repository, so that ``forget`` reports it;
-        delete the repository by hand. Raises HubError, InputError, PersonForgotten.
-        """
-        return publish_adapter(person, Path(folder), repo_id, self.store, private=private, token=token)
 
     def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
         """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.

@@ -28,8 +28,7 @@ _BY_HAND = "Remove the file; then find and remove adapters that were exported be
 class Export:
     """A folder with an exported adapter: its host, its absolute path, and the sha256 of the adapter's weights.
 
-    The sha256 is empty until the weights are complete, and stays empty if writing is interrupted before. For an adapter
-    pushed to a hub, ``host`` is the hub's address and ``folder`` the repository.
+    The sha256 is empty until the weights are complete, and stays empty if writing is interrupted before.
     """
 
     host: str
@@ -40,11 +39,6 @@ class Export:
     def begun(cls, folder: str | Path) -> Export:
         """Return the record of an export that is about to be written on this host."""
         return cls(platform.node(), str(Path(folder).resolve()))
-
-    @classmethod
-    def pushed(cls, folder: str | Path, host: str, repository: str) -> Export:
-        """Return the record of a folder's adapter in a repository of a hub."""
-        return cls(host, repository, file_sha256(Path(folder) / WEIGHTS))
 
     def done(self) -> Export:
         """Return the record with the sha256 of the weights that are now in the folder."""
@@ -58,8 +52,6 @@ class Export:
         an interrupted removal can be repeated.
         """
         folder = Path(self.folder)
-        if "://" in self.host:
-            return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
         if not self._is_reachable():
             return f"{self.folder} (on the host {self.host!r})"
         try:
@@ -103,13 +95,13 @@ class Export:
         return ""
 
     def is_final(self) -> bool:
-        """Return whether ``remove`` can never succeed: the export was pushed to a hub, changed, or moved.
+        """Return whether ``remove`` can never succeed: the export was changed or moved.
 
         Exports on another host, on a disk that is not mounted, or without write permission can be removed later.
         """
         folder = Path(self.folder)
-        if "://" in self.host or not self._is_reachable():
-            return "://" in self.host
+        if not self._is_reachable():
+            return False
         try:
             return file_sha256(folder / WEIGHTS) != self.sha256
         except FileNotFoundError:
@@ -170,14 +162,6 @@ class Exports:
             raise
         done = export if export.sha256 else export.done()  # forgetting may have removed the weights already
         self._change(id, lambda known: [*_elsewhere(known, export), done])
-        self._keep_out(id, since)
-
-    def note(self, id: str, export: Export, since: Collection[str] | None = None) -> None:
-        """Record an adapter that is about to be pushed to a hub; ``forget`` can report it, but not remove it.
-
-        ``since`` is as in ``writing``. Raises StateCorrupt, PersonForgotten.
-        """
-        self._change(id, lambda known: [*_elsewhere(known, export), export])
         self._keep_out(id, since)
 
     def remove(self, id: str) -> dict[Export | None, str]:

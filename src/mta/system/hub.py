@@ -12,7 +12,6 @@ from typing import Any
 
 from mta.errors import AssetError, HubError
 from mta.system.assets import ASSETS, resolve
-from mta.system.atomic import read_json
 from mta.system.model_files import ADAPTER, WEIGHTS, modules_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,23 +46,6 @@ def public_name(model: str) -> str:
     What has the form ``owner/name`` is a name on the hub, whatever folders are here.
     """
     return model if model in ASSETS or _ID.fullmatch(model) else Path(model).name
-
-
-def is_cached(name: str) -> bool:
-    """Return whether the model of a hub id was downloaded before, with all of its weights."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    def has(file: str) -> bool:
-        return isinstance(try_to_load_from_cache(name, file), str)
-
-    try:
-        index = try_to_load_from_cache(name, "model.safetensors.index.json")
-        listed = read_json(Path(index)) if isinstance(index, str) else {}
-        shards = set(listed.get("weight_map", {}).values()) if isinstance(listed, dict) else set()
-        return has("config.json") and all(map(has, shards or {"model.safetensors"}))
-    except HFValidationError:
-        return False
 
 
 def local_folder(name: str, weights: bool = True) -> str:

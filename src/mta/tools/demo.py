@@ -6,14 +6,9 @@ import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
-
-import torch
-from pydantic import Field
 
 from mta.bank.bank import Bank
 from mta.config import CompareSettings, Run, override
@@ -27,24 +22,17 @@ from mta.errors import ConfigError, InputError, MtaError
 from mta.evaluation.compare import ComparisonReport, compare
 from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
-from mta.model.encoders import ENCODING
 from mta.personalize import Personalizer
 from mta.personalize.merge import check_merge
 from mta.system import assets
 from mta.system.atomic import write_text
-from mta.system.device import gemm_rate, pick_device
-from mta.system.progress import OnStep, Step
+from mta.system.progress import OnStep
 from mta.tools.cost import planned
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
-TRUSTED = 1.5  # minutes of expected work after which only the measured pace counts: loading says little about training
 _FEWER = "Ask for fewer people (people.test=16), or for fewer items of each: evaluation.shots=4 evaluation.queries=4"
 RECIPE = "recipe.yaml"  # the settings that were chosen, in the demo's folder
-SLOW = 800e9  # operations per second; slower machines run a version with fewer steps
-
-OnTime = Callable[[float, float], None]
-"""Called with the share of the demo that is done, and the seconds that are left."""
 
 
 class PartSizes(Settings):
@@ -56,57 +44,13 @@ class PartSizes(Settings):
 
 
 class DemoRecipe(Settings):
-    """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
-
-    ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
-    stages of the short version take; after the first of them only their proportions count.
-    """
+    """A demo in one file: data, people, settings, and ``short``, which replaces some of them for a few minutes."""
 
     data: str
     people: PartSizes
     run: Run
     evaluation: CompareSettings
-    minutes: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=2)
     short: tuple[str, ...] = ()
-    slow: tuple[str, ...] = ()
-
-
-class Clock:
-    """Estimates the time left, from the minutes that stages are expected to take and the time that passed.
-
-    In the first ``TRUSTED`` minutes of expected work, the part that is not done yet counts at the expected pace.
-    The first stage reports no steps. Steps with other names than those of stages belong to the last stage, which is
-    expected to go at the pace of all stages before. Stages that a resumed demo skips do not count.
-    """
-
-    def __init__(self, minutes: Mapping[str, float], on_time: OnTime) -> None:
-        self._minutes, self._on_time, self._start = dict(minutes), on_time, time.monotonic()
-        self._begun: dict[str, float] = {}
-
-    def begin(self) -> None:
-        """Report the time that all stages are expected to take."""
-        self._on_time(0.0, 60 * sum(self._minutes.values()))
-
-    def step(self, stage: str, step: Step) -> None:
-        """Report the time left after a step of a stage."""
-        if stage == ENCODING:  # takes seconds, before the first stage
-            return
-        stages, now = list(self._minutes), time.monotonic()
-        stage = stage if stage in stages[1:] else stages[-1]
-        earlier = stages[: stages.index(stage)]
-        if stage not in self._begun:
-            self._begun[stage] = now
-            self._minutes |= {name: 0.0 for name in earlier[1:] if name not in self._begun}
-        before, own = sum(self._minutes[name] for name in earlier), self._minutes[stage]
-        if stage == stages[-1]:
-            pace = (self._begun[stage] - self._start) / before
-            done = before + min((now - self._begun[stage]) / pace, own)
-        else:
-            done = before + own * step.examples / max(step.examples_total, 1)
-            untried = max(TRUSTED - done, 0.0)
-            pace = (now - self._start + 60 * untried) / (done + untried)
-        total = sum(self._minutes.values())
-        self._on_time(done / total, (total - done) * pace)
 
 
 def load_demo(name: str | Path) -> DemoRecipe:
@@ -126,7 +70,6 @@ def demo(
     *,
     full: bool = False,
     on_step: OnStep = lambda stage, step: None,
-    on_time: OnTime = lambda share, left: None,
     say: Callable[[str], None] = lambda _: None,
     track: Track | None = None,
 ) -> ComparisonReport:
@@ -136,15 +79,9 @@ def demo(
     ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
     fresh = not (out / RECIPE).exists()
-    recipe = _settled(out, recipe, words, full, say)
-    clock, run = Clock(recipe.minutes, on_time), recipe.run
-    if fresh and not full:  # other versions take longer, and stopped demos have less to do
-        clock.begin()
-
-    def step(stage: str, step: Step) -> None:
-        on_step(stage, step)
-        clock.step(stage, step)
-
+    recipe = override(recipe, [*(() if full else recipe.short), *words])
+    _check_same(out, recipe)
+    run = recipe.run
     say(f"1/4  assets: {run.base}, {run.encoder}, {recipe.data}")
     for name in (run.base, run.encoder, recipe.data):
         if name in assets.ASSETS:
@@ -164,7 +101,7 @@ def demo(
         config=False,
         command=command,
         track=track,
-        on_step=step,
+        on_step=on_step,
         about={"seeds": [run.seed]},
     ) as folder:
         check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
@@ -239,29 +176,11 @@ def _compared(
     return found
 
 
-def _settled(out: Path, recipe: DemoRecipe, words: Sequence[str], full: bool, say: Callable[[str], None]) -> DemoRecipe:
-    """Return the version of the recipe to run, with ``words`` applied; a resumed demo keeps its first choice."""
-    whole = override(recipe, words)
-    short = override(recipe, [*recipe.short, *words])
-    slow = override(recipe, [*recipe.short, *recipe.slow, *words])
-    path = out / RECIPE
-    if path.is_file():
-        begun, unused = load_demo(path), {"run": set(COMPUTED_WITH)}
-        for chosen in (whole,) if full else (short, slow):
-            if chosen.model_dump(exclude=unused) == begun.model_dump(exclude=unused):
-                return chosen
+def _check_same(out: Path, chosen: DemoRecipe) -> None:
+    """Raise ConfigError if the folder holds a demo with other settings than the chosen ones."""
+    path, unused = out / RECIPE, {"run": set(COMPUTED_WITH)}
+    if path.is_file() and load_demo(path).model_dump(exclude=unused) != chosen.model_dump(exclude=unused):
         raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
-    return _for_this_machine(whole if full else short, whole if full else slow, say)
-
-
-def _for_this_machine(usual: DemoRecipe, slow: DemoRecipe, say: Callable[[str], None]) -> DemoRecipe:
-    if pick_device(usual.run.device).type != "cpu":
-        return usual
-    rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
-    chosen = slow if rate < SLOW else usual
-    fewer = "" if chosen == usual else f": fewer steps ({', '.join(slow.slow)})"
-    say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s{fewer}.")
-    return chosen
 
 
 def _two(found: ComparisonReport) -> list[int]:

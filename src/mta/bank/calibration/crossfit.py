@@ -35,7 +35,7 @@ from mta.system.progress import Step
 from mta.training.gates import GateGradients
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
-ENOUGH = 8  # people who share no items, to measure anything
+ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 PIECE = 16  # people computed and saved together, at most
 _TYPICAL = 8  # shots, for which merge and rate are chosen
@@ -46,9 +46,9 @@ _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
 class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
-    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``group`` (U,) numbers people
-    who share items alike, and ``fold`` (U,) is 0 or 1. ``pooled_loglik`` (U,) is the log-likelihood of people's later
-    items under the pooled model, and ``tokens`` (U,) their target tokens.
+    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
+    ``pooled_loglik`` (U,) is the log-likelihood of people's later items under the pooled model, and ``tokens`` (U,)
+    their target tokens.
     """
 
     subjects: Sequence[Subject]
@@ -60,7 +60,6 @@ class Calibrator:
     together: int = PIECE
     passes: int = 0
     done: int = 0  # in forward passes of one example
-    group: Tensor = field(init=False)
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     pooled_loglik: Tensor = field(init=False)
@@ -69,11 +68,8 @@ class Calibrator:
         self.assign_folds()
 
     def assign_folds(self) -> None:
-        """Set what depends on ``subjects``: folds (people who share items are in one), target tokens, and zeros."""
-        names: list[str | int] = [one.group or u for u, one in enumerate(self.subjects)]
-        numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
-        self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
-        self.fold = self.group % 2
+        """Set what depends on ``subjects``: folds, target tokens, and zeros."""
+        self.fold = torch.arange(len(self.subjects)) % 2
         self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
         self.pooled_loglik = torch.zeros_like(self.tokens)
 
@@ -95,16 +91,16 @@ class Calibrator:
     def run(self) -> Calibration:
         """Measure everything, and return the calibration to keep."""
         first, notes = self.first_pass()
-        if self.groups_with(1) < ENOUGH:
+        if len(self.subjects) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population, optimism = self.best_merge(first)
         shots = [one.shots for one in self.subjects]
         found = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
         prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
-        counts = [n for n in SHOTS if self.groups_with(n) >= ENOUGH]
+        counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
-        notes += tuple(f"fewer than {ENOUGH} people without common items have {n} shots" for n in asked)
+        notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, found, n) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
         kind, merges, gains = self.best_kind(mu, population, merges, gains, own=prior < BOUNDLESS)
@@ -129,10 +125,6 @@ class Calibrator:
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
-    def groups_with(self, shots: int) -> int:
-        """Return how many groups have people with so many shots; a person who shares no items is a group."""
-        return len(set(self.group[self.shots >= shots].tolist()))
-
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
         found = self.gradients(
@@ -151,8 +143,7 @@ class Calibrator:
         """Return a calibration without gains, so that merges are made by ``posterior``; F is from the few people."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
-        few = f"{len(self.subjects)} people are too few to measure anything, or too many of them share items"
-        note = f"{few}; {ENOUGH} are needed"
+        note = f"{len(self.subjects)} people are too few to measure anything; {ENOUGH} are needed"
         info = DEFAULTS.model_copy(update={"people": len(self.subjects), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
@@ -175,7 +166,7 @@ class Calibrator:
                 break
             steps = torch.cat([solved(f, RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = torch.stack([best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)], dim=1)
-            others, chosen = chosen_by_others(held, self.group, everyone, best_of)
+            others, chosen = chosen_by_others(held, everyone, best_of)
             choices = torch.tensor(others)
             honest = torch.where(agreed, held.gather(1, choices[:, None])[:, 0], honest)
             agreed = agreed & (choices == chosen)
@@ -196,7 +187,7 @@ class Calibrator:
         typical, nothing = _typical(merges), torch.zeros_like(population)
         usable = own and all(bool(one.isfinite().all()) for one in gains.values())
         tried = torch.stack([nothing, population, gains[typical] if usable else nothing - math.inf], dim=1)
-        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, best_on_average)
+        chosen, final = chosen_by_others(tried, self.shots >= typical, best_on_average)
         kinds = torch.tensor(chosen if final else [_NO_MERGE] * len(chosen))
         people, everybody = torch.arange(len(chosen)), mu[1 - self.fold]
         kept = {n: torch.stack([torch.zeros_like(w), everybody, w])[kinds, people] for n, w in merges.items()}
@@ -209,7 +200,7 @@ class Calibrator:
         """
         typical, rates = _typical(merges), (0.0, *RATES)
         tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
-        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, surely_best)  # numbers of rates
+        chosen, final = chosen_by_others(tried, self.shots >= typical, surely_best)  # numbers of rates
         if not final:
             return 0.0, {}
         used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
@@ -233,8 +224,7 @@ class Calibrator:
 
     def gain_of(self, shots: int, gains: Tensor) -> Gain:
         """Return the mean of the gains (U,) of people who have so many shots, with its interval."""
-        able = self.shots >= shots
-        return gain_of(shots, gains[able], self.group[able])
+        return gain_of(shots, gains[self.shots >= shots])
 
     # -- passes --------------------------------------------------------------------------------------------------------
 

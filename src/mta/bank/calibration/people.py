@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,6 @@ class Subject:
 
     shots: tuple[Example, ...]
     queries: tuple[Example, ...]
-    group: str | None = None  # of people who share items: they are in one fold
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -39,8 +37,8 @@ def calibration_people(
     """Return the people to calibrate on, with the items that are measured: at most ``settings.people``, by hash.
 
     - Of the bank's ``members`` (ids), none; of people who kept first items back (``unseen``: id -> count), only these.
-    - Nobody with nearly the same items as a person in the bank.
-    - No items that several people hold (``Copies``): they could be in the other fold.
+    - No items that several people hold (``Copies``): they could be in the other fold, or in the bank.
+    - Nobody who shares more than half of their items: they could be a person in the bank under another id.
     - Nobody with fewer than two items left.
     """
     measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
@@ -48,10 +46,7 @@ def calibration_people(
         replace(person, items=tuple(item for item in person.items if id(item) in own))
         for person, own in zip(separated(people, task), measurable)
     ]
-    behind = members | unseen.keys()
-    groups = Counter(person.group for person in apart if person.group and person.id in behind)
-    others = [p for p in apart if p.id not in members and groups[p.group] <= (p.id in unseen)]  # at most themselves
-    able = [person for person in others if len(person.items) > 1]
+    able = [person for person in apart if person.id not in members and len(person.items) > 1]
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
@@ -79,5 +74,4 @@ def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings:
     def examples(items: Sequence[Item]) -> tuple[Example, ...]:
         return tuple(base.prompts.example(task, item) for item in items)
 
-    parts = zip(people, measured_items(people, settings))
-    return [Subject(examples(shots), examples(queries), person.group) for person, (shots, queries) in parts]
+    return [Subject(examples(shots), examples(queries)) for shots, queries in measured_items(people, settings)]

@@ -22,7 +22,7 @@ from mta.system.assets import ASSETS, fetch
 
 FORMATS = (
     "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields) in each row, or name other "
-    "columns with --person-column and so on; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
+    "columns with --columns; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
     "RecBole folder (*.inter, *.item)."
 )
 log = logging.getLogger("mta")

@@ -91,14 +91,9 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
     return time
 
 
-def _is_date(digits: str) -> bool:
-    """Return whether digits are a year or a day, such as 2009 and 20090521; others count something."""
-    return len(digits) in (4, 8) and 1800 <= int(digits[:4]) <= 2100
-
-
 @dataclass(slots=True)
-class _Digits:
-    """The first times of a file that are dates, and numbers that count something: not both can be right.
+class _Times:
+    """The first date of a file, and its first number that counts something: not both can be right.
 
     Large numbers, such as seconds since 1970, can stand beside dates.
     """
@@ -108,29 +103,21 @@ class _Digits:
 
     def check(self, place: Place, column: str, time: Any) -> None:
         """Raise DataError for the first time that is not like the others."""
-        text = as_text(time).strip() if isinstance(time, str | int | float) and not isinstance(time, bool) else ""
-        if isinstance(time, str) and text.isdecimal() and _is_date(text):
-            self.date = self.date or text
-        elif is_number(text):
+        text = as_text(time).strip() if isinstance(time, str | int | float) else ""
+        if is_number(text):
             self.number = self.number or (text if abs(float(text)) < DATES_FROM else "")
         elif re.match(r"\d{4}-\d{2}", text):
             self.date = self.date or text
         if self.date and self.number:
-            reason = f"{self.date!r} would be a date, and {self.number!r} a number"
-            digits = f" ({self.date[:4]}-01)", f" with a decimal point ({self.date}.0)"
-            dates, numbers = digits if self.date.isdecimal() else ("", " as numbers")
-            raise data_error(place, column, reason, f"Write all times as dates{dates}, or all{numbers}.")
+            reason = f"{self.date!r} is a date, and {self.number!r} a number"
+            raise data_error(place, column, reason, "Write all times as dates, or all as numbers.")
 
 
 def _iso(text: str) -> float:
     text = text.strip().removesuffix(" UTC")
-    if is_number(text) and not (text.isdecimal() and _is_date(text)):  # 10010115.07 is no day of the year 1001
+    if is_number(text):
         return float(text)
-    if re.fullmatch(r"\d{4}", text):
-        text += "-01"
-    if re.fullmatch(r"\d{4}-\d{2}", text):
-        text += "-01"
-    date = datetime.fromisoformat(text)
+    date = datetime.fromisoformat(f"{text}-01" if re.fullmatch(r"\d{4}-\d{2}", text) else text)
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
@@ -221,15 +208,14 @@ def _missing(row: Mapping[str, Any], wanted: _Wanted, named: Mapping[str, str] =
 
 def _rename(field: str, wanted: _Wanted) -> str:
     """Return the hint for a field that no row of the file had so far."""
-    names = {"person": "person"} | wanted.others
     these = "a column of the file to person" if field == "person" else "the columns of the file to these names"
-    return f"Rename {these}" + (f", or give its name:  --{names[field]}-column NAME" if field in names else ".")
+    return f"Rename {these}, or name its column:  --columns {wanted.others.get(field, field)}=NAME"
 
 
 def _named_otherwise(column: str | None, columns: Mapping[str, str]) -> str:
     """Return the hint for a column that was named, and that the file does not have."""
     name = next((name for name, given in columns.items() if given == column), "person")
-    return f"Name a column of the file:  --{name}-column NAME"
+    return f"Name a column of the file:  --columns {name}=NAME"
 
 
 def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
@@ -239,11 +225,18 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
     """
     names = {other: name for name, other in wanted.aliases.items()}
     answer = {"output", wanted.task.item.target} - {*wanted.fields} if wanted.questions else set()
-    named = {names.get(name, name): column for name, column in columns.items() if name not in answer}
+    named: dict[str, str] = {}
+    for name, column in columns.items():
+        if (field := names.get(name, name)) in named:
+            raise InputError(
+                f"two columns were given for {field!r}: {named[field]!r} and {column!r}", hint="Leave one of them out."
+            )
+        if name not in answer:
+            named[field] = column
     if unknown := named.keys() - {"person", "time", "id", *wanted.fields}:
         raise InputError(
             f"task {wanted.task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(wanted.fields)}",
-            hint="Rename the columns of the file to these names.",
+            hint="Name columns of these fields, of person, or of time.",
         )
     target = wanted.task.item.target
     if shown := [name for name, column in named.items() if name != target and column == named.get(target)]:
@@ -268,13 +261,13 @@ def item_parts(
     """
     wanted, unread = _Wanted(task, questions), Counter[str]()
     known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
-    (named, replaced), seen, digits = _columns_of(wanted, columns), set[str](), _Digits()
+    (named, replaced), seen, times = _columns_of(wanted, columns), set[str](), _Times()
     for place, record in records:
         seen |= record.keys()
         row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
-        digits.check(place, named.get("time", "time"), row.get("time"))
+        times.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
                 person = id_in(row, "person")

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from itertools import chain
@@ -81,11 +81,9 @@ def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
 def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Rejects) -> Iterator[tuple[Place, list[str]]]:
     """Yield the cells of each record, the header first; ``begin`` is its place.
 
-    A line with wrong quotes is a bad row, or in a table with tabs, which often has no quoting, read as it is. If wrong
-    quotes span lines, the begin of the next record is unknown: raises DataError, except if each of the lines is a whole
-    record of a table with tabs. Raises DataError, too, if the lines of such a table are a record with quotes as well.
+    A line with wrong quotes is a bad row. Raises DataError if they span lines: the next record may begin anywhere.
     """
-    taken, width = list[str](), 0  # the lines of the record
+    taken = list[str]()  # the lines of the record
 
     def given() -> Iterator[str]:
         for line in lines:
@@ -94,7 +92,7 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
 
     reader = csv.reader(given(), delimiter=delimiter, strict=True)
     while True:
-        read, cells, wrong = reader.line_num, list[str](), ""
+        read = reader.line_num
         place = begin._replace(line=begin.line + read)
         taken.clear()
         try:
@@ -102,37 +100,11 @@ def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Reject
         except StopIteration:
             return
         except csv.Error as error:
-            wrong = f"not a table: {error}"
-            if not read and any("\r" in line.rstrip("\r") for line in taken):  # the header: the file is one line
-                fix = "Convert them:  tr '\\r' '\\n' < OLD.csv > NEW.csv"
-                raise data_error(place, None, "its lines end as on old Macs (CR)", hint=fix) from None
-        width = width or len(cells)
-        if delimiter == "\t" and (rows := _unquoted(place, taken, width, None if wrong else cells)):
-            yield from ((place._replace(line=place.line + n), row) for n, row in enumerate(rows))
-        elif not wrong:
-            yield place, cells
-        elif read and len(taken) == 1:
-            rejects.add(place, None, f"{wrong}; {QUOTES}", taken[0])
+            if not read or len(taken) > 1:
+                raise data_error(place, None, f"not a table: {error}", hint=f"Write JSONL, or {QUOTES}.") from None
+            rejects.add(place, None, f"not a table: {error}; {QUOTES}", taken[0])
         else:
-            raise data_error(place, None, wrong, hint=f"In a table, {QUOTES}.")
-
-
-def _unquoted(place: Place, lines: Sequence[str], width: int, cells: list[str] | None) -> list[list[str]]:
-    """Return the cells of lines with tabs where quotes are no quotes; empty where they are.
-
-    ``cells`` are those with quotes, None if the quotes are wrong. Quotes are none in a line where they are wrong, and
-    in several lines of which each has all cells. Raises DataError if ``cells`` are a row, too.
-    """
-    rows = [line.split("\t") for line in lines]
-    if len(rows) == 1:
-        return rows if cells is None else []
-    if any(len(row) != width for row in rows):
-        return []
-    if cells and len(cells) == width:
-        either = f"one row with a cell of {len(rows)} lines, or {len(rows)} rows with quotes in their texts"
-        hint = "Write it as JSONL, or as CSV with commas: there, quotes have one meaning."
-        raise data_error(place, None, f"its quotes can mean {either}", hint=hint)
-    return rows
+            yield place, cells
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
