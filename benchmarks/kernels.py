@@ -62,7 +62,7 @@ def trained(base: BaseModel, work: str, sizes: Sizes) -> Callable[[], None]:
 
 def decoded(base: BaseModel, sizes: Sizes) -> Callable[[], None]:
     """``tokens`` decoding steps of 16 rows: a task LoRA and 16 anchors that all share, and a stack for each."""
-    adapters = AdapterSlots(base, [_bank(base, 16)], ROWS)  # a bank is what it is made of
+    adapters = AdapterSlots(base, _bank(base, 16), ROWS)  # a bank is what it is made of
     slots = Slots(base, ROWS, 256, 128, adapters)
     stacks = small(fresh(base.targets, 1, 1.0, 4, [str(n) for n in range(ROWS)], base.master_dtype), 4).to(base.dtype)
     for n in range(ROWS):

@@ -47,7 +47,7 @@ def main() -> None:
     words.add_argument("--dtype", default="bfloat16")
     args = words.parse_args()
     base, bank = in_passing(lambda: opened(args.bank, args.dtype))
-    adapters = in_passing(lambda: AdapterSlots(base, [bank], args.rows))
+    adapters = in_passing(lambda: AdapterSlots(base, bank, args.rows))
     slots = Slots(base, args.rows, LENGTH, 128, adapters)
     for n in range(args.rows):
         adapters.take(n, adapters.adapter_of(made_up(base, bank, str(n))))

@@ -82,10 +82,10 @@ class World:
 
         asyncio.run(go())
 
-    def who(self, model, strict=()):
+    def who(self, model, strict=None):
         """Whom the gateway takes a model for."""
         jobs = Jobs(self.personal())
-        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_banks=strict)
+        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_bank=strict)
         try:
             asyncio.run(service.resolve_model(model, LOCAL))
         finally:
@@ -333,7 +333,7 @@ PROVOKED = {
         "GET /v1/models",
     ),
     "NeedsRebuild": (
-        lambda w: w.who("task", strict={w.tmp: ""}),
+        lambda w: w.who("task", strict=(w.tmp, "")),
         ("the bank must be rebuilt", "a forgotten person", "without"),
         "Ask the base",
     ),

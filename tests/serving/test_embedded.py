@@ -3,7 +3,6 @@
 import asyncio
 import random
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,18 +27,18 @@ KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 class OneBank:
     """The parts of a bank that an engine needs, with random adapters."""
 
-    def __init__(self, base, anchors=3, name="bank", seed=0, pooled=True):
-        self.device_anchors = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
-        self.task_lora = random_loras(base, 1, size=0.4, seed=seed + 5) if pooled else None
-        self.info, self.hash = SimpleNamespace(run=TINY_RUN), name
+    def __init__(self, base, pooled=True):
+        self.device_anchors = self.anchors = random_loras(base, 3, size=0.5, seed=0)
+        self.task_lora = random_loras(base, 1, size=0.4, seed=5) if pooled else None
+        self.info, self.hash = SimpleNamespace(run=TINY_RUN), "bank"
 
     def __len__(self):
         return len(self.anchors)
 
 
-def world(kind="llama", mode="exact", people=4):
+def world(kind="llama", mode="exact", people=4, pooled=True):
     base = endless(base_of(kind), 260)
-    bank = OneBank(base)
+    bank = OneBank(base, pooled)
     models = [BASE, TASK]
     for n in range(people):
         draw = torch.Generator().manual_seed(n)
@@ -101,10 +100,17 @@ def prompts_of(count, longest=40, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [*((kind, "exact") for kind in KINDS), ("llama", "svd"), ("llama", "factor")]
+    ("kind", "mode", "pooled"),
+    [
+        *((kind, "exact", True) for kind in KINDS),
+        *(
+            ("llama", mode, pooled)
+            for mode, pooled in (("svd", True), ("factor", True), ("exact", False), ("svd", False))
+        ),
+    ],
 )
-def test_batched_answers_equal_single_answers(kind, mode):
-    base, bank, models = world(kind, mode)
+def test_batched_answers_equal_single_answers(kind, mode, pooled):
+    base, bank, models = world(kind, mode, pooled=pooled)
 
     async def go():
         engine = engine_of(base, bank, models, slots=3)
@@ -118,27 +124,6 @@ def test_batched_answers_equal_single_answers(kind, mode):
     for n, (ask, tokens) in enumerate(zip(asks, found)):
         assert tokens == one_by_one(base, bank, models[n % 6], ask.prompt, ask.max_tokens), n
     assert len({tuple(tokens) for tokens in found}) == len(found)
-
-
-@pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("mode", ["exact", "svd"])
-def test_people_of_two_banks_share_a_batch(mode, pooled):
-    """Each person uses the bank of their state, with or without a task LoRA; the pooled model uses the new bank."""
-    base, bank, models = world(mode=mode)
-    old = OneBank(base, anchors=5, name="old", seed=40, pooled=pooled)
-    banks = [bank, bank, *([bank, old] * 2)]
-    models = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(models, banks)]
-
-    async def go():
-        engine = engine_of(base, bank, models, bank_before=old, slots=3)
-        asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
-        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
-        await engine.close()
-        return asks, found
-
-    asks, found = asyncio.run(go())
-    for n, (ask, tokens) in enumerate(zip(asks, found)):
-        assert tokens == one_by_one(base, banks[n % 6], models[n % 6], ask.prompt, ask.max_tokens), n
 
 
 def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():

@@ -248,7 +248,7 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict={folder: bank.hash}) as here:
+    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
         done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
@@ -261,7 +261,7 @@ def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_be
         service.is_stale = True
         return True
 
-    service = SimpleNamespace(strict_banks={tiny_bank_folder: "hash"}, is_stale=False, apart_from_store=fresh)
+    service = SimpleNamespace(strict_bank=(tiny_bank_folder, "hash"), is_stale=False, apart_from_store=fresh)
     with pytest.raises(NeedsRebuild):
         asyncio.run(Service.check_fresh(service))
     assert service.is_stale

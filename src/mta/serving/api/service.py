@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,8 +50,8 @@ _WRITERS = 4  # threads that wait for the store's lock at once: others look up p
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
-    ``strict_banks`` maps the folders of the banks in memory to their hashes: a bank must not be served once it contains
-    a forgotten person, or its folder holds another bank, which may have been built without one.
+    ``strict_bank`` is the folder and the hash of the bank in memory: it must not be served once it contains a forgotten
+    person, or its folder holds another bank, which may have been built without one.
     ``sweep`` is the number of seconds between two checks for people that other processes forgot.
     """
 
@@ -64,7 +64,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
-    strict_banks: Mapping[Path, str] = field(default_factory=dict)
+    strict_bank: tuple[Path, str] | None = None
     is_stale: bool = False
     sweep: float = 10.0
     rate: Rate = field(init=False)
@@ -130,13 +130,11 @@ class Service:
         return await answer(SharedModel(request.fallback))
 
     async def check_fresh(self, who: ServedModel | None = None) -> None:
-        """Raises NeedsRebuild if a bank in memory must not be served (``strict_banks``), except for the base."""
-        if who is BASE or not self.strict_banks:
+        """Raises NeedsRebuild if the bank in memory must not be served (``strict_bank``), except for the base."""
+        if who is BASE or not self.strict_bank:
             return
-        # Permanent: the weights in memory stay stale even if the folder is rebuilt.
-        for folder, loaded in self.strict_banks.items():
-            if not await self.apart_from_store(_is_fresh, folder, loaded):
-                self.is_stale = True  # not |=, which would undo what another request found meanwhile
+        if not await self.apart_from_store(_is_fresh, *self.strict_bank):
+            self.is_stale = True  # permanent: the weights in memory stay stale even if the folder is rebuilt
         if self.is_stale:
             raise NeedsRebuild(
                 "the bank must be rebuilt without a forgotten person, or its folder holds another bank by now",

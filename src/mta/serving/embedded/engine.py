@@ -31,8 +31,7 @@ class EmbeddedEngine(Engine):
 
     At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``
     tokens together, never more than the base accepts. At most ``activated`` adapters are cached; merges are never
-    stored. While the engine lives, only the engine may use the base's modules. People whose state was made with the
-    bank ``bank_before`` are served with that bank until they are personalized again.
+    stored. While the engine lives, only the engine may use the base's modules.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class EmbeddedEngine(Engine):
         bank: Bank,
         store: Store,
         *,
-        bank_before: Bank | None = None,
         slots: int = 32,
         length: int | None = None,
         chunk: int = 128,
@@ -52,7 +50,7 @@ class EmbeddedEngine(Engine):
         super().__init__(min(length or limit, limit), slots + waiting)
         in_passing(lambda: refuse_unservable(base))
         self.bank, self.store = bank, store
-        adapters = in_passing(lambda: AdapterSlots(base, [bank, bank_before] if bank_before else [bank], slots))
+        adapters = in_passing(lambda: AdapterSlots(base, bank, slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
