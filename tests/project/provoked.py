@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
 from served import stepped
@@ -85,7 +86,8 @@ class World:
     def who(self, model, strict=None):
         """Whom the gateway takes a model for."""
         jobs = Jobs(self.personal())
-        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_bank=strict)
+        engine = SimpleNamespace(most=1)
+        service = Service(engine, self.base, self.store, self.bank.task, Keys(), jobs, strict_bank=strict)
         try:
             asyncio.run(service.resolve_model(model, LOCAL))
         finally:

@@ -103,34 +103,6 @@ def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere
     assert http.delete(EVE).status_code == 200
     assert http.delete("/v1/people/somebody").status_code == 200
     assert "somebody" not in service._tombstones  # no id of a forgotten person without a key
-    asyncio.run(asked())  # afterwards: the next sweep leaves it
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert (TASK, "eves") in owners()
-
-
-def test_a_sweep_leaves_what_a_person_asks_after_this_gateway_forgot_them_meanwhile(gateway, monkeypatch):
-    service, removed = gateway.service, Service._removed
-    service.keys = Keys(keys=(*service.keys.keys, Key(name="eves", sha256="1" * 64, rights="person", of="eve")))
-    asyncio.run(service.drop_forgotten_elsewhere())
-    dropped = []
-
-    def forgotten(self, versions):
-        gateway.forget()
-        self.note_forgotten("eve")
-        return removed(self, versions)
-
-    async def drop(versions, askers=()):
-        dropped.extend(askers)
-
-    monkeypatch.setattr(service.engine, "drop", drop)
-    with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(Service, "_removed", forgotten)
-        asyncio.run(service.drop_forgotten_elsewhere())
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert dropped == []
-    gateway.forget()
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert dropped == ["eves"]
 
 
 def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, monkeypatch):

@@ -100,7 +100,7 @@ def test_the_store_is_not_read_for_people_that_a_key_may_not_ask(world, monkeypa
 
 def test_metrics_count_every_answer_of_a_request(world):
     service = replace(world.service, metrics=Metrics())
-    with service.counted("chat", LOCAL, 3, falls_back=False):
+    with service.counted("chat", LOCAL, 3):
         assert b"mta_open_answers 3.0" in service.metrics.text({})
     assert b"mta_open_answers 0.0" in service.metrics.text({})
 

@@ -32,16 +32,15 @@ async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http
 
 
 async def _answer(service: Service, request: ClassifyRequest, key: Key, who: ServedModel) -> Response:
-    with service.refusals("classify"):
-        labels = service.task.labels
-        if labels is None:
-            raise Refused(
-                f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
-                hint="Generate a text instead: POST /v1/chat/completions",
-            )
+    labels = service.task.labels
+    if labels is None:
+        raise Refused(
+            f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
+            hint="Generate a text instead: POST /v1/chat/completions",
+        )
     inputs = [request.input] if isinstance(request.input, str) else request.input
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
-    with service.counted("classify", key, at_once, request.fallback is not None):  # first: many inputs tokenize long
+    with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         async with service.checking(key):
             asks = [await service.apart_from_store(_ask, service, text, labels, who, key) for text in inputs]
         found = await _scored(service, asks, at_once)
