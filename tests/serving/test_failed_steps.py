@@ -286,17 +286,6 @@ def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
 
 
-def test_health_reports_failing_steps_and_recovery(here):
-    handle = fail_in_layer(here.base, lambda _: True)
-    assert [asked(here).status_code for _ in range(PATIENCE)] == [500] * PATIENCE
-    for path in ("healthz", "readyz"):
-        assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
-    handle.remove()
-    assert asked(here).status_code == 200
-    for path in ("healthz", "readyz"):
-        assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 200
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dying_engine_is_unhealthy_before_its_requests_get_their_errors(here):
     scheduler, go_on = here.service.engine.scheduler, threading.Event()

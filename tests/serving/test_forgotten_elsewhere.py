@@ -137,7 +137,7 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     http.post("/v1/people/bob/history", json={"items": ITEMS})
     assert service.jobs.status("eve")
     gateway.forget()
-    until(lambda: "eve" not in service.histories._share)
+    until(lambda: "eve" not in service.histories._held)
     until(lambda: service.jobs.status("eve") is None)
     until(lambda: not [who for who in list(service.engine.activated) if getattr(who, "person", "") == "eve"])
     until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])

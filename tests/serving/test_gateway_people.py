@@ -174,27 +174,6 @@ def test_a_state_of_as_many_other_items_is_not_replaced(world):
         http.delete(where)
 
 
-def test_a_state_of_release_0_1_0_is_replaced_only_if_its_items_are_known(world):
-    """It does not say how many items it was made from, but has their digest."""
-    where, store = "/v1/people/team/before", world.service.store
-    (person,) = people_of(1, items=3, prefix="before")
-    bank = world.service.jobs.personal.bank.hash
-    store.save("team/before", State(bank, (0,), (1.0,), "posterior", person.latest(3).digest(), "work", 0))
-    items = [{"fields": dict(item.fields), "time": item.time} for item in person.items]
-    with world.http("team") as http:
-        http.post(f"{where}/history", json={"items": items[2:]})
-        refused = http.post(f"{where}/personalize")
-        assert refused.status_code == 400
-        assert "made from other items, and this server knows 1" in refused.text
-        http.delete(where)
-        for latest in (3, 2):
-            digest = person.latest(latest).digest()
-            store.save("team/before", State(bank, (0,), (1.0,), "posterior", digest, "work", 0))
-            http.post(f"{where}/history", json={"items": items})
-            assert http.post(f"{where}/personalize").status_code == 202
-            http.delete(where)
-
-
 @pytest.mark.parametrize("running", [False, True])
 def test_a_state_of_more_items_that_another_process_saves_meanwhile_stays(world, monkeypatch, running):
     """It is saved while the person waits in the queue, or while the job runs."""

@@ -43,7 +43,10 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         async with service.checking(key):
             asks = [await service.apart_from_store(_ask, service, text, labels, who, key) for text in inputs]
-        found = await _scored(service, asks, at_once)
+        places = asyncio.Semaphore(at_once)
+        found = await together(_piece(service.engine, ask, places) for ask in asks)
+    service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
+    service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
     data = []
     for index, piece in enumerate(found):
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
@@ -65,15 +68,6 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, k
     ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
     ask.check(service.length)
     return ask
-
-
-async def _scored(service: Service, asks: Sequence[Ask], at_once: int) -> list[AnswerPiece]:
-    """Return the piece with the scores of each request, ``at_once`` of them at a time, and record metrics."""
-    places = asyncio.Semaphore(at_once)
-    found = await together(_piece(service.engine, ask, places) for ask in asks)
-    service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
-    service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
-    return found
 
 
 async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> AnswerPiece:

@@ -150,11 +150,9 @@ def _check_not_fewer(store: Store, person: Person) -> None:
     except (PersonNotFound, StateCorrupt):
         return
     known, others = len(person.items), bool(state.history) and not person.grown_from(state.history)
-    if state.shots == 0 and others:  # not noted, before 0.2; perhaps made from the latest items of that time
-        others = not any(replace(person, items=person.items[i:]).grown_from(state.history) for i in range(1, known))
-    if state.shots > known or (state.shots in (0, known) and others):
+    if state.shots > known or (state.shots == known and others):
         raise Refused(
-            f"the person's model was made from {state.shots or 'other'} items, "
+            f"the person's model was made from {state.shots} items, "
             f"and this server knows {known} of the person's items" + (", others" if state.shots == known else ""),
             hint="Append the others first (mta personalize --keep-histories keeps those of a file); "
             f'or make it from these alone: {{"latest": {known}}}',
