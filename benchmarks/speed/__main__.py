@@ -19,7 +19,6 @@ from rich.console import Console
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
 from benchmarks.speed.data import Absent
-from benchmarks.speed.pictures import draw
 from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
@@ -47,7 +46,6 @@ def main(words: Sequence[str] | None = None) -> int:
                     continue
             records = record.merged(records, record.record(row, module, settings))
             record.write(path, records, _command(args))
-            draw(row.more, args.out)
             broken |= row.skipped.startswith(record.FAILED)
         if not broken and not lacking:
             records = [one for one in records if one["module"] != module or one["name"] in names]
@@ -71,7 +69,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
     parser.add_argument("--memory", default="4GiB", help="bound on one cohort")
     parser.add_argument("--again", action="store_true", help="measure also what this very code has measured")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file and the pictures")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print the kept rows for the README")
     parser.add_argument("--json", action="store_true", help="measure nothing, print the kept JSON")
     args = parser.parse_args(words)

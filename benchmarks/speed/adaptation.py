@@ -1,27 +1,19 @@
-"""Few-shot adaptation of many people against PEFT, one person at a time; and what each ingredient brings."""
+"""Few-shot adaptation of many people against PEFT, one person at a time."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
-from benchmarks.speed.peers import AS_IT_COMES, FREE, PRECISIONS, PlainPeft, fastest, peer, peer_here
+from benchmarks.speed.peers import AS_IT_COMES, FREE, PRECISIONS, PlainPeft, fastest, peer
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
-from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
+from benchmarks.speed.training import Cohort, agreed, apart, base_of, oppu, small, stack
 from mta.config import Training, parse_size
-from mta.kernels.compile import without_kernels
-from mta.lora.batch import LoraBatch
-from mta.model.base import BaseModel, Exact
 
 _MINUTE = 60  # people times this, per second, is people per minute
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -58,7 +50,7 @@ CASES = [
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Headline rows, then one per ingredient."""
+    """One row for each case."""
     for case in CASES:
         if settings.wanted(case.name):
             try:
@@ -66,7 +58,6 @@ def rows(settings: Settings) -> Iterator[Row]:
             except Absent as absent:
                 yield Row(case.name, "mta", "PEFT", target=case.target, skipped=str(absent))
             gc.collect()
-    yield from ingredients(settings)
     base_of.cache_clear()
     gc.collect()
 
@@ -139,124 +130,6 @@ def against_peer(cohort: Cohort, plain: PlainPeft, people: int = 2) -> float:
         worst = max(worst, apart(gradients.select([n]), theirs))
     expected = sum(losses) / len(losses)
     return max(worst, abs(loss - expected) / abs(expected))
-
-
-def ingredients(settings: Settings) -> Iterator[Row]:
-    """All of ours over ours with one thing switched off: short prompts, rank 8, bfloat16."""
-    people = settings.people if settings.full else max(settings.people // 4, 1)
-    without: dict[str, Callable[[Cohort], Switch]] = {
-        "batched adapters": lambda c: Switch(c, alone=True),
-        "packing": lambda c: Switch(replace(c, base=unpacked(c.base))),
-        "target-only logits": lambda c: Switch(c, around=lambda: logits_everywhere(c.base)),
-        "bf16": lambda c: Switch(_cohort("short", "rank 8 (OPPU)", "float32", people, settings)),
-        "compiled kernels": lambda c: Switch(c, around=without_kernels),
-    }
-    for what, make in without.items():
-        name = f"ingredient: {what}"
-        if not settings.wanted(name):
-            continue
-        try:
-            cohort = _cohort("short", "rank 8 (OPPU)", "bfloat16", people, settings)
-            yield ingredient(name, what, cohort, make(cohort), settings)
-        except Absent as absent:
-            yield Row(name, "mta bf16", f"without {what}", skipped=str(absent))
-    name = "ingredient: freed memory kept"
-    if settings.wanted(name):
-        yield memory_kept(name, settings)
-
-
-def unpacked(base: BaseModel) -> BaseModel:
-    """The same base, with one example in each row."""
-    other = copy(base)
-    other.blocked = other.packable = False
-    return other
-
-
-def memory_kept(name: str, settings: Settings) -> Row:
-    """What our process gives to everything in it, shown on the peer: PEFT in it against PEFT in one of its own."""
-    cohort = _cohort("short", "rank 8 (OPPU)", "float32", _peers("short", settings, settings.people), settings)
-    here, work = peer_here("float32", cohort.start), (cohort.jobs, cohort.start, cohort.training)
-    with peer("float32", cohort.start) as plain:
-        here.prepare(*work)
-        plain.prepare(*work)
-        one, other = (lambda: trained(here, cohort, cohort)), (lambda: trained(plain, cohort, cohort))
-        rates, peer_rates = turns(one, other, settings.repeats, warm=False)
-    return Row(
-        name,
-        f"PEFT fp32 in our process, one by one ({len(cohort.jobs)})",
-        "PEFT fp32 as it runs",
-        "people/min",
-        tuple(rates),
-        tuple(peer_rates),
-        note=f"freed memory is kept, in huge pages; {_said(settings)}",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """A cohort trained with one thing switched off."""
-
-    cohort: Cohort
-    alone: bool = False
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def train(self, people: int | None = None) -> float:
-        """Returns people, times a minute."""
-        some = self.cohort if people is None else self.cohort.first(people)
-        with self.around():
-            for part in some.each() if self.alone else [some]:
-                part.train()
-        return _MINUTE * len(some.jobs)
-
-    def gradient(self) -> tuple[float, LoraBatch]:
-        """Mean loss of the first two people, and their adapters' gradients."""
-        some = self.cohort.first(2)
-        some = replace(some, start=small(some.start, 7))
-        with self.around():
-            parts = [part.gradient() for part in (some.each() if self.alone else [some])]
-        return sum(loss for loss, _ in parts) / len(parts), joined([gradient for _, gradient in parts])
-
-
-def ingredient(name: str, what: str, cohort: Cohort, off: Switch, settings: Settings) -> Row:
-    """One row, after both ways' losses and gradients were compared. Raises Unequal."""
-    on = Switch(cohort)
-    (loss, gradient), (expected, theirs) = on.gradient(), off.gradient()
-    difference = agreed(max(apart(gradient, theirs), abs(loss - expected) / abs(expected)), "bfloat16")
-    warm = -(-len(cohort.jobs) // 2)
-    on.train(warm), off.train(warm)
-    rates, others = turns(on.train, off.train, settings.repeats, warm=False)
-    return Row(
-        name,
-        f"mta bf16, {len(cohort.jobs)} people",
-        f"without {what}",
-        "people/min",
-        tuple(rates),
-        tuple(others),
-        None,
-        difference,
-        "losses and gradients of two people",
-        _said(settings),
-        more=_more(cohort, len(cohort.jobs)),
-    )
-
-
-@contextmanager
-def logits_everywhere(base: BaseModel) -> Iterator[None]:
-    """Within the block, the LM head sees every token, and what is needed is taken from its output."""
-    chosen = base.logits
-
-    def everywhere(
-        tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor, exact: Exact | None = None
-    ) -> Tensor:
-        if exact is not None:
-            exact = where[exact[0]], exact[1]
-        return chosen(tokens, ends, positions, torch.arange(tokens.numel()), exact)[where]
-
-    base.logits = everywhere  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del base.logits
 
 
 def _cohort(prompts: str, adapter: str, dtype: str, people: int, settings: Settings) -> Cohort:

@@ -1,10 +1,9 @@
-"""Stage 2 from one gradient against scoring the shots under every anchor; MTA as shipped against OPPU; many anchors."""
+"""Stage 2 from one gradient against scoring the shots under every anchor; MTA as shipped against OPPU."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
@@ -31,21 +30,20 @@ ANCHORS = (16, 32)
 RANK = 8
 OPPU_STEPS = 4  # tuned: src/mta/recipes/evaluation
 STACK, STEP = Lora(rank=1), one_step(1.6e-3)
-MANY = 50  # anchors: 400 shared ranks
 _TARGET = 5.0
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Two kinds of prompts: two numbers of anchors against scoring, MTA against OPPU, many anchors against one."""
+    """Two kinds of prompts: two numbers of anchors against scoring, and MTA against OPPU."""
     for kind, prompts in (("short prompts", data.short), ("reviews", data.reviews)):
         names = {anchors: f"coefficients, {anchors} anchors, {kind}" for anchors in ANCHORS}
-        shipped, many = f"stages 2 and 3 against OPPU, {kind}", f"gradient of {MANY} anchors, {kind}"
-        if not any(map(settings.wanted, [*names.values(), shipped, many])):
+        shipped = f"stages 2 and 3 against OPPU, {kind}"
+        if not any(map(settings.wanted, [*names.values(), shipped])):
             continue
         try:
             base, found = base_of(DTYPE), prompts()
         except Absent as absent:
-            yield from (Row(name, "mta", "", skipped=str(absent)) for name in [*names.values(), shipped, many])
+            yield from (Row(name, "mta", "", skipped=str(absent)) for name in [*names.values(), shipped])
             continue
         jobs = _jobs(base, found, settings.people if kind == "short prompts" else settings.reviewers)
         for anchors, name in names.items():
@@ -53,8 +51,6 @@ def rows(settings: Settings) -> Iterator[Row]:
                 yield against_scoring(name, base, jobs, random_bank(base, anchors), settings)
         if settings.wanted(shipped):
             yield against_oppu(shipped, base, jobs, settings)
-        if settings.wanted(many):
-            yield against_one(many, base, jobs, settings)
     base_of.cache_clear()
     gc.collect()
 
@@ -132,32 +128,6 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
         1.0,
         note=f"{len(bank)} anchors, mu = 0, {data.SHOTS} shots a person, {DTYPE}",
         more={"people": len(jobs), "anchors": len(bank)},
-    )
-
-
-def against_one(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
-    """The gradient of many anchors against that of one, which must not cost more than its operations."""
-    pooled, banks = [Shared(task_lora(base))], [random_bank(base, MANY), random_bank(base, 1)]
-    tokens = _tokens(base, jobs, banks[0], 1)
-
-    def of(bank: LoraBatch) -> float:
-        gate_gradients(base, jobs, bank, torch.zeros(len(bank), dtype=torch.float64), pooled, tokens_per_batch=tokens)
-        return len(jobs)
-
-    rates, peer_rates = turns(partial(of, banks[0]), partial(of, banks[1]), settings.repeats, warm=not settings.quick)
-    linear = sum(d * o for d, o in base.targets.values())
-    width = base.footprint.sums.width
-    fewer = (linear + 2 * RANK * width) / (linear + (MANY + 1) * RANK * width)  # without the LM head
-    return Row(
-        name,
-        f"gradient of {MANY} anchors, {len(jobs)} people",
-        "gradient of one anchor",
-        "people/s",
-        tuple(rates),
-        tuple(peer_rates),
-        fewer,
-        note=f"target: the ratio of their operations; {data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
-        more={"people": len(jobs), "anchors": MANY},
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers for 16 different people in one batch: ours against the base alone, and against the two ways PEFT has."""
+"""Answers for 16 different people in one batch: ours against the base alone, and against PEFT's mixed batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _PEERS = {
     "the base alone": "transformers generate, same batch",
     "PEFT adapter_names": "same batch",
-    "PEFT merge, one by one": "merge, generate, unmerge",
 }
 _TARGETS = {
     ("bfloat16", "the base alone"): 0.85,
@@ -39,7 +38,7 @@ _TARGETS = {
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Three rows per dtype."""
+    """Two rows per dtype."""
     for dtype in ("bfloat16", "float32"):
         names = {peer: f"decoding, {_SHORT[dtype]}, against {peer}" for peer in _PEERS}
         wanted = {peer: name for peer, name in names.items() if settings.wanted(name)}
@@ -58,11 +57,8 @@ def _of_dtype(dtype: str, wanted: Mapping[str, str], settings: Settings) -> Iter
     prompts = prompts_of(base, data.short().people[:PEOPLE])
     work = Work(base, prompts, adapters_of(base, PEOPLE), partial(plain_model, dtype))
     for peer, name in wanted.items():
-        if peer == "the base alone":
-            yield against(name, peer, work, Alone(work), settings)
-        else:
-            kind = Mixed if "adapter_names" in peer else Merged
-            yield against(name, peer, work, kind(work), settings)
+        theirs = Alone(work) if peer == "the base alone" else Mixed(work)
+        yield against(name, peer, work, theirs, settings)
         gc.collect()
 
 
@@ -80,7 +76,7 @@ def against(name: str, peer: str, work: Work, theirs: Alone, settings: Settings)
     return Row(
         name,
         f"mta, {len(work.prompts)} people in one batch",
-        f"{peer}: {_PEERS[peer]}" + f" ({theirs.people})" * (theirs.people < len(work.prompts)),
+        f"{peer}: {_PEERS[peer]}",
         "tokens/s",
         tuple(rates),
         tuple(peer_rates),
@@ -89,7 +85,7 @@ def against(name: str, peer: str, work: Work, theirs: Alone, settings: Settings)
         "logits behind the prompts",
         f"adapters of rank {work.adapters.rank}, prompts of {PROMPT} tokens and a few more, {work.new} new; "
         f"{same:.0%} of the decoded tokens are the same",
-        more={"people": len(work.prompts), "peer_people": theirs.people, "same_tokens": same},
+        more={"people": len(work.prompts), "same_tokens": same},
     )
 
 
@@ -154,14 +150,14 @@ class Alone:
     adapted = False
 
     def __init__(self, work: Work) -> None:
-        self.work, self.people = work, len(work.prompts)
+        self.work = work
         self.model = self._model()
 
     def _model(self) -> Any:
         return self.work.plain()
 
     def logits(self) -> Tensor:
-        """As ``Work.logits``, of as many people as are timed."""
+        """As ``Work.logits``."""
         with torch.inference_mode():
             return self.model(**self.work.padded, logits_to_keep=1).logits[:, -1]
 
@@ -195,32 +191,6 @@ class Mixed(Alone):
         return self._generated(self.work.padded, adapter_names=self.work.peft.names)
 
 
-class Merged(Mixed):
-    """A person's adapter merged into the weights, their prompt answered alone, the adapter taken out again."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self.people = 2
-
-    def logits(self) -> Tensor:
-        return torch.cat([self._alone(n, logits=True) for n in range(self.people)])
-
-    def answers(self) -> list[list[int]]:
-        return [self._alone(n)[0] for n in range(self.people)]
-
-    @torch.inference_mode()
-    def _alone(self, person: int, *, logits: bool = False) -> Any:
-        self.model.merge_adapter([self.work.peft.names[person]])
-        tokens = torch.tensor([self.work.prompts[person]], device=self.model.device)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        try:
-            if logits:
-                return self.model(**inputs, logits_to_keep=1).logits[:, -1]
-            return self._generated(inputs)
-        finally:
-            self.model.unmerge_adapter()
-
-
 def prompts_of(base: BaseModel, people: Sequence[Person]) -> list[tuple[int, ...]]:
     """A question about each person's first movies, as many of them as make at least 100 tokens."""
     found: list[tuple[int, ...]] = []
@@ -241,13 +211,13 @@ def adapters_of(base: BaseModel, people: int) -> LoraBatch:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Largest relative difference over the people both have: norm of the difference over the norm."""
-    ours, theirs = found[: len(expected)].double(), expected.double()
+    """Largest relative difference over the people: norm of the difference over the norm."""
+    ours, theirs = found.double(), expected.double()
     return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max())
 
 
 def share_of_equal(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
-    """How many of the tokens are the same in both, of the people both have."""
+    """How many of the tokens are the same in both."""
     pairs = [(x, y) for ours, theirs in zip(found, expected) for x, y in zip(ours, theirs)]
     return sum(x == y for x, y in pairs) / len(pairs)
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.speed.adaptation import short_cohort
 from benchmarks.speed.data import Absent
 from benchmarks.speed.settings import Settings
-from benchmarks.speed.timing import Row, rate, turns
+from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, base_of
 from mta.training.packing import TreeRow, pack_for
 
@@ -75,7 +75,6 @@ def limit(name: str, dtype: str, target: float, settings: Settings) -> Row:
             "people": len(cohort.jobs),
             "steps": steps,
             "operations": work,
-            "products_of_model_sizes": at_model_sizes(cohort),
         },
     )
 
@@ -86,20 +85,6 @@ def needed(cohort: Cohort) -> int:
     packed = [row for job in cohort.jobs for row in pack_for(base, job.examples, budget)]
     head = base.model.get_output_embeddings().weight
     return operations(packed, base.targets, cohort.start.rank, head.shape[1], head.shape[0])
-
-
-def at_model_sizes(cohort: Cohort, tokens: int = 1500) -> float:
-    """Operations per second of the adapted layers alone on so many tokens: what products of their sizes reach."""
-    layers = [cohort.base.model.get_submodule(name) for name in cohort.base.targets]
-    weights = [layer.weight.detach() for layer in layers]
-    inputs = {weight.shape[1]: torch.randn(tokens, weight.shape[1]).to(weight) for weight in weights}
-
-    def work() -> float:
-        for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        return float(2 * tokens * sum(weight.numel() for weight in weights))
-
-    return max(rate(work) for _ in range(4))
 
 
 def squares(

@@ -1,4 +1,4 @@
-"""Stage 2's merges of many people against PEFT's ``add_weighted_adapter``, and against a plain copy of the bytes."""
+"""Stage 2's merges of many people against PEFT's ``add_weighted_adapter``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.speed.adapters import ManyPeft, plain_model
 from benchmarks.speed.settings import Settings
-from benchmarks.speed.timing import Row, rate, turns
+from benchmarks.speed.timing import Row, rate
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
 from mta.config import MergeMode
 from mta.lora.batch import LoraBatch, Shapes, fresh
@@ -62,10 +62,9 @@ class Work:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Exact against "cat", svd against "svd", and exact against a copy."""
+    """Exact against "cat", and svd against "svd"."""
     names = {kind: f"merging, {mode} against PEFT {kind}" for kind, mode in _MODES.items()}
-    copy = "merging, exact against a plain copy"
-    if not any(map(settings.wanted, [*names.values(), copy])):
+    if not any(map(settings.wanted, names.values())):
         return
     bank = bank_of(base_of("float32").targets)
     base_of.cache_clear()
@@ -74,8 +73,6 @@ def rows(settings: Settings) -> Iterator[Row]:
         if settings.wanted(name):
             yield against_peft(name, kind, bank, settings)
             gc.collect()
-    if settings.wanted(copy):
-        yield against_copy(copy, bank, settings)
 
 
 def bank_of(shapes: Shapes) -> LoraBatch:
@@ -121,38 +118,6 @@ def against_peft(name: str, kind: str, bank: LoraBatch, settings: Settings, mode
         f"{K} of {ANCHORS} anchors of rank {_RANK} each"
         + "; PEFT without full matrices, its fastest" * (kind == "svd"),
         more={"people": len(work.merge.ids), "peer_people": peers},
-    )
-
-
-def against_copy(name: str, bank: LoraBatch, settings: Settings) -> Row:
-    """Bytes of exact merges written per second, against ``copy_`` of as many bytes between tensors that are there."""
-    work = Work.of(bank, _people(settings), _MODES["cat"])
-    chunk = next(work.chunks())
-    source = list(chunk.tensors().values())
-    place = [torch.empty_like(tensor) for tensor in source]
-    once = sum(tensor.nbytes for tensor in source)
-    times, every = len(work.merge.ids) // len(chunk), once // len(chunk)
-
-    def ours() -> float:
-        return work.run() * every
-
-    def copied() -> float:
-        for _ in range(times):
-            for old, new in zip(place, source):
-                old.copy_(new)
-        return times * once
-
-    rates, peer_rates = turns(ours, copied, settings.repeats)
-    return Row(
-        name,
-        f"mta exact, {len(work.merge.ids)} people",
-        "copy_ into tensors that are there",
-        "bytes/s",
-        tuple(rates),
-        tuple(peer_rates),
-        0.5,
-        note=f"written: {every / 1e6:.0f} MB a person, {len(chunk)} people at a time",
-        more={"people": len(work.merge.ids), "bytes_per_person": every},
     )
 
 

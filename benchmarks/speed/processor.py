@@ -41,8 +41,3 @@ def need(dtype: str) -> None:
     """Raises Absent for bfloat16 where the processor has no instructions for it."""
     if dtype == "bfloat16" and not device.multiplies_bfloat16(_CPU):
         raise Absent("this processor multiplies no bfloat16")
-
-
-def best_dtype() -> str:
-    """bfloat16 where the processor has it, else float32."""
-    return "bfloat16" if device.multiplies_bfloat16(_CPU) else "float32"

@@ -18,17 +18,17 @@ from mta.system.atomic import write_json
 from mta.system.provenance import commit, version_of
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SHOWS = ("__main__", "report", "pictures", "record")  # what only shows rows does not make them old
+_SHOWS = ("__main__", "report", "record")  # what only shows rows does not make them old
 FAILED = "failed: "  # how a row begins its reason when it was meant to be measured
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """Records of an earlier run; none where there is no file or it is not one of ours."""
+    """Records of an earlier run, without rows that are no longer measured; none if the file is missing or not ours."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return list(found)
+    return [one for one in found if one["module"] in MODULES]
 
 
 def record(row: Row, module: str, settings: Settings) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 @cache
 def code(module: str) -> str:
     """A digest of the library's sources and the benchmark's that ``module`` may use: rows of others are old."""
-    apart = {*_SHOWS, *MODULES} - ({"adaptation", module} if module in ("bank", "limit", "multi_lora") else {module})
+    apart = {*_SHOWS, *MODULES} - ({"adaptation", module} if module in ("limit", "multi_lora") else {module})
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for folder in (_ROOT / "src" / "mta", _ROOT / "benchmarks" / "speed"):
         for path in sorted(folder.rglob("*")):

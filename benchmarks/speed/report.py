@@ -71,12 +71,10 @@ def line(row: Row) -> str:
 
 
 def remark(row: Row) -> str:
-    """What else there is to say: how far results were apart, slopes, the note."""
+    """What else there is to say: how far results were apart, and the note."""
     parts = []
     if row.difference is not None:
         parts.append(f"{row.compared or 'results'} differ by {row.difference:.2g} at most")
-    if slopes := row.more.get("slopes"):
-        parts.append("slopes " + ", ".join(f"{name} {value:.2f}" for name, value in slopes.items()))
     if row.note:
         parts.append(row.note)
     return "; ".join(parts)

@@ -9,25 +9,15 @@ import torch
 
 from mta.kernels.compile import obstacle, switched_off
 
-# In the order of the table.
-MODULES = (
-    "adaptation",
-    "multi_lora",
-    "bank",
-    "coefficients",
-    "limit",
-    "merging",
-    "decoding",
-    "growth",
-)  # in the order of the table
+MODULES = ("adaptation", "multi_lora", "coefficients", "limit", "merging", "decoding")  # in the order of the table
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """``full`` is the night's run, ``quick`` the smallest one that touches everything (for tests, not for figures).
 
-    ``repeats`` turns of A and B per row; ``people`` in a cohort of short prompts; ``memory`` is the budget growth must
-    stay within, as ``mta`` writes it. ``done`` names rows that need not be measured again.
+    ``repeats`` turns of A and B per row; ``people`` in a cohort of short prompts; ``memory`` bounds a cohort, as
+    ``mta`` writes it. ``done`` names rows that need not be measured again.
     """
 
     full: bool = False

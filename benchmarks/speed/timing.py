@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,10 +86,3 @@ def settle() -> None:
     """Wait for the kernels that a GPU has still to run."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Exponent p of y ~ x ** p: least squares on logarithms."""
-    logs = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
-    mean_x, mean_y = (statistics.fmean(column) for column in zip(*logs))
-    return sum((a - mean_x) * (b - mean_y) for a, b in logs) / sum((a - mean_x) ** 2 for a, _ in logs)

@@ -11,11 +11,10 @@ import pytest
 from at_once import at_once
 from conftest import people_of, personalizer
 
-from mta.bank.bank import Bank
 from mta.bank.format import INFO, STALE, read_info
 from mta.bank.notes import mark_stale, note_published, published, stale
 from mta.errors import StoreError
-from mta.personalize import Personalizer, forget_person
+from mta.personalize import forget_person
 from mta.store import exports
 from mta.system.storage import Storage
 
@@ -78,14 +77,6 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
     again = personal.forget(MEMBER.id)
     assert (again.states_removed, again.unmarked, again.complete) == (False, {}, True)
     assert stale(bank) == ["task LoRA"]
-
-
-def test_the_bank_before_is_marked_too(own_bank, tmp_path):
-    base, bank = own_bank
-    older = Bank.open(shutil.copytree(bank.folder, tmp_path / "older"), base)
-    personal = Personalizer(base, bank, tmp_path / "people", bank_before=older.folder)
-    assert personal.forget(MEMBER.id).needs_rebuild == ["task LoRA"]
-    assert stale(bank.folder) == stale(older.folder) == ["task LoRA"]
 
 
 @pytest.mark.parametrize("closed", ["folder", "work"])

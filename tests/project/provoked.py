@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
 from served import stepped
@@ -82,10 +83,11 @@ class World:
 
         asyncio.run(go())
 
-    def who(self, model, strict=()):
+    def who(self, model, strict=None):
         """Whom the gateway takes a model for."""
         jobs = Jobs(self.personal())
-        service = Service(None, self.base, self.store, self.bank.task, Keys(), jobs, strict_banks=strict)
+        engine = SimpleNamespace(most=1)
+        service = Service(engine, self.base, self.store, self.bank.task, Keys(), jobs, strict_bank=strict)
         try:
             asyncio.run(service.resolve_model(model, LOCAL))
         finally:
@@ -333,7 +335,7 @@ PROVOKED = {
         "GET /v1/models",
     ),
     "NeedsRebuild": (
-        lambda w: w.who("task", strict={w.tmp: ""}),
+        lambda w: w.who("task", strict=(w.tmp, "")),
         ("the bank must be rebuilt", "a forgotten person", "without"),
         "Ask the base",
     ),

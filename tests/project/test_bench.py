@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +11,8 @@ import pytest
 import torch
 from tiny import base_of, random_loras
 
-from benchmarks import kernels as each
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import decoding, growth, limit, merging, multi_lora, pictures, point, record, report, timing
+from benchmarks.speed import decoding, limit, merging, multi_lora, record, report, timing
 from benchmarks.speed.apart import Broken, apart
 from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import padded
@@ -22,7 +20,6 @@ from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.data.tasks.prompt import Example
-from mta.kernels.compile import obstacle
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.training.packing import pack
@@ -58,10 +55,6 @@ class TestTiming:
         assert measured.ratio == 3.0
         assert measured.spread == (2.0, 5.0)
 
-    def test_a_slope_is_an_exponent(self):
-        x = [1, 4, 16, 64]
-        assert timing.slope(x, [3 * value**1.5 for value in x]) == pytest.approx(1.5)
-
     @pytest.mark.parametrize(
         ("measured", "verdict"),
         [
@@ -78,7 +71,6 @@ class TestTiming:
 def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch, capsys):
     def measure(*rows):
         monkeypatch.setattr(command, "_measured", lambda *_: iter(rows))
-        monkeypatch.setattr(command, "draw", lambda *_: None)
         command.main(["--only", "multi_lora", "--out", str(tmp_path), "--again"])
         (path,) = tmp_path.glob("bench-*.json")
         return {one["name"]: one["rates"] for one in record.kept(path)}
@@ -146,8 +138,8 @@ class Counted:
 class TestRecords:
     def test_a_written_row_is_read_back(self, tmp_path):
         path = tmp_path / "bench-x.json"
-        kept = row(target=1.5, difference=1e-6, more={"curve": "people", "x": [1, 2]})
-        record.write(path, [record.record(kept, "growth", SETTINGS)], "python -m benchmarks.speed")
+        kept = row(target=1.5, difference=1e-6, more={"people": 2})
+        record.write(path, [record.record(kept, "decoding", SETTINGS)], "python -m benchmarks.speed")
         (found,) = record.kept(path)
         assert record.row_of(found) == kept
         assert (found["verdict"], found["ratio"]) == ("met", 2.0)
@@ -157,7 +149,7 @@ class TestRecords:
         monkeypatch.setattr("platform.node", lambda: host)
         monkeypatch.setattr("socket.gethostname", lambda: host)
         path = tmp_path / "bench-x.json"
-        record.write(path, [record.record(row(), "bank", SETTINGS)], "python -m benchmarks.speed")
+        record.write(path, [record.record(row(), "limit", SETTINGS)], "python -m benchmarks.speed")
         whole = json.loads(path.read_text())
         assert {"processor", "cores", "instructions", "versions", "date", "commit", "command", "rows"} == set(whole)
         assert {"torch", "transformers", "peft"} < set(whole["versions"])
@@ -165,20 +157,28 @@ class TestRecords:
         assert host not in path.read_text()
 
     def test_a_new_measurement_replaces_the_row_of_its_name(self):
-        old = [record.record(Row(name, "", ""), module, SETTINGS) for name, module in (("1", "bank"), ("2", "growth"))]
-        new = record.record(Row("1", "other", ""), "bank", SETTINGS)
+        old = [
+            record.record(Row(name, "", ""), module, SETTINGS)
+            for name, module in (("1", "coefficients"), ("2", "decoding"))
+        ]
+        new = record.record(Row("1", "other", ""), "coefficients", SETTINGS)
         more = record.record(Row("3", "", ""), "limit", SETTINGS)
         found = record.merged(record.merged(old, new), more)
         assert [one["name"] for one in found] == ["1", "3", "2"]
         assert found[0]["ours"] == "other"
 
     def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
-        kept = record.record(row(), "bank", SETTINGS)
+        kept = record.record(row(), "limit", SETTINGS)
         assert record.current(kept, SETTINGS)
         assert not record.current(kept, Settings(repeats=2))
         assert not record.current({**kept, "code": "other"}, SETTINGS)
         assert not record.current({**kept, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
         assert not record.current({**kept, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
+
+    def test_rows_that_are_no_longer_measured_are_left_out(self, tmp_path):
+        old = [record.record(row(), module, SETTINGS) for module in ("growth", "limit")]
+        (tmp_path / "bench-x.json").write_text(json.dumps({"rows": old}))
+        assert [one["module"] for one in record.kept(tmp_path / "bench-x.json")] == ["limit"]
 
     def test_a_missing_file_has_no_rows(self, tmp_path):
         assert record.kept(tmp_path / "missing.json") == []
@@ -186,7 +186,7 @@ class TestRecords:
 
 class TestReport:
     def test_every_row_has_all_columns(self):
-        for one in (row(target=1.0), Row("a row", "mta", "peer", skipped="no data"), Row("a curve", "mta", "")):
+        for one in (row(target=1.0), Row("a row", "mta", "peer", skipped="no data"), Row("a note", "mta", "")):
             assert len(report.cells(one)) == 7
         assert report.table([row(target=1.0)]).row_count == 1
 
@@ -202,18 +202,11 @@ class TestReport:
     def test_numbers_have_three_digits(self, value, text):
         assert report.number(value) == text
 
-    def test_a_curve_becomes_two_pictures(self, tmp_path):
-        more = {"curve": "people", "x": [1, 4, 16], "x_label": "people", "series": {"seconds": [2, 8, 30]}}
-        paths = pictures.draw({**more, "slopes": {"seconds": 0.98}}, tmp_path)
-        assert sorted(path.name for path in paths) == ["growth-people.png", "growth-people.svg"]
-        assert all(path.stat().st_size > 1000 for path in paths)
-        assert pictures.draw({}, tmp_path) == []
-
 
 class TestCommand:
     def test_an_unknown_module_is_refused(self, capsys):
         with pytest.raises(SystemExit):
-            command.parsed(["--only", "bank,cooking"])
+            command.parsed(["--only", "limit,cooking"])
         assert "'cooking' is none of" in capsys.readouterr().err
 
     def test_a_processor_becomes_part_of_a_file_name(self):
@@ -245,46 +238,10 @@ class TestMerging:
 
 
 class TestDecoding:
-    def test_only_people_of_both_results_are_compared(self):
-        found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0]])
+    def test_results_are_compared_by_person(self):
+        found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0], [9.0, 9.0]])
         assert decoding.apart(found, expected) == pytest.approx(1 / 34**0.5)
         assert decoding.share_of_equal([[1, 2, 3, 4], [5, 5]], [[1, 2, 0, 0]]) == 0.5
-
-
-class TestGrowth:
-    def test_slopes_of_a_curve_are_exponents_of_time_per_person_and_of_memory(self):
-        points = {x: {"before": 2**30, "peak": 2**30 * (1 + x), "seconds": 2.0 * x**0.5} for x in (1, 4, 16)}
-        curve = growth.Curve("growth with people", "people", [1, 4, 16], 1, "a note", "people", "seconds per person")
-        more = growth.curve_row(curve, points).more
-        assert more["series"]["seconds per person"] == [2.0, 1.0, 0.5]
-        assert more["slopes"] == pytest.approx({"seconds per person": -0.5, "GiB above base and bank": 1.0})
-
-    def test_a_point_is_measured_until_its_time_is_stable(self, monkeypatch):
-        clock = iter(range(100))
-        monkeypatch.setattr(point, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        found = point.measured(lambda: None)
-        assert (found["runs"], found["seconds"]) == (2, 1)
-        assert found["before"] > 0
-        assert found["peak"] > 0
-
-    def test_random_anchors_have_the_shapes_of_the_base(self):
-        base = base_of()
-        bank = point.bank_of(base, 3)
-        assert (len(bank), bank.rank, bank.shapes) == (3, 8, base.targets)
-
-
-@pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
-def test_kernel_families_are_measured_once_and_recorded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(each, "base_of", cache(lambda dtype: base_of()))
-    words = ["--out", str(tmp_path / "kernels.json"), "--repeats", "2", "--tokens", "1"]
-    words += ["--only", "adapted_rows"]
-    each.main(words)
-    kept = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert set(kept) == {f"decoding, {dtype}, adapted_rows" for dtype in ("bfloat16", "float32")}
-    assert all({"on_s", "off_s"} <= row.keys() for row in kept.values())
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    each.main(words)  # nothing is measured again
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
 from benchmarks.gpu.steps import fitted, planned_bytes, rates_by_batch
-from benchmarks.speed.adaptation import Switch, against_peer, unpacked
+from benchmarks.speed.adaptation import against_peer
 from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, _parts, fastest
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
@@ -163,18 +163,6 @@ def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
     right = Cohort.gradient
     monkeypatch.setattr(Cohort, "gradient", lambda self: (right(self)[0], right(self)[1].select([1, 0, 2])))
     assert against_peer(cohort, plain, 3) > 0.1
-
-
-@pytest.mark.parametrize("off", [lambda cohort: replace(cohort, base=unpacked(cohort.base)), lambda cohort: cohort])
-@pytest.mark.parametrize("alone", [True, False])
-def test_what_is_switched_off_for_a_row_does_not_change_the_gradient(off, alone):
-    site = replace(site_of(), dtype=torch.float32)
-    jobs = jobs_of(site.shape, people=3, examples=2, tokens=24, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
-    loss, gradient = Switch(cohort).gradient()
-    expected, theirs = Switch(off(cohort), alone=alone).gradient()
-    assert loss == pytest.approx(expected, rel=1e-4)
-    assert apart(gradient, theirs) < 1e-3
 
 
 def test_stage_3_is_planned_with_its_merges_and_the_task_lora():

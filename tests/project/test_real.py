@@ -104,7 +104,7 @@ bank, count, length = Bank.open(sys.argv[2], base), int(sys.argv[3]), int(sys.ar
 found = []
 for rows in (2, count):  # what grows with rows is theirs, all else is there once
     adapters = slots = None
-    adapters = AdapterSlots(base, [bank], rows)
+    adapters = AdapterSlots(base, bank, rows)
     slots = Slots(base, rows, length - 8, 8, adapters)
     for n in range(rows):
         slots.take((n, ""), [5, 6])

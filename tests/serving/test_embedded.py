@@ -3,7 +3,6 @@
 import asyncio
 import random
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from conftest import TINY_RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import stepped
 from tiny import base_of, endless, random_loras
 
 from mta.errors import InputError
@@ -28,18 +26,18 @@ KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 class OneBank:
     """The parts of a bank that an engine needs, with random adapters."""
 
-    def __init__(self, base, anchors=3, name="bank", seed=0, pooled=True):
-        self.device_anchors = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
-        self.task_lora = random_loras(base, 1, size=0.4, seed=seed + 5) if pooled else None
-        self.info, self.hash = SimpleNamespace(run=TINY_RUN), name
+    def __init__(self, base, pooled=True):
+        self.device_anchors = self.anchors = random_loras(base, 3, size=0.5, seed=0)
+        self.task_lora = random_loras(base, 1, size=0.4, seed=5) if pooled else None
+        self.info, self.hash = SimpleNamespace(run=TINY_RUN), "bank"
 
     def __len__(self):
         return len(self.anchors)
 
 
-def world(kind="llama", mode="exact", people=4):
+def world(kind="llama", mode="exact", people=4, pooled=True):
     base = endless(base_of(kind), 260)
-    bank = OneBank(base)
+    bank = OneBank(base, pooled)
     models = [BASE, TASK]
     for n in range(people):
         draw = torch.Generator().manual_seed(n)
@@ -101,10 +99,17 @@ def prompts_of(count, longest=40, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [*((kind, "exact") for kind in KINDS), ("llama", "svd"), ("llama", "factor")]
+    ("kind", "mode", "pooled"),
+    [
+        *((kind, "exact", True) for kind in KINDS),
+        *(
+            ("llama", mode, pooled)
+            for mode, pooled in (("svd", True), ("factor", True), ("exact", False), ("svd", False))
+        ),
+    ],
 )
-def test_batched_answers_equal_single_answers(kind, mode):
-    base, bank, models = world(kind, mode)
+def test_batched_answers_equal_single_answers(kind, mode, pooled):
+    base, bank, models = world(kind, mode, pooled=pooled)
 
     async def go():
         engine = engine_of(base, bank, models, slots=3)
@@ -118,27 +123,6 @@ def test_batched_answers_equal_single_answers(kind, mode):
     for n, (ask, tokens) in enumerate(zip(asks, found)):
         assert tokens == one_by_one(base, bank, models[n % 6], ask.prompt, ask.max_tokens), n
     assert len({tuple(tokens) for tokens in found}) == len(found)
-
-
-@pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("mode", ["exact", "svd"])
-def test_people_of_two_banks_share_a_batch(mode, pooled):
-    """Each person uses the bank of their state, with or without a task LoRA; the pooled model uses the new bank."""
-    base, bank, models = world(mode=mode)
-    old = OneBank(base, anchors=5, name="old", seed=40, pooled=pooled)
-    banks = [bank, bank, *([bank, old] * 2)]
-    models = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(models, banks)]
-
-    async def go():
-        engine = engine_of(base, bank, models, bank_before=old, slots=3)
-        asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
-        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
-        await engine.close()
-        return asks, found
-
-    asks, found = asyncio.run(go())
-    for n, (ask, tokens) in enumerate(zip(asks, found)):
-        assert tokens == one_by_one(base, banks[n % 6], models[n % 6], ask.prompt, ask.max_tokens), n
 
 
 def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():
@@ -267,72 +251,51 @@ def test_forgetting_zeroes_slots_and_adapters_of_the_person():
     assert set(after) == {1}
 
 
-def test_forgetting_empties_the_slots_of_what_the_person_asked_other_models():
-    base, bank, models = world()
-
-    async def go():
-        engine = engine_of(base, bank, models, slots=3)
-        for who, asker in ((TASK, "ann"), (BASE, "ann"), (TASK, "bob")):
-            await tokens_of(engine, Ask((7, 8, 9), who, max_tokens=2, asker=asker))
-        before = [slot.owner for slot in engine.scheduler.slots._slots]
-        await engine.forget("1", ["ann"])
-        after = [slot.owner for slot in engine.scheduler.slots._slots if slot.owner]
-        await engine.close()
-        return before, after
-
-    before, after = asyncio.run(go())
-    assert len(set(before)) == 3
-    assert after == [(TASK, "bob")]
-
-
-def test_forgetting_ends_only_the_persons_running_answers():
-    base, bank, models = world()
-
-    async def go():
-        engine = engine_of(base, bank, models, slots=4, length=400)
-        prompt = prompts_of(1)[0]
-        with stepped(engine.scheduler) as steps:
-            theirs, other = (engine.answer(ask_of(n, prompt, count)) for n, count in ((2, 300), (3, 60)))
-            both = asyncio.gather(anext(theirs), anext(other))
-            while not both.done():
-                steps.release()
-                await asyncio.sleep(0.01)
-            begun = await both
-            forgetting = asyncio.create_task(engine.forget("2"))
-            await asyncio.sleep(0)  # it is the engine's turn now
-        await forgetting
-        with pytest.raises(ModelRemoved, match="forgotten"):
-            _ = [piece async for piece in theirs]
-        found = [begun[1].token.id, *[piece.token.id async for piece in other if piece.token]]
-        await engine.close()
-        return prompt, found
-
-    prompt, found = asyncio.run(go())
-    assert found == one_by_one(base, bank, models[3], prompt, 60)
-
-
 def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_closes():
     base, bank, models = world()
-    looking, go_on = threading.Event(), threading.Event()
-
-    class Slow(OneStore):
-        def load(self, person, version):
-            looking.set()
-            assert go_on.wait(60)
-            return super().load(person, version)
+    store = HeldStore(models)
 
     async def go():
-        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
+        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
         answer = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
-        await asyncio.to_thread(looking.wait, 60)
+        while not store.loaded:
+            await asyncio.sleep(0.01)
         closing = asyncio.create_task(engine.close())
         await asyncio.sleep(0)
         assert not engine.ready
-        go_on.set()
+        store.go_on.set()
         await closing
         return await answer
 
     assert asyncio.run(go()) == one_by_one(base, bank, models[2], [5, 6, 7], 6)
+
+
+def test_a_person_who_is_forgotten_while_their_adapter_loads_is_not_answered_with_it():
+    """The request ends; one that comes before the load ends reads the store again."""
+    base, bank, models = world()
+    store = HeldStore(models)
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
+        ask = ask_of(2, [5, 6, 7], 6)
+        running = asyncio.create_task(tokens_of(engine, ask))
+        while not store.loaded:
+            await asyncio.sleep(0.01)
+        await engine.forget("2")
+        again = asyncio.create_task(tokens_of(engine, ask))
+        while len(store.loaded) < 2:
+            await asyncio.sleep(0.01)
+        store.models = [*models[:2], models[3]]  # who has the id by now
+        store.go_on.set()
+        found = await asyncio.gather(running, again, return_exceptions=True)
+        known = len(engine.activated)
+        await engine.close()
+        return *found, known
+
+    ended, found, known = asyncio.run(go())
+    assert isinstance(ended, ModelRemoved)
+    assert found == one_by_one(base, bank, models[3], [5, 6, 7], 6)
+    assert known == 1
 
 
 def test_a_forgotten_persons_request_ends_while_the_adapter_of_another_model_loads(monkeypatch):
@@ -364,28 +327,6 @@ def test_a_forgotten_persons_request_ends_while_the_adapter_of_another_model_loa
     assert owners == [(TASK, "bob")]
 
 
-def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
-    base, bank, models = world()
-    store = HeldStore(models)
-    loaded, go_on = store.loaded, store.go_on
-
-    async def go():
-        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
-        asks = [asyncio.create_task(tokens_of(engine, ask_of(n, [5, 6, 7], 6))) for n in (2, 3, 4)]
-        while len(loaded) < 2:  # both threads are busy
-            await asyncio.sleep(0.01)
-        asks[2].cancel()
-        await asyncio.gather(asks[2], return_exceptions=True)
-        go_on.set()
-        await engine.close()  # waits for all loads
-        return await asyncio.gather(*asks[:2]), engine.facts()["merges"][0]
-
-    answers, merges = asyncio.run(go())
-    assert all(answers)
-    assert sorted(loaded) == ["2", "3"]
-    assert merges == 2
-
-
 def test_two_conversations_of_one_caller_both_stay_warm():
     base, bank, models = world()
     one, other = [5, *range(10, 40)], [5, *range(50, 80)]  # they share the first token only
@@ -400,26 +341,6 @@ def test_two_conversations_of_one_caller_both_stay_warm():
     answers, cached = asyncio.run(go())
     assert cached == [0, 1, len(one) - 1, len(other) - 1, len(one)]
     assert answers[:4] == [one_by_one(base, bank, models[2], prompt, 4) for prompt in (one, other, one, other)]
-
-
-def test_forgetting_someone_loads_nobody_else_again():
-    base, bank, models = world()
-    store = HeldStore(models)
-    loaded, go_on = store.loaded, store.go_on
-
-    async def go():
-        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
-        ask = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
-        while not loaded:
-            await asyncio.sleep(0.01)
-        await engine.forget("3")
-        go_on.set()
-        found = await ask
-        await engine.close()
-        return found
-
-    assert asyncio.run(go()) == one_by_one(base, bank, models[2], [5, 6, 7], 6)
-    assert loaded == ["2"]
 
 
 def test_oversized_and_late_requests_are_refused():

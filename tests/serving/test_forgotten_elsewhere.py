@@ -103,34 +103,6 @@ def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere
     assert http.delete(EVE).status_code == 200
     assert http.delete("/v1/people/somebody").status_code == 200
     assert "somebody" not in service._tombstones  # no id of a forgotten person without a key
-    asyncio.run(asked())  # afterwards: the next sweep leaves it
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert (TASK, "eves") in owners()
-
-
-def test_a_sweep_leaves_what_a_person_asks_after_this_gateway_forgot_them_meanwhile(gateway, monkeypatch):
-    service, removed = gateway.service, Service._removed
-    service.keys = Keys(keys=(*service.keys.keys, Key(name="eves", sha256="1" * 64, rights="person", of="eve")))
-    asyncio.run(service.drop_forgotten_elsewhere())
-    dropped = []
-
-    def forgotten(self, versions):
-        gateway.forget()
-        self.note_forgotten("eve")
-        return removed(self, versions)
-
-    async def drop(versions, askers=()):
-        dropped.extend(askers)
-
-    monkeypatch.setattr(service.engine, "drop", drop)
-    with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(Service, "_removed", forgotten)
-        asyncio.run(service.drop_forgotten_elsewhere())
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert dropped == []
-    gateway.forget()
-    asyncio.run(service.drop_forgotten_elsewhere())
-    assert dropped == ["eves"]
 
 
 def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, monkeypatch):
@@ -165,7 +137,7 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     http.post("/v1/people/bob/history", json={"items": ITEMS})
     assert service.jobs.status("eve")
     gateway.forget()
-    until(lambda: "eve" not in service.histories._share)
+    until(lambda: "eve" not in service.histories._held)
     until(lambda: service.jobs.status("eve") is None)
     until(lambda: not [who for who in list(service.engine.activated) if getattr(who, "person", "") == "eve"])
     until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])
@@ -248,7 +220,7 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict={folder: bank.hash}) as here:
+    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
         done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
@@ -261,7 +233,7 @@ def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_be
         service.is_stale = True
         return True
 
-    service = SimpleNamespace(strict_banks={tiny_bank_folder: "hash"}, is_stale=False, apart_from_store=fresh)
+    service = SimpleNamespace(strict_bank=(tiny_bank_folder, "hash"), is_stale=False, apart_from_store=fresh)
     with pytest.raises(NeedsRebuild):
         asyncio.run(Service.check_fresh(service))
     assert service.is_stale

@@ -44,7 +44,7 @@ def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path,
         asked.append(person)
         assert go_on.wait(60)
 
-    with served(base, bank, tmp_path, strict={bank.folder: bank.hash}) as here:
+    with served(base, bank, tmp_path, strict=(bank.folder, bank.hash)) as here:
         monkeypatch.setattr(Store, "latest", latest)
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
 

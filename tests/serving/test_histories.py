@@ -23,12 +23,12 @@ def items(count, fields, characters, person):
 def test_the_memory_of_items_is_counted_as_it_is(tmp_path, count, fields, characters):
     histories, people = Histories(Store(tmp_path), 50), 300
     histories.append("warm", items(1, 1, 1, 0), False)
-    before, _ = histories._used.total(), tracemalloc.start()
+    before, _ = histories._shares.used.total(), tracemalloc.start()
     for person in range(people):
         histories.append(f"team/{person}", items(count, fields, characters, person), False)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert 0.8 * taken < histories._used.total() - before < 1.3 * taken
+    assert 0.8 * taken < histories._shares.used.total() - before < 1.3 * taken
 
 
 @pytest.mark.parametrize("keep", [False, True])

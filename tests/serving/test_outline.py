@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import shutil
-import threading
 import time
 from pathlib import Path
 
@@ -14,12 +12,9 @@ from contract import World
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mta.bank.bank import Bank
-from mta.bank.format import read_info, with_hash, write_info
 from mta.cli.app import app
 from mta.cli.options import open_bank
-from mta.data.tasks import load_task
-from mta.errors import ConfigError, ModelError, UnsupportedModel
+from mta.errors import ModelError, UnsupportedModel
 from mta.model.base import BaseModel
 from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
@@ -55,20 +50,12 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
     )
 
 
-def test_a_gateway_with_a_bank_before_is_strict_about_both_and_serves_one_task(world, tmp_path, monkeypatch):
-    base, bank, run = open_bank(world.folder / "bank")
-    older, threads = shutil.copytree(bank.folder, tmp_path / "older"), []
-    load = Bank.open
-    monkeypatch.setattr(Bank, "open", lambda *given: (threads.append(threading.current_thread()), load(*given))[1])
-    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older, strict=True)
-    assert service.strict_banks == {bank.folder: bank.hash, older: bank.hash}
-    assert threads
-    assert threading.current_thread() not in threads  # its OpenMP threads would slow decoding down as long as it lives
-    asyncio.run(service.engine.close())
-    info = read_info(older)
-    write_info(older, with_hash(info.model_copy(update={"task": load_task("lamp4").model_dump(mode="json")})))
-    with pytest.raises(ConfigError, match="is for task 'lamp4', expected 'movielens-rating'"):
-        service_of(base, bank, run, str(tmp_path / "people"), Keys(), bank_before=older)
+def test_only_a_strict_gateway_watches_its_bank(world, tmp_path):
+    base, bank, run = open_bank(world.folder / "bank", weights=False)
+    for strict, watched in ((True, (bank.folder, bank.hash)), (False, None)):
+        remote = Remote("http://127.0.0.1:9", tmp_path)
+        service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, strict=strict)
+        assert service.strict_bank == watched
 
 
 @pytest.mark.parametrize(("slots", "own"), [(32, 8), (8, 2), (4, 1), (1, 1)])

@@ -15,6 +15,7 @@ from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories, size_of
 from mta.serving.api.jobs import TOGETHER, Jobs
+from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
@@ -126,23 +127,11 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(append, range(8)))
     assert all(histories.held(f"team{n % 3}/{n}-{turn}") == 10 for n in range(8) for turn in range(20))
-    assert sum(histories._used.values()) == 8 * 20 * size(9, 10)
+    assert histories._shares.used.total() == 8 * 20 * size(9, 10)
 
 
 def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
-    going_on = threading.Event()
-    jobs = Jobs(
-        SimpleNamespace(
-            update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
-            store=None,
-        ),
-        most=8,
-    )
-    try:
-        jobs.put(Person.of("first", [item()]))
-        while (state := jobs.status("first").state) == "waiting":
-            time.sleep(0.01)
-        assert state == "running"
+    with busy(most=8) as (jobs, *_):
         for owner in range(1, 4):
             for n in range(2):
                 jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
@@ -155,13 +144,23 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
             jobs.put(Person.of(f"other/{n}", [item()]))
         with pytest.raises(QueueFull):
             jobs.put(Person.of("other/2", [item()]))
-    finally:
-        going_on.set()
-        asyncio.run(jobs.close())
+
+
+def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
+    answers = Shares(8, each=2)
+    for name in ("a", "b", "c"):
+        assert answers.fits(name, 2)
+        answers.add(name, 2)
+    assert not answers.fits("a", 1)
+    assert not answers.fits("d", 1)
+    assert answers.fits("", 2)
+    assert not answers.fits("", 3)
+    answers.remove("a", 1)
+    assert answers.fits("d", 1)
 
 
 @contextmanager
-def busy(*people):
+def busy(*people, most=256):
     """Jobs whose running one, of the person "first" or of ``people``, goes on until the block ends."""
     going_on, forgotten = threading.Event(), []
     personal = SimpleNamespace(
@@ -169,7 +168,7 @@ def busy(*people):
         store=None,
         forget=lambda person, **how: forgotten.append(person) or person,
     )
-    jobs = Jobs(personal)
+    jobs = Jobs(personal, most)
     try:
         with jobs._changed:
             for id in people or ["first"]:
@@ -205,7 +204,9 @@ def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
             jobs.put(Person.of("team1/1", [item(8000)]), team(1))
         jobs.put(Person.of("team1/0", [item(38_000)]), team(1))  # in place of the items before
         jobs.put(Person.of("team2/0", [item(8000)]), team(2))
-        jobs.put(Person.of("other", [item(120_000)]))
+        jobs.put(Person.of("other", [item(110_000)]))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("another", [item(8000)]))
 
 
 def test_forgetting_waits_only_for_the_job_that_the_person_is_in():

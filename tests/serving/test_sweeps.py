@@ -52,7 +52,7 @@ def test_items_stay_unless_they_are_older_than_a_tombstone(store, monkeypatch, a
     histories.drop_forgotten()
     assert histories.held("ann") == (2 if again else 0)  # the old items are not used, but dropped by the next sweep
     histories.drop_forgotten()
-    assert ("ann" in histories._share) == again
+    assert ("ann" in histories._held) == again
 
 
 @pytest.mark.parametrize("again", [False, True])

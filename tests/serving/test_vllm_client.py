@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,19 +50,31 @@ def test_an_event_of_the_gateway_is_one_line_for_every_client():
     assert json.loads(event.removeprefix("data: ")) == {"text": ODD}
 
 
+@asynccontextmanager
+async def registry_of(folder, answer, count=4):
+    """A registry of a server that ``answer`` stands in for."""
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+        yield AdapterRegistry(client, folder, count)
+
+
+def models_of(*names):
+    """What vLLM answers when asked for its models."""
+    return httpx2.Response(200, json={"data": [{"id": name} for name in names]})
+
+
 def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
     old, new = Version("ann", 1, seal="a" * 16), Version("ann", 2, seal="b" * 16)
     names, unloaded = [wire_name(who) for who in (old, new)], []
 
     def answer(request):
         if request.method == "GET":
-            return httpx2.Response(200, json={"data": [{"id": name} for name in names]})
+            return models_of(*names)
         unloaded.append(json.loads(request.content)["lora_name"])
         return httpx2.Response(200)
 
     async def go():
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            await AdapterRegistry(client, tmp_path, 4).drop({old}.__contains__, asyncio.Task.cancel)
+        async with registry_of(tmp_path, answer) as registry:
+            await registry.drop({old}.__contains__, asyncio.Task.cancel)
 
     asyncio.run(go())
     assert unloaded == names[:1]
@@ -72,9 +85,8 @@ def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
     asked = Version("ann", 1, seal="a" * 16)
 
     async def go():
-        fails = httpx2.MockTransport(lambda request: httpx2.Response(500))
-        async with httpx2.AsyncClient(transport=fails, base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=0)  # an idle adapter is unloaded at once
+        # With a count of 0, an idle adapter is unloaded at once.
+        async with registry_of(tmp_path, lambda request: httpx2.Response(500), count=0) as registry:
             async with registry.held(asked) as name:
                 pass
             async with registry.held(asked) as again:
@@ -95,8 +107,7 @@ def test_idle_adapters_make_room_for_another(tmp_path, monkeypatch):
         return httpx2.Response(200)
 
     async def go():
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=8)
+        async with registry_of(tmp_path, answer, count=8) as registry:
             for left, who in zip(free, people):  # each adapter has 100 bytes
                 monkeypatch.setattr("shutil.disk_usage", lambda _, left=left: SimpleNamespace(free=left))
                 async with registry.held(who) as name:
@@ -114,13 +125,12 @@ def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
 
     def answer(request):
         if request.method == "GET":
-            return httpx2.Response(200, json={"data": [{"id": "base"}, {"id": wire_name(earlier)}]})
+            return models_of("base", wire_name(earlier))
         unloaded.append(json.loads(request.content)["lora_name"])
         return httpx2.Response(200)
 
     async def go():
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=1)
+        async with registry_of(tmp_path, answer, count=1) as registry:
             assert await registry.versions() == {earlier}
             async with registry.held(person):
                 pass
@@ -138,7 +148,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
 
         async def refuse(request):
             if request.method == "GET":
-                return httpx2.Response(200, json={"data": [{"id": wire_name(person)}]})
+                return models_of(wire_name(person))
             asked.set()
             await answer.wait()
             return httpx2.Response(500)
@@ -147,8 +157,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
             async with registry.held(person):
                 raise AssertionError("a dropped adapter was used")
 
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(refuse), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=4)
+        async with registry_of(tmp_path, refuse) as registry:
             dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
             await asked.wait()
             using = asyncio.create_task(use())
@@ -165,14 +174,13 @@ def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_perso
 
     def answer(request):
         if request.method == "GET":
-            return httpx2.Response(200, json={"data": [{"id": name} for name in loaded]})
+            return models_of(*loaded)
         status = answers.pop(0)
         loaded.difference_update(loaded if status == 200 else ())
         return httpx2.Response(status)
 
     async def go():
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=4)
+        async with registry_of(tmp_path, answer) as registry:
             with pytest.raises(EngineGone):
                 await registry.drop({person}.__contains__, lambda answer: None)
             await registry.versions()  # as every sweep asks
@@ -196,7 +204,7 @@ def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path
     person = Version("ann", 1, seal="a" * 16)
 
     def answer(request):
-        return httpx2.Response(200, json={"data": [{"id": wire_name(person)}]})
+        return models_of(wire_name(person))
 
     async def go():
         begun, may_end = asyncio.Event(), asyncio.Event()
@@ -206,8 +214,7 @@ def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path
                 begun.set()
                 await may_end.wait()
 
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=4)
+        async with registry_of(tmp_path, answer) as registry:
             using = asyncio.create_task(use())
             await begun.wait()
             dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
@@ -231,15 +238,14 @@ def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_path):
             if request.method == "GET":
                 listing.set()
                 await may_list.wait()
-            return httpx2.Response(200, json={"data": []})
+            return models_of()
 
         async def use():
             async with registry.held(person):
                 begun.set()
                 await asyncio.Event().wait()  # an answer that would never end
 
-        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-            registry = AdapterRegistry(client, tmp_path, count=4)
+        async with registry_of(tmp_path, answer) as registry:
             dropping = asyncio.create_task(registry.drop({person}.__contains__, asyncio.Task.cancel))
             await listing.wait()
             using = asyncio.create_task(use())

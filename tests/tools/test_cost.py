@@ -103,7 +103,7 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     assert predicted["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
-    adapters = AdapterSlots(base, [bank], 3)
+    adapters = AdapterSlots(base, bank, 3)
     slots = Slots(base, 3, 40, 8, adapters)
     for n in range(3):
         slots.take((n, ""), [5, 6])

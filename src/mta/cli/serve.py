@@ -117,10 +117,6 @@ def serve(
     vllm_folder: Annotated[
         Path | None, Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
     ] = None,
-    bank_before: Annotated[
-        Path | None,
-        Option(help="Folder or hub id of the old bank: its people have it until they get --bank."),
-    ] = None,
     rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
     strict: Annotated[
         bool, Option("--strict", help="Do not answer with a bank that was trained on a forgotten person.")
@@ -152,8 +148,7 @@ def serve(
     known = serving.keys_for(keys, host, insecure_local, port)
     remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     weights = not (remote or vllm)
-    bank_before = bank_before and options.bank_at(bank_before)
-    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, not weights)
+    serving.check(store, bank, strict)
     changes = options.MERGE_AND_STACK
     opened = in_passing(
         lambda: options.open_bank(
@@ -165,9 +160,7 @@ def serve(
         show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)
 
     with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
-        service = serving.service_of(
-            *opened, store, known, rate=rate, slots=slots, vllm=server, bank_before=bank_before, strict=strict
-        )
+        service = serving.service_of(*opened, store, known, rate=rate, slots=slots, vllm=server, strict=strict)
         serving.serve(service, host, port, show)
 
 

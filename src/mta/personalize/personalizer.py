@@ -43,8 +43,7 @@ class Personalizer:
     """Stages 2 and 3 over a base, a bank, and optionally a store of people's states.
 
     ``run`` defaults to the bank's settings. ``executor`` runs the cohorts, for example on a cluster
-    (``mta.distributed.ray``). ``bank_before`` is the folder of an earlier bank of the same people; ``forget`` marks
-    this bank too.
+    (``mta.distributed.ray``).
 
     >>> personal = Personalizer(base, bank, store="people/")
     >>> personal.personalize(people)                              # all of them together
@@ -60,14 +59,12 @@ class Personalizer:
         run: Run | None = None,
         encoder: Encoder | None = None,
         executor: Executor | None = None,
-        bank_before: str | Path | None = None,
     ) -> None:
         check_base(bank.folder, bank.info, base.name, base.fingerprint)
         self.base, self.bank = base, bank
         self.run = bank.settled(run)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
-        self._banks = [Path(folder) for folder in (bank.folder, bank_before) if folder]
         self._encoder = encoder
         self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
@@ -231,7 +228,7 @@ class Personalizer:
         Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
         removed = self._pipeline.unsaved.pop(person, None) is not None
-        found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
+        found = forget_person(person, self.store, self.bank.folder, keep_exports=keep_exports)
         for bank, reason in found.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
         return replace(found, states_removed=removed or found.states_removed)

@@ -7,7 +7,7 @@ import os
 import shlex
 import socket
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.atomic import file_mode
-from mta.system.device import dtype_name, in_passing
+from mta.system.device import dtype_name
 from mta.system.hub import local_folder
 
 log = logging.getLogger("mta")
@@ -66,19 +66,13 @@ def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) 
     return keys
 
 
-def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
-    """Check store and banks before loading. Raises StoreError without a store, ConfigError for an unusable bank."""
+def check(store: str, bank: Path, strict: bool) -> None:
+    """Check store and bank before loading. Raises StoreError without a store, ConfigError for an unusable bank."""
     Store(store).check()
-    if vllm and len(banks) > 1:
-        raise ConfigError(
-            f"vLLM serves one bank, got {len(banks)}",
-            hint="Serve both banks without --vllm, or first personalize everyone with the new bank: mta personalize",
-        )
-    for bank in banks:
-        if report := stale_report(bank):
-            if strict:
-                raise ConfigError(report.found, hint=f"{report.hint}\n  Or serve it without --strict.")
-            log.warning("%s; --strict would refuse this bank", report.found)
+    if report := stale_report(bank):
+        if strict:
+            raise ConfigError(report.found, hint=f"{report.hint}\n  Or serve it without --strict.")
+        log.warning("%s; --strict would refuse this bank", report.found)
 
 
 def service_of(
@@ -91,26 +85,16 @@ def service_of(
     rate: int = 0,
     slots: int = 32,
     vllm: VllmServer | Remote | None = None,
-    bank_before: Path | None = None,
     strict: bool = False,
 ) -> Service:
-    """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
+    """Build the service: an engine, embedded or vLLM, and a personalizer.
 
-    People whose state was made with the bank in folder ``bank_before`` are served with that bank until they are
-    personalized again (not with vLLM, which serves one bank). If ``base`` has no weights (vLLM), the personalizer loads
-    them for its first job. Raises ConfigError if the two banks are for different tasks.
+    If ``base`` has no weights (vLLM), the personalizer loads them for its first job.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
-    old_bank = None
     if vllm is None:
-        old_bank = in_passing(lambda: Bank.open(bank_before, base)) if bank_before else None
-        if old_bank and old_bank.task.identity != bank.task.identity:
-            raise ConfigError(
-                f"the bank at {bank_before} is for task {old_bank.task.name!r}, expected {bank.task.name!r}",
-                hint="Run one gateway per task.",
-            )
-        engine = EmbeddedEngine(base, bank, states, bank_before=old_bank, slots=slots)
+        engine = EmbeddedEngine(base, bank, states, slots=slots)
     else:
         engine = VllmEngine(
             vllm,
@@ -121,7 +105,7 @@ def service_of(
             stops=base.stop_tokens,
             most=slots + QUEUED,
         )
-    personal = Personalizer(base.twin(), bank, states, run=run, bank_before=bank_before)
+    personal = Personalizer(base.twin(), bank, states, run=run)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
     return Service(
         engine,
@@ -132,7 +116,7 @@ def service_of(
         jobs=jobs,
         limits=Limits(rate=rate, own=min(Limits().own, max(slots // 4, 1))),
         length=length,
-        strict_banks={one.folder: one.hash for one in (bank, old_bank) if one} if strict else {},
+        strict_bank=(bank.folder, bank.hash) if strict else None,
     )
 
 

@@ -32,19 +32,21 @@ async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http
 
 
 async def _answer(service: Service, request: ClassifyRequest, key: Key, who: ServedModel) -> Response:
-    with service.refusals("classify"):
-        labels = service.task.labels
-        if labels is None:
-            raise Refused(
-                f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
-                hint="Generate a text instead: POST /v1/chat/completions",
-            )
+    labels = service.task.labels
+    if labels is None:
+        raise Refused(
+            f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
+            hint="Generate a text instead: POST /v1/chat/completions",
+        )
     inputs = [request.input] if isinstance(request.input, str) else request.input
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
-    with service.counted("classify", key, at_once, request.fallback is not None):  # first: many inputs tokenize long
+    with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         async with service.checking(key):
             asks = [await service.apart_from_store(_ask, service, text, labels, who, key) for text in inputs]
-        found = await _scored(service, asks, at_once)
+        places = asyncio.Semaphore(at_once)
+        found = await together(_piece(service.engine, ask, places) for ask in asks)
+    service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
+    service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
     data = []
     for index, piece in enumerate(found):
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
@@ -66,15 +68,6 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, k
     ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
     ask.check(service.length)
     return ask
-
-
-async def _scored(service: Service, asks: Sequence[Ask], at_once: int) -> list[AnswerPiece]:
-    """Return the piece with the scores of each request, ``at_once`` of them at a time, and record metrics."""
-    places = asyncio.Semaphore(at_once)
-    found = await together(_piece(service.engine, ask, places) for ask in asks)
-    service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
-    service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
-    return found
 
 
 async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> AnswerPiece:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -64,14 +64,13 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 
 
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
-    with service.refusals(kind):
-        async with service.checking(key):
-            ask = await service.apart_from_store(_ask, service, request, who, key)  # long prompts take long to tokenize
+    async with service.checking(key):
+        ask = await service.apart_from_store(_ask, service, request, who, key)  # long prompts take long to tokenize
     formatter = ResponseFormatter(request, name_of(who, service, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
-        events = _events(formatter, ask, request, first, parts)
+        events = _events(formatter, ask, request, first, parts, partial(service.count_error, kind))
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
     complete: list[list[AnswerText]] = [[] for _ in range(request.n)]
     async for part in parts:
@@ -115,7 +114,12 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
 
 
 async def _events(
-    formatter: ResponseFormatter, ask: Ask, request: Request, first: AnswerText, parts: AsyncIterator[AnswerText]
+    formatter: ResponseFormatter,
+    ask: Ask,
+    request: Request,
+    first: AnswerText,
+    parts: AsyncIterator[AnswerText],
+    on_error: Callable[[MtaError], None],
 ) -> AsyncIterator[str]:
     """Yield server-sent events in OpenAI's format."""
     started: set[int] = set()
@@ -129,6 +133,7 @@ async def _events(
         if request.stream_options and request.stream_options.include_usage:
             yield _event(formatter.body([], usage_of(len(ask.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
+        on_error(error)
         yield _event(error_of(error)[1])
     yield "data: [DONE]\n\n"
 
@@ -150,7 +155,7 @@ async def _counted_parts(
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     before = () if isinstance(request, ChatRequest) else ask.prompt[-1:]  # a turn begins a text, a completion does not
-    with service.counted(kind, key, request.n, falls_back=request.fallback is not None):
+    with service.counted(kind, key, request.n):
         async for part in stream_answers(service.engine, ask, service.base.tokenizer, request.n, stops, before):
             now = time.monotonic()
             if part.index not in last:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mta.data.history import Item, Person
 from mta.data.readers.rows import DATES_FROM
 from mta.data.sharing import missing_from
 from mta.serving.api.auth import LOCAL, Key
+from mta.serving.api.limits import Shares
 from mta.serving.engine import Refused
 from mta.store import Store
 
@@ -18,22 +19,26 @@ ROOM = 1 << 28  # bytes of items in memory
 _PERSON, _ITEM, _TEXT = 320, 360, 16  # bytes besides the texts' own objects; tests/serving/test_histories.py measures
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A person's items in memory, and the person's tombstones from when they arrived."""
+
+    person: Person
+    share: str  # of the key that sent the newest items
+    since: frozenset[str]
+    size: int
+
+
 class Histories:
-    """People's items. Items without opt-in take at most ``room`` bytes of memory; the oldest people go first.
+    """People's items. Items without opt-in take at most ``room`` bytes of memory, in ``Shares``.
 
-    A person or prefix key fills at most a quarter of ``room``, all such keys together three quarters; beyond that the
-    key that uses most gives way. The rest is reserved for the operator.
-
-    Another process may forget a person. So items are held together with the tombstones that existed when they arrived;
-    items older than a tombstone are dropped and never used.
+    A key's new items push out its own oldest people; if all keys together have too much, those of the key that has
+    most. Another process may forget a person: items that are older than a tombstone are dropped and never used.
     """
 
     def __init__(self, store: Store, limit: int, room: int = ROOM) -> None:
-        self._store, self._limit, self._room = store, limit, room
-        self._held: dict[str, OrderedDict[str, Person]] = {}  # by share; "" is the operator
-        self._used: Counter[str] = Counter()
-        self._share: dict[str, str] = {}
-        self._since: dict[str, frozenset[str]] = {}
+        self._store, self._limit, self._shares = store, limit, Shares(room)
+        self._held: dict[str, _Held] = {}  # by person, the oldest first
         self._lock = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
@@ -49,18 +54,18 @@ class Histories:
         stored = self._store.history(id)
         more = len(stored.items) if stored and len(stored.items) > self._limit else 0
         person = self._joined(self._of(id, since), id, new, stored, more)
-        if key.share and size_of(person) > self._room // 4:
+        size, share = size_of(person), key.share
+        if share and size > self._shares.each:
             raise Refused(
-                f"a history may have at most {self._room // 4} bytes in memory",
+                f"a history may have at most {self._shares.each} bytes in memory",
                 hint='Send "keep": true, or fewer and shorter items.',
             )
         with self._lock:
             self._drop(id)
-            share = self._share[id] = key.share
-            self._held.setdefault(share, OrderedDict())[id] = person
-            self._since[id] = since
-            self._used[share] += size_of(person)
-            self._make_room(id)
+            while (name := self._shares.giving_way(share, size)) is not None and self._drop_oldest(name):
+                pass
+            self._held[id] = _Held(person, share, since, size)
+            self._shares.add(share, size)
         return len(person.items)
 
     def _joined(
@@ -81,37 +86,24 @@ class Histories:
                 hint="Send fewer items, or let a file bring them: mta personalize --update --keep-histories",
             )
 
-    def _make_room(self, id: str) -> None:
-        """Drop the oldest people, but not ``id``, whose items have just arrived."""
-        share = self._share[id]
-        while share and self._used[share] > self._room // 4 and self._drop_oldest(share, id):
-            pass
-        while self._used.total() - self._used[""] > self._room * 3 // 4:
-            by_use = sorted((name for name in self._used if name), key=self._used.__getitem__, reverse=True)
-            if not any(self._drop_oldest(name, id) for name in by_use):
-                break
-        while self._used.total() > self._room and self._drop_oldest("", id):
-            pass
-
-    def _drop_oldest(self, share: str, but: str) -> bool:
-        oldest = next((id for id in self._held.get(share, ()) if id != but), None)
+    def _drop_oldest(self, share: str) -> bool:
+        oldest = next((id for id, one in self._held.items() if one.share == share), None)
         return oldest is not None and self._drop(oldest)
 
     def _drop(self, id: str) -> bool:
-        share = self._share.pop(id, None)
-        if share is None:
-            return False
-        del self._since[id]
-        self._used[share] -= size_of(self._held[share].pop(id))
-        return True
+        held = self._held.pop(id, None)
+        if held:
+            self._shares.remove(held.share, held.size)
+        return held is not None
 
     def _of(self, id: str, known: frozenset[str]) -> Person | None:
         """Return the person's items in memory; drop them if older than one of the tombstones ``known``."""
         with self._lock:
-            if not known <= self._since.get(id, known):
+            held = self._held.get(id)
+            if held and not known <= held.since:
                 self._drop(id)
-            share = self._share.get(id)
-            return None if share is None else self._held[share][id]
+                return None
+            return held.person if held else None
 
     def of(self, id: str, known: frozenset[str]) -> Person | None:
         """Return all items of a person, stored and in memory, or None. ``known`` are the person's tombstones."""
@@ -122,18 +114,16 @@ class Histories:
 
     def held(self, id: str) -> int:
         """Return the number of items that are only in memory."""
-        with self._lock:
-            share, since = self._share.get(id), self._since.get(id)
-            items = self._held[share][id].items if share is not None else ()
-        return len(items) if since is not None and self._store.tombstones.of(id) <= since else 0
+        held = self._held.get(id)
+        return len(held.person.items) if held and self._store.tombstones.of(id) <= held.since else 0
 
     def drop_forgotten(self) -> None:
         """Drop items in memory that are older than a tombstone."""
         with self._lock:
-            before = dict(self._since)
+            before = dict(self._held)
         for id, names in self._store.tombstones.of_each(before).items():
             with self._lock:  # items that came after the listing have tombstones of their own
-                if self._since.get(id) is before[id] and not names <= before[id]:
+                if self._held.get(id) is before[id] and not names <= before[id].since:
                     self._drop(id)
 
     def forget(self, id: str) -> bool:

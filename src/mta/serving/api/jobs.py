@@ -23,6 +23,7 @@ from mta.personalize.forgetting import Forgotten
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.errors import public_message
 from mta.serving.api.histories import ROOM, size_of
+from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
@@ -77,8 +78,8 @@ class Jobs:
         """Queue a person for personalization; a person already waiting gets the new items.
 
         Only with ``fewer``, the state may replace one that was made from more items.
-        ``since`` are the person's tombstones from before the items were read. Raises QueueFull: one prefix key's people
-        fill at most a quarter of the queue and of the memory for items, all prefix keys' people three quarters.
+        ``since`` are the person's tombstones from before the items were read. Raises QueueFull if the key's share of
+        the queue, or of the memory for items, is full (``Shares``).
         """
         size = size_of(person)
         with self._changed:
@@ -95,13 +96,12 @@ class Jobs:
 
     def _full(self, person: str, share: str, size: int) -> bool:
         """Return whether there is no place for a person, who may wait already, with items of so many bytes."""
-        waiting = [entry for id, entry in self._waiting().items() if id != person]
-        limited = [entry for entry in waiting if entry.share]
-        own = [entry for entry in limited if entry.share == share]
-        parts = [(waiting, 4)] + ([(limited, 3), (own, 1)] if share else [])  # and the quarters that they may fill
-        if any(len(some) >= self.most * quarters // 4 for some, quarters in parts):
-            return True
-        return any(sum(one.size for one in some) + size > ROOM * quarters // 4 for some, quarters in parts[1:])
+        places, memory = Shares(self.most), Shares(ROOM)
+        for id, entry in self._waiting().items():
+            if id != person:
+                places.add(entry.share, 1)
+                memory.add(entry.share, entry.size)
+        return not (places.fits(share, 1) and memory.fits(share, size))
 
     def _next(self) -> dict[str, _Entry]:
         """Return who is personalized now: the keys' first people in turn, as many as fit into a job, at least one."""

@@ -1,4 +1,4 @@
-"""Limits per caller: body size, answer length, history size, and request rate; plus the catch-all for errors."""
+"""Limits per caller: shares, body size, answer length, history size, request rate; plus the catch-all for errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from contextlib import suppress
 
 from fastapi import HTTPException
@@ -35,6 +35,38 @@ class Limits(Settings):
     rate: int = Field(0, ge=0)
     forgets: int = Field(10, ge=0, description="forget requests per minute for a person or prefix key; 0: no limit")
     own: int = Field(8, ge=1, description="concurrent answers for a person or prefix key")
+
+
+class Shares:
+    """What each key uses of a capacity: bytes, places in a queue, or answers. The operator's keys share the name "".
+
+    Another key has at most ``each`` (by default a quarter), and all such keys together at most three quarters.
+    """
+
+    def __init__(self, capacity: int, each: int | None = None) -> None:
+        self.capacity, self.each = capacity, capacity // 4 if each is None else each
+        self.used = Counter[str]()
+
+    def add(self, key: str, size: int) -> None:
+        """Count that a key uses ``size`` more."""
+        self.used[key] += size
+
+    def remove(self, key: str, size: int) -> None:
+        """Count that a key uses ``size`` less."""
+        self.used[key] -= size
+
+    def fits(self, key: str, size: int) -> bool:
+        """Whether a key may use ``size`` more."""
+        return self.giving_way(key, size) is None
+
+    def giving_way(self, key: str, size: int) -> str | None:
+        """Return the key that has to use less before ``key`` may use ``size`` more; None if it may do so now."""
+        total, operator = self.used.total() + size, self.used[""]
+        if key and self.used[key] + size > self.each:
+            return key
+        if key and total - operator > self.capacity * 3 // 4:
+            return max((name for name in self.used if name), key=self.used.__getitem__, default=key)
+        return "" if total > self.capacity else None
 
 
 class Rate:

@@ -131,7 +131,6 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
             service.is_stale |= bool(found.needs_rebuild)
         finally:
             await service.engine.forget(id, service.keys_of(id))
-        await run_in_threadpool(service.note_forgotten, id)
         if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
     report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,14 @@ from starlette.exceptions import HTTPException
 from mta.bank.format import INFO
 from mta.bank.notes import stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, OtherBank, StoreError
+from mta.errors import MtaError, OtherBank
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, SharedModel
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
 from mta.serving.api.errors import NeedsRebuild, UnknownOrForbidden, error_of
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
-from mta.serving.api.limits import Limits, Rate
+from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ClassifyRequest, Request
 from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version
@@ -50,8 +49,8 @@ _WRITERS = 4  # threads that wait for the store's lock at once: others look up p
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
-    ``strict_banks`` maps the folders of the banks in memory to their hashes: a bank must not be served once it contains
-    a forgotten person, or its folder holds another bank, which may have been built without one.
+    ``strict_bank`` is the folder and the hash of the bank in memory: it must not be served once it contains a forgotten
+    person, or its folder holds another bank, which may have been built without one.
     ``sweep`` is the number of seconds between two checks for people that other processes forgot.
     """
 
@@ -64,7 +63,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
-    strict_banks: Mapping[Path, str] = field(default_factory=dict)
+    strict_bank: tuple[Path, str] | None = None
     is_stale: bool = False
     sweep: float = 10.0
     rate: Rate = field(init=False)
@@ -72,7 +71,7 @@ class Service:
     histories: Histories = field(init=False)
     _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
     writing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WRITERS), init=False)
-    _held: Counter[str] = field(default_factory=Counter, init=False)
+    answers: Shares = field(init=False)  # open ones
     _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
     _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
@@ -80,6 +79,7 @@ class Service:
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
+        self.answers = Shares(self.engine.most, self.limits.own)
 
     async def apart_from_store(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result of ``work``, computed in a thread that never waits for a store.
@@ -120,23 +120,24 @@ class Service:
         answer: Callable[[ServedModel], Awaitable[Response]],
     ) -> Response:
         """Return the answer of the model that a request names, or of its ``fallback`` for a state of another bank."""
-        with self.refusals(kind):
-            who = await self.resolve_model(request.model, key, request.fallback)
         try:
-            return await answer(who)
-        except OtherBank:
-            if request.fallback is None:
-                raise
-        return await answer(SharedModel(request.fallback))
+            who = await self.resolve_model(request.model, key, request.fallback)
+            try:
+                return await answer(who)
+            except OtherBank:
+                if request.fallback is None:
+                    raise
+            return await answer(SharedModel(request.fallback))
+        except MtaError as error:
+            self.count_error(kind, error)
+            raise
 
     async def check_fresh(self, who: ServedModel | None = None) -> None:
-        """Raises NeedsRebuild if a bank in memory must not be served (``strict_banks``), except for the base."""
-        if who is BASE or not self.strict_banks:
+        """Raises NeedsRebuild if the bank in memory must not be served (``strict_bank``), except for the base."""
+        if who is BASE or not self.strict_bank:
             return
-        # Permanent: the weights in memory stay stale even if the folder is rebuilt.
-        for folder, loaded in self.strict_banks.items():
-            if not await self.apart_from_store(_is_fresh, folder, loaded):
-                self.is_stale = True  # not |=, which would undo what another request found meanwhile
+        if not await self.apart_from_store(_is_fresh, *self.strict_bank):
+            self.is_stale = True  # permanent: the weights in memory stay stale even if the folder is rebuilt
         if self.is_stale:
             raise NeedsRebuild(
                 "the bank must be rebuilt without a forgotten person, or its folder holds another bank by now",
@@ -153,46 +154,36 @@ class Service:
         return self._locks.setdefault(person, asyncio.Lock())
 
     @contextmanager
-    def counted(self, kind: str, key: Key, count: int, falls_back: bool) -> Iterator[None]:
-        """Reserve ``count`` answers for a key, so that no person key can take all slots, and count how they end.
+    def counted(self, kind: str, key: Key, count: int) -> Iterator[None]:
+        """Reserve ``count`` answers for a key, so that no person key can take all slots, and count a success.
 
-        A state of another bank is not counted if the request ``falls_back`` to another model.
         Raises QueueFull, Refused for more answers than the key may ever have at once.
         """
-        start, status = time.monotonic(), "cancelled"
-        try:
-            if key.share and count > self.limits.own:
-                raise Refused(
-                    f"{count} answers were asked for; this key may have at most {self.limits.own} at once",
-                    hint=f"Send n: {self.limits.own}, or less.",
-                )
-            if key.share and self._held[key.name] + count > self.limits.own:
-                most = f"this key may have at most {self.limits.own} answers at once"
-                raise QueueFull(most, hint="Wait for one to end.")
-            self._held[key.name] += count
-            try:
-                self.metrics.open.inc(count)
-                yield
-            finally:
-                self.metrics.open.dec(count)
-                self._held[key.name] -= count
-            status = "ok"
-            self.metrics.answer.observe(time.monotonic() - start)
-        except MtaError as error:
-            status = "" if falls_back and isinstance(error, OtherBank) else str(error_of(error)[0])
-            raise
-        finally:
-            if status:
-                self.metrics.requests.labels(kind, status).inc()
-
-    @contextmanager
-    def refusals(self, kind: str) -> Iterator[None]:
-        """Count a request that is refused before ``counted`` counts it."""
+        start, most = time.monotonic(), self.limits.own
+        if key.share and count > most:
+            raise Refused(
+                f"{count} answers were asked for; this key may have at most {most} at once",
+                hint=f"Send n: {most}, or less.",
+            )
+        if not self.answers.fits(key.share, count):
+            allowed = f"; this key may have at most {most} at once" if key.share else ""
+            raise QueueFull(f"too many answers are running or waiting{allowed}", hint="Wait for one to end.")
+        self.answers.add(key.share, count)
+        self.metrics.open.inc(count)
         try:
             yield
-        except MtaError as error:
-            self.metrics.requests.labels(kind, str(error_of(error)[0])).inc()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.requests.labels(kind, "cancelled").inc()
             raise
+        finally:
+            self.metrics.open.dec(count)
+            self.answers.remove(key.share, count)
+        self.metrics.answer.observe(time.monotonic() - start)
+        self.metrics.requests.labels(kind, "ok").inc()
+
+    def count_error(self, kind: str, error: MtaError) -> None:
+        """Count a request that ends with an error."""
+        self.metrics.requests.labels(kind, str(error_of(error)[0])).inc()
 
     async def keep_sweeping(self) -> None:
         """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
@@ -217,22 +208,12 @@ class Service:
         await run_in_threadpool(self.histories.drop_forgotten)
         await run_in_threadpool(self.jobs.drop_forgotten)
         owners = {key.of for key in self.keys.keys if key.rights == "person"}
-        before = dict(self._tombstones)
-        tombstones = await run_in_threadpool(self.store.tombstones.of_each, owners) if owners else {}
+        before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
-        # Whom this gateway forgot meanwhile has asked anew since, and is noted already.
-        listed = {id: names for id, names in tombstones.items() if self._tombstones.get(id) is before.get(id)}
-        gone = [id for id, names in listed.items() if not names <= before.get(id, names)]
+        gone = [id for id, names in self._tombstones.items() if not names <= before.get(id, names)]
         askers = [name for id in gone for name in self.keys_of(id)]
-        self._tombstones |= listed
         if removed or askers:
             await self.engine.drop(removed, askers)
-
-    def note_forgotten(self, person: str) -> None:
-        """Note that all that a person asked has ended: the next sweep must not end what they ask afterwards."""
-        if self.keys_of(person):  # nobody else's id stays in memory
-            with suppress(StoreError):  # then it does
-                self._tombstones[person] = self.store.tombstones.of(person)
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""

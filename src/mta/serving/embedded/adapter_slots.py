@@ -9,7 +9,7 @@ forward pass reads a contiguous slice of slots and copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -41,21 +41,13 @@ class RowAdapter:
 
 
 class AdapterSlots:
-    """Adapter slots for ``count`` rows over one base; ``opened`` applies a slice of the slots to the model.
+    """Adapter slots for ``count`` rows over base and bank; ``opened`` applies a slice of the slots to the model."""
 
-    Rows without a person (the pooled model) use the first of several ``banks``. A person's row uses the bank that the
-    person's state was made with. The banks' ranks are concatenated, so a second bank costs as much as the first.
-    """
-
-    def __init__(self, base: BaseModel, banks: Sequence[Bank], count: int) -> None:
-        self.base = base
-        shared = [batch for bank in banks for batch in (bank.task_lora, bank.device_anchors) if batch is not None]
-        self._banks: dict[str, tuple[Bank, slice, slice]] = {}  # by hash; shared ranks of its task LoRA and anchors
-        self._ranks = 0  # number of shared ranks; the rest is zero padding
-        for bank in banks:
-            start, middle = self._ranks, self._ranks + (bank.task_lora.rank if bank.task_lora else 0)
-            self._ranks = middle + len(bank) * bank.anchors.rank
-            self._banks[bank.hash] = bank, slice(start, middle), slice(middle, self._ranks)
+    def __init__(self, base: BaseModel, bank: Bank, count: int) -> None:
+        self.base, self.bank = base, bank
+        shared = [batch for batch in (bank.task_lora, bank.device_anchors) if batch is not None]
+        self._task_ranks = bank.task_lora.rank if bank.task_lora else 0  # shared ranks, before those of the anchors
+        self._ranks = self._task_ranks + len(bank) * bank.anchors.rank  # number of shared ranks; then zero padding
         padding = -self._ranks % _ALIGNMENT
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}  # A (P, D) and B (O, P)
         for name in base.targets:
@@ -66,18 +58,16 @@ class AdapterSlots:
         self._rank, zeros = 0, self._gates.new_zeros
         self._own = {name: (zeros(count, 0, d), zeros(count, 0, o)) for name, (d, o) in base.targets.items()}
         self._forwards: dict[tuple[int, int], dict[nn.Module, _Adapted]] = {}  # by slice of slots
-        self._grow(banks[0].info.run.stack.lora.rank)
+        self._grow(bank.info.run.stack.lora.rank)
 
     def adapter_of(self, owner: State | SharedModel, stacked: bool = True) -> RowAdapter:
         """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
-        dtype, first = self.base.master_dtype, next(iter(self._banks))
-        made_with = owner.bank if isinstance(owner, State) else first
-        bank, task_ranks, anchor_ranks = self._banks.get(made_with, self._banks[first])
-        parts = adapter_parts(owner, bank.anchors, bank.hash, dtype, stacked)
+        dtype, anchors = self.base.master_dtype, self.bank.anchors
+        parts = adapter_parts(owner, anchors, self.bank.hash, dtype, stacked)
         gates = torch.zeros(self._gates.shape[1], dtype=dtype)
-        gates[task_ranks] = float(parts.task_lora)
+        gates[: self._task_ranks] = float(parts.task_lora)
         if parts.gates is not None:
-            gates[anchor_ranks] = parts.gates.repeat_interleave(bank.anchors.rank)
+            gates[self._task_ranks : self._ranks] = parts.gates.repeat_interleave(anchors.rank)
         own = [part for part in (parts.stack, parts.merge) if part]
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 

@@ -31,8 +31,7 @@ class EmbeddedEngine(Engine):
 
     At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``
     tokens together, never more than the base accepts. At most ``activated`` adapters are cached; merges are never
-    stored. While the engine lives, only the engine may use the base's modules. People whose state was made with the
-    bank ``bank_before`` are served with that bank until they are personalized again.
+    stored. While the engine lives, only the engine may use the base's modules.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class EmbeddedEngine(Engine):
         bank: Bank,
         store: Store,
         *,
-        bank_before: Bank | None = None,
         slots: int = 32,
         length: int | None = None,
         chunk: int = 128,
@@ -52,13 +50,12 @@ class EmbeddedEngine(Engine):
         super().__init__(min(length or limit, limit), slots + waiting)
         in_passing(lambda: refuse_unservable(base))
         self.bank, self.store = bank, store
-        adapters = in_passing(lambda: AdapterSlots(base, [bank, bank_before] if bank_before else [bank], slots))
+        adapters = in_passing(lambda: AdapterSlots(base, bank, slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
         self._loading: dict[ServedModel, list[AnswerRow]] = {}  # rows that wait for each adapter being loaded
         self._loaded = 0  # adapters loaded since the start
-        self._dropped: set[ServedModel] = set()  # while they were being loaded
         self.died = False
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gone = False  # the thread accepts no calls
@@ -97,13 +94,17 @@ class EmbeddedEngine(Engine):
             return isinstance(who, Version) and matches(who)
 
         def work() -> None:
-            self._dropped.update(filter(dropped, self._loading))
+            def ends(who: ServedModel, asker: str) -> bool:
+                return dropped(who) or asker in askers
+
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
-            for row in (row for rows in self._loading.values() for row in rows if row.ask.asker in askers):
+            for row in [row for rows in self._loading.values() for row in rows if ends(row.ask.who, row.ask.asker)]:
                 row.send(error)
                 row.cancelled = True
-            self.scheduler.end(error, lambda owner: dropped(owner[0]) or owner[1] in askers)
+            for who in list(filter(dropped, self._loading)):
+                del self._loading[who]  # what is loaded for them is not used
+            self.scheduler.end(error, lambda owner: ends(*owner))
 
         await self._in_thread(work)
 
@@ -163,17 +164,17 @@ class EmbeddedEngine(Engine):
 
     def _load(self, who: ServedModel, rows: Sequence[AnswerRow]) -> None:
         """Load the adapter of ``rows`` from bank and store, in a thread of the pool: the store may be slow."""
-        adapter: RowAdapter | Exception | None = None
+        adapter: RowAdapter | Exception
         adapters = self.scheduler.adapters
         try:
             if isinstance(who, SharedModel):
                 adapter = adapters.adapter_of(who)
-            elif not all(row.cancelled for row in rows):  # they may have waited long for a thread
+            else:
                 adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
         except Exception as error:
             adapter = error
         try:
-            self._put(partial(self._enter_loaded, who, adapter))
+            self._put(partial(self._enter_loaded, who, rows, adapter))
         except EngineGone as error:
             for row in rows:
                 row.send(error)
@@ -216,20 +217,18 @@ class EmbeddedEngine(Engine):
             rows = self._loading[row.ask.who] = [row]
             self._loaders.submit(self._load, row.ask.who, rows)
 
-    def _enter_loaded(self, who: ServedModel, adapter: RowAdapter | Exception | None) -> None:
+    def _enter_loaded(self, who: ServedModel, rows: Sequence[AnswerRow], adapter: RowAdapter | Exception) -> None:
         """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""
-        rows = [row for row in self._loading.pop(who) if not row.cancelled]
-        dropped = who in self._dropped
-        self._dropped.discard(who)
-        self._loaded += adapter is not None
+        if self._loading.get(who) is not rows:
+            return  # dropped meanwhile
+        del self._loading[who]
+        self._loaded += 1
+        rows = [row for row in rows if not row.cancelled]
         if isinstance(adapter, MtaError):
             for row in rows:
                 row.send(adapter)
         elif isinstance(adapter, Exception):
             self.scheduler.fail(rows, adapter, "loading an adapter")
-        elif adapter is None or dropped:  # rows came since, or the person was forgotten
-            for row in rows:
-                self._enter(row)
         else:
             self.activated[who] = adapter
             if len(self.activated) > self._most_activated:

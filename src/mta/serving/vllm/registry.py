@@ -46,7 +46,6 @@ class AdapterRegistry:
         self.client, self.folder, self.count = client, folder, count
         self.unloaded = 0
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
-        self._removed: list[set[str]] = []  # since each listing that is under way began
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -112,15 +111,9 @@ class AdapterRegistry:
         Adapters from before this gateway started count as idle ones from now on: the first to be unloaded. Dropped ones
         that could not be unloaded are tried again.
         """
-        removed: set[str] = set()
-        self._removed.append(removed)
-        try:
-            listed = await self._listed()
-        finally:
-            self._removed = [one for one in self._removed if one is not removed]
-        for name in listed:
+        for name in await self._listed():
             who = from_wire(name)
-            if isinstance(who, Version) and name not in self._loaded and name not in removed:
+            if isinstance(who, Version) and name not in self._loaded:
                 self._loaded[name] = Loaded(who)
                 self._loaded.move_to_end(name, last=False)
         for name, one in self._of().items():
@@ -161,8 +154,6 @@ class AdapterRegistry:
             await self._asked("POST", "/v1/unload_lora_adapter", (200, 404), json={"lora_name": name})
             shutil.rmtree(self.folder / folder_of(name), ignore_errors=True)
             del self._loaded[name]
-            for removed in self._removed:
-                removed.add(name)
             self.unloaded += 1
         finally:
             if name in self._loaded:

@@ -185,10 +185,10 @@ def _new_folder() -> tuple[Path, FileLock]:
             if left.lstat().st_uid == os.getuid() and (left / _OWNER).is_file() and not left.is_symlink():
                 with FileLock(left / _OWNER, timeout=0):
                     shutil.rmtree(left)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))  # until it is locked
-    lock = FileLock(hidden / _OWNER, timeout=0, mode=file_mode())
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    lock = FileLock(folder / _OWNER, timeout=0, mode=file_mode())
     lock.acquire()
-    return hidden.rename(hidden.with_name(hidden.name[1:])), lock
+    return folder, lock
 
 
 def _reason(log: Path) -> str:
