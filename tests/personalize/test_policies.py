@@ -2,26 +2,29 @@
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 import plain
 import pytest
 import torch
 from arrays import near, normal
 from conftest import people_of
+from pydantic import ValidationError
 from scenes import scene as scene  # the fixture
 
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import Calibration, curvature_of
-from mta.config import MergeSettings, Policy
+from mta.config import MergeSettings, plugins
+from mta.config.schema import POLICIES, POLICY_GROUP
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.layers import Shared
 from mta.personalize.evidence import Evidence, Labels, gather_evidence
 from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, needs_evidence
-from mta.personalize.policies import POLICIES, PolicyInput, fit_labels
+from mta.personalize.policies import PolicyInput, policy_named
 from mta.personalize.shots import ShotGradients, shots_of
+from mta_lab.policies import fit_labels
 
 U, N = 3, 5
+EVERY = (*POLICIES, *plugins.names(POLICY_GROUP))
 SIMILARITY = normal(U, N).tanh()
 ANCHORS, TASK = -40 + 3 * normal(U, N, seed=1), -40 + normal(U, seed=2)
 
@@ -171,11 +174,12 @@ def labels_of(shots: list[int], kinds: int = 4) -> Labels:
     return Labels(2 * normal(len(shots), max(shots), kinds, 1 + N, seed=3), gold)
 
 
-def test_every_policy_that_can_be_named_is_there():
-    assert set(get_args(Policy)) == set(POLICIES)
+def test_a_policy_of_no_package_is_refused():
+    with pytest.raises(ValidationError, match=r"no such policy; expected one of auto, .*, uniform"):
+        MergeSettings(policy="typo")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_no_policy_depends_on_mates(policy):
     """Nor on how many shots these have: what one person lacks is padded with zeros, and counts for nothing."""
     settings, ids = MergeSettings(policy=policy), torch.tensor([[2, 0, 1], [1, 2, 3]])
@@ -185,10 +189,11 @@ def test_no_policy_depends_on_mates(policy):
     one = Evidence(both.loglik[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
     sums, loglik, shots = normal(2, N, seed=5), torch.tensor([-3.0, -2.0]), torch.tensor([1, 3])
     two, mine = (ShotGradients(sums[:u], loglik[:u], shots[:u]) for u in (2, 1))
-    w = POLICIES[policy].weigh(settings, PolicyInput(ids, cosines, both, gradients=two, calibration=CALIBRATION))
+    weigh = policy_named(policy).weigh
+    w = weigh(settings, PolicyInput(ids, cosines, both, gradients=two, calibration=CALIBRATION))
     assert w.shape == ids.shape
     alone = PolicyInput(ids[:1], cosines[:1], one, gradients=mine, calibration=CALIBRATION)
-    near(w[:1], POLICIES[policy].weigh(settings, alone))
+    near(w[:1], weigh(settings, alone))
 
 
 @pytest.mark.parametrize("strength", [0.5, 20.0])
@@ -291,8 +296,8 @@ def test_evidence_is_needed_only_if_the_policy_reads_it(scene):
     assert trains("learned", evidence)
     with pytest.raises(ConfigError, match="policy 'posterior' needs the anchors' likelihood of the shots"):
         trains("posterior")
-    needy = [policy for policy in POLICIES if needs_evidence(MergeSettings(policy=policy))]
-    assert needy == ["loss", "posterior", "ridge", "learned"]
+    needy = [policy for policy in EVERY if needs_evidence(MergeSettings(policy=policy))]
+    assert needy == ["posterior", "learned", "loss", "ridge"]
     assert not needs_evidence(MergeSettings(policy="learned", retrieve="loss"), grown=True)
 
 

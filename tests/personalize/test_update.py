@@ -22,7 +22,7 @@ from mta.personalize import Personalizer, stages
 from mta.personalize.adapters import stored_merges
 from mta.personalize.evidence import Evidence, Labels
 from mta.personalize.merge import Merge, merge_adapters, updated_coefficients
-from mta.personalize.policies import POLICIES, PolicyInput
+from mta.personalize.policies import POLICIES, PolicyInput, policy_named
 from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.personalize.update import decide
@@ -64,7 +64,7 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
     one, other = evidence(first, seed), evidence(more, seed + 1000)
     ids = torch.arange(N).expand(U, N)
     near = torch.zeros(U, N, dtype=torch.float64)
-    weigh = POLICIES[policy].weigh
+    weigh = policy_named(policy).weigh
     before = scale * weigh(settings, PolicyInput(ids, near, one))
     whole = scale * weigh(settings, PolicyInput(ids, near, both(one, other)))
     found = updated_coefficients(settings, Merge(ids, before), other, one.tokens)
@@ -457,7 +457,7 @@ def test_a_policy_of_cosines_and_losses_gets_both_of_a_grown_history(tiny, tmp_p
         seen.append(bool(known.similarity.any()))
         return known.loglik * 0 + 0.1
 
-    monkeypatch.setitem(POLICIES, "loss", replace(POLICIES["loss"], weigh=both, cosines=True))
+    monkeypatch.setitem(POLICIES, "loss", replace(policy_named("loss"), weigh=both, cosines=True))
     monkeypatch.setattr("mta.personalize.update.decide", lambda *_: "refresh")
     merge = override(TINY_RUN, ["merge.policy=loss", "merge.k=0"]).merge
     started(tiny, tmp_path, YOUNG[:1], merge=merge).update(GROWN[:1])

@@ -10,11 +10,10 @@ import torch
 import yaml
 from conftest import TINY_RUN, HashEncoder, people_of
 
-from mta.config import MergeSettings
+from mta.config import MergeSettings, plugins
 from mta.evaluation.context import Context
 from mta.evaluation.methods import method_class, method_names
 from mta.evaluation.protocol import Panel
-from mta.system import plugins
 from mta_lab.experiments.recipe import load_experiment
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md").read_text()

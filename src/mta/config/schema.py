@@ -12,14 +12,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from mta.config import plugins
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-Policy = Literal[
-    "uniform", "top1", "similarity", "released", "loss", "posterior", "laplace", "ridge", "learned", "fixed"
-]
+POLICIES = "laplace", "posterior", "similarity"
+POLICY_GROUP = "mta.policies"  # of the entry points by which policies of other packages are found
+
+
+def _known_policy(name: str) -> str:
+    known = sorted({"auto", *POLICIES, *plugins.names(POLICY_GROUP)})
+    if name not in known:
+        raise ValueError(f"no such policy; expected one of {', '.join(known)}")
+    return name
+
+
+Policy = Annotated[str, AfterValidator(_known_policy)]
 MergeMode = Literal["exact", "svd", "factor"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -137,7 +154,7 @@ class MergeSettings(Settings):
     coefficient with a small gradient moves little. weight_decay pulls the coefficients back to their start.
     """
 
-    policy: Literal["auto", Policy] = Field(default="auto", description="how coefficients come from the shots")
+    policy: Policy = Field(default="auto", description="how coefficients come from the shots")
     retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
@@ -220,7 +237,7 @@ class CompareSettings(Settings):
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
     adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; null: as the run's stack")
     policies: tuple[Policy, ...] = Field(
-        default=("uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned"),
+        default=("similarity", "posterior", "laplace"),
         description="policies of the merge-only methods",
     )
     brief: bool = Field(default=False, description="only constants, the task LoRA, OPPU, the merge, and MTA")

@@ -37,7 +37,7 @@ from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import can_merge, check_merge, needs_encodings
-from mta.personalize.policies import POLICIES
+from mta.personalize.policies import policy_named
 from mta.system.device import dtype_name
 from mta.system.extras import require
 from mta.system.progress import OnStep
@@ -107,7 +107,7 @@ def standard_methods(
         # Settings of the run are for its policy. Other policies that retrieve by encoding use the paper's K = 2.
         if name == run.merge.policy:
             return run.merge
-        k = 0 if POLICIES[name].all_anchors else min(2, anchors)
+        k = 0 if policy_named(name).all_anchors else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
     def fits(merge: MergeSettings) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mta.config import plugins
 from mta.data.readers.rejects import Place, Rejects
 from mta.data.readers.rows import RecordPart
 from mta.data.tasks.task import Task
-from mta.system import plugins
 
 Records = Iterator[tuple[Place, dict[str, Any]]]
 

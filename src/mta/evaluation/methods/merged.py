@@ -18,7 +18,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, can_merge, coefficients, merge_adapters, needs_encodings, needs_evidence
-from mta.personalize.policies import POLICIES, policy_of
+from mta.personalize.policies import policy_named, policy_of
 from mta.personalize.stages import adapt
 from mta.system.device import clock
 from mta.training.plan import parameters_of
@@ -59,7 +59,7 @@ class Merged(Method):
     def _check_anchors(self) -> Self:
         if self.anchors is None:
             return self
-        kind = POLICIES.get(self.merge.policy) if self.merge else None
+        kind = policy_named(self.merge.policy) if self.merge and self.merge.policy != "auto" else None
         if self.merge is None or kind is None or kind.gradients or kind.learns:
             raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
         if self.merge.k > self.anchors:
@@ -133,7 +133,7 @@ def adapted(
 def answered(panel: Panel, merge: Merge, seconds: float, mode: MergeMode = "exact", rank: int | None = None) -> Outcome:
     """Answer the panel's queries with everybody's merge over the task LoRA, computed as ``merge_loras`` does."""
     answers: list[Answers] = []
-    known = MergeSettings(policy="uniform", k=merge.ids.shape[1], mode=mode, rank=rank)  # nothing is left to compute
+    known = MergeSettings(policy="posterior", k=merge.ids.shape[1], mode=mode, rank=rank)  # nothing is left to compute
     for cohort in panel.plan(1, known).cohorts:
         start = clock(panel.base.device)
         merged = merge_adapters(panel.bank, merge.select(cohort), mode, rank)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from mta.config import parse_size
+from mta.config import parse_size, plugins
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, Diverged
@@ -18,7 +18,6 @@ from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, Panel
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
-from mta.system import plugins
 from mta.system.atomic import json_sha256
 from mta.training.scoring import label_scores, log_likelihood
 
