@@ -162,7 +162,7 @@ def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
 def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch, out, when):
     bank, copy = folder / "bank", folder / out if out else None
     before = calibrated(folder, base, people_of(10, prefix="more-")) if when == "renamed" else read_info(bank)
-    where, name = (Path, "rename") if when == "renamed" else (add_calibration, "write_info")
+    where, name = (Path, "rename") if when == "renamed" else (add_calibration, "write_described")
     original, forgotten = getattr(where, name), []
 
     def forget_first(*given):

@@ -74,9 +74,7 @@ def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
     assert before == {name: (Path(world.bank) / name).read_bytes() for name in before}
     assert mta(*words, "--json").json["hash"] == found["hash"]  # it is finished
     said = run(*words[:-1], "calibration.steps=2")
-    assert (said.code, f"{copy} is a bank already" in said.err) == (1, True), said.err
-    said = run(*words[:4], "--out", tmp_path, "calibration.people=8")
-    assert (said.code, f"{tmp_path} is not empty, and no copy of {world.bank}" in said.err) == (1, True), said.err
+    assert (said.code, f"{copy} exists already" in said.err) == (1, True), said.err
     said = run(*words, "max_tokens=64")
     assert (said.code, "'max_tokens' cannot be changed here" in said.err) == (1, True), said.err
     said = run(*words[:-2], "calibration.people=4")

@@ -95,15 +95,17 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     assert (whole.people, whole.histories, whole.damaged, whole.strangers) == (3, 3, {}, [])
 
 
-def test_only_a_kept_history_holds_texts_and_no_file_of_a_store_holds_an_id(own_bank, tmp_path):
+def test_only_a_kept_history_holds_texts_and_only_the_list_of_exports_may_name_a_person(own_bank, tmp_path):
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize([EVE, *OTHERS])
-    personal.export(EVE.id, tmp_path / "exports" / EVE.id)
     hashes, places = {"keyed hash", "hash of the texts"}, [tmp_path / "people", tmp_path / "bank"]
     assert {what for _, what in traces(places, EVE, personal.store)} == hashes
+    personal.export(EVE.id, tmp_path / "exports" / EVE.id)
+    named = [Path(path) for path, what in traces(places, EVE, personal.store) if what == "id"]
+    assert [(path.name, path.stat().st_mode & 0o077) for path in named] == [("exports.json", 0)]
     personal.personalize([EVE], histories=[EVE])
     found = traces(places, EVE, personal.store)
-    assert {what for _, what in found} == {*hashes, "texts"}
+    assert {what for _, what in found} == {*hashes, "id", "texts"}
     assert {Path(path).name for path, what in found if what == "texts"} == {"history.json"}
 
 

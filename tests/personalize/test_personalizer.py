@@ -45,9 +45,9 @@ def test_stacks_are_trained(known):
 
 @pytest.mark.parametrize("policy", ["posterior", "laplace", "laplace at mu"])
 @pytest.mark.parametrize("stack", [True, False])
-def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack, policy, monkeypatch):
+def test_a_state_records_the_losses_of_merge_and_stack(trusting, stack, policy, monkeypatch):
     """Losses that a stage computes anyway are not computed again."""
-    base, bank = tiny
+    base, bank = trusting
     mu = bank.calibration.mu * 0 + (0.1 if policy == "laplace at mu" else 0.0)
     bank = replace(bank, calibration=replace(bank.calibration, mu=mu))
     settings = TINY_RUN.merge.model_copy(update={"policy": policy.split()[0]})

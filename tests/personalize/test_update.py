@@ -314,16 +314,6 @@ def test_states_from_before_losses_were_noted_begin_anew(tiny, tmp_path):
     assert personalizer(*tiny, store).update(GROWN[:1]).begun == 1
 
 
-def test_gradients_from_before_their_likelihood_was_kept_begin_anew(tiny, tmp_path):
-    laplace = override(TINY_RUN, ["merge.policy=laplace"]).merge
-    personal, store = started(tiny, tmp_path / "a", merge=laplace), Store(tmp_path / "b")
-    without = {"gradient": (), "loglik": 0.0, "shots": 0}  # as such a state is read
-    for n, person in enumerate(YOUNG):
-        store.save(person.id, replace(personal.state(person.id), **(without if n == 0 else {})))
-    done = personalizer(*tiny, store, merge=laplace).update(GROWN)
-    assert (done.begun, done.kept + done.refreshed) == (1, len(GROWN) - 1)
-
-
 def test_a_person_without_items_is_refused(tiny, tmp_path):
     with pytest.raises(DataError, match="no item"):
         started(tiny, tmp_path).update([Person("p0", ())])

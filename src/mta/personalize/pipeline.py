@@ -25,7 +25,7 @@ from mta.errors import (
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank
-from mta.personalize.merge import check_merge, frozen_numbers, keeps_gradients
+from mta.personalize.merge import check_merge, frozen_numbers
 from mta.personalize.outcomes import Personalized, Updated
 from mta.personalize.policies import is_saturated, policy_of
 from mta.personalize.shots import ShotsJob, shots_of
@@ -374,8 +374,6 @@ class Pipeline:
     def _to_update(self, person: Person, state: State | None, digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
         if state is None or state.settings != digest or not state.losses:
-            return None, 0
-        if keeps_gradients(self.run.merge, self.bank.calibration) and not state.gradient:  # it would miss earlier items
             return None, 0
         if is_saturated(self.run.merge, state.w):
             return None, 0

@@ -126,7 +126,7 @@ def _memory() -> Finding:
         return Finding("memory", "free", "warning", f"unknown on this system; {needs}")
     problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB." if free <= 3 * BASE else ""
     less = f"memory={max((free - BASE) // (1 << 30), 1)}GiB"
-    warning = f"Give {less} (mta demo and mta evaluate: run.{less})." if free <= bound + BASE else ""
+    warning = f"Give {less} (mta demo and mta-lab evaluate: run.{less})." if free <= bound + BASE else ""
     return _judged("memory", "free", f"{human_memory(free)}; {needs}", problem=problem, warning=warning)
 
 
