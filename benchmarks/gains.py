@@ -60,24 +60,24 @@ def _of_tables(text: str) -> Gains:
 
 
 def picture(found: Mapping[str, Gains]) -> Picture:
-    """One panel for each set; the scales differ."""
+    """One batch for each set; the scales differ."""
 
     def draw(ax: Any) -> None:
         ax.axis("off")
         names = list(METHODS)
         for number, (title, rows) in enumerate(found.items()):
-            panel = ax.inset_axes((number / len(found), 0, 0.88 / len(found), 1))
+            batch = ax.inset_axes((number / len(found), 0, 0.88 / len(found), 1))
             for place, one in ((names.index(name), one) for name, one in rows.items()):
                 colour = COLOURS[0] if one.high < 0 else COLOURS[1] if one.low > 0 else MUTED
-                panel.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
-                panel.plot(one.mean, place, "o", color=colour, markersize=5)
-            panel.axvline(0, color=LINE, linewidth=1)
-            panel.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
-            panel.set_ylim(len(names) - 0.5, -0.5)
-            panel.locator_params(axis="x", nbins=4)
-            panel.tick_params(left=False, labelsize=8.5)
-            panel.set_title(title, fontsize=9.5, color=INK)
-            panel.set_xlabel("NLL against task LoRA", fontsize=8.5)
+                batch.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
+                batch.plot(one.mean, place, "o", color=colour, markersize=5)
+            batch.axvline(0, color=LINE, linewidth=1)
+            batch.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            batch.set_ylim(len(names) - 0.5, -0.5)
+            batch.locator_params(axis="x", nbins=4)
+            batch.tick_params(left=False, labelsize=8.5)
+            batch.set_title(title, fontsize=9.5, color=INK)
+            batch.set_xlabel("NLL against task LoRA", fontsize=8.5)
 
     said = "; ".join(
         f"{title}: " + ", ".join(f"{name} {one.mean:+.3f}" for name, one in rows.items())

@@ -23,7 +23,7 @@ from mta.serving.api.auth import Keys
 from mta.serving.launch import serve, service_of, vllm_of
 from mta.store import Store
 from mta.store.state import State
-from mta.system.device import in_passing
+from mta.system.device import run_in_short_thread
 from mta.system.malloc import keep_freed_memory
 
 LENGTH = 512  # tokens of a prompt and its answer
@@ -70,7 +70,7 @@ def main() -> None:
     words.add_argument("--vllm", default="")
     words.add_argument("--alone", action="store_true", help="no adapters at all: the base as it would be served alone")
     args = words.parse_args()
-    base, bank = in_passing(lambda: opened(args.bank, args.dtype))
+    base, bank = run_in_short_thread(lambda: opened(args.bank, args.dtype))
     store = Store(args.store)
     for person in map(str, range(args.people)):
         store.save(person, made_up(base, bank, person))

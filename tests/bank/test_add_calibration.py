@@ -17,7 +17,7 @@ from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
 from mta.bank.calibration.probes import CalibrationWorker
 from mta.bank.format import read_info, verify
-from mta.bank.notes import mark_stale, note_published, published, remove_leftovers, stale, stops
+from mta.bank.notes import forget_marker, mark_stale, note_published, parts_to_rebuild, published, remove_leftovers
 from mta.config import CalibrationSettings, Run, load_settings, override
 from mta.data.history import Item, Person
 from mta.data.tasks import PromptFormat, load_task
@@ -177,7 +177,7 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
     assert forgotten[0].complete
     assert found.hash == before.hash
     assert found.info.members.parts_of(OTHERS[0].id) == []
-    assert stale(bank) == []
+    assert parts_to_rebuild(bank) == []
     assert [path.name for path in folder.iterdir()] == ["bank"]
 
 
@@ -242,7 +242,7 @@ def test_a_bank_that_cannot_be_replaced_is_refused_before_anything_is_measured(f
 def test_a_copy_follows_its_bank_in_forgetting(folder, base):
     (folder / "bank" / "needs-rebuild.json").write_text(json.dumps({"needs_rebuild": ["anchor", "calibration"]}))
     calibrated(folder, base, out=folder / "copy")
-    assert stale(folder / "copy") == ["anchor"]
+    assert parts_to_rebuild(folder / "copy") == ["anchor"]
 
 
 def test_a_copy_replaces_no_other_bank(folder, base):
@@ -262,7 +262,7 @@ def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
 
 
 def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(folder, base):
-    since = stops(folder / "bank")
+    since = forget_marker(folder / "bank")
     forget_person(OTHERS[0].id, None, folder / "bank")
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
         calibrated(folder, base, since=since)
@@ -312,9 +312,9 @@ def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
     bank = calibrated(folder, base)
     used = next(p.id for p in OTHERS if bank.info.members.parts_of(p.id))
     forget_person(used, None, folder / "bank")
-    assert stale(folder / "bank") == ["calibration"]
+    assert parts_to_rebuild(folder / "bank") == ["calibration"]
     calibrated(folder, base, [person for person in OTHERS if person.id != used])
-    assert stale(folder / "bank") == []
+    assert parts_to_rebuild(folder / "bank") == []
 
 
 def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):

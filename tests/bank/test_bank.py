@@ -18,7 +18,7 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import PUBLISHED, file_hashes, read_info
 from mta.bank.members import Members
-from mta.bank.notes import mark_stale, note_published, stale
+from mta.bank.notes import mark_stale, note_published, parts_to_rebuild
 from mta.config import Lora
 from mta.errors import BankError, BankMismatch, BankNotFound
 from mta.model.encoders import encode_people
@@ -281,9 +281,9 @@ def test_forgetting_lists_the_parts_trained_on_a_person(folder):
     members = read_info(folder).members
     anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.parts_of(p.id))
     other = next(p.id for p in people_of(12, prefix="c") if "calibration" in members.parts_of(p.id))
-    assert stale(folder) == []
+    assert parts_to_rebuild(folder) == []
     assert mark_stale(folder, other) == ["clusters", "calibration"]
-    assert stale(folder) == ["calibration", "clusters"]
+    assert parts_to_rebuild(folder) == ["calibration", "clusters"]
     assert mark_stale(folder, anchor) == ["task LoRA", "clusters", "anchor"]
     assert mark_stale(folder, "t2") == ["task LoRA"]
     assert json.loads((folder / "needs-rebuild.json").read_text()) == {

@@ -9,9 +9,9 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mta.bank.calibration.chosen_settings import one_step, with_calibrated_settings
 from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
-from mta.bank.calibration.settle import one_step, settled
 from mta.bank.card import in_words
 from mta.config import Run, StackSettings, override
 
@@ -125,13 +125,13 @@ FOUND = CalibrationInfo(
 
 
 def test_a_run_follows_the_calibration():
-    run = settled(Run(), FOUND, SHAPE)
+    run = with_calibrated_settings(Run(), FOUND, SHAPE)
     assert (run.merge.policy, run.stack.training) == ("laplace", one_step(3.2e-3))
-    assert settled(run, FOUND, SHAPE) == run
+    assert with_calibrated_settings(run, FOUND, SHAPE) == run
 
 
 def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
-    run = settled(Run(), None, SHAPE)
+    run = with_calibrated_settings(Run(), None, SHAPE)
     assert (run.merge.policy, run.stack.training) == ("posterior", Run().stack.training)
 
 
@@ -144,18 +144,20 @@ def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
     ids=["words", "file"],
 )
 def test_what_is_given_counts(run):
-    found = settled(run, FOUND, SHAPE)
+    found = with_calibrated_settings(run, FOUND, SHAPE)
     assert (found.merge.policy, found.stack.training.steps) == ("ridge", 2)
 
 
 def test_training_given_in_python_counts():
     training = one_step(0.5)
-    assert settled(Run(stack=StackSettings(training=training)), FOUND, SHAPE).stack.training == training
+    assert (
+        with_calibrated_settings(Run(stack=StackSettings(training=training)), FOUND, SHAPE).stack.training == training
+    )
 
 
 @pytest.mark.parametrize("words", [["merge.k=2"], ["merge.retrieve=loss"], ["merge.policy=similarity"]])
 def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
-    run = settled(override(Run(), words), FOUND, SHAPE)
+    run = with_calibrated_settings(override(Run(), words), FOUND, SHAPE)
     assert run.merge.policy in ("posterior", "similarity")
     assert run.stack.training == Run().stack.training
 
@@ -163,13 +165,13 @@ def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
 @pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"], ["merge.mode=factor"]])
 @pytest.mark.parametrize("rate", [0.0, 3.2e-3])
 def test_a_calibration_is_for_stacks_of_its_shape_over_merges_as_they_are(words, rate):
-    run = settled(override(Run(), words), FOUND.model_copy(update={"rate": rate}), SHAPE)
+    run = with_calibrated_settings(override(Run(), words), FOUND.model_copy(update={"rate": rate}), SHAPE)
     assert run.merge.policy == "laplace"
     assert (run.stack.enabled, run.stack.training) == (True, Run().stack.training)
 
 
 def test_a_stack_that_does_not_help_is_not_trained():
-    assert not settled(Run(), FOUND.model_copy(update={"rate": 0.0}), SHAPE).stack.enabled
+    assert not with_calibrated_settings(Run(), FOUND.model_copy(update={"rate": 0.0}), SHAPE).stack.enabled
 
 
 @pytest.mark.parametrize(("mean", "said"), [(0.0, False), (0.1, True)])

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
 from mta.bank.calibration.choices import RATES
+from mta.bank.calibration.chosen_settings import one_step, with_calibrated_settings
 from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, Probe, key_of, run_probe
-from mta.bank.calibration.settle import one_step, settled
 from mta.bank.card import in_words
 from mta.config import CalibrationSettings, Lora, Run
 from mta.lora.layers import Gated, PerPerson, Shared
@@ -131,7 +131,7 @@ def test_too_few_people_give_the_documented_defaults(scene, people):
     found = calibrated(scene, known(people))
     assert float(found.mu.abs().max()) == 0
     assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, None, ())
-    assert settled(Run(), found.info, Lora()) == settled(Run(), None, Lora())
+    assert with_calibrated_settings(Run(), found.info, Lora()) == with_calibrated_settings(Run(), None, Lora())
     assert "too few" in found.info.notes[0]
 
 

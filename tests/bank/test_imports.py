@@ -90,7 +90,7 @@ def test_a_merge_of_imported_loras_is_the_sum_of_their_updates(trained, tmp_path
     bank = imported(tmp_path / "bank", folders)
     assert (len(bank), bank.anchors.rank, bank.task_lora, bank.calibration) == (5, 4, None, None)
     check_merge(bank, dense, list(KINDS))
-    assert bank.settled().merge.policy == "posterior"
+    assert bank.with_calibrated_settings().merge.policy == "posterior"
     again = imported(tmp_path / "again", folders[::-1])
     assert torch.equal(again.anchors.delta(bank.anchors.names[0]), bank.anchors.delta(bank.anchors.names[0]))
     assert again.info.members.hashed.key != bank.info.members.hashed.key  # nobody can derive it

@@ -24,7 +24,7 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.bank.format import INFO, STALE, file_hashes, read_info
 from mta.bank.notes import mark_stale, published
-from mta.bank.publish import bank_folder, bank_parcel, publish_bank
+from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, BankNotFound, HubError, InputError
 from mta.personalize import forget_person
@@ -132,14 +132,14 @@ def test_a_bank_that_is_calibrated_while_its_files_are_listed_is_refused(hub, fo
         trust(folder)
 
     monkeypatch.setattr("mta.bank.publish.verify", calibrated)
-    assert "calibrated" in refused(BankError, bank_parcel, folder, NAME)
+    assert "calibrated" in refused(BankError, bank_upload, folder, NAME)
 
 
 def test_a_bank_that_is_calibrated_again_before_it_is_sent_arrives_whole(hub, folder):
     trust(folder)
-    parcel = bank_parcel(folder, NAME)
+    upload = bank_upload(folder, NAME)
     (folder / "calibration.safetensors").write_bytes(b"of another calibration")
-    publish_bank(folder, NAME, parcel)
+    publish_bank(folder, NAME, upload)
     assert Bank.from_pretrained(NAME, BASE).hash == read_info(folder).hash
 
 
@@ -172,18 +172,18 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
 
 
 def test_a_parcel_from_before_a_forgetting_is_not_sent_though_the_bank_was_made_anew(hub, bank):
-    parcel = bank_parcel(bank.folder, NAME)
+    upload = bank_upload(bank.folder, NAME)
     forget_person("t2", None, bank.folder)
     (bank.folder / STALE).unlink()
-    assert "forgotten meanwhile" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
+    assert "forgotten meanwhile" in refused(BankError, publish_bank, bank.folder, NAME, upload)
     assert published(bank.folder) == []
     assert hub.repos[NAME].files == {}
 
 
 def test_a_bank_whose_person_is_forgotten_before_it_is_sent_is_not_published(hub, bank):
-    parcel = bank_parcel(bank.folder, NAME)
+    upload = bank_upload(bank.folder, NAME)
     forget_person("t2", None, bank.folder)
-    assert "a forgotten person is in" in refused(BankError, publish_bank, bank.folder, NAME, parcel)
+    assert "a forgotten person is in" in refused(BankError, publish_bank, bank.folder, NAME, upload)
     assert not any(INFO in repo.files for repo in hub.repos.values())
     assert published(bank.folder) == []
 
@@ -298,14 +298,14 @@ def test_what_was_fetched_once_opens_without_a_network(hub, bank, monkeypatch):
 
 
 def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
-    parcel = bank_parcel(bank.folder, NAME)
-    assert sorted(parcel.sizes()) == SENT
-    assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
-    assert parcel.facts["license"].startswith("none (--license)")
-    assert parcel.facts["members"].startswith("not sent (members.json): readers of this file can test")
-    assert "7 people behind the task LoRA, 12 candidates, and 3 anchors" in parcel.facts["data"]
+    upload = bank_upload(bank.folder, NAME)
+    assert sorted(upload.sizes()) == SENT
+    assert upload.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
+    assert upload.facts["license"].startswith("none (--license)")
+    assert upload.facts["members"].startswith("not sent (members.json): readers of this file can test")
+    assert "7 people behind the task LoRA, 12 candidates, and 3 anchors" in upload.facts["data"]
     assert hub.requests == []
-    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
+    assert bank_upload(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
 
 def results_of(bank, **meta) -> dict:
@@ -349,14 +349,14 @@ def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
     }.items():
         run = json.loads((folder / "bank.json").read_text())["run"] | {"base": base}
         rewritten(folder, base=base, run=run)
-        card = ModelCard(bank_parcel(folder, NAME).files["README.md"].decode())
+        card = ModelCard(bank_upload(folder, NAME).files["README.md"].decode())
         assert card.data.to_dict().get("base_model") == expected
 
 
 @pytest.mark.parametrize("written", ["[]", "{}", "no", '{"methods": [], "people": 1, "queries_per_person": 1}'])
 def test_results_that_are_none_are_refused(bank, tmp_path, written):
     (tmp_path / "r.json").write_text(written)
-    said = refused(InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json")
+    said = refused(InputError, bank_upload, bank.folder, NAME, results=tmp_path / "r.json")
     assert said.startswith(f"{tmp_path / 'r.json'} cannot be shown on the card: ")
     assert said.endswith("\n  Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/")
 
@@ -364,7 +364,7 @@ def test_results_that_are_none_are_refused(bank, tmp_path, written):
 def test_results_of_another_bank_are_refused(bank, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(results_of(bank, bank_seconds={"anchors": 1e6})))
     assert "holds the results of another bank" in refused(
-        InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json"
+        InputError, bank_upload, bank.folder, NAME, results=tmp_path / "r.json"
     )
 
 

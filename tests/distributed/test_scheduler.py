@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mta.distributed.executor import Piece
-from mta.distributed.ray import Cluster, Crew, PieceScheduler, Worker
+from mta.distributed.ray import Cluster, PieceScheduler, Worker, WorkerPool
 from mta.errors import ClusterError
 from mta.system.provenance import sources_digest
 
@@ -58,7 +58,7 @@ def made_up_cluster(good, workers, attempts=2):
         ref.turn = turn
         return ref
 
-    def hire():
+    def start_worker():
         hired.append(None)
         fails = len(hired) > good
         worker = SimpleNamespace(open=SimpleNamespace(), run=SimpleNamespace())
@@ -66,12 +66,14 @@ def made_up_cluster(good, workers, attempts=2):
         worker.run.remote = lambda function, piece: call(1000, "done")
         return worker
 
-    return SimpleNamespace(ray=Ray(), workers=workers, attempts=attempts, hire=hire, stop=lambda _: None), hired
+    return SimpleNamespace(
+        ray=Ray(), workers=workers, attempts=attempts, start_worker=start_worker, stop=lambda _: None
+    ), hired
 
 
 def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     cluster, hired = made_up_cluster(good=1, workers=2)
-    found = list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One() for _ in range(40)]))
+    found = list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One() for _ in range(40)]))
     assert [one.result for one in found] == ["done"] * 40
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
@@ -80,12 +82,12 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
 def test_workers_that_all_cannot_start_end_the_run(workers):
     cluster, _ = made_up_cluster(good=0, workers=workers)
     with pytest.raises(ClusterError, match="3 workers in a row could not start"):
-        list(PieceScheduler(cluster, None, Crew(None, {}, None)).work_through([One()]))
+        list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One()]))
 
 
 def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
     cluster, hired = made_up_cluster(good=2, workers=2)
-    dead = [cluster.hire() for _ in range(2)]
+    dead = [cluster.start_worker() for _ in range(2)]
     for worker in dead:
 
         def died():
@@ -94,11 +96,11 @@ def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
         died.turn = 0
         worker.run.remote = lambda function, piece, died=died: died
     hired.clear()
-    crew = Crew(None, {}, None, idle=[*dead])
-    found = list(PieceScheduler(cluster, None, crew).work_through([One()]))
+    pool = WorkerPool(None, {}, None, idle=[*dead])
+    found = list(PieceScheduler(cluster, None, pool).work_through([One()]))
     assert [one.result for one in found] == ["done"]
     assert len(hired) == 1
-    assert not [worker for worker in crew.idle if worker in dead]
+    assert not [worker for worker in pool.idle if worker in dead]
 
 
 def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again():
@@ -110,8 +112,8 @@ def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again()
     opened = lambda: None  # noqa: E731
     opened.turn = 0
     worker.open.remote = lambda made: opened
-    cluster = SimpleNamespace(ray=Ray(), workers=1, attempts=2, hire=lambda: worker, stop=lambda _: None)
-    (found,) = PieceScheduler(cluster, None, Crew(None, {}, None, idle=[worker])).work_through([One()])
+    cluster = SimpleNamespace(ray=Ray(), workers=1, attempts=2, start_worker=lambda: worker, stop=lambda _: None)
+    (found,) = PieceScheduler(cluster, None, WorkerPool(None, {}, None, idle=[worker])).work_through([One()])
     assert found.error == "workers died of it, Died"
 
 
@@ -120,8 +122,8 @@ def three(monkeypatch):
     """A cluster of three workers, and those that were hired and stopped."""
     made_up, hired = made_up_cluster(good=1000, workers=3)
     cluster = object.__new__(Cluster)
-    cluster.ray, cluster.workers, cluster.attempts, cluster.hire = Ray(), 3, 2, made_up.hire
-    cluster.crew, cluster.gpus, cluster.threads = None, 0, 1
+    cluster.ray, cluster.workers, cluster.attempts, cluster.start_worker = Ray(), 3, 2, made_up.start_worker
+    cluster.pool, cluster.gpus, cluster.threads = None, 0, 1
     stopped = []
     monkeypatch.setattr(Ray, "kill", lambda _, worker: stopped.append(worker))
     return cluster, hired, stopped

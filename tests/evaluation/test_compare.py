@@ -9,7 +9,7 @@ from mta.config import CompareSettings, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import Diverged, InputError
-from mta.evaluation import Context, Panel, context, run_methods
+from mta.evaluation import Context, TestBatch, context, run_methods
 from mta.evaluation.compare import compare, standard_methods
 from mta.evaluation.methods import (
     Base,
@@ -44,10 +44,10 @@ ALL = [
 ]
 
 
-def panel_of(tiny, people=None, shots=SHOTS, queries=QUERIES):
+def batch_of(tiny, people=None, shots=SHOTS, queries=QUERIES):
     base, bank = tiny
     people = people_of(PEOPLE, prefix="x", seed=7) if people is None else people
-    return Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=shots, queries=queries)
+    return TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=shots, queries=queries)
 
 
 def with_other_answers(person):
@@ -60,11 +60,11 @@ def with_other_answers(person):
 
 
 @pytest.fixture
-def panel(tiny):
-    return panel_of(tiny)
+def batch(tiny):
+    return batch_of(tiny)
 
 
-def test_all_methods_answer_the_same_queries(panel, monkeypatch):
+def test_all_methods_answer_the_same_queries(batch, monkeypatch):
     asked = []
 
     def watched(base, task, queries, adapters=(), **how):
@@ -73,20 +73,20 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
 
     label_scores = method.label_scores
     monkeypatch.setattr(method, "label_scores", watched)
-    found = run_methods(panel, ALL)
+    found = run_methods(batch, ALL)
     assert len(asked) == len(ALL) - 2  # constants need no model
-    assert all(queries == panel.queries for queries in asked)
+    assert all(queries == batch.queries for queries in asked)
     for row in found.rows:
         assert [len(answers.texts) for answers in row.answers] == [QUERIES] * PEOPLE
         assert all(values.shape == (1, PEOPLE) for values in row.people.values())
         assert torch.stack(row.nll).shape == (PEOPLE, QUERIES)
-        by_hand = [measure(panel.bank.task, a, golds).metrics["MAE"] for a, golds in zip(row.answers, panel.golds)]
+        by_hand = [measure(batch.bank.task, a, golds).metrics["MAE"] for a, golds in zip(row.answers, batch.golds)]
         assert row.people["MAE"].tolist() == [pytest.approx(by_hand)]
 
 
-def test_rows_have_the_order_names_and_costs_of_the_methods(panel):
+def test_rows_have_the_order_names_and_costs_of_the_methods(batch):
     started = []
-    found = run_methods(panel, ALL, on_method=started.append)
+    found = run_methods(batch, ALL, on_method=started.append)
     names = [row.name for row in found.rows]
     assert names == started == [method.name for method in ALL]
     assert len(set(names)) == len(names)
@@ -141,19 +141,19 @@ def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))
 
 
-def test_shots_never_include_queries(panel):
-    for person, queries, whole in zip(panel.people, panel.queries, people_of(PEOPLE, prefix="x", seed=7)):
+def test_shots_never_include_queries(batch):
+    for person, queries, whole in zip(batch.people, batch.queries, people_of(PEOPLE, prefix="x", seed=7)):
         assert person.items == whole.items[:SHOTS]
         assert queries == whole.items[SHOTS : SHOTS + QUERIES]
         assert max(item.time for item in person.items) < min(item.time for item in queries)
-    assert [len(job.examples) for job in panel.jobs] == [SHOTS] * PEOPLE
+    assert [len(job.examples) for job in batch.jobs] == [SHOTS] * PEOPLE
 
 
 def test_no_method_learns_from_the_answers_to_queries(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     methods = [method for method in ALL if method.name not in {"base", "task LoRA"}]
     one, other = (
-        run_methods(panel_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
+        run_methods(batch_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
     )
     assert not torch.equal(one.row("MTA").people["MAE"], other.row("MTA").people["MAE"])  # the answers did change
     for row, again in zip(one.rows, other.rows):
@@ -165,25 +165,25 @@ def test_no_method_learns_from_the_answers_to_queries(tiny):
 def test_queries_of_the_benchmark_replace_later_items(tiny):
     own = tuple(Item({"title": f"Asked {n}", "genres": "Drama", "rating": "2"}, is_query=True) for n in range(4))
     people = [dataclasses.replace(person, queries=own) for person in people_of(2, prefix="x")]
-    panel = panel_of(tiny, people)
-    assert panel.queries == [own[-QUERIES:]] * 2
-    assert not any(set(own) & set(person.items) for person in panel.people)
+    batch = batch_of(tiny, people)
+    assert batch.queries == [own[-QUERIES:]] * 2
+    assert not any(set(own) & set(person.items) for person in batch.people)
 
 
 @pytest.mark.parametrize("prefix", ["c", "t"])  # candidates for anchors, and people behind the task LoRA
 def test_people_in_the_bank_are_refused(tiny, prefix):
     with pytest.raises(InputError, match="1 of 3 people are in the bank or its task LoRA"):
-        panel_of(tiny, [*people_of(2, prefix="x"), *people_of(1, prefix=prefix)])
+        batch_of(tiny, [*people_of(2, prefix="x"), *people_of(1, prefix=prefix)])
 
 
 def test_a_short_history_is_refused(tiny):
     with pytest.raises(InputError, match="6 items; 4 shots and 3 queries"):
-        panel_of(tiny, shots=4)
+        batch_of(tiny, shots=4)
 
 
-def test_people_are_measured_with_every_seed(panel):
-    both = run_methods(panel, [ADAPT], seeds=(0, 1)).row("adapt only")
-    first, second = (run_methods(panel, [ADAPT], seeds=(seed,)).row("adapt only") for seed in (0, 1))
+def test_people_are_measured_with_every_seed(batch):
+    both = run_methods(batch, [ADAPT], seeds=(0, 1)).row("adapt only")
+    first, second = (run_methods(batch, [ADAPT], seeds=(seed,)).row("adapt only") for seed in (0, 1))
     assert not torch.equal(torch.stack(first.nll), torch.stack(second.nll))
     assert torch.allclose(torch.stack(both.nll), (torch.stack(first.nll) + torch.stack(second.nll)) / 2)
     for metric, values in both.people.items():
@@ -191,33 +191,33 @@ def test_people_are_measured_with_every_seed(panel):
     assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's answers
 
 
-def test_a_method_that_diverges_is_an_error_and_no_result(panel):
+def test_a_method_that_diverges_is_an_error_and_no_result(batch):
     diverging = OneLora(name="OPPU", training=Training(lr=1e200, steps=3, batch_size=8))
     with pytest.raises(Diverged, match="OPPU, seed 0: a person's score is not finite"):
-        run_methods(panel, [diverging])
+        run_methods(batch, [diverging])
 
 
-def test_the_same_seed_gives_the_same_numbers(panel, tiny):
-    one, again = (run_methods(p, [MTA]).row("MTA") for p in (panel, panel_of(tiny)))
+def test_the_same_seed_gives_the_same_numbers(batch, tiny):
+    one, again = (run_methods(p, [MTA]).row("MTA") for p in (batch, batch_of(tiny)))
     assert torch.equal(torch.stack(one.nll), torch.stack(again.nll))
     assert torch.equal(one.merge.w, again.merge.w)
 
 
-def test_a_method_without_seed_runs_once(panel):
+def test_a_method_without_seed_runs_once(batch):
     seeds = []
 
     class Fixed(Method):
         name: str = "fixed"
 
-        def run(self, panel, seed):
+        def run(self, batch, seed):
             seeds.append(seed)
             return Outcome([Answers(["3"] * QUERIES)] * PEOPLE, 0.0, 0.0)
 
-    run_methods(panel, [Fixed()], seeds=(0, 1, 2))
+    run_methods(batch, [Fixed()], seeds=(0, 1, 2))
     assert seeds == [0]
 
 
-def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(panel, monkeypatch):
+def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(batch, monkeypatch):
     gathered = []
 
     def watched(*args, **how):
@@ -226,26 +226,26 @@ def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(pa
 
     gather = context.gather_evidence
     monkeypatch.setattr(context, "gather_evidence", watched)
-    rows = run_methods(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
+    rows = run_methods(batch, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
-    assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
+    assert all(row.seconds >= batch.evidence_seconds > 0 for row in rows)
 
 
-def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(panel, monkeypatch):
+def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(batch, monkeypatch):
     run = TaskLora.run
 
-    def timed(self, panel, seed):
-        assert "jobs" in vars(panel)  # tokenized before the method begins
-        return dataclasses.replace(run(self, panel, seed), seconds=8.0)
+    def timed(self, batch, seed):
+        assert "jobs" in vars(batch)  # tokenized before the method begins
+        return dataclasses.replace(run(self, batch, seed), seconds=8.0)
 
     monkeypatch.setattr(TaskLora, "run", timed)
-    workspace = SimpleNamespace(panel=lambda *_: panel, hashed=str, question_id=lambda *_: "q")
+    workspace = SimpleNamespace(batch_of=lambda *_: batch, hashed=str, question_id=lambda *_: "q")
     asked = SimpleNamespace(
         part=SimpleNamespace(bank="main"), seed=0, shots=SHOTS, batch=None, key="", protocol="", method=TaskLora()
     )
     assert [record.seconds for record in compute_records(workspace, asked)] == [8.0 / PEOPLE] * PEOPLE
-    del vars(panel)["jobs"]
-    run_methods(panel, [TaskLora(name="anew")])
+    del vars(batch)["jobs"]
+    run_methods(batch, [TaskLora(name="anew")])
 
 
 def row_of(name, nll):
@@ -286,7 +286,7 @@ def test_paired_differences_and_who_is_worse_off(task):
 
 def test_a_comparison_resamples_groups_of_people(tiny, task):
     people = [dataclasses.replace(p, group="g" if n < 2 else "") for n, p in enumerate(people_of(PEOPLE, prefix="x"))]
-    found = run_methods(panel_of(tiny, people), [TaskLora(), Base()])
+    found = run_methods(batch_of(tiny, people), [TaskLora(), Base()])
     values = found.row("base").people["NLL"] - found.row("task LoRA").people["NLL"]
     assert found.groups == ("g", "g", "", "")
     assert found.difference("base", "task LoRA", "NLL") == bootstrap(values, groups=found.groups) != bootstrap(values)
@@ -306,7 +306,7 @@ def test_people_who_share_items_with_bank_members_are_not_tested(tiny, caplog):
     kin = [dataclasses.replace(one, group="c0") for one in (member, others[0])]
     evaluation = CompareSettings(shots=2, queries=2, policies=())
     found = compare(base, bank, [*kin, *others[1:]], evaluation, run=TINY_RUN, encoder=HashEncoder())
-    assert [person.id for person in found.panel.people] == ["x1", "x2", "x3", "x4"]
+    assert [person.id for person in found.batch.people] == ["x1", "x2", "x3", "x4"]
     assert "1 people are left out, because they share items with people in the bank" in caplog.text
 
 

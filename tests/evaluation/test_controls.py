@@ -17,19 +17,19 @@ from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, MergeThenAdapt, OtherPerson, PopulationMerge, TaskLora
 from mta.evaluation.methods.controls import givers_of
 from mta.evaluation.methods.method import answer
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.lora.layers import Shared
 from mta.personalize.merge import Merge, merge_loras
 
 PEOPLE = people_of(4, prefix="x", seed=7)
 
 
-def panel_of(base, bank) -> Panel:
-    return Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), PEOPLE, shots=4, queries=2)
+def panel_of(base, bank) -> TestBatch:
+    return TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), PEOPLE, shots=4, queries=2)
 
 
 @pytest.fixture
-def panel(tiny):
+def batch(tiny):
     return panel_of(*tiny)
 
 
@@ -52,12 +52,12 @@ def test_each_person_gets_the_shots_of_another_group(groups, order):
 
 
 @pytest.mark.parametrize("over", [Merged(merge=MergeSettings(policy="posterior", k=0)), MergeThenAdapt()])
-def test_other_persons_shots_give_other_persons_models(panel, over):
+def test_other_persons_shots_give_other_persons_models(batch, over):
     """Person u is answered by the model of their giver, as if the giver had asked their questions."""
-    givers = [panel.people.index(giver) for giver in givers_of(panel.people, panel.people)]
-    asked_by_givers = [panel.queries[givers.index(u)] for u in range(len(givers))]
-    expected = over.run(panel.with_queries(asked_by_givers), seed=0)
-    found = OtherPerson(over=over).run(panel, seed=0)
+    givers = [batch.people.index(giver) for giver in givers_of(batch.people, batch.people)]
+    asked_by_givers = [batch.queries[givers.index(u)] for u in range(len(givers))]
+    expected = over.run(batch.with_queries(asked_by_givers), seed=0)
+    found = OtherPerson(over=over).run(batch, seed=0)
     for u, giver in enumerate(givers):
         torch.testing.assert_close(found.merge.w[u], expected.merge.w[giver], rtol=0, atol=1e-12)
         torch.testing.assert_close(found.answers[u].scores, expected.answers[giver].scores, rtol=0, atol=1e-10)
@@ -65,23 +65,23 @@ def test_other_persons_shots_give_other_persons_models(panel, over):
 
 def test_a_panel_of_some_people_takes_others_from_all_tested_people(tiny):
     context = Context(*tiny, HashEncoder(), TINY_RUN)
-    every = Panel.of(context, PEOPLE, shots=4, queries=2)
-    some = Panel.of(context, PEOPLE[1:3], shots=4, queries=2, tested=PEOPLE)
+    every = TestBatch.of(context, PEOPLE, shots=4, queries=2)
+    some = TestBatch.of(context, PEOPLE[1:3], shots=4, queries=2, tested=PEOPLE)
     control = OtherPerson(over=Merged(merge=MergeSettings(policy="posterior", k=0)))
     torch.testing.assert_close(control.run(some, 0).merge.w, control.run(every, 0).merge.w[1:3], rtol=0, atol=1e-12)
     with pytest.raises(ConfigError, match="cannot use prompts that show earlier items"):
-        control.run(Panel.of(context, PEOPLE, shots=4, queries=2, retrieve=1), 0)
+        control.run(TestBatch.of(context, PEOPLE, shots=4, queries=2, retrieve=1), 0)
 
 
 def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     base, bank = tiny
     mu = torch.linspace(-0.5, 0.7, len(bank), dtype=torch.float64)
     known = Calibration(mu, torch.eye(len(bank), dtype=torch.float64), CalibrationInfo(ridge=0.3, prior=1.0))
-    panel = panel_of(base, replace(bank, calibration=known))
-    found = PopulationMerge().run(panel, seed=0)
+    batch = panel_of(base, replace(bank, calibration=known))
+    found = PopulationMerge().run(batch, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
     dense = merge_loras(bank.device_anchors, merge)
-    expected = answer(panel, range(len(panel.people)), [*bank.task_adapters, Shared(dense)])
+    expected = answer(batch, range(len(batch.people)), [*bank.task_adapters, Shared(dense)])
     assert found.bytes_per_person == 0
     for one, other in zip(found.answers, expected):
         torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-10)
@@ -93,6 +93,6 @@ def test_without_a_calibration_there_is_no_population_merge(tiny):
         PopulationMerge().run(panel_of(base, replace(bank, calibration=None)), seed=0)
 
 
-def test_the_control_of_a_method_that_does_not_personalize_is_the_method(panel):
-    one, other = TaskLora().run(panel, 0), OtherPerson(over=TaskLora()).run(panel, 0)
+def test_the_control_of_a_method_that_does_not_personalize_is_the_method(batch):
+    one, other = TaskLora().run(batch, 0), OtherPerson(over=TaskLora()).run(batch, 0)
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(one.answers, other.answers))

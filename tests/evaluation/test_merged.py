@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import POSTERIOR, QUERIES, SHOTS, panel_of, same
+from batches import batch as batch  # the fixture
 from conftest import HashEncoder, memory_for, people_of
-from panels import POSTERIOR, QUERIES, SHOTS, panel_of, same
-from panels import panel as panel  # the fixture
 
+from mta.bank.calibration.chosen_settings import one_step
 from mta.bank.calibration.info import CalibrationInfo, Gain
-from mta.bank.calibration.settle import one_step
 from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, MergeThenAdapt, OneLora
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.personalize.merge import frozen_numbers
 from mta.training.plan import parameters_of
 from mta_lab.methods.published import Prime
@@ -31,14 +31,14 @@ STACK = StackSettings(lora=SHAPE, training=Training(lr=1e-2, steps=2, batch_size
     ],
     ids=lambda method: method.method,
 )
-def test_cohorts_one_after_another_give_the_answers_of_all_people_together(panel, method):
-    base, bank = panel.base, panel.bank
+def test_cohorts_one_after_another_give_the_answers_of_all_people_together(batch, method):
+    base, bank = batch.base, batch.bank
     below = frozen_numbers(bank, None if isinstance(method, OneLora) else POSTERIOR)
-    memory = memory_for(base, panel.jobs, parameters_of(base, SHAPE), 1, below=below)
-    run = panel.context.run.model_copy(update={"memory": memory})
-    narrow = replace(panel, context=replace(panel.context, run=run))
+    memory = memory_for(base, batch.jobs, parameters_of(base, SHAPE), 1, below=below)
+    run = batch.context.run.model_copy(update={"memory": memory})
+    narrow = replace(batch, context=replace(batch.context, run=run))
     assert len(narrow.plan(parameters_of(base, SHAPE), None if isinstance(method, OneLora) else POSTERIOR).cohorts) > 1
-    assert same(method.run(narrow, 0), method.run(panel, 0), tolerance=1e-9)
+    assert same(method.run(narrow, 0), method.run(batch, 0), tolerance=1e-9)
 
 
 def test_a_stack_without_a_merge_trains_like_the_stack_of_the_calibration(trusting):
@@ -51,8 +51,8 @@ def test_a_stack_without_a_merge_trains_like_the_stack_of_the_calibration(trusti
     )
     calibrated, people = replace(bank, info=info), people_of(3, prefix="x", seed=7)
 
-    def on(run: Run) -> Panel:
-        return Panel.of(Context(base, calibrated, HashEncoder(), run), people, shots=SHOTS, queries=QUERIES)
+    def on(run: Run) -> TestBatch:
+        return TestBatch.of(Context(base, calibrated, HashEncoder(), run), people, shots=SHOTS, queries=QUERIES)
 
     stack = StackSettings(lora=SHAPE, training=Training(lr=0.5, steps=3), calibrated=True)
     run = Run(memory="64MiB", merge=MergeSettings(), stack=stack)

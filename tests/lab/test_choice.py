@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from batches import PEOPLE, POSTERIOR, QUERIES, SHOTS
+from batches import batch as batch  # the fixture
 from conftest import TINY_RUN, HashEncoder, people_of
-from panels import PEOPLE, POSTERIOR, QUERIES, SHOTS
-from panels import panel as panel  # the fixture
 from pydantic import ValidationError
 
 from mta.config import Training
@@ -14,7 +14,7 @@ from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, OneLora, Outcome, TaskLora
 from mta.evaluation.methods.method import parse_method
 from mta.evaluation.metrics import Answers, query_nll
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta_lab.methods.combined import Chosen, pick
 
 
@@ -28,31 +28,31 @@ def test_pick_needs_a_gain_above_the_margin():
     assert pick(torch.tensor([[1.0], [0.5]]), 1.0) == 1
 
 
-def test_chosen_returns_the_answers_of_each_persons_candidate(panel):
+def test_chosen_returns_the_answers_of_each_persons_candidate(batch):
     candidates = (TaskLora(), Merged(merge=POSTERIOR), OneLora(name="harmful", training=Training(lr=0.5, steps=3)))
     method = Chosen(candidates=candidates, margin=0.0)
-    found = method.run(panel, 0)
-    every = {c.name: c.run(panel, 0) for c in candidates}
-    folds, owners = panel.folds(method.folds)
+    found = method.run(batch, 0)
+    every = {c.name: c.run(batch, 0) for c in candidates}
+    folds, owners = batch.folds(method.folds)
     held_out = [c.run(folds, 0).answers for c in candidates]
     for u, name in enumerate(found.chosen):
         rows = [row for row, owner in enumerate(owners) if owner == u]
         losses = [torch.cat([query_nll(folds.task, one[row], folds.golds[row]) for row in rows]) for one in held_out]
         assert name == candidates[pick(torch.stack(losses), 0.0)].name
         assert torch.equal(found.answers[u].scores, every[name].answers[u].scores)
-    assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
+    assert set(Chosen(candidates=candidates, margin=1e9).run(batch, 0).chosen) == {"task LoRA"}
 
 
-def test_an_outcome_is_computed_once_per_panel(panel, monkeypatch):
+def test_an_outcome_is_computed_once_per_panel(batch, monkeypatch):
     candidates = (TaskLora(), Merged(merge=POSTERIOR))
-    before = [candidate.outcome(panel, 0) for candidate in candidates]
+    before = [candidate.outcome(batch, 0) for candidate in candidates]
     ran = []
     monkeypatch.setattr(TaskLora, "run", lambda self, asked, seed: ran.append(asked) or before[0])
-    assert TaskLora().outcome(panel, 0) is before[0]
+    assert TaskLora().outcome(batch, 0) is before[0]
     assert not ran
-    assert TaskLora(name="by another name").outcome(panel, 0) is before[0]
-    TaskLora().outcome(panel.profiled(1), 0)
-    assert len(ran) == 1  # another panel has other prompts
+    assert TaskLora(name="by another name").outcome(batch, 0) is before[0]
+    TaskLora().outcome(batch.profiled(1), 0)
+    assert len(ran) == 1  # another batch has other prompts
 
 
 def test_chosen_does_not_read_queries(tiny):
@@ -62,11 +62,11 @@ def test_chosen_does_not_read_queries(tiny):
         for p in people
     ]
     base, bank = tiny
-    panels = [
-        Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), group, shots=SHOTS, queries=QUERIES)
+    batches = [
+        TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), group, shots=SHOTS, queries=QUERIES)
         for group in (people, changed)
     ]
-    one, other = (Chosen(margin=0.0).run(panel, 0).chosen for panel in panels)
+    one, other = (Chosen(margin=0.0).run(batch, 0).chosen for batch in batches)
     assert one == other
 
 
@@ -82,10 +82,10 @@ class Silent(TaskLora):
 
     name: str = "silent"
 
-    def run(self, panel, seed):
-        return Outcome([Answers(["3"] * len(items)) for items in panel.queries], 0.0, 0.0)
+    def run(self, batch, seed):
+        return Outcome([Answers(["3"] * len(items)) for items in batch.queries], 0.0, 0.0)
 
 
-def test_a_method_without_probabilities_cannot_be_chosen(panel):
+def test_a_method_without_probabilities_cannot_be_chosen(batch):
     with pytest.raises(InputError, match="'silent' gives no probabilities"):
-        Chosen(candidates=(TaskLora(), Silent(), Merged(merge=POSTERIOR))).run(panel, 0)
+        Chosen(candidates=(TaskLora(), Silent(), Merged(merge=POSTERIOR))).run(batch, 0)

@@ -22,7 +22,7 @@ from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
 from mta.evaluation.methods import METHODS, method_names
 from mta.evaluation.metrics import measure
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta_lab.behind import behind_bank
 from mta_lab.experiments import runner
 from mta_lab.experiments import workspace as workspace_module
@@ -328,14 +328,14 @@ def test_smoke_runs_every_registered_method(finished):
 
 def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, finished, cache):
     workspace = workspace_of(world, finished)
-    panel = next(workspace.panels(workspace.recipe.exhibits["retrieved"][1], 0, 3))
+    batch = next(workspace.batches_of(workspace.recipe.exhibits["retrieved"][1], 0, 3))
     plain = load_task("movielens-rating")
-    assert panel.task == panel.bank.task == plain.profiled() == panel.bank.task.profiled()
-    for person, queries in zip(panel.people, panel.queries):
+    assert batch.task == batch.bank.task == plain.profiled() == batch.bank.task.profiled()
+    for person, queries in zip(batch.people, batch.queries):
         texts = [f"{plain.sentence(item)}. " for item in person.items]
         assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
         assert {item.fields["profile"] for item in queries} <= set(texts)
-    folds, _ = panel.folds(2)
+    folds, _ = batch.folds(2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
         assert not shown & {f"{plain.sentence(item)}. " for item in held}
@@ -347,7 +347,7 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
 def test_existing_results_are_not_computed_again(world, finished, cache, monkeypatch):
     before = [(finished / name).read_bytes() for name in ("scores.jsonl", "banks.json")]
     monkeypatch.setattr(runner, "compute_records", None)  # fails if a result is missing
-    monkeypatch.setattr(Panel, "evidence", None)  # Figure 2 needs no pass for every anchor
+    monkeypatch.setattr(TestBatch, "evidence", None)  # Figure 2 needs no pass for every anchor
     workspace = workspace_of(world, finished)
     run_experiment(workspace, [name for name in wanted(workspace.recipe, "test", ()) if name not in ("banks", "case")])
     assert [(finished / name).read_bytes() for name in ("scores.jsonl", "banks.json")] == before

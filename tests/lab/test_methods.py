@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import PEOPLE, POSTERIOR, QUERIES, panel_of, same
+from batches import batch as batch  # the fixture
 from conftest import people_of
-from panels import PEOPLE, POSTERIOR, QUERIES, panel_of, same
-from panels import panel as panel  # the fixture
 
 from mta.config import MergeSettings, Training
 from mta.data.history import Item, Person
@@ -31,7 +31,7 @@ from mta.evaluation.methods import (
 )
 from mta.evaluation.methods.plain import best_pull
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, merge_loras
@@ -61,17 +61,17 @@ def test_methods_from_papers_cite_them():
     assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == published
 
 
-def test_a_new_method_can_be_registered(panel):
+def test_a_new_method_can_be_registered(batch):
     @register
     class Always(Method):
         method: str = "always"
         name: str = "always 3"
 
-        def run(self, panel, seed):
-            return Outcome([Answers(["3"] * len(items)) for items in panel.queries], 0.0, 0.0)
+        def run(self, batch, seed):
+            return Outcome([Answers(["3"] * len(items)) for items in batch.queries], 0.0, 0.0)
 
     try:
-        assert parse_method("always").run(panel, 0).answers[0].texts == ["3"] * QUERIES
+        assert parse_method("always").run(batch, 0).answers[0].texts == ["3"] * QUERIES
     finally:
         del METHODS["always"]
 
@@ -108,22 +108,22 @@ def test_a_benchmark_query_is_the_last_item_if_queries_look_like_history_items()
     assert not has_enough_items(lamp3, Person("p", items[:2], (query,)), 5, 12, "next")
 
 
-def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
-    folds, owners = panel.folds(2)
+def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(batch):
+    folds, owners = batch.folds(2)
     assert owners == [0, 0, 1, 1, 2, 2]
-    anew = gather_evidence(panel.base, folds.jobs, panel.bank.device_anchors, panel.bank.task_adapters)
+    anew = gather_evidence(batch.base, folds.jobs, batch.bank.device_anchors, batch.bank.task_adapters)
     found = folds.evidence
     torch.testing.assert_close(found.anchor_loglik, anew.anchor_loglik)
     torch.testing.assert_close(found.pooled_loglik, anew.pooled_loglik)
     assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
-    anew_panel = Panel(panel.context, folds.people, folds.queries, panel.task)
+    anew_panel = TestBatch(batch.context, folds.people, folds.queries, batch.task)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
 
 
-def test_folds_hold_out_every_shot_once_and_never_train_on_it(panel):
-    folds, owners = panel.folds(3)
-    for u, person in enumerate(panel.people):
+def test_folds_hold_out_every_shot_once_and_never_train_on_it(batch):
+    folds, owners = batch.folds(3)
+    for u, person in enumerate(batch.people):
         mine = [row for row, owner in enumerate(owners) if owner == u]
         held = [item for row in mine for item in folds.queries[row]]
         assert sorted(map(id, held)) == sorted(map(id, person.items))
@@ -141,46 +141,46 @@ def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
     assert again.evidence_seconds == seconds
 
 
-def test_every_method_that_reads_encodings_takes_their_seconds(panel):
+def test_every_method_that_reads_encodings_takes_their_seconds(batch):
     """Whichever method is first."""
-    panel.__dict__["_vectors"] = panel.vectors, 1000.0
+    batch.__dict__["_vectors"] = batch.vectors, 1000.0
     nearest = [Merged(merge=MergeSettings(policy="similarity", k=k)) for k in (1, 2)]
     few = Merged(merge=MergeSettings(policy="similarity", k=1), anchors=2)
-    assert min(method.run(panel, 0).seconds for method in (*nearest, few)) >= 1000
-    assert Merged(merge=MergeSettings(policy="uniform", k=0)).run(panel, 0).seconds < 1000
+    assert min(method.run(batch, 0).seconds for method in (*nearest, few)) >= 1000
+    assert Merged(merge=MergeSettings(policy="uniform", k=0)).run(batch, 0).seconds < 1000
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(panel):
-    profiled = panel.profiled(9)
+def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(batch):
+    profiled = batch.profiled(9)
 
     def shown(item):
         return sorted(item.fields["profile"].removesuffix(". ").split(", and "))
 
-    for person, with_profile, queries in zip(panel.people, profiled.people, profiled.queries):
-        texts = [panel.task.sentence(item) for item in person.items]
+    for person, with_profile, queries in zip(batch.people, profiled.people, profiled.queries):
+        texts = [batch.task.sentence(item) for item in person.items]
         for n, item in enumerate(with_profile.items):
             assert shown(item) == (sorted(texts[:n]) if n else [""])
         assert all(shown(query) == sorted(texts) for query in queries)
 
 
-def test_rag_with_zero_items_equals_the_method_below(panel):
-    assert same(Rag(k=0, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
-    assert not same(Rag(k=2, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
+def test_rag_with_zero_items_equals_the_method_below(batch):
+    assert same(Rag(k=0, over=TaskLora()).run(batch, 0), TaskLora().run(batch, 0))
+    assert not same(Rag(k=2, over=TaskLora()).run(batch, 0), TaskLora().run(batch, 0))
 
 
-def test_mta_with_rag_keeps_the_merge_of_the_plain_prompts(panel):
+def test_mta_with_rag_keeps_the_merge_of_the_plain_prompts(batch):
     plain = MergeThenAdapt(merge=POSTERIOR)
-    with_rag = Rag(k=1, over=plain).run(panel, 0)
-    assert torch.equal(with_rag.merge.w, plain.run(panel, 0).merge.w)
-    assert with_rag.bytes_per_person > plain.run(panel, 0).bytes_per_person  # the shots must be stored
+    with_rag = Rag(k=1, over=plain).run(batch, 0)
+    assert torch.equal(with_rag.merge.w, plain.run(batch, 0).merge.w)
+    assert with_rag.bytes_per_person > plain.run(batch, 0).bytes_per_person  # the shots must be stored
 
 
-def test_pag_changes_the_answers_and_stores_bytes(panel):
-    found = Pag(k=0, tokens=4).run(panel, 0)
-    assert not same(found, Base().run(panel, 0))
+def test_pag_changes_the_answers_and_stores_bytes(batch):
+    found = Pag(k=0, tokens=4).run(batch, 0)
+    assert not same(found, Base().run(batch, 0))
     assert found.bytes_per_person > 0
 
 
@@ -194,23 +194,23 @@ def test_layer_groups_have_equal_depth():
     assert layer_groups(names[:2], 5) == [0, 1]
 
 
-def test_one_group_of_layers_equals_the_learned_policy(panel):
+def test_one_group_of_layers_equals_the_learned_policy(batch):
     training = Training(lr=0.5, steps=3, batch_size=64, eps=1.0, clip=1e9)
-    start, _ = panel.merge(POSTERIOR, 0)
-    bank = panel.bank
-    how = (panel.base, panel.jobs, bank.device_anchors, bank.task_adapters, start, training)
+    start, _ = batch.merge(POSTERIOR, 0)
+    bank = batch.bank
+    how = (batch.base, batch.jobs, bank.device_anchors, bank.task_adapters, start, training)
     plain, grouped = learn(*how), learn(*how, groups=[0] * len(bank.device_anchors.names))
     torch.testing.assert_close(grouped.w, plain.w[:, None].expand_as(grouped.w))
     apart = learn(*how, groups=layer_groups(bank.device_anchors.names, 2))
     assert not torch.allclose(apart.w[:, 0], apart.w[:, -1])
 
 
-def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(panel):
+def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(batch):
     """One small step of plain descent: the shifts of the groups sum to the shift without groups."""
     training = Training(lr=1e-4, steps=1, batch_size=64, eps=1e6, clip=1e9)
-    start, _ = panel.merge(POSTERIOR, 0)
-    bank = panel.bank
-    how = (panel.base, panel.jobs, bank.device_anchors, bank.task_adapters, start, training)
+    start, _ = batch.merge(POSTERIOR, 0)
+    bank = batch.bank
+    how = (batch.base, batch.jobs, bank.device_anchors, bank.task_adapters, start, training)
     plain = learn(*how).w - start.w
     groups = layer_groups(bank.device_anchors.names, 2)
     apart = learn(*how, groups=groups).w - start.w[:, None]
@@ -218,39 +218,42 @@ def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(panel):
     torch.testing.assert_close(apart[:, firsts].sum(1), plain, rtol=1e-4, atol=1e-14)
 
 
-def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(panel):
-    found = MergedByLayer(groups=2).run(panel, 0)
-    assert found.merge.w.shape == (PEOPLE, len(panel.bank.device_anchors.names), len(panel.bank))
-    one = MergedByLayer(groups=1).run(panel, 0).bytes_per_person
+def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(batch):
+    found = MergedByLayer(groups=2).run(batch, 0)
+    assert found.merge.w.shape == (PEOPLE, len(batch.bank.device_anchors.names), len(batch.bank))
+    one = MergedByLayer(groups=1).run(batch, 0).bytes_per_person
     assert 1.2 * one < found.bytes_per_person < 2.2 * one
 
 
 @pytest.mark.parametrize("start", ["zero", "posterior"])
-def test_merged_by_one_layer_group_is_the_learned_policy(panel, start):
+def test_merged_by_one_layer_group_is_the_learned_policy(batch, start):
     settings = POSTERIOR.model_copy(update={"policy": "learned", "start": start})
-    one, other = MergedByLayer(groups=1, merge=settings).run(panel, 0).merge, Merged(merge=settings).run(panel, 0).merge
+    one, other = (
+        MergedByLayer(groups=1, merge=settings).run(batch, 0).merge,
+        Merged(merge=settings).run(batch, 0).merge,
+    )
     torch.testing.assert_close(one.w[:, 0], other.w)
-    assert not MergedByLayer(merge=MergeSettings(policy="learned", k=8)).fits(panel.task, 4, True)
-    assert not Merged(merge=MergeSettings(policy="laplace", k=2)).fits(panel.task, 4, True)  # it merges all anchors
+    assert not MergedByLayer(merge=MergeSettings(policy="learned", k=8)).fits(batch.task, 4, True)
+    assert not Merged(merge=MergeSettings(policy="laplace", k=2)).fits(batch.task, 4, True)  # it merges all anchors
 
 
-def test_a_smaller_bank_merges_only_its_own_anchors(panel):
-    found = Merged(merge=POSTERIOR, anchors=2).run(panel, 0).merge
-    bank, chosen = panel.bank, sorted(found.ids[0].tolist())
+def test_a_smaller_bank_merges_only_its_own_anchors(batch):
+    found = Merged(merge=POSTERIOR, anchors=2).run(batch, 0).merge
+    bank, chosen = batch.bank, sorted(found.ids[0].tolist())
     assert found.ids.sort(dim=1).values.tolist() == [chosen] * PEOPLE
     lora = bank.anchors.select(chosen)
-    evidence = gather_evidence(panel.base, panel.jobs, lora, bank.task_adapters)  # of these anchors alone
-    expected = coefficients(POSTERIOR, panel.similarity[:, chosen], evidence)
+    evidence = gather_evidence(batch.base, batch.jobs, lora, bank.task_adapters)  # of these anchors alone
+    expected = coefficients(POSTERIOR, batch.similarity[:, chosen], evidence)
     in_order = found.ids.argsort(dim=1), expected.ids.argsort(dim=1)
     torch.testing.assert_close(found.w.gather(1, in_order[0]), expected.w.gather(1, in_order[1]))
 
 
-def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(panel):
+def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(batch):
     """Of three anchors in two clusters, one of the two that are together is left out: the less active one."""
 
     def chosen(*items):
-        bank = replace(panel.bank, info=panel.bank.info.model_copy(update={"items": items}))
-        other = Panel(replace(panel.context, bank=bank), panel.people, panel.queries, panel.task)
+        bank = replace(batch.bank, info=batch.bank.info.model_copy(update={"items": items}))
+        other = TestBatch(replace(batch.context, bank=bank), batch.people, batch.queries, batch.task)
         return set(Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2).run(other, 0).merge.ids[0].tolist())
 
     ascending, descending = chosen(1, 2, 3), chosen(3, 2, 1)
@@ -258,15 +261,15 @@ def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(panel):
     assert less < more
 
 
-def test_a_smaller_bank_needs_a_policy_that_can_merge_it(panel):
+def test_a_smaller_bank_needs_a_policy_that_can_merge_it(batch):
     for settings in (None, MergeSettings(policy="laplace"), MergeSettings(policy="learned", k=0)):
         with pytest.raises(ValueError, match="anchors: needs merge: with a policy"):
             parse_method({"method": "merge", "anchors": 2, "merge": settings and settings.model_dump()})
     with pytest.raises(ValueError, match="k is 3, but only 2 anchors"):
         parse_method({"method": "merge", "anchors": 2, "merge": {"policy": "loss", "k": 3}})
     uniform = Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2)
-    assert uniform.run(panel, 0).merge.w.tolist() == [[0.5, 0.5]] * PEOPLE
-    assert "_evidence" not in vars(panel)  # was not gathered
+    assert uniform.run(batch, 0).merge.w.tolist() == [[0.5, 0.5]] * PEOPLE
+    assert "_evidence" not in vars(batch)  # was not gathered
 
 
 def test_a_method_fits_where_all_methods_within_it_fit():
@@ -276,51 +279,51 @@ def test_a_method_fits_where_all_methods_within_it_fit():
         assert method.fits(load_task("lamp3"), 4, calibrated=True)
 
 
-def test_prime_never_increases_the_loss(panel):
+def test_prime_never_increases_the_loss(batch):
     method = Prime(k=2, budget=9)
-    found = method.run(panel, 0)
+    found = method.run(batch, 0)
     settings = MergeSettings(policy="uniform", k=2)
-    begun, _ = panel.merge(settings, 0)
-    before, after = (Prime._losses(panel, merge, settings) for merge in (begun, found.merge))
+    begun, _ = batch.merge(settings, 0)
+    before, after = (Prime._losses(batch, merge, settings) for merge in (begun, found.merge))
     assert (after <= before + 1e-9).all()
     assert (after < before - 1e-9).any()
     assert found.merge.w.abs().max() <= method.bound
-    assert torch.equal(method.run(panel, 0).merge.w, found.merge.w)
+    assert torch.equal(method.run(batch, 0).merge.w, found.merge.w)
 
 
-def test_prime_computes_no_more_people_together_than_fit_the_memory(panel, monkeypatch):
+def test_prime_computes_no_more_people_together_than_fit_the_memory(batch, monkeypatch):
     settings = MergeSettings(policy="uniform", k=2)
-    merge, _ = panel.merge(settings, 0)
-    whole = Prime._losses(panel, merge, settings)
+    merge, _ = batch.merge(settings, 0)
+    whole = Prime._losses(batch, merge, settings)
 
     def merged(bank, merge):
         together.append(len(merge.ids))
         return merge_adapters(bank, merge)
 
     alone, together = tuple((u,) for u in range(PEOPLE)), []
-    monkeypatch.setattr(Panel, "plan", lambda *given, plan=Panel.plan: replace(plan(*given), cohorts=alone))
+    monkeypatch.setattr(TestBatch, "plan", lambda *given, plan=TestBatch.plan: replace(plan(*given), cohorts=alone))
     monkeypatch.setattr("mta_lab.methods.published.merge_adapters", merged)
-    torch.testing.assert_close(Prime._losses(panel, merge, settings), whole)
+    torch.testing.assert_close(Prime._losses(batch, merge, settings), whole)
     assert together == [1] * PEOPLE
 
 
-def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(panel):
-    found = PerPcs(k=2).run(panel, 0)
+def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(batch):
+    found = PerPcs(k=2).run(batch, 0)
     w = found.merge.w
-    assert w.shape == (PEOPLE, len(panel.bank.device_anchors.names), len(panel.bank))
+    assert w.shape == (PEOPLE, len(batch.bank.device_anchors.names), len(batch.bank))
     torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]))
     assert ((w > 0).sum(-1) == 2).all()
 
 
-def test_an_anchor_is_its_own_nearest_gate(panel):
+def test_an_anchor_is_its_own_nearest_gate(batch):
     """A person with exactly an anchor's inputs at a module has that anchor as the nearest."""
-    people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in panel.anchors]
-    twin = Panel(panel.context, people, [()] * len(people), panel.task)
+    people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in batch.anchors]
+    twin = TestBatch(batch.context, people, [()] * len(people), batch.task)
     found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.task_adapters)
     for name, means in twin.context.anchor_inputs.items():
         center, gate = gate_of(means)
         fit = torch.nn.functional.normalize(found[name] - center, dim=1) @ gate.T
-        assert fit.argmax(1).tolist() == list(range(len(panel.anchors)))
+        assert fit.argmax(1).tolist() == list(range(len(batch.anchors)))
 
 
 def test_per_pcs_needs_the_anchors_histories(tiny):
@@ -328,18 +331,18 @@ def test_per_pcs_needs_the_anchors_histories(tiny):
         PerPcs().run(panel_of(tiny, anchors=()), 0)
 
 
-def test_mean_inputs_do_not_depend_on_padding_or_batch(panel):
-    jobs = [job.examples for job in panel.jobs]
-    together = mean_inputs(panel.base, jobs, panel.bank.task_adapters)
-    alone = mean_inputs(panel.base, jobs[:1], panel.bank.task_adapters, rows_per_batch=1)
+def test_mean_inputs_do_not_depend_on_padding_or_batch(batch):
+    jobs = [job.examples for job in batch.jobs]
+    together = mean_inputs(batch.base, jobs, batch.bank.task_adapters)
+    alone = mean_inputs(batch.base, jobs[:1], batch.bank.task_adapters, rows_per_batch=1)
     for name, means in together.items():
         torch.testing.assert_close(means[:1], alone[name])
 
 
-def test_mean_inputs_need_no_logits(panel):
-    head, called = panel.base.model.get_output_embeddings(), []
+def test_mean_inputs_need_no_logits(batch):
+    head, called = batch.base.model.get_output_embeddings(), []
     with head.register_forward_pre_hook(lambda *_: called.append(1)):
-        mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
+        mean_inputs(batch.base, [job.examples for job in batch.jobs], batch.bank.task_adapters)
     assert not called
 
 
@@ -351,9 +354,9 @@ def ratings_of(*labels):
     return Person.of("-".join(labels), items)
 
 
-def test_shares_of_labels_are_those_of_the_shots_pulled_to_everybodys(panel):
+def test_shares_of_labels_are_those_of_the_shots_pulled_to_everybodys(batch):
     known, asked = [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2
-    alone = Panel(panel.context, known, asked, panel.task)
+    alone = TestBatch(batch.context, known, asked, batch.task)
     (one, other) = (answers.scores.exp()[0] for answers in OwnConstant().run(alone, 0).answers)
     (everybody, _) = (answers.scores.exp()[0] for answers in GlobalConstant().run(alone, 0).answers)
     torch.testing.assert_close(everybody, torch.tensor([5, 2, 1, 2, 5]).double() / 15)
@@ -368,7 +371,7 @@ def test_constants_come_from_the_task_people_and_not_from_the_tested(tiny):
     """Only as many items of a task person are looked at for the pull as the tested people have shots."""
     task_people = [ratings_of(*"2222213454"), ratings_of(*"3333312455")]
     context = replace(panel_of(tiny).context, task_people=task_people)
-    known = Panel(
+    known = TestBatch(
         context, [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2, panel_of(tiny).task
     )
     everybody = torch.tensor([3, 7, 7, 4, 4]).double() / 25
@@ -388,15 +391,15 @@ def test_shares_are_pulled_as_far_as_people_are_alike():
 
 
 def test_with_one_shot_chosen_keeps_the_default(tiny):
-    panel = panel_of(tiny, shots=1)
-    assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(panel, 0).chosen) == {"task LoRA"}
+    batch = panel_of(tiny, shots=1)
+    assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(batch, 0).chosen) == {"task LoRA"}
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------
 
 
-def test_relative_error_equals_the_error_of_dense_updates(panel):
-    bank = panel.bank
+def test_relative_error_equals_the_error_of_dense_updates(batch):
+    bank = batch.bank
     merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
     exact = merge_loras(bank.anchors, merge)
     factor = merge_loras(bank.anchors, merge, "factor")

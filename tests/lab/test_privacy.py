@@ -20,7 +20,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation.context import Context
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import join
 from mta.lora.layers import Shared
 from mta.lora.peft import read_peft
@@ -261,9 +261,9 @@ def evaluator_of(base, bank) -> MembershipEvaluator:
     sample = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     shots = [person.first(2) for person in sample.targets]
     context = Context(base, bank, HashEncoder(), MEMORIZING)
-    panel = Panel(context, shots, [()] * len(shots), context.bank.task, write_texts=False)
+    batch = TestBatch(context, shots, [()] * len(shots), context.bank.task, write_texts=False)
     items = NumberedItems.of(sample, SETTINGS.shots)
-    return MembershipEvaluator(panel, items, sample.trained, SETTINGS.items)
+    return MembershipEvaluator(batch, items, sample.trained, SETTINGS.items)
 
 
 def test_the_row_of_an_anchor_equals_a_plain_computation(world):

@@ -35,7 +35,7 @@ from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.adaptable import adapted_layers
 from mta.model.agreement import called_layers
 from mta.model.base import BaseModel
-from mta.model.footprint import ParameterCounts, Sums, TextLengths
+from mta.model.footprint import LayerTotals, ParameterCounts, TextLengths
 from mta.training.gates import gate_gradients
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
@@ -197,7 +197,7 @@ def test_the_experts_of_a_token_are_counted_whatever_the_base_calls_their_number
     moe = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 32}
     model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **moe, **COMMON, hidden_size_per_layer_input=0))
     layers = adapted_layers(model, called_layers(model), "gemma4")
-    assert Sums.of(model, layers).routed == 3 * 4 * 64  # layers, experts of a token, inputs
+    assert LayerTotals.of(model, layers).routed == 3 * 4 * 64  # layers, experts of a token, inputs
 
 
 def test_norms_beside_the_layers_of_text_are_counted_and_those_of_other_towers_are_not():
@@ -207,7 +207,7 @@ def test_norms_beside_the_layers_of_text_are_counted_and_those_of_other_towers_a
     both.config = text.config
     layers = adapted_layers(text, called_layers(text), "gemma4")
     named = {name.replace("model.", "text.", 1): shape for name, shape in layers.items()}
-    assert Sums.of(both, named) == Sums.of(text, layers)
+    assert LayerTotals.of(both, named) == LayerTotals.of(text, layers)
     assert any("per_layer_model_projection" in name for name in named)
 
 

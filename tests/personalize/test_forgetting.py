@@ -12,7 +12,7 @@ from at_once import at_once
 from conftest import people_of, personalizer
 
 from mta.bank.format import INFO, STALE, read_info
-from mta.bank.notes import mark_stale, note_published, published, stale
+from mta.bank.notes import mark_stale, note_published, parts_to_rebuild, published
 from mta.errors import StoreError
 from mta.personalize import forget_person
 from mta.store import exports
@@ -76,7 +76,7 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
     mend()
     again = personal.forget(MEMBER.id)
     assert (again.states_removed, again.unmarked, again.complete) == (False, {}, True)
-    assert stale(bank) == ["task LoRA"]
+    assert parts_to_rebuild(bank) == ["task LoRA"]
 
 
 @pytest.mark.parametrize("closed", ["folder", "work"])
@@ -104,7 +104,7 @@ def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_
     assert not found.complete
     assert personal.forget(MEMBER.id).complete
     assert not running.exists()
-    assert stale(bank.folder) == ["task LoRA"]
+    assert parts_to_rebuild(bank.folder) == ["task LoRA"]
 
 
 def test_a_read_only_bank_that_is_marked_already_is_no_failure(own_bank):
@@ -215,7 +215,7 @@ def test_people_who_are_forgotten_at_once_by_several_processes_are_all_in_the_ma
     parts = sorted({part for person in people for part in members.parts_of(person.id)})
     for _ in range(2):
         at_once(marking, *((folder, person.id) for person in people))
-        assert stale(folder) == parts
+        assert parts_to_rebuild(folder) == parts
         (folder / STALE).unlink()
 
 
@@ -223,4 +223,4 @@ def test_marks_that_an_earlier_version_wrote_are_added_to(own_bank):
     folder = own_bank[1].folder
     (folder / STALE).write_text('{"needs_rebuild": ["anchor"]}')
     mark_stale(folder, MEMBER.id)
-    assert stale(folder) == ["anchor", "task LoRA"]
+    assert parts_to_rebuild(folder) == ["anchor", "task LoRA"]

@@ -14,7 +14,7 @@ from traces import traces
 
 from mta import TASK
 from mta.bank.build import build_bank
-from mta.bank.notes import stale
+from mta.bank.notes import parts_to_rebuild
 from mta.config import CompareSettings
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
@@ -138,7 +138,7 @@ def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, as
         build_bank(*how)
         learnt = ["task LoRA"] if as_task else ["task LoRA", "clusters", "anchor"]
         assert forget_person(person.id, store, bank).needs_rebuild == learnt
-        assert stale(bank) == sorted(learnt)
+        assert parts_to_rebuild(bank) == sorted(learnt)
         assert json.loads((bank / "needs-rebuild.json").read_text()) == {"needs_rebuild": sorted(learnt)}
     assert traces([bank, cache], person, store) == []
 

@@ -21,7 +21,7 @@ from mta.serving.api.auth import LOCAL, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, Version
+from mta.serving.engine import EngineRequest, Version
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.extras import require
@@ -178,9 +178,9 @@ def built_beside(world):
 
 
 BAD = '{"person": "ann", "title": "Heat", "genres": "Crime", "rating": "9"}\n'
-LONG = Ask(tuple(range(10, 80)), TASK, max_tokens=8)
-SHORT = Ask((40, 50, 60), TASK, max_tokens=8)
-ODD = Ask((40, 50, 60), TASK, max_tokens=8, top_logprobs=10**6)
+LONG = EngineRequest(tuple(range(10, 80)), TASK, max_tokens=8)
+SHORT = EngineRequest((40, 50, 60), TASK, max_tokens=8)
+ODD = EngineRequest((40, 50, 60), TASK, max_tokens=8, top_logprobs=10**6)
 
 # class: what provokes it; what happened, what was found, what was expected; what to type next
 PROVOKED = {
@@ -320,7 +320,7 @@ PROVOKED = {
         "Ask again",
     ),
     "ModelRemoved": (
-        lambda w: w.asked(Ask((40, 50, 60), Version(w.known(), 1), max_tokens=50), forget="p0"),
+        lambda w: w.asked(EngineRequest((40, 50, 60), Version(w.known(), 1), max_tokens=50), forget="p0"),
         ("the person was forgotten", "person", "forgotten"),
         "Ask the pooled model",
     ),

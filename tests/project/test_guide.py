@@ -13,7 +13,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from mta.config import MergeSettings, plugins
 from mta.evaluation.context import Context
 from mta.evaluation.methods import method_class, method_names
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta_lab.experiments.recipe import load_experiment
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md").read_text()
@@ -44,23 +44,23 @@ def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
     base, bank = tiny
     people, pool = people_of(3, prefix="x", seed=7), people_of(4, prefix="t")
     context = Context(base, bank, HashEncoder(), TINY_RUN, task_people=pool)
-    panel = Panel.of(context, people, shots=3, queries=3)
-    smoothed = methods["smoothed"]().run(panel, 0)
-    alone = Panel.of(context, people[:1], shots=3, queries=3)
+    batch = TestBatch.of(context, people, shots=3, queries=3)
+    smoothed = methods["smoothed"]().run(batch, 0)
+    alone = TestBatch.of(context, people[:1], shots=3, queries=3)
     assert torch.equal(methods["smoothed"]().run(alone, 0).answers[0].scores, smoothed.answers[0].scores)
     shares = smoothed.answers[0].scores.exp().sum(1)
     torch.testing.assert_close(shares, torch.ones_like(shares))
-    plain, _ = panel.merge(MergeSettings(policy="posterior", k=0), 0)
-    torch.testing.assert_close(methods["shrunk"](by=0.5).run(panel, 0).merge.w, 0.5 * plain.w)
+    plain, _ = batch.merge(MergeSettings(policy="posterior", k=0), 0)
+    torch.testing.assert_close(methods["shrunk"](by=0.5).run(batch, 0).merge.w, 0.5 * plain.w)
 
 
 def test_the_test_of_the_guide_passes(methods, tiny):
     base, bank = tiny
     people = people_of(3, prefix="x", seed=7)
-    panel = Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=3, queries=3)
+    batch = TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=3, queries=3)
     names = {"Smoothed": methods["smoothed"], "pytest": pytest}
     exec(re.search(r"```python\n(def test_smoothed.*?)```", GUIDE, re.DOTALL)[1], names)
-    names["test_smoothed_shares_without_a_pull_are_the_persons_own"](panel)
+    names["test_smoothed_shares_without_a_pull_are_the_persons_own"](batch)
 
 
 def test_the_recipe_of_the_guide_can_be_read(methods, tmp_path):

@@ -175,9 +175,9 @@ class First(TaskLora):
 
     name: str = "first label"
 
-    def run(self, panel, seed):
+    def run(self, batch, seed):
         shares = torch.tensor([0.9, *[0.025] * 4]).log()
-        return Outcome([from_scores(panel.task, shares.expand(len(asked), -1)) for asked in panel.queries], 0.0, 0.0)
+        return Outcome([from_scores(batch.task, shares.expand(len(asked), -1)) for asked in batch.queries], 0.0, 0.0)
 
 
 class Unfit(First):

@@ -12,7 +12,7 @@ from tiny import KINDS, base_of, random_examples, tokenizer
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
-from mta.evaluation import Context, Panel, run_methods
+from mta.evaluation import Context, TestBatch, run_methods
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
 from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
@@ -20,7 +20,7 @@ from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.shots import shots_of
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask
+from mta.serving.engine import EngineRequest
 from mta.store import Store
 from mta.system.device import pick_device
 from mta.training.checkpoint import Checkpoint
@@ -117,13 +117,13 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
     scores = []
     for personal in (walked, reference):
         context = Context(personal.base, personal.bank, HashEncoder(), TINY_RUN)
-        panel = Panel.of(context, PEOPLE, shots=3, queries=3)
+        batch = TestBatch.of(context, PEOPLE, shots=3, queries=3)
         methods = [
             TaskLora(),
             Merged(name="merge", merge=settings),
             MergeThenAdapt(name="MTA", merge=settings, stack=TINY_RUN.stack),
         ]
-        scores.append([row.people["NLL"] for row in run_methods(panel, methods).rows])
+        scores.append([row.people["NLL"] for row in run_methods(batch, methods).rows])
     for found, expected in zip(*scores):
         # Singular vectors are computed in float32, by LAPACK on a CPU and by cuSOLVER on a GPU.
         close(found, expected, 1e-5 if mode == "svd" else 1e-7)
@@ -165,7 +165,7 @@ def test_an_engine_answers_the_same(walked, reference, tmp_path):
         async def go():
             engine = EmbeddedEngine(personal.base.twin(), personal.bank, Store(folder), slots=2, length=64)
             try:
-                asks = [Ask(tuple(range(10, 30)), who, 5) for who in (BASE, TASK)]
+                asks = [EngineRequest(tuple(range(10, 30)), who, 5) for who in (BASE, TASK)]
                 return [[piece.token.id async for piece in engine.answer(ask) if piece.token] for ask in asks]
             finally:
                 await engine.close()

@@ -23,7 +23,7 @@ from mta.model.base import BaseModel
 from mta.model.generate import generate
 from mta.personalize.adapters import SharedModel, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, Version
+from mta.serving.engine import EngineRequest, Version
 from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
@@ -70,7 +70,7 @@ class World:
         """The version as the gateway passes it to an engine."""
         return Version(person, number, stacked, self.store.seal(person, number) or "")
 
-    def expected(self, ask: Ask) -> tuple[list[int], str]:
+    def expected(self, ask: EngineRequest) -> tuple[list[int], str]:
         """The tokens that the plain model answers with, and why the answer ends."""
         tokens = self.alone(ask.who, list(ask.prompt), ask.max_tokens)
         return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
@@ -158,7 +158,7 @@ async def begun(engine: object, step: Callable[[], None], tasks: list[asyncio.Ta
         await asyncio.sleep(0.005)
 
 
-async def collect(engine: object, ask: Ask) -> tuple[list[int], str]:
+async def collect(engine: object, ask: EngineRequest) -> tuple[list[int], str]:
     """The tokens of an answer, and its finish reason."""
     tokens, finish = [], ""
     async for piece in engine.answer(ask):

@@ -16,7 +16,7 @@ from served import served
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
-from mta.serving.engine import Ask, EngineGone, ModelRemoved, QueueFull, Version
+from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, QueueFull, Version
 from mta.tools.served import Server, check_served
 
 COUNT = 12
@@ -56,7 +56,7 @@ def run(engines, use, **how):
 
 def test_batched_answers_equal_single_answers(engines, world):
     people = [world.version(str(n), 1, stacked) for n in range(5) for stacked in (True, False)]
-    asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n, who in enumerate([BASE, TASK, *people])]
+    asks = [EngineRequest(tuple(prompt_of(n)), who, COUNT) for n, who in enumerate([BASE, TASK, *people])]
 
     async def all_at_once(engine):
         return await asyncio.gather(*(collect(engine, ask) for ask in asks))
@@ -75,7 +75,7 @@ def test_an_answer_excludes_its_stop_token(engines, world):
         engine.stops = frozenset({stop})
         if hasattr(engine, "scheduler"):
             engine.scheduler.stops = engine.stops
-        return await collect(engine, Ask(tuple(prompt_of(0)), who, COUNT))
+        return await collect(engine, EngineRequest(tuple(prompt_of(0)), who, COUNT))
 
     assert run(engines, ended) == (tokens[: tokens.index(stop)], "stop")
 
@@ -84,7 +84,7 @@ def test_log_probabilities_equal_the_models(engines, world):
     who, prompt = world.version("1", 1), prompt_of(1)
 
     async def pieces(engine):
-        ask = Ask(tuple(prompt), who, 3, top_logprobs=4)
+        ask = EngineRequest(tuple(prompt), who, 3, top_logprobs=4)
         return [piece.token async for piece in engine.answer(ask) if piece.token]
 
     found, reference = run(engines, pieces), run(world.embedded, pieces)
@@ -98,7 +98,7 @@ def test_log_probabilities_equal_the_models(engines, world):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_sampled_token_has_as_many_alternatives_as_were_asked_for(engines, world, count):
     async def pieces(engine):
-        ask = Ask(tuple(prompt_of(1)), world.version("1", 1), 8, temperature=2.0, seed=1, top_logprobs=count)
+        ask = EngineRequest(tuple(prompt_of(1)), world.version("1", 1), 8, temperature=2.0, seed=1, top_logprobs=count)
         return [piece.token async for piece in engine.answer(ask) if piece.token]
 
     assert {len(token.top) for token in run(engines, pieces)} == {count}
@@ -106,13 +106,13 @@ def test_a_sampled_token_has_as_many_alternatives_as_were_asked_for(engines, wor
 
 def test_people_in_the_same_batch_do_not_change_the_answer_of_the_base(engines, world):
     """On a CPU, vLLM gives rows without an adapter that of its last slot."""
-    base = Ask(tuple(prompt_of(1)), BASE, 8, top_logprobs=1)
+    base = EngineRequest(tuple(prompt_of(1)), BASE, 8, top_logprobs=1)
 
     async def logprobs(engine):
         return [piece.token.logprob async for piece in engine.answer(base) if piece.token]
 
     async def crowded(engine):
-        people = [Ask(tuple(prompt_of(n)), world.version(str(n), 1), 40) for n in range(5)]
+        people = [EngineRequest(tuple(prompt_of(n)), world.version(str(n), 1), 40) for n in range(5)]
         running = [asyncio.create_task(collect(engine, ask)) for ask in people]
         found = [await logprobs(engine) for _ in range(4)]
         await asyncio.gather(*running)
@@ -128,8 +128,8 @@ LABELS = [(31, 7, 2), (31, 2), (31, 7, 8, 2), (40, 2), (12,)]  # some begin like
 
 def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
     models = [BASE, TASK, *(world.version(str(n), 1, n % 2 == 0) for n in range(4))]
-    scored = [Ask(tuple(prompt_of(n)), who, 5, labels=tuple(LABELS)) for n, who in enumerate(models)]
-    beside = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+    scored = [EngineRequest(tuple(prompt_of(n)), who, 5, labels=tuple(LABELS)) for n, who in enumerate(models)]
+    beside = EngineRequest(tuple(prompt_of(3)), world.version("3", 1), COUNT)
 
     async def pieces(engine, ask):
         return [piece async for piece in engine.answer(ask)]
@@ -175,10 +175,10 @@ def test_the_check_of_what_is_served_agrees(gateway, world):
 
 def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines, world):
     gone, prompts = world.renew("scored", 40), [tuple(prompt_of(n, 40)) for n in range(6)]
-    beside = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+    beside = EngineRequest(tuple(prompt_of(3)), world.version("3", 1), COUNT)
 
     async def scores(engine, prompt):
-        return [piece async for piece in engine.answer(Ask(prompt, gone, 5, labels=tuple(LABELS)))]
+        return [piece async for piece in engine.answer(EngineRequest(prompt, gone, 5, labels=tuple(LABELS)))]
 
     async def forgotten(engine):
         with paced(engine) as step:
@@ -201,18 +201,18 @@ def test_an_answer_after_scored_labels_of_the_same_prompt_is_the_models(engines,
     prompt, who = tuple(prompt_of(8, 40)), world.version("2", 1)
 
     async def in_turn(engine):
-        scored = Ask(prompt, who, 5, labels=tuple(LABELS))
+        scored = EngineRequest(prompt, who, 5, labels=tuple(LABELS))
         return [[piece async for piece in engine.answer(scored)][-1].scores for _ in range(2)], await collect(
-            engine, Ask(prompt, who, COUNT)
+            engine, EngineRequest(prompt, who, COUNT)
         )
 
     (first, second), answer = run(engines, in_turn)
-    assert answer == world.expected(Ask(prompt, who, COUNT))
+    assert answer == world.expected(EngineRequest(prompt, who, COUNT))
     assert first == pytest.approx(second, abs=1e-3)
 
 
 def test_sampling_with_a_seed_is_reproducible(engines, world):
-    ask = Ask(tuple(prompt_of(2)), world.version("2", 1), COUNT, temperature=2.0, seed=7)
+    ask = EngineRequest(tuple(prompt_of(2)), world.version("2", 1), COUNT, temperature=2.0, seed=7)
 
     async def twice(engine):
         return [await collect(engine, ask), await collect(engine, ask)]
@@ -223,8 +223,8 @@ def test_sampling_with_a_seed_is_reproducible(engines, world):
 
 def test_a_cancelled_answer_frees_its_slot_and_others_continue(engines, world):
     async def left(engine):
-        stays = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(0)), world.version("0", 1), 40)))
-        async for piece in (leaving := engine.answer(Ask(tuple(prompt_of(1)), world.version("1", 1), 200))):
+        stays = asyncio.create_task(collect(engine, EngineRequest(tuple(prompt_of(0)), world.version("0", 1), 40)))
+        async for piece in (leaving := engine.answer(EngineRequest(tuple(prompt_of(1)), world.version("1", 1), 200))):
             if piece.token:
                 break
         await leaving.aclose()
@@ -236,7 +236,7 @@ def test_a_cancelled_answer_frees_its_slot_and_others_continue(engines, world):
         return found, engine.facts()["running"][0]
 
     found, running = run(engines, left)
-    assert found == world.expected(Ask(tuple(prompt_of(0)), world.version("0", 1), 40))
+    assert found == world.expected(EngineRequest(tuple(prompt_of(0)), world.version("0", 1), 40))
     assert running == 0
 
 
@@ -250,11 +250,11 @@ def test_an_error_of_one_person_reaches_only_that_request(engines, world):
     data[-5] ^= 1
     path.write_bytes(data)
     unknown = Version("unknown", 1, True, "0" * 64)
-    fine = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+    fine = EngineRequest(tuple(prompt_of(3)), world.version("3", 1), COUNT)
 
     async def failing(engine, who):
         with pytest.raises(MtaError) as caught:
-            await collect(engine, Ask(tuple(prompt_of(3)), who, 3))
+            await collect(engine, EngineRequest(tuple(prompt_of(3)), who, 3))
         return type(caught.value)
 
     async def all_at_once(engine):
@@ -270,16 +270,16 @@ def test_a_running_answer_keeps_its_version_after_an_update(engines, world):
 
     async def updated(engine):
         with paced(engine) as step:
-            running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(4)), old, 60)))
+            running = asyncio.create_task(collect(engine, EngineRequest(tuple(prompt_of(4)), old, 60)))
             await begun(engine, step, [running])
             assert not running.done()
             new = world.renew("ann", 21)
-        return new, await collect(engine, Ask(tuple(prompt_of(4)), new, COUNT)), await running
+        return new, await collect(engine, EngineRequest(tuple(prompt_of(4)), new, COUNT)), await running
 
     new, after, before = run(engines, updated)
     assert new.number == old.number + 1
-    assert before == world.expected(Ask(tuple(prompt_of(4)), old, 60))
-    assert after == world.expected(Ask(tuple(prompt_of(4)), new, COUNT))
+    assert before == world.expected(EngineRequest(tuple(prompt_of(4)), old, 60))
+    assert after == world.expected(EngineRequest(tuple(prompt_of(4)), new, COUNT))
     assert before[0][:COUNT] != after[0]
 
 
@@ -287,7 +287,7 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
     first = world.renew("gone", 30)
 
     async def forgotten(engine):
-        asks = [Ask(tuple(prompt_of(n)), first, 200) for n in range(20)]  # five times as many as run at once
+        asks = [EngineRequest(tuple(prompt_of(n)), first, 200) for n in range(20)]  # five times as many as run at once
         with paced(engine) as step:
             answers = [asyncio.create_task(collect(engine, ask)) for ask in asks]
             await begun(engine, step, answers)
@@ -304,18 +304,20 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
         assert isinstance(ended[-1], ModelRemoved | PersonNotFound)
         assert all(isinstance(end, tuple | ModelRemoved | PersonNotFound) for end in ended)
         with pytest.raises(PersonNotFound):
-            await collect(engine, Ask(tuple(prompt_of(5)), first, 3))
+            await collect(engine, EngineRequest(tuple(prompt_of(5)), first, 3))
         again = world.renew("gone", 31)
         assert again.number == first.number
-        return again, await collect(engine, Ask(tuple(prompt_of(5)), again, COUNT))
+        return again, await collect(engine, EngineRequest(tuple(prompt_of(5)), again, COUNT))
 
     again, found = run(engines, forgotten)
-    assert found == world.expected(Ask(tuple(prompt_of(5)), again, COUNT))
+    assert found == world.expected(EngineRequest(tuple(prompt_of(5)), again, COUNT))
 
 
 def test_what_a_forgotten_person_asks_the_pooled_model_ends_and_others_go_on(engines, world):
-    theirs = [Ask(tuple(prompt_of(n)), TASK, 200, asker="ann") for n in range(20)]  # five times as many as run at once
-    other = Ask(tuple(prompt_of(8)), TASK, COUNT, asker="bob")
+    theirs = [
+        EngineRequest(tuple(prompt_of(n)), TASK, 200, asker="ann") for n in range(20)
+    ]  # five times as many as run at once
+    other = EngineRequest(tuple(prompt_of(8)), TASK, COUNT, asker="bob")
 
     async def forgotten(engine):
         with paced(engine) as step:
@@ -336,11 +338,11 @@ def test_what_a_forgotten_person_asks_the_pooled_model_ends_and_others_go_on(eng
 
 def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_on(engines, world):
     old, new = world.renew("moved", 60), world.renew("moved", 61)
-    ask = Ask(tuple(prompt_of(7)), new, COUNT)
+    ask = EngineRequest(tuple(prompt_of(7)), new, COUNT)
 
     async def dropped(engine):
         with paced(engine) as step:
-            ending = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(6)), old, 60)))
+            ending = asyncio.create_task(collect(engine, EngineRequest(tuple(prompt_of(6)), old, 60)))
             await begun(engine, step, [ending])
             going_on = asyncio.create_task(collect(engine, ask))
             await asyncio.sleep(0)
@@ -348,7 +350,9 @@ def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_
             await asyncio.sleep(0)
         await dropping
         (ended,) = await asyncio.gather(ending, return_exceptions=True)
-        in_time = not hasattr(engine, "scheduler") and ended == world.expected(Ask(tuple(prompt_of(6)), old, 60))
+        in_time = not hasattr(engine, "scheduler") and ended == world.expected(
+            EngineRequest(tuple(prompt_of(6)), old, 60)
+        )
         assert isinstance(ended, ModelRemoved) or in_time  # nothing paces vLLM, which may have ended the answer before
         found = await going_on
         assert {who.number for who in await engine.versions() if who.person == "moved"} == {new.number}
@@ -358,12 +362,12 @@ def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_
 
 
 def test_more_people_than_the_adapter_cache_holds_are_answered_correctly(engines, world):
-    asks = [Ask(tuple(prompt_of(n)), world.version(str(n % 5), 1), 4) for n in range(15)]
+    asks = [EngineRequest(tuple(prompt_of(n)), world.version(str(n % 5), 1), 4) for n in range(15)]
 
     async def in_turn(engine):
         found = [await collect(engine, ask) for ask in asks]
         with suppress(AttributeError):
-            await engine.adapters.settled()
+            await engine.adapters.unloads_ended()
         return found, engine.facts()["activated"][0]
 
     found, held = run(engines, in_turn, activated=2)
@@ -375,7 +379,7 @@ def test_cached_prefixes_are_not_shared_between_callers(engines, world):
     prompt = tuple(prompt_of(6, 64))
 
     async def cached(engine, asker):
-        ask = Ask(prompt, world.version("1", 1), 2, asker=asker)
+        ask = EngineRequest(prompt, world.version("1", 1), 2, asker=asker)
         return [piece.cached async for piece in engine.answer(ask)][-1]
 
     async def three(engine):
@@ -391,14 +395,14 @@ def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
 
     async def refused(engine):
         with pytest.raises(InputError):
-            await collect(engine, Ask((), who, 3))
+            await collect(engine, EngineRequest((), who, 3))
         with pytest.raises(InputError):
-            await collect(engine, Ask(tuple(prompt_of(0, 250)), who, 20))
-        running = [asyncio.create_task(collect(engine, Ask(tuple(prompt_of(n)), who, 100))) for n in range(6)]
+            await collect(engine, EngineRequest(tuple(prompt_of(0, 250)), who, 20))
+        running = [asyncio.create_task(collect(engine, EngineRequest(tuple(prompt_of(n)), who, 100))) for n in range(6)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
-            await collect(engine, Ask(tuple(prompt_of(9)), who, 3))
+            await collect(engine, EngineRequest(tuple(prompt_of(9)), who, 3))
         return await asyncio.gather(*running)
 
     assert all(len(tokens) <= 100 for tokens, _ in run(engines, refused, most=6))
@@ -407,13 +411,13 @@ def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
 def test_a_closing_engine_finishes_running_answers_and_accepts_no_new_ones(engines, world):
     async def closed(engine):
         with paced(engine) as step:
-            running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(8)), TASK, 100)))
+            running = asyncio.create_task(collect(engine, EngineRequest(tuple(prompt_of(8)), TASK, 100)))
             await begun(engine, step, [running])
             assert not running.done()
         await engine.close()
         with pytest.raises(EngineGone):
-            await collect(engine, Ask(tuple(prompt_of(8)), TASK, 3))
+            await collect(engine, EngineRequest(tuple(prompt_of(8)), TASK, 3))
         assert not engine.ready
         return await running
 
-    assert run(engines, closed) == world.expected(Ask(tuple(prompt_of(8)), TASK, 100))
+    assert run(engines, closed) == world.expected(EngineRequest(tuple(prompt_of(8)), TASK, 100))

@@ -17,7 +17,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, EngineGone, ModelRemoved, QueueFull, Refused, Version
+from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, QueueFull, Refused, Version
 from mta.store.state import State
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -90,7 +90,7 @@ def engine_of(base, bank, models, **how):
 
 def ask_of(n, prompt, count, **how):
     """A request for person ``n`` of ``models``; 0 is the base and 1 the pooled model."""
-    return Ask(tuple(prompt), (BASE, TASK)[n] if n < 2 else Version(str(n), 1), max_tokens=count, **how)
+    return EngineRequest(tuple(prompt), (BASE, TASK)[n] if n < 2 else Version(str(n), 1), max_tokens=count, **how)
 
 
 def prompts_of(count, longest=40, seed=0):
@@ -312,7 +312,9 @@ def test_a_forgotten_persons_request_ends_while_the_adapter_of_another_model_loa
             return adapter_of(*given)
 
         monkeypatch.setattr(engine.scheduler.adapters, "adapter_of", slow)
-        asked = [asyncio.create_task(tokens_of(engine, Ask((7, 8), TASK, 2, asker=key))) for key in ("ann", "bob")]
+        asked = [
+            asyncio.create_task(tokens_of(engine, EngineRequest((7, 8), TASK, 2, asker=key))) for key in ("ann", "bob")
+        ]
         await asyncio.to_thread(looking.wait, 60)
         await engine.forget("1", ["ann"])
         go_on.set()
@@ -374,7 +376,7 @@ def test_logits_of_labels_are_not_rounded(monkeypatch):
         return computed(self, *given)
 
     monkeypatch.setattr(type(base), "next_logits", next_logits)
-    labels = Ask((5, 6, 7), TASK, 5, labels=((31, 7, 2), (31, 2), (40, 2)))
+    labels = EngineRequest((5, 6, 7), TASK, 5, labels=((31, 7, 2), (31, 2), (40, 2)))
 
     async def go():
         try:

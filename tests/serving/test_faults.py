@@ -18,7 +18,7 @@ from tiny import base_of, endless, random_loras
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, Version
+from mta.serving.engine import EngineRequest, Version
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.adapters import AdapterFolders
 from mta.store import Store
@@ -132,7 +132,7 @@ def many_people(tiny, folder, count, activated):
             people = [str(n) for n in range(first, first + 50)]
             versions = [store.save(person, state_of(base, bank, int(person))) for person in people]
             asks = [
-                Ask(PROMPT, Version(person, number, seal=store.seal(person, number)), max_tokens=2)
+                EngineRequest(PROMPT, Version(person, number, seal=store.seal(person, number)), max_tokens=2)
                 for person, number in zip(people, versions)
             ]
 

@@ -24,7 +24,7 @@ from mta.serving.api.auth import Key, Keys
 from mta.serving.api.errors import NeedsRebuild
 from mta.serving.api.histories import Histories
 from mta.serving.api.service import Service
-from mta.serving.engine import Ask
+from mta.serving.engine import EngineRequest
 from mta.store import Store
 from mta.store.maintenance import collect
 
@@ -81,10 +81,10 @@ def test_items_from_before_a_tombstone_are_dropped_and_new_items_are_used(gatewa
 def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere(gateway):
     """With a key of their own; and the status of a job is gone at once."""
     service, http = gateway.service, gateway.http
-    service.keys = Keys(keys=(*service.keys.keys, Key(name="eves", sha256="1" * 64, rights="person", of="eve")))
+    service.keys = Keys(keys=(*service.keys.keys, Key(name="eves", sha256="1" * 64, rights="person", scope="eve")))
 
     async def asked():
-        async for _ in service.engine.answer(Ask((7, 8, 9), TASK, max_tokens=2, asker="eves")):
+        async for _ in service.engine.answer(EngineRequest((7, 8, 9), TASK, max_tokens=2, asker="eves")):
             pass
 
     def owners():

@@ -22,7 +22,7 @@ from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
 from mta.personalize.forgetting import forget_person
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask, Version
+from mta.serving.engine import EngineRequest, Version
 from mta.store import Store
 from mta.store.state import State
 
@@ -103,7 +103,7 @@ async def asked(engine, world, person, lot):
     if version is None:
         return Heard(None)
     who = Version(person, version, seal=world.store.seal(person, version) or "")
-    ask = Ask(tuple(world.prompt(person)), who, max_tokens=LENGTH)
+    ask = EngineRequest(tuple(world.prompt(person)), who, max_tokens=LENGTH)
     tokens, leaves = [], lot < 0.15
     try:
         async for piece in engine.answer(ask):
@@ -130,7 +130,7 @@ def judged(world, heard):
 
 
 async def storm(engine, world, rounds, at_once, people, seed=0):
-    """Ask, cancel, update, and forget at random; count what the answers turned out to be."""
+    """EngineRequest, cancel, update, and forget at random; count what the answers turned out to be."""
     draw, found = random.Random(seed), Counter()
     for turn in range(rounds):
         chosen = [str(draw.randrange(people)) for _ in range(at_once)]

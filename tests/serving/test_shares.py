@@ -23,7 +23,7 @@ ROOM = 160_000
 
 
 def team(n):
-    return Key(name=f"team{n}", sha256="0" * 64, rights="prefix", of=f"team{n}/")
+    return Key(name=f"team{n}", sha256="0" * 64, rights="prefix", scope=f"team{n}/")
 
 
 def item(characters=100):
@@ -71,32 +71,32 @@ def test_keys_of_one_person_fill_three_quarters_together_and_leave_the_operators
     mine = [f"{n}" for n in range(ROOM // 4 // size())]
     for id in mine:
         histories.append(id, [item()], False)
-    people = [Key(name=f"p{n}", sha256="0" * 64, rights="person", of=f"p{n}") for n in range(30)]
+    people = [Key(name=f"p{n}", sha256="0" * 64, rights="person", scope=f"p{n}") for n in range(30)]
     for key in people:
         for _ in range(20):
-            histories.append(key.of, [item()], False, key)
-        assert histories.held(key.of) == 20
-    assert taken(histories, [key.of for key in people]) <= ROOM * 3 // 4
+            histories.append(key.scope, [item()], False, key)
+        assert histories.held(key.scope) == 20
+    assert taken(histories, [key.scope for key in people]) <= ROOM * 3 // 4
     assert all(histories.held(id) for id in mine)
 
 
 def test_a_person_larger_than_the_keys_share_is_refused_and_displaces_nobody(tmp_path):
     histories, small = Histories(Store(tmp_path), 500, ROOM), [team(n) for n in range(1, 4)]
     for key in small:
-        histories.append(key.of, [item()], False, key)
+        histories.append(key.scope, [item()], False, key)
     histories.append("mine", [item()], False)
-    greedy = Key(name="greedy", sha256="0" * 64, rights="person", of="greedy")
+    greedy = Key(name="greedy", sha256="0" * 64, rights="person", scope="greedy")
     for _ in range(9):
         histories.append("greedy", [item(3900)], False, greedy)
     with pytest.raises(Refused, match="bytes in memory"):
         histories.append("greedy", [item(3900)], False, greedy)
-    assert all(histories.held(id) == 1 for id in ["mine", *(key.of for key in small)])
+    assert all(histories.held(id) == 1 for id in ["mine", *(key.scope for key in small)])
 
 
 def test_characters_of_other_scripts_take_their_bytes(tmp_path):
     """A text with one emoji takes four bytes for each of its characters."""
     histories = Histories(Store(tmp_path), 500, ROOM)
-    mine = Key(name="mine", sha256="0" * 64, rights="person", of="mine")
+    mine = Key(name="mine", sha256="0" * 64, rights="person", scope="mine")
     histories.append("mine", [item(ROOM // 8)], False, mine)
     histories.forget("mine")
     with pytest.raises(Refused, match="bytes in memory"):

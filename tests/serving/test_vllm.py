@@ -22,7 +22,7 @@ from served import served
 from mta.errors import ConfigError
 from mta.personalize.adapters import TASK
 from mta.personalize.forgetting import forget_person
-from mta.serving.engine import Ask, EngineGone
+from mta.serving.engine import EngineGone, EngineRequest
 from mta.serving.launch import remote_of
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.adapters import folder_of
@@ -47,7 +47,7 @@ def server(world):
 
 
 def ask_of(world, n, count=COUNT):
-    return Ask(tuple(prompt_of(n)), world.version(str(n), 1), count)
+    return EngineRequest(tuple(prompt_of(n)), world.version(str(n), 1), count)
 
 
 def expected(world, ask):
@@ -64,7 +64,7 @@ def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
             ask = ask_of(world, n)
             tokens, _ = await collect(engine, ask)
             wrong += [n] if tokens != expected(world, ask) else []
-        await engine.adapters.settled()
+        await engine.adapters.unloads_ended()
         listed = (await engine.client.get("/v1/models")).json()["data"]
         facts = engine.facts()
         await engine.close()
@@ -85,7 +85,7 @@ def test_the_server_folder_is_private_and_reveals_no_id(world, server):
 
     async def go():
         engine = world.vllm(Lent(server))
-        await collect(engine, Ask(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
+        await collect(engine, EngineRequest(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
         await engine.close()
 
     asyncio.run(go())
@@ -207,7 +207,7 @@ def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, ser
 
     async def go():
         earlier = world.vllm(Lent(server))
-        await collect(earlier, Ask(tuple(prompt_of(1)), who, COUNT))
+        await collect(earlier, EngineRequest(tuple(prompt_of(1)), who, COUNT))
         await earlier.close()
         engine = world.vllm(Lent(server))
         forget_person("before", world.store)
@@ -226,7 +226,7 @@ def test_concurrent_first_requests_build_one_adapter(world, server):
 
     async def go():
         engine = world.vllm(Lent(server))
-        asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
+        asks = [EngineRequest(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
         found = await asyncio.gather(*(collect(engine, ask) for ask in asks))
         await engine.close()
         return [tokens for tokens, _ in found] == [expected(world, ask) for ask in asks]
@@ -237,11 +237,11 @@ def test_concurrent_first_requests_build_one_adapter(world, server):
 def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
     async def go():
         engine = world.vllm(Lent(server))
-        found = await collect(engine, Ask(tuple(prompt_of(3)), TASK, COUNT))
+        found = await collect(engine, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
         await engine.close()
         return found[0]
 
-    assert asyncio.run(go()) == expected(world, Ask(tuple(prompt_of(3)), TASK, COUNT))
+    assert asyncio.run(go()) == expected(world, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
 
 
 def test_the_command_line_starts_and_stops_vllm(world):

@@ -12,7 +12,7 @@ import pytest
 from mta.errors import ConfigError
 from mta.lora.peft import WEIGHTS
 from mta.serving.api.completions import _event
-from mta.serving.engine import Ask, EngineGone, ModelRemoved, Version
+from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version
 from mta.serving.launch import remote_of
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.adapters import folder_of
@@ -91,7 +91,7 @@ def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
                 pass
             async with registry.held(asked) as again:
                 assert again == name
-            await registry.settled()
+            await registry.unloads_ended()
             await asyncio.sleep(0)
             return len(registry)
 
@@ -113,7 +113,7 @@ def test_idle_adapters_make_room_for_another(tmp_path, monkeypatch):
                 async with registry.held(who) as name:
                     (tmp_path / folder_of(name)).mkdir()
                     (tmp_path / folder_of(name) / WEIGHTS).write_bytes(b"x" * 100)
-            await registry.settled()
+            await registry.unloads_ended()
 
     asyncio.run(go())
     assert unloaded == [wire_name(people[0])]
@@ -134,7 +134,7 @@ def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
             assert await registry.versions() == {earlier}
             async with registry.held(person):
                 pass
-            await registry.settled()
+            await registry.unloads_ended()
 
     asyncio.run(go())
     assert unloaded == [wire_name(earlier)]
@@ -184,7 +184,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_perso
             with pytest.raises(EngineGone):
                 await registry.drop({person}.__contains__, lambda answer: None)
             await registry.versions()  # as every sweep asks
-            await registry.settled()
+            await registry.unloads_ended()
             async with registry.held(person) as name:
                 return name
 
@@ -195,7 +195,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_perso
 def test_every_seed_is_one_that_vllm_takes(seed):
     """It takes -1 for no seed, and refuses larger ones; the second of two answers has the next seed."""
     engine = SimpleNamespace(stops=frozenset(), _salted=lambda ask: "")
-    sent = VllmEngine._body(engine, Ask((1,), Version("ann", 1), 4, seed=seed), "ann")["seed"]
+    sent = VllmEngine._body(engine, EngineRequest((1,), Version("ann", 1), 4, seed=seed), "ann")["seed"]
     assert (sent is None) == (seed is None)
     assert sent is None or 0 <= sent < 2**63
 

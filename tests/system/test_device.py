@@ -12,7 +12,7 @@ from mta.errors import ModelError
 from mta.personalize.adapters import TASK
 from mta.serving.api.jobs import Jobs
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import Ask
+from mta.serving.engine import EngineRequest
 from mta.store import Store
 from mta.system import device
 from mta.system.device import compute_with, pick_device, pick_dtype, seeded
@@ -51,7 +51,7 @@ def test_an_engine_does_not_change_the_number_of_threads_of_other_threads(tiny, 
     async def go():
         engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
         jobs = Jobs(personalizer(base.twin(), bank, store))
-        assert [piece async for piece in engine.answer(Ask((5, 6, 7), TASK, max_tokens=2))]
+        assert [piece async for piece in engine.answer(EngineRequest((5, 6, 7), TASK, max_tokens=2))]
         await jobs.close()
         await engine.close()
 

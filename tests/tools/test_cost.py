@@ -20,13 +20,13 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.adaptable import adapted_layers
 from mta.model.agreement import called_layers
-from mta.model.footprint import Footprint, ParameterCounts, Sums, TextLengths
+from mta.model.footprint import Footprint, LayerTotals, ParameterCounts, TextLengths
 from mta.store.state import Losses, State
 from mta.system.device import processor
 from mta.tools.cost import DataSizes, Shape, _scored, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
-FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
+FOOTPRINT = Footprint(LayerTotals(), 1, 1, 1, 1, 2)
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -60,7 +60,7 @@ def test_the_chosen_experts_of_a_token_count():
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     layers = adapted_layers(model, called_layers(model), "mixtral")
-    assert Sums.of(model, layers).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
+    assert LayerTotals.of(model, layers).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
 
 
 def test_the_well_known_shapes_are_what_their_makers_say():

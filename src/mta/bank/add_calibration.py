@@ -32,9 +32,9 @@ from mta.bank.format import (
     read_adapters,
     read_info,
 )
-from mta.bank.notes import note_stop, pass_stale_on, remove_leftovers, stale, stops
+from mta.bank.notes import forget_marker, note_stop, parts_to_rebuild, pass_stale_on, remove_leftovers
 from mta.config import CalibrationSettings, Run
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
@@ -74,17 +74,17 @@ def calibrate_bank(
 
     The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
     the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
-    their ids. ``since`` is what ``stops(folder)`` returned before the people were read; None: ask it now. A finished
-    calibration is not measured again. Raises InputError if too few people are left or the bank has no list of members,
-    DataError for an item that is too long, BankError if a person is forgotten meanwhile, ``out`` holds anything but
-    this calibration, or the bank cannot be replaced; BankCorrupt, BankMismatch.
+    their ids. ``since`` is what ``forget_marker(folder)`` returned before the people were read; None: ask it now. A
+    finished calibration is not measured again. Raises InputError if too few people are left or the bank has no list
+    of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile, ``out`` holds
+    anything but this calibration, or the bank cannot be replaced; BankCorrupt, BankMismatch.
     """
     folder = folder.resolve()
-    before = stops(folder) if since is None else since
+    before = forget_marker(folder) if since is None else since
     _check_owners(read_info(folder), people, unrelated)
 
     def check(bank: Path = folder) -> None:
-        if stops(bank) != before:
+        if forget_marker(bank) != before:
             raise BankError(
                 "a person was forgotten during the calibration", hint="Leave them out, and calibrate again."
             )
@@ -119,7 +119,7 @@ def calibrate_bank(
 
 def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
-    given = {name: getattr(run, name) for name in COMPUTED_WITH}
+    given = {name: getattr(run, name) for name in ROUNDING_ONLY}
     return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration)})
 
 
@@ -135,14 +135,14 @@ def _trained_files(info: BankInfo) -> dict[str, str]:
 def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
     """Return the key of a calibration: of what was trained, the people, and the settings that count."""
     histories = [[one.id, one.digest()] for one in people]
-    unused = {"base", "encoder", *COMPUTED_WITH}  # the bank has fingerprints of the first two
+    unused = {"base", "encoder", *ROUNDING_ONLY}  # the bank has fingerprints of the first two
     loaded = base.as_loaded(_settings(info, run)).model_dump(mode="json", exclude=unused)
     return json_sha256([_trained_files(info), histories, loaded])
 
 
 def _is_done(folder: Path, work: str) -> bool:
     """Return whether a bank has the calibration with this key, which nobody behind it asked to be forgotten."""
-    if not (folder / INFO).exists() or not read_info(folder).calibration or "calibration" in stale(folder):
+    if not (folder / INFO).exists() or not read_info(folder).calibration or "calibration" in parts_to_rebuild(folder):
         return False
     return saved_work(folder / CALIBRATION) == work
 
@@ -238,7 +238,7 @@ def _copy(folder: Path, written: Path, info: BankInfo, whole: bool) -> None:
             copy_function=lambda source, target: copy_file(Path(source), Path(target)),
             dirs_exist_ok=True,
         )
-        if stops(folder):
+        if forget_marker(folder):
             note_stop(written)
     else:
         for name in _trained_files(info):

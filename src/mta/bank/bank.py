@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
+from mta.bank.calibration.chosen_settings import with_calibrated_settings
 from mta.bank.calibration.laplace import Calibration
-from mta.bank.calibration.settle import settled
 from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
 from mta.bank.imports import import_bank
-from mta.bank.publish import bank_folder, bank_parcel, publish_bank
+from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
 from mta.data.shots_and_queries import has_enough_items
@@ -195,8 +195,8 @@ class Bank:
         Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
         personalize these people again. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
         the people is behind an imported LoRA (see ``of_adapters``). ``since`` is what
-        ``mta.bank.notes.stops(folder)`` returned before the people were read: the calibration is given up (BankError)
-        if a person was forgotten after that.
+        ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
+        (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
         holds anything, or the bank's folder cannot be replaced.
         """
@@ -215,9 +215,9 @@ class Bank:
         )
         return self.open(copy or self.folder, base)
 
-    def settled(self, run: Run | None = None) -> Run:
+    def with_calibrated_settings(self, run: Run | None = None) -> Run:
         """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""
-        return settled(run or self.info.run, self.info.calibration, self.info.run.stack.lora)
+        return with_calibrated_settings(run or self.info.run, self.info.calibration, self.info.run.stack.lora)
 
     @classmethod
     def from_pretrained(
@@ -243,8 +243,8 @@ class Bank:
         Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
         """
         path = Path(results) if results else None
-        parcel = bank_parcel(self.folder, repo_id, results=path, license=license, with_members=with_members)
-        return publish_bank(self.folder, repo_id, parcel, private=private, token=token)
+        upload = bank_upload(self.folder, repo_id, results=path, license=license, with_members=with_members)
+        return publish_bank(self.folder, repo_id, upload, private=private, token=token)
 
     def __len__(self) -> int:
         return len(self.anchors)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import Calibration
-from mta.bank.members import Hashed, Members
+from mta.bank.members import MemberHashes, Members
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.tasks.task import UNTRAINED, Task
@@ -166,14 +166,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _read_members(folder: Path, sha256: str) -> Hashed | None:
+def _read_members(folder: Path, sha256: str) -> MemberHashes | None:
     """Return the members; None if there is no file. Raises BankCorrupt if it has another ``sha256``."""
     path = folder / MEMBERS
     try:
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise BankCorrupt(_changed(path, found, sha256), hint=restore(folder))
-        return Hashed.model_validate_json(data)
+        return MemberHashes.model_validate_json(data)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mta.bank.format import file_hashes
 from mta.config import Run
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.lora.peft import CONFIG, WEIGHTS
@@ -18,7 +18,7 @@ from mta.model.encoders import Encoder
 from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
-NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", *COMPUTED_WITH}
+NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", *ROUNDING_ONLY}
 
 
 @dataclass(frozen=True, slots=True)

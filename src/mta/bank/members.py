@@ -15,7 +15,7 @@ from mta.data.history import Person
 TrainedPart = Literal["task LoRA", "clusters", "anchor", "calibration"]
 
 
-class Hashed(BaseModel):
+class MemberHashes(BaseModel):
     """Members as keyed hashes, and the key. Readers can test a guessed id, but cannot list the ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class Members(BaseModel):
     candidates: int
     anchors: int
     sha256: str
-    hashed: Hashed | None = Field(default=None, exclude=True, repr=False)
+    hashed: MemberHashes | None = Field(default=None, exclude=True, repr=False)
 
     @classmethod
     def of(
@@ -59,7 +59,7 @@ class Members(BaseModel):
         key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
         groups = {"task": task, "candidates": candidates, "anchors": anchors, "calibration": calibration}
         groups["kept_back"] = [_with_items(person) for person in kept_back]
-        return cls.known_by(Hashed(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
+        return cls.known_by(MemberHashes(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
 
     def calibrated_on(self, people: Sequence[str]) -> Members:
         """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
@@ -69,7 +69,7 @@ class Members(BaseModel):
         return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
     @classmethod
-    def known_by(cls, hashed: Hashed) -> Members:
+    def known_by(cls, hashed: MemberHashes) -> Members:
         """Return the members with the counts and the sha256 that ``bank.json`` holds."""
         counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)

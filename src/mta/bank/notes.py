@@ -23,12 +23,12 @@ _WAIT = 60.0  # seconds for another process to write one small file
 def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     """Note that the parts trained on this person need a rebuild, and return them. Raises BankError, BankCorrupt."""
     parts = read_info(folder).members.parts_of(person)
-    if not set(parts) <= set(stale(folder)):
+    if not set(parts) <= set(parts_to_rebuild(folder)):
         _note(folder, STALE, parts)
     return parts
 
 
-def stops(folder: Path) -> str:
+def forget_marker(folder: Path) -> str:
     """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
 
     It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
@@ -78,7 +78,7 @@ def note_stop(folder: Path) -> None:
             raise BankError(found, hint=PERMISSIONS) from None
 
 
-def stale(folder: Path) -> list[str]:
+def parts_to_rebuild(folder: Path) -> list[str]:
     """Return the parts that were trained on people who asked to be forgotten."""
     noted = read_json(folder / STALE)
     if isinstance(noted, dict):
@@ -95,7 +95,7 @@ class StaleReport(NamedTuple):
 
 def stale_report(folder: Path) -> StaleReport | None:
     """Return what to say of a bank with a forgotten person; None without one."""
-    if not (parts := stale(folder)):
+    if not (parts := parts_to_rebuild(folder)):
         return None
     found, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
     if parts == ["calibration"]:
@@ -123,13 +123,13 @@ def published(folder: Path) -> list[str]:
 
 def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
     """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew. Raises BankError."""
-    if parts := set(stale(folder)) - {without}:
+    if parts := set(parts_to_rebuild(folder)) - {without}:
         _note(copy, STALE, parts)
 
 
 def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:
     """Add entries to a list of a bank, or remove one; threads and processes wait for each other. Raises BankError."""
-    key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
+    key, listed = {STALE: ("needs_rebuild", parts_to_rebuild), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
             write_json(folder / name, {key: sorted({*listed(folder), *entries} - {without})})

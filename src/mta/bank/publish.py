@@ -24,24 +24,24 @@ from mta.bank.format import (
     seal,
     verify,
 )
-from mta.bank.notes import drop_note_of_publishing, note_published, published, stale_report, stops
+from mta.bank.notes import drop_note_of_publishing, forget_marker, note_published, published, stale_report
 from mta.errors import BankCorrupt, BankError, BankNotFound, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
-from mta.system.hub import Parcel, Repository, is_hub_id, public_name, snapshot
+from mta.system.hub import Repository, Upload, is_hub_id, public_name, snapshot
 
 _ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
 
-def bank_parcel(
+def bank_upload(
     folder: Path, place: str, *, results: Path | None = None, license: str = "", with_members: bool = False
-) -> Parcel:
+) -> Upload:
     """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
     ``results`` is a results.json, for the card. Raises BankError if a person in the bank asked to be forgotten or for
     foreign files, BankCorrupt, InputError.
     """
-    since, info = stops(folder), read_info(folder)
+    since, info = forget_marker(folder), read_info(folder)
     if report := stale_report(folder):
         raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
     if with_members and info.members.hashed is None:
@@ -59,25 +59,25 @@ def bank_parcel(
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, table, license).encode()
-    return Parcel(dict(sorted(sent.items())), _facts(public, license, with_members), since)
+    return Upload(dict(sorted(sent.items())), _facts(public, license, with_members), since)
 
 
-def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = True, token: str | None = None) -> str:
-    """Send a parcel of ``bank_parcel`` as one commit, and return the repository's address.
+def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = True, token: str | None = None) -> str:
+    """Send a upload of ``bank_upload`` as one commit, and return the repository's address.
 
     The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
-    BankError if a person in the bank was forgotten since the parcel was made, even if the bank was calibrated again.
+    BankError if a person in the bank was forgotten since the upload was made, even if the bank was calibrated again.
     """
     repository = Repository.begin(place, private=private, token=token)
     before = published(folder)
     note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
     report = stale_report(folder)  # only now: later ones find the note
-    if report or stops(folder) != parcel.since:
+    if report or forget_marker(folder) != upload.since:
         if repository.url not in before:
             drop_note_of_publishing(folder, repository.url)
         found, hint = (report.found, report.hint) if report else ("a person was forgotten meanwhile", "Try again.")
         raise BankError(f"{found}: the bank is not published", hint=hint)
-    repository.send(parcel, "Publish a bank of mta", ours=_ALL)
+    repository.send(upload, "Publish a bank of mta", ours=_ALL)
     return repository.url
 
 

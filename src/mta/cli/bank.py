@@ -13,7 +13,7 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.errors import InputError, MtaError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
@@ -151,7 +151,7 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
-    from mta.bank.notes import stops
+    from mta.bank.notes import forget_marker
 
     folder = options.bank_at(bank)
     if out is None and folder != bank:
@@ -159,7 +159,7 @@ def calibrate(
             f"{bank} is on the hub: calibrated in place, its download here would differ from it",
             hint="Calibrate a copy:  --out bank-2/",
         )
-    since = stops(folder)  # before the people are read: a person may be forgotten while the base loads
+    since = forget_marker(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
         folder,
@@ -167,7 +167,7 @@ def calibrate(
         device=device,
         config=config,
         open_to=frozenset({"calibration"}),
-        machine=COMPUTED_WITH | {"base"},
+        machine=ROUNDING_ONLY | {"base"},
     )
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
         found = opened.calibrate(
@@ -210,12 +210,12 @@ def show(
     """
     from mta.bank.card import body
     from mta.bank.format import read_info, verify
-    from mta.bank.notes import stale, stale_report
+    from mta.bank.notes import parts_to_rebuild, stale_report
 
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
-        return show_json(info.model_dump(mode="json") | {"needs_rebuild": stale(folder)})
+        return show_json(info.model_dump(mode="json") | {"needs_rebuild": parts_to_rebuild(folder)})
     if report := stale_report(folder):
         typer.echo(f"{report.found[0].upper()}{report.found[1:]}. {report.hint}\n")
     typer.echo(body(info))
@@ -244,14 +244,14 @@ def publish(
 
     Example:  mta bank publish bank/ --to owner/name --dry-run
     """
-    from mta.bank.publish import bank_parcel, publish_bank
+    from mta.bank.publish import bank_upload, publish_bank
 
-    parcel = bank_parcel(folder, to, results=results, license=license, with_members=with_members)
+    upload = bank_upload(folder, to, results=results, license=license, with_members=with_members)
     if json and dry_run:
-        return show_json({"to": to, "private": private, "files": parcel.sizes(), "facts": parcel.facts})
-    show_parcel(parcel, to, private, err=not dry_run)
+        return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
+    show_parcel(upload, to, private, err=not dry_run)
     if dry_run:
         return
     confirm(yes)
-    url = publish_bank(folder, to, parcel, private=private)
-    show_json({"url": url, "files": parcel.sizes()}) if json else typer.echo(url)
+    url = publish_bank(folder, to, upload, private=private)
+    show_json({"url": url, "files": upload.sizes()}) if json else typer.echo(url)

@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 import mta
 from mta.config import Run, load_settings, override
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.tasks import Task as TaskType
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
 
 MERGE_AND_STACK = frozenset({"merge", "stack"})
-MACHINE_SETTINGS = COMPUTED_WITH | {"base", "encoder", "dtype", "max_tokens", "seed"}
+MACHINE_SETTINGS = ROUNDING_ONLY | {"base", "encoder", "dtype", "max_tokens", "seed"}
 
 
 def bank_at(name: Path) -> Path:
@@ -182,10 +182,10 @@ def open_bank(
     info = read_info(folder)
     built = info.run
     run = override(override(built, file_words), [*(words or []), *as_words(seed=seed, device=device)], config)
-    settled = set(Run.model_fields) - machine - open_to
+    fixed = set(Run.model_fields) - machine - open_to
     if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
-        settled -= {"task"}  # the same task under another name
-    if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
+        fixed -= {"task"}  # the same task under another name
+    if changed := sorted(name for name in fixed if getattr(run, name) != getattr(built, name)):
         raise ConfigError(
             f"{changed[0]!r} cannot be changed here: the bank or the states were made with it",
             hint=f"Settings that can be changed here: {', '.join(sorted(machine | open_to))}.",

@@ -97,9 +97,9 @@ def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
 
 
 def _warn_of_no_gain(bank: mta.Bank, run: mta.Run) -> None:
-    settled, found = bank.settled(run), bank.calibration
-    keeps_pooled = found is not None and not found.personal and not found.mu.any() and not settled.stack.enabled
-    if keeps_pooled and settled.merge.policy == "laplace":
+    calibrated, found = bank.with_calibrated_settings(run), bank.calibration
+    keeps_pooled = found is not None and not found.personal and not found.mu.any() and not calibrated.stack.enabled
+    if keeps_pooled and calibrated.merge.policy == "laplace":
         typer.echo("This bank's calibration found no gain: everybody keeps the pooled model (mta bank show).", err=True)
 
 

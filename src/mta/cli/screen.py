@@ -28,7 +28,7 @@ from mta.errors import InputError
 from mta.system.units import human_seconds
 
 if TYPE_CHECKING:
-    from mta.system.hub import Parcel
+    from mta.system.hub import Upload
     from mta.system.progress import Step
 
 # FORCE_COLOR makes a file a terminal for rich, which would write its bars there again and again.
@@ -133,12 +133,12 @@ def speaks_unicode() -> bool:
     return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
 
 
-def show_parcel(parcel: Parcel, to: str, private: bool, err: bool = True) -> None:
+def show_parcel(upload: Upload, to: str, private: bool, err: bool = True) -> None:
     """Print the files and facts that would be sent, so that the user can decide."""
-    sizes = parcel.sizes()
+    sizes = upload.sizes()
     lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
     lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
-    lines += [f"{name}: {fact}" for name, fact in parcel.facts.items()]
+    lines += [f"{name}: {fact}" for name, fact in upload.facts.items()]
     typer.echo("\n".join(lines), err=err)
 
 

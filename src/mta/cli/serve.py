@@ -109,7 +109,7 @@ def serve(
     rights: Annotated[
         str | None, Option(help="Rights of the new key: admin (the default), serve, person or prefix.")
     ] = None,
-    of: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
+    scope: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
     slots: Annotated[int, Option(min=1, help="Most answers at once; a person's key gets a quarter.")] = 32,
     vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
     vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
@@ -132,15 +132,15 @@ def serve(
     """
     require("serve")
     from mta.serving import launch as serving
-    from mta.system.device import in_passing
+    from mta.system.device import run_in_short_thread
 
     if new_key is not None:
-        return _add_key(keys, new_key, rights or "admin", of, secret, json)
+        return _add_key(keys, new_key, rights or "admin", scope, secret, json)
     _refuse_unused(
         {
             "--secret": (secret, "--new-key", new_key),
             "--rights": (rights, "--new-key", new_key),
-            "--of": (of, "--new-key", new_key),
+            "--scope": (scope, "--new-key", new_key),
             "--vllm-args": (vllm_args, "--vllm", vllm),
             "--vllm-folder": (vllm_folder, "--vllm-url", vllm_url),
         }
@@ -150,7 +150,7 @@ def serve(
     weights = not (remote or vllm)
     serving.check(store, bank, strict)
     changes = options.MERGE_AND_STACK
-    opened = in_passing(
+    opened = run_in_short_thread(
         lambda: options.open_bank(
             bank, words, seed=seed, device=device, config=config, open_to=changes, weights=weights
         )
@@ -171,7 +171,7 @@ def _refuse_unused(options: Mapping[str, tuple[object, str, object]]) -> None:
             raise ConfigError(f"{name} needs {other}", hint="Add it, or leave this one out:  mta serve --help")
 
 
-def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | None, json: bool) -> None:
+def _add_key(keys: Path | None, name: str, rights: str, scope: str, out: Path | None, json: bool) -> None:
     from mta.serving.api.auth import add_key
     from mta.system.atomic import replacing
 
@@ -181,9 +181,9 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, out: Path | Non
         if out.exists() or out.resolve() == keys.resolve():
             raise ConfigError(f"{out} exists already, and may hold another key", hint="Name a new file with --secret.")
         with replacing(out) as file:  # only its owner reads it; if it cannot be written, no key is added
-            file.write(f"{add_key(keys, name, rights, of)}\n".encode())
+            file.write(f"{add_key(keys, name, rights, scope)}\n".encode())
         return show_json({"name": name, "file": str(out)}) if json else typer.echo(f"{out}: the key {name!r}", err=True)
-    secret = add_key(keys, name, rights, of)
+    secret = add_key(keys, name, rights, scope)
     if json:
         return show_json({"name": name, "key": secret})
     typer.echo(secret)

@@ -1,5 +1,5 @@
 """Values that several packages share, and that are no settings."""
 
 SHOTS = (1, 4, 8, 16)  # numbers of shots that calibrations and evaluations compare
-COMPUTED_WITH = frozenset({"device", "memory", "gradient_checkpointing"})  # settings that change rounding at most
+ROUNDING_ONLY = frozenset({"device", "memory", "gradient_checkpointing"})  # settings that change rounding at most
 NOTICEABLE = 0.02  # nats: smaller differences of an NLL do not count

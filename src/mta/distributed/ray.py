@@ -60,7 +60,7 @@ class Cluster:
         attempts: int = 3,
     ) -> None:
         self.most, self.threads, self.attempts = most, threads, attempts
-        self.crew: Crew | None = None
+        self.pool: WorkerPool | None = None
         self.ray = _connected(address, workers)
         found = self.ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1  # of each worker
@@ -82,33 +82,33 @@ class Cluster:
         Workers that are idle at the end stay for the next call with the same ``open_remote``, until ``close``; closing
         the iterator stops busy ones. Raises ClusterError, and the errors of ``open_remote`` in a worker.
         """
-        known = [*pieces]  # making them may need the cluster, whose workers would then be another crew's
+        known = [*pieces]  # making them may need the cluster, whose workers would then be another pool's
         scheduler = PieceScheduler[P, R](self, function, self._crew_of(open_remote))
         try:
             yield from scheduler.work_through(known)
         finally:
             scheduler.stop_busy()
 
-    def _crew_of(self, open_remote: Callable[[], Any]) -> Crew:
+    def _crew_of(self, open_remote: Callable[[], Any]) -> WorkerPool:
         """Return the workers of the last call if they have this context, else new ones."""
         environment = self._own()
-        if not self.crew or self.crew.open_remote is not open_remote or self.crew.environment != environment:
+        if not self.pool or self.pool.open_remote is not open_remote or self.pool.environment != environment:
             self.dismiss()
-            self.crew = Crew(open_remote, environment, self.ray.put((sources_digest(), open_remote)))
-        return self.crew
+            self.pool = WorkerPool(open_remote, environment, self.ray.put((sources_digest(), open_remote)))
+        return self.pool
 
     def dismiss(self) -> None:
         """Stop the idle workers."""
-        for worker in self.crew.idle if self.crew else ():
+        for worker in self.pool.idle if self.pool else ():
             self.stop(worker)
-        self.crew = None
+        self.pool = None
 
     def stop(self, worker: Any) -> None:
         """Stop a worker."""
         with contextlib.suppress(Exception):  # the worker may have died with its machine or the whole cluster
             self.ray.kill(worker)
 
-    def hire(self) -> Any:
+    def start_worker(self) -> Any:
         """Start a worker."""
         options = {"num_cpus": self.threads, "num_gpus": self.gpus, "runtime_env": {"env_vars": self._own()}}
         return self.ray.remote(Worker).options(max_restarts=0, **options).remote()
@@ -132,7 +132,7 @@ class Cluster:
 
 
 @dataclass(slots=True)
-class Crew:
+class WorkerPool:
     """Workers with the context that ``open_remote`` makes; ``made`` is a reference to it. ``idle`` ones have no piece.
 
     ``any_opened``: the context could be made once, so that a failure is a machine's.
@@ -161,10 +161,10 @@ class _Task(Generic[P]):
 class PieceScheduler(Generic[P, R]):
     """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
 
-    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], crew: Crew) -> None:
+    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], pool: WorkerPool) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
-        self.function, self.crew, self.idle = self.ray.put(function), crew, crew.idle
-        self.from_before = {id(worker) for worker in crew.idle}  # of an earlier call: they may have died since
+        self.function, self.pool, self.idle = self.ray.put(function), pool, pool.idle
+        self.from_before = {id(worker) for worker in pool.idle}  # of an earlier call: they may have died since
         self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
@@ -203,8 +203,8 @@ class PieceScheduler(Generic[P, R]):
         if self._has_lost_hope() and (self.busy or self.idle):  # for example, one of the machines is unusable
             wanted = 0
         for _ in range(wanted - len(self.opening) - len(self.idle) - len(self.busy)):
-            worker = self.cluster.hire()
-            self.opening[worker.open.remote(self.crew.made)] = worker
+            worker = self.cluster.start_worker()
+            self.opening[worker.open.remote(self.pool.made)] = worker
         while self.idle and self.waiting:
             worker, task = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.run.remote(self.function, task.piece)] = worker, task
@@ -221,7 +221,7 @@ class PieceScheduler(Generic[P, R]):
             self.cluster.stop(worker)
             self.failed_starts += 1
             log.warning("a worker could not start: %s", _kind(error))
-            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.crew.any_opened:
+            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.pool.any_opened:
                 raise _cause(error) from None
             if self._has_lost_hope() and not (self.busy or self.idle):
                 raise ClusterError(
@@ -230,7 +230,7 @@ class PieceScheduler(Generic[P, R]):
                 ) from None
         else:
             self.idle.append(worker)
-            self.crew.any_opened, self.failed_starts = True, 0
+            self.pool.any_opened, self.failed_starts = True, 0
 
     def _ended(self, ref: Any) -> Iterator[PieceResult[P, R]]:
         worker, task = self.busy.pop(ref)

@@ -2,7 +2,7 @@
 
 from mta.evaluation.compare import run_methods
 from mta.evaluation.context import Context
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.evaluation.statistics import Comparison
 
-__all__ = ["Comparison", "Context", "Panel", "run_methods"]
+__all__ = ["Comparison", "Context", "TestBatch", "run_methods"]

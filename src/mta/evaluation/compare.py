@@ -1,4 +1,4 @@
-"""Compare methods on a panel, or the standard methods on one bank with a report."""
+"""Compare methods on a batch, or the standard methods on one bank with a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mta.evaluation.methods import (
     PopulationMerge,
     TaskLora,
 )
-from mta.evaluation.protocol import Panel, check_lengths, members_and_others
+from mta.evaluation.protocol import TestBatch, check_lengths, members_and_others
 from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
@@ -47,9 +47,12 @@ log = logging.getLogger("mta")
 
 
 def run_methods(
-    panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
+    batch: TestBatch,
+    methods: Sequence[Method],
+    seeds: Sequence[int] = (0,),
+    on_method: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Run every method with every seed on the panel, and compare them."""
+    """Run every method with every seed on the batch, and compare them."""
     if len({method.name for method in methods}) < len(methods):
         raise InputError(
             f"methods must have different names, got {', '.join(method.name for method in methods)}",
@@ -59,18 +62,18 @@ def run_methods(
     for method in methods:
         if on_method:
             on_method(method.name)
-        outcomes, scores = zip(*(method.scored(panel, seed) for seed in (seeds if method.seeded else seeds[:1])))
+        outcomes, scores = zip(*(method.scored(batch, seed) for seed in (seeds if method.seeded else seeds[:1])))
         seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
         rows.append(Row.of(method.name, scores, seconds, last.bytes_per_person, last.merge, last.answers))
-    return Comparison(panel.task, rows, tuple(person.group for person in panel.people))
+    return Comparison(batch.task, rows, tuple(person.group for person in batch.people))
 
 
 @dataclass(slots=True)
 class ComparisonReport:
-    """A comparison, its panel, and sample answers of people's models, if any were asked."""
+    """A comparison, its batch, and sample answers of people's models, if any were asked."""
 
     comparison: Comparison
-    panel: Panel
+    batch: TestBatch
     meta: dict[str, Any]
     samples: SampleAnswers | None = None
 
@@ -86,11 +89,11 @@ class ComparisonReport:
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
-        out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
+        out, meta, batch = Path(out), self.meta | {"command": command}, self.batch
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        ids = [person.id for person in panel.people]
+        ids = [person.id for person in batch.people]
         shown = [ids.index(person.id) for person in self.samples.people] if self.samples else range(3)
-        write_html(out / "report.html", self.comparison, panel.bank, self.samples, meta, shown)
+        write_html(out / "report.html", self.comparison, batch.bank, self.samples, meta, shown)
 
 
 def standard_methods(
@@ -164,7 +167,7 @@ def compare(
     check_distinct(people)
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected 1 or more people", hint="Leave it out to test everybody.")
-    task, shots, queries, run = bank.task, settings.shots, settings.queries, bank.settled(run)
+    task, shots, queries, run = bank.task, settings.shots, settings.queries, bank.with_calibrated_settings(run)
     calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
     check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:
@@ -181,20 +184,20 @@ def compare(
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
-    panel = Panel.of(context, tested, shots=shots, queries=queries)
-    check_lengths(base, task, ((one.id, one.items, own) for one, own in zip(panel.people, panel.queries)))
+    batch = TestBatch.of(context, tested, shots=shots, queries=queries)
+    check_lengths(base, task, ((one.id, one.items, own) for one, own in zip(batch.people, batch.queries)))
     known = None  # unless all histories behind the bank are given
     if members and len(members) == bank.info.members.people:
-        known = Copies(people, task).in_histories(members, chain(*panel.queries))
+        known = Copies(people, task).in_histories(members, chain(*batch.queries))
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
     fitting = [method for method in more if method.fits(task, len(bank), calibrated)]
     if len(fitting) < len(more):
         log.warning("left out: %s", ", ".join(method.name for method in more if method not in fitting))
     methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded), *fitting]
-    comparison = run_methods(panel, methods, seeds, on_method)
+    comparison = run_methods(batch, methods, seeds, on_method)
     meta = _meta(context, settings, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
-    return ComparisonReport(comparison, panel, meta)
+    return ComparisonReport(comparison, batch, meta)
 
 
 def _meta(context: Context, settings: CompareSettings, seeds: Sequence[int]) -> dict[str, Any]:

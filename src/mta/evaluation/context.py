@@ -1,4 +1,4 @@
-"""What all panels over one bank share: models and settings, and what is computed once from them."""
+"""What all batches over one bank share: models and settings, and what is computed once from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are comp
 
 @dataclass(frozen=True)
 class Context:
-    """What all panels over one bank share: a base, the bank, and the settings of a run.
+    """What all batches over one bank share: a base, the bank, and the settings of a run.
 
     ``anchors`` are the whole histories of the anchors, in the bank's order; ``task_people`` only train the task
     LoRA. Either is empty where the histories are not known. ``evidence_folder`` keeps evidence for later runs.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.settle import settled_merge, settled_stack
+from mta.bank.calibration.chosen_settings import calibrated_merge, calibrated_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
@@ -70,25 +70,26 @@ class Outcome:
 
 
 class Fold(NamedTuple):
-    """The shots that the rows of a panel have: row i has only ``shots[i]`` of person ``owners[i]`` of ``panel``."""
+    """The shots that the rows of a batch have: row i has only ``shots[i]`` of person ``owners[i]`` of ``batch``."""
 
-    panel: Panel
+    batch: TestBatch
     owners: list[int]
     shots: list[list[int]]
 
 
 @dataclass(frozen=True)
-class Panel:
+class TestBatch:
     """Held-out people with the same number of shots and queries each: what a method gets.
 
     ``people`` have only their shots, so no method can learn from queries. ``task`` has the wording of the prompts.
     ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank. Without ``write_texts``
     free text is not generated, and only the likelihood of the true text is computed. ``tested`` are all tested people
-    with only their shots, if the panel holds some of them: controls take other people from there. Evidence and merges
-    are those of ``merges_from``, if given: a panel with the same shots that asks other queries or shows other prompts.
-    With a ``fold``, the evidence is that of another panel's shots.
+    with only their shots, if the batch holds some of them: controls take other people from there. Evidence and merges
+    are those of ``merges_from``, if given: a batch with the same shots that asks other queries or shows other prompts.
+    With a ``fold``, the evidence is that of another batch's shots.
     """
 
+    __test__ = False  # pytest takes classes called Test... for tests
     context: Context
     people: Sequence[Person]
     queries: list[tuple[Item, ...]]
@@ -96,7 +97,7 @@ class Panel:
     retrieve: int = 0
     write_texts: bool = True
     tested: Sequence[Person] = ()
-    merges_from: Panel | None = None
+    merges_from: TestBatch | None = None
     fold: Fold | None = None
     outcomes: dict[tuple[type, str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
     merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, init=False, repr=False)
@@ -113,7 +114,7 @@ class Panel:
         retrieve: int = 0,
         write_texts: bool = True,
         tested: Sequence[Person] = (),
-    ) -> Panel:
+    ) -> TestBatch:
         """Split each person by ``shots_and_queries``. ``tested`` are all tested people, if ``people`` are some of them.
 
         Raises InputError if a person has too few items or was used for the bank, which may have seen the queries.
@@ -130,8 +131,8 @@ class Panel:
             few = [replace(person, items=items, queries=()) for person, (items, _) in zip(group, parts)]
             return few, [later for _, later in parts]
 
-        panel = cls(context, *split(people), bank.task, retrieve, write_texts, split(tested)[0])
-        return panel.profiled(retrieve) if retrieve else panel
+        batch = cls(context, *split(people), bank.task, retrieve, write_texts, split(tested)[0])
+        return batch.profiled(retrieve) if retrieve else batch
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class Panel:
     @property
     def run(self) -> Run:
         """The settings of the run, with what they leave to the bank's calibration."""
-        return self.bank.settled(self.context.run)
+        return self.bank.with_calibrated_settings(self.context.run)
 
     @property
     def anchors(self) -> Sequence[Person]:
@@ -204,8 +205,8 @@ class Panel:
     def _evidence(self) -> tuple[Evidence, float]:
         if self.merges_from:
             return self.merges_from._evidence
-        if self.fold:  # the seconds are those of the panel with all shots
-            return self.fold.panel.evidence.of_shots(self.fold.owners, self.fold.shots), 0.0
+        if self.fold:  # the seconds are those of the batch with all shots
+            return self.fold.batch.evidence.of_shots(self.fold.owners, self.fold.shots), 0.0
         return evidence_of(self.context, self.jobs)
 
     @property
@@ -250,21 +251,21 @@ class Panel:
 
     def merge_settings(self, own: MergeSettings | None) -> MergeSettings:
         """Return a method's ``own`` settings, or those of the run, with what they leave to the bank's calibration."""
-        return settled_merge(own or self.context.run.merge, self.bank.info.calibration)
+        return calibrated_merge(own or self.context.run.merge, self.bank.info.calibration)
 
     def stack_settings(self, own: StackSettings | None, merge: MergeSettings) -> StackSettings:
         """Return a stack's ``own`` settings over ``merge``, or those of the run, with what they leave to the bank."""
         info = self.bank.info
-        return settled_stack(own or self.context.run.stack, merge, info.calibration, info.run.stack.lora)
+        return calibrated_stack(own or self.context.run.stack, merge, info.calibration, info.run.stack.lora)
 
-    # -- other panels over the same people -----------------------------------------------------------------------------
+    # -- other batches over the same people --------------------------------------------------------------------------
 
-    def with_queries(self, queries: list[tuple[Item, ...]]) -> Panel:
-        """Return the panel with other queries."""
+    def with_queries(self, queries: list[tuple[Item, ...]]) -> TestBatch:
+        """Return the batch with other queries."""
         return replace(self, queries=queries, merges_from=self.merges_from or self)
 
-    def profiled(self, k: int, before: Sequence[str] = ()) -> Panel:
-        """Return the panel with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
+    def profiled(self, k: int, before: Sequence[str] = ()) -> TestBatch:
+        """Return the batch with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
 
         A shot sees the shots before it, a query sees all shots. Merges stay those of the plain prompts, which the bank
         was trained on. Only with ``retrieve``, where the bank was trained on such prompts, they are fitted again.
@@ -281,8 +282,8 @@ class Panel:
             fold=None,
         )
 
-    def folds(self, count: int) -> tuple[Panel, list[int]]:
-        """Return a panel that asks people about their own shots, and the number of the person in each of its rows.
+    def folds(self, count: int) -> tuple[TestBatch, list[int]]:
+        """Return a batch that asks people about their own shots, and the number of the person in each of its rows.
 
         Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
         benchmark's own queries are not asked. A person with one shot has no row.
@@ -295,7 +296,7 @@ class Panel:
             Person(f"{self.people[u].id}/{turn}", tuple(self.people[u].items[n] for n in rest))
             for (u, turn), rest in zip(rows, kept)
         ]
-        panel = Panel(self.context, people, asked, self.bank.task, self.retrieve, write_texts=False)
+        batch = TestBatch(self.context, people, asked, self.bank.task, self.retrieve, write_texts=False)
         if self.retrieve:  # the prompts of the other shots may show a held-out item: evidence is gathered again
-            return panel.profiled(self.retrieve), owners
-        return replace(panel, fold=Fold(self, owners, kept)), owners
+            return batch.profiled(self.retrieve), owners
+        return replace(batch, fold=Fold(self, owners, kept)), owners

@@ -57,7 +57,7 @@ class TextLengths:
 
 
 @dataclass(slots=True)
-class Sums:
+class LayerTotals:
     """Numbers per token, summed over all layers of a base."""
 
     norms: int = 0  # inputs of norms
@@ -75,7 +75,7 @@ class Sums:
     experts: int = 0  # weights of the experts of a token
 
     @classmethod
-    def of(cls, model: Any, adapted: Mapping[str, tuple[int, int]], exchanged: Collection[str] = ()) -> Sums:
+    def of(cls, model: Any, adapted: Mapping[str, tuple[int, int]], exchanged: Collection[str] = ()) -> LayerTotals:
         """Return the sums of the modules that a text goes through; ``adapted`` are its linear layers: name -> (D, O).
 
         ``exchanged`` are classes that compute with kernels (``use_kernels``). Assumes that all linear layers of one
@@ -125,7 +125,7 @@ class Sums:
 class Footprint:
     """Memory of passes through one base, in bytes. ``kernels``: whether compiled kernels support its dtype."""
 
-    sums: Sums
+    sums: LayerTotals
     layers: int
     heads: int
     hidden: int
@@ -146,7 +146,7 @@ class Footprint:
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
         capped = getattr(config, "final_logit_softcapping", None) is not None
-        return cls(Sums.of(model, adapted, exchanged), *shape, itemsize, capped=capped)
+        return cls(LayerTotals.of(model, adapted, exchanged), *shape, itemsize, capped=capped)
 
     @property
     def _wide(self) -> int:

@@ -62,7 +62,7 @@ class Personalizer:
     ) -> None:
         check_base(bank.folder, bank.info, base.name, base.fingerprint)
         self.base, self.bank = base, bank
-        self.run = bank.settled(run)
+        self.run = bank.with_calibrated_settings(run)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
         self._encoder = encoder

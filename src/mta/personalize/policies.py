@@ -103,7 +103,9 @@ def policy_named(name: str) -> Policy:
 def policy_of(settings: MergeSettings) -> Policy:
     """Return the policy of settings. Raises ConfigError for ``auto``, which only a bank can resolve."""
     if settings.policy == "auto":
-        raise ConfigError("merge.policy=auto needs a bank", hint="Ask the bank:  bank.settled(run).merge")
+        raise ConfigError(
+            "merge.policy=auto needs a bank", hint="Ask the bank:  bank.with_calibrated_settings(run).merge"
+        )
     return policy_named(settings.policy)
 
 

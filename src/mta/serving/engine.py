@@ -71,7 +71,7 @@ ServedModel = Version | SharedModel
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class EngineRequest:
     """One request to an engine: an answer from a person's model, the pooled model, or the base.
 
     ``asker`` identifies the caller: cached keys and values are never shared between callers, even for the same person.
@@ -149,7 +149,7 @@ class Engine(ABC):
         self._open: dict[Any, Pieces] = {}  # answers in progress
         self._closing = False  # no new request is accepted
 
-    async def answer(self, ask: Ask) -> AsyncIterator[AnswerPiece]:
+    async def answer(self, ask: EngineRequest) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer; closing the iterator cancels the answer.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, ModelRemoved,
@@ -174,7 +174,7 @@ class Engine(ABC):
             cancel()
 
     @abstractmethod
-    def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
+    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], object]:
         """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mta.serving.engine import Ask, Token
+from mta.serving.engine import EngineRequest, Token
 
 COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
 
@@ -13,7 +13,7 @@ COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
 class Sampler:
     """Samples the tokens of one answer with its own random generator, so that other rows have no influence."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: EngineRequest) -> None:
         self.ask = ask
         self._generator = torch.Generator()
         if ask.seed is None:

@@ -119,7 +119,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return not _BFLOAT16.isdisjoint(cpuinfo("flags", "Features").split())
 
 
-def in_passing(work: Callable[[], T]) -> T:
+def run_in_short_thread(work: Callable[[], T]) -> T:
     """Return the result of ``work``, computed in a thread that ends with it.
 
     OpenMP keeps helper threads for every thread that has computed. If there are more helpers than cores, GNU's runtime
@@ -138,7 +138,7 @@ def compute_with(threads: int) -> None:
     with _SETTING:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        in_passing(lambda: torch.set_num_threads(before))
+        run_in_short_thread(lambda: torch.set_num_threads(before))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Upload:
     """Files to send to the hub, by their names there, and facts to show to the user before sending.
 
     ``since`` is what was known of forgotten people when the files were read, for a check before sending.
@@ -130,8 +130,8 @@ class Repository:
         """Web address of the repository."""
         return f"{self.host}/{self.name}"
 
-    def send(self, parcel: Parcel, message: str, ours: Sequence[str] = ()) -> None:
-        """Commit the files of ``parcel``, and delete other files whose names are in ``ours``.
+    def send(self, upload: Upload, message: str, ours: Sequence[str] = ()) -> None:
+        """Commit the files of ``upload``, and delete other files whose names are in ``ours``.
 
         Raises HubError; then nothing has changed on the hub.
         """
@@ -141,9 +141,9 @@ class Repository:
             there = self._api.list_repo_files(self.name)
             changes: list[Any] = [
                 CommitOperationAdd(name, file if isinstance(file, bytes) else str(file))
-                for name, file in parcel.files.items()
+                for name, file in upload.files.items()
             ]
-            changes += [CommitOperationDelete(name) for name in there if name in ours and name not in parcel.files]
+            changes += [CommitOperationDelete(name) for name in there if name in ours and name not in upload.files]
             self._api.create_commit(self.name, changes, commit_message=message)
 
 

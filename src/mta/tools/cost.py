@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from mta.bank.calibration.chosen_settings import with_calibrated_settings
 from mta.bank.calibration.crossfit import planned_cost
 from mta.bank.calibration.info import CalibrationInfo, Gain
-from mta.bank.calibration.settle import settled
 from mta.config import CompareSettings, Run
 from mta.errors import ConfigError
 from mta.model.adaptable import adapted_layers
@@ -202,7 +202,7 @@ HELPFUL = CalibrationInfo(
 
 def planned(run: Run) -> Run:
     """Return a run as it would be with the bank that it builds, if a calibration finds that merge and stack help."""
-    return settled(run, HELPFUL if run.calibration.enabled else None, run.stack.lora)
+    return with_calibrated_settings(run, HELPFUL if run.calibration.enabled else None, run.stack.lora)
 
 
 def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.config import CompareSettings, Run, override
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.data.history import Person
 from mta.data.readers import read_people
@@ -117,10 +117,10 @@ def demo(
             raise
         two = _two(found)
         say("4/4  the same questions for two people, before and after")
-        personal = Personalizer(base, found.panel.bank, out / "people", run=run)
-        personal.personalize([found.panel.people[i] for i in two], on_step=folder.step)
+        personal = Personalizer(base, found.batch.bank, out / "people", run=run)
+        personal.personalize([found.batch.people[i] for i in two], on_step=folder.step)
         if questions := personal.bank.task.examples[:3]:
-            found.samples = sample_answers(personal, [found.panel.people[i] for i in two], questions)
+            found.samples = sample_answers(personal, [found.batch.people[i] for i in two], questions)
         folder.outcome = found.outcome()
         found.write(out, command)
     return found
@@ -178,14 +178,14 @@ def _compared(
 
 def _check_same(out: Path, chosen: DemoRecipe) -> None:
     """Raise ConfigError if the folder holds a demo with other settings than the chosen ones."""
-    path, unused = out / RECIPE, {"run": set(COMPUTED_WITH)}
+    path, unused = out / RECIPE, {"run": set(ROUNDING_ONLY)}
     if path.is_file() and load_demo(path).model_dump(exclude=unused) != chosen.model_dump(exclude=unused):
         raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
 
 
 def _two(found: ComparisonReport) -> list[int]:
     """Return two people: those with the lowest and highest mean rating in their shots, or the first and the last."""
-    task, people = found.panel.bank.task, found.panel.people
+    task, people = found.batch.bank.task, found.batch.people
     order = list(range(len(people)))
     if task.metric == "mae":
         order.sort(key=lambda i: sum(float(task.target(item)) for item in people[i].items) / len(people[i].items))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mta.config.constants import COMPUTED_WITH
+from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
@@ -94,7 +94,7 @@ def predict(
     models, made_from = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
     task, prompts = personal.bank.task, personal.base.prompts
-    settings = personal.run.model_dump(mode="json", exclude=set(COMPUTED_WITH))
+    settings = personal.run.model_dump(mode="json", exclude=set(ROUNDING_ONLY))
     scored = bool(task.labels) and not write
     longest = prompts.answer_tokens(task) if scored else personal.longest_answer(max_new_tokens)
     prompts.check(task, ((f"a question of {one!r}", question) for one, question in rows), longest)

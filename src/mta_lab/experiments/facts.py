@@ -14,7 +14,7 @@ from mta.bank.bank import Bank
 from mta.config import MergeMode, MergeSettings
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.metrics import query_nll
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch, join
 from mta.personalize.merge import Merge, merge_loras
 
@@ -28,22 +28,22 @@ def bank_facts(bank: Bank) -> dict[str, Any]:
     return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept, "calibration": found}
 
 
-def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
+def use_to_others(batches: Sequence[TestBatch], seed: int) -> dict[str, Any]:
     """Return what the bank does for people outside the bank, and what cheaper merges lose.
 
     ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for the mean anchor and for the
     best anchor in hindsight. ``fidelity``: relative errors of two merges (of at most two nearest anchors, and the
     run's own) when they are computed by svd at the bank's rank, or by averaging A and B separately.
     """
-    evidence = [panel.evidence for panel in panels]
+    evidence = [batch.evidence for batch in batches]
     loss = torch.cat(
         [(one.pooled_loglik[:, None] - one.anchor_loglik) / one.tokens[:, None] for one in evidence]
     )  # (U, N)
-    own, nearest = panels[0].run.merge, PAPER_MERGE.model_copy(update={"k": min(2, len(panels[0].bank))})
+    own, nearest = batches[0].run.merge, PAPER_MERGE.model_copy(update={"k": min(2, len(batches[0].bank))})
     return {
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
         "fidelity": {
-            name: fidelity(panels[0].bank, panels[0].merge(settings, seed)[0])
+            name: fidelity(batches[0].bank, batches[0].merge(settings, seed)[0])
             for name, settings in (("two nearest", nearest), (own.policy, own))
         },
     }
@@ -75,37 +75,37 @@ def _squares(batch: LoraBatch) -> Tensor:
     return torch.stack([((b.mT @ b) * (a @ a.mT)).sum((1, 2)) for a, b in factors]).sum(0)
 
 
-def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, Any]:
+def case_study(batch: TestBatch, settings: MergeSettings, seed: int) -> dict[str, Any]:
     """Return the last query of one person under base, task LoRA, merge, adapt and MTA, and the reasons for the merge.
 
-    The person is the panel's first, so that no result is picked. The case contains this person's texts.
+    The person is the batch's first, so that no result is picked. The case contains this person's texts.
     """
-    task, query, stack = panel.task, panel.queries[0][-1], panel.run.stack
+    task, query, stack = batch.task, batch.queries[0][-1], batch.run.stack
     adapt = OneLora(name="adapt only", lora=stack.lora, training=stack.training)
     answers = {}
     for method in [Base(), TaskLora(), Merged(merge=settings), adapt, MergeThenAdapt()]:
-        found = method.run(panel, seed).answers[0]
-        nll = query_nll(task, found, panel.golds[0])
+        found = method.run(batch, seed).answers[0]
+        nll = query_nll(task, found, batch.golds[0])
         scores = None if found.scores is None else found.scores[-1].double().softmax(0).tolist()
         answers[method.name] = {
             "text": found.texts[-1],
             "nll": None if nll is None else float(nll[-1]),
             "labels": scores and dict(zip(task.labels or (), scores)),
         }
-    merge, _ = panel.merge(settings, seed)
-    gain = (panel.evidence.anchor_loglik[0] - panel.evidence.pooled_loglik[0]).tolist()
+    merge, _ = batch.merge(settings, seed)
+    gain = (batch.evidence.anchor_loglik[0] - batch.evidence.pooled_loglik[0]).tolist()
     why = [
         {
             "anchor": anchor,
-            "items": panel.bank.info.items[anchor],
-            "cosine": float(panel.similarity[0, anchor]),
+            "items": batch.bank.info.items[anchor],
+            "cosine": float(batch.similarity[0, anchor]),
             "gain": gain[anchor],
             "w": w,
         }
         for anchor, w in zip(merge.ids[0].tolist(), merge.w[0].tolist())
     ]
     return {
-        "shots": [task.sentence(item) for item in panel.people[0].items],
+        "shots": [task.sentence(item) for item in batch.people[0].items],
         "query": task.prompt(query),
         "gold": task.target(query),
         "anchors": sorted(why, key=lambda anchor: -abs(anchor["w"])),

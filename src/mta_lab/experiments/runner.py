@@ -105,7 +105,7 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
         known = before.get(name, {})
         own = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):
-            own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
+            own |= use_to_others(list(workspace.batches_of(MAIN, seed, recipe.shots)), seed)
             own["made_with"] = facts_key(recipe, found["bank"], workspace.histories)
         facts = facts | {name: own}
     if facts:
@@ -113,10 +113,10 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
 
 
 def _write_case(workspace: Workspace, seed: int) -> None:
-    panel = next(workspace.panels(MAIN, seed, workspace.recipe.shots))
+    test_batch = next(workspace.batches_of(MAIN, seed, workspace.recipe.shots))
     workspace.note_bank(MAIN, seed)
-    made = {"made_with": facts_key(workspace.recipe, panel.bank.hash, workspace.histories)}
-    write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, seed) | made)
+    made = {"made_with": facts_key(workspace.recipe, test_batch.bank.hash, workspace.histories)}
+    write_json(workspace.folder / CASE, case_study(test_batch, test_batch.run.merge, seed) | made)
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:
@@ -176,15 +176,15 @@ def _missing(
 
 def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     """Return a record for each person of the batch."""
-    panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
-    outcome, scores = run.method.scored(panel, run.seed)
+    test_batch = workspace.batch_of(run.part, run.seed, run.shots, run.batch)
+    outcome, scores = run.method.scored(test_batch, run.seed)
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None
     return [
         Record(
             key=run.key,
             protocol=run.protocol,
-            trained=panel.bank.hash if run.method.uses_bank else "",
+            trained=test_batch.bank.hash if run.method.uses_bank else "",
             settings=run.method.digest,
             method=run.method.name,
             bank=run.part.bank,
@@ -194,14 +194,14 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
             group=workspace.hashed(person.group) if person.group else "",
             metrics={name: round(value, 6) for name, value in score.metrics.items()},
             nll=None if score.nll is None else tuple(round(float(value), 5) for value in score.nll),
-            seconds=round(outcome.seconds / len(panel.people), 4),
+            seconds=round(outcome.seconds / len(test_batch.people), 4),
             bytes=round(outcome.bytes_per_person, 1),
             anchors=tuple(merge.ids[u].tolist()) if merge else (),
             w=tuple(round(float(value), 5) for value in merge.w[u]) if merge else (),
             chosen=outcome.chosen[u] if outcome.chosen else "",
-            ids=tuple(workspace.question_id(person, item, n) for n, item in enumerate(panel.queries[u])),
+            ids=tuple(workspace.question_id(person, item, n) for n, item in enumerate(test_batch.queries[u])),
             answers=tuple(outcome.answers[u].texts),
-            golds=tuple(panel.golds[u]),
+            golds=tuple(test_batch.golds[u]),
         )
-        for u, (person, score) in enumerate(zip(panel.people, scores))
+        for u, (person, score) in enumerate(zip(test_batch.people, scores))
     ]

@@ -1,4 +1,4 @@
-"""The folder of an experiment at work: its people, the banks that are built for it, and the panels tested on them."""
+"""The folder of an experiment at work: its people, their banks, and the batches of people tested on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankRefused, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Method
-from mta.evaluation.protocol import Panel, check_lengths
+from mta.evaluation.protocol import TestBatch, check_lengths
 from mta.model.base import BaseModel
 from mta.model.encoders import load_encoder
 from mta.system.assets import ASSETS, resolve
@@ -60,7 +60,7 @@ def _name_of(source: str) -> str:
 
 @dataclass(slots=True)
 class Workspace:
-    """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
+    """One experiment in its folder ``out``. Banks, contexts, and the last test batch are kept in memory.
 
     ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json.
     """
@@ -81,7 +81,7 @@ class Workspace:
     _ids: Counter[str | None] = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
-    _panel: tuple[object, Panel] | None = field(default=None, init=False, repr=False)
+    _latest: tuple[object, TestBatch] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tested = self.splits.select(self.which, self.people)
@@ -285,7 +285,7 @@ class Workspace:
         return self.bank(MAIN, run.seed).folder / TASK_LORA if same else None
 
     def _context(self, part: Part, seed: int) -> Context:
-        """Return the context of a part's panels for a seed."""
+        """Return the context of a part's test batches for a seed."""
         key = (bank_name(part.bank, seed), part.words)
         if key not in self._contexts:
             bank, run = self.bank(part, seed), self._run_of(part, seed)
@@ -301,19 +301,19 @@ class Workspace:
             )
         return self._contexts[key]
 
-    # -- panels --------------------------------------------------------------------------------------------------------
+    # -- test batches --------------------------------------------------------------------------------------------------
 
-    def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
+    def batches_of(self, part: Part, seed: int, shots: int) -> Iterator[TestBatch]:
         """Yield the tested people in batches, always the same people together."""
         for batch in batches(len(self.tested(part, shots))):
-            yield self.panel(part, seed, shots, batch)
+            yield self.batch_of(part, seed, shots, batch)
 
-    def panel(self, part: Part, seed: int, shots: int, batch: range) -> Panel:
-        """Return the tested people with these numbers. The last panel is cached."""
+    def batch_of(self, part: Part, seed: int, shots: int, batch: range) -> TestBatch:
+        """Return the tested people with these numbers. The last test batch is cached."""
         key = (part, seed, shots, batch)
-        if self._panel is None or self._panel[0] != key:
+        if self._latest is None or self._latest[0] != key:
             tested = self.tested(part, shots)
-            panel = Panel.of(
+            test_batch = TestBatch.of(
                 self._context(part, seed),
                 tested[batch.start : batch.stop],
                 shots=shots,
@@ -323,8 +323,8 @@ class Workspace:
                 write_texts=part.texts,
                 tested=self._able(shots),
             )
-            self._panel = key, panel
-        return self._panel[1]
+            self._latest = key, test_batch
+        return self._latest[1]
 
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
         """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""

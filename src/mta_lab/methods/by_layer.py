@@ -13,7 +13,7 @@ from mta.config import MergeSettings
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import answered, fits
 from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.personalize.merge import learn
 from mta.system.device import clock
 
@@ -30,25 +30,25 @@ class MergedByLayer(Method):
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return fits(self.merge, task, anchors, calibrated)
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, bank = panel.merge_settings(self.merge), panel.bank
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        settings, bank = batch.merge_settings(self.merge), batch.bank
         policy = "uniform" if settings.start == "zero" else "posterior"  # of the same anchors
-        first, seconds = panel.merge(settings.model_copy(update={"policy": policy}), seed)
+        first, seconds = batch.merge(settings.model_copy(update={"policy": policy}), seed)
         if settings.start == "zero":
             first = replace(first, w=torch.zeros_like(first.w))
-        start = clock(panel.base.device)
+        start = clock(batch.base.device)
         merge = learn(
-            panel.base,
-            panel.jobs,
+            batch.base,
+            batch.jobs,
             bank.device_anchors,
             bank.task_adapters,
-            replace(first, w=first.w.to(panel.base.master_dtype)),
+            replace(first, w=first.w.to(batch.base.master_dtype)),
             settings.learned,
             layer_groups(bank.device_anchors.names, self.groups),
             seed=seed,
-            tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
+            tokens_per_batch=batch.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
-        return answered(panel, merge, seconds + clock(panel.base.device) - start, settings.mode, settings.rank)
+        return answered(batch, merge, seconds + clock(batch.base.device) - start, settings.mode, settings.rank)
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:

@@ -16,7 +16,7 @@ from mta.evaluation.methods.merged import Merged, MergeThenAdapt
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod
 from mta.evaluation.methods.plain import Base, TaskLora
 from mta.evaluation.metrics import Answers, query_nll
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.model.generate import generate
 from mta.system.device import clock
 
@@ -39,18 +39,18 @@ class _Prompted(OverMethod):
         k: int = 1
         over: AnyMethod = Base()
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        start = clock(panel.base.device)
-        stored = self.descriptions(panel)
-        profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
-        seconds = clock(panel.base.device) - start
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        start = clock(batch.base.device)
+        stored = self.descriptions(batch)
+        profiled = batch.profiled(self.k, [f"About this person: {text}\n" for text in stored])
+        seconds = clock(batch.base.device) - start
         if self.k:  # the shots must be stored for retrieval
-            stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
+            stored += [batch.bank.task.sentence(item) for person in batch.people for item in person.items]
         found = self.over.outcome(profiled, seed)
-        each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(panel.people)
+        each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(batch.people)
         return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
 
-    def descriptions(self, panel: Panel) -> list[str]:
+    def descriptions(self, batch: TestBatch) -> list[str]:
         """Return a text about each person; empty for none."""
         return []
 
@@ -78,9 +78,9 @@ class Pag(_Prompted):
     tokens: int = 48
     over: AnyMethod = Base()
 
-    def descriptions(self, panel: Panel) -> list[str]:
-        base, task = panel.base, panel.bank.task
-        items = [Item({"history": "\n".join(task.sentence(item) for item in p.items)}) for p in panel.people]
+    def descriptions(self, batch: TestBatch) -> list[str]:
+        base, task = batch.base, batch.bank.task
+        items = [Item({"history": "\n".join(task.sentence(item) for item in p.items)}) for p in batch.people]
         prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in items]
         written = generate(base, prompts, [-1] * len(prompts), [], max_new_tokens=self.tokens)
         return [base.prompts.decode(tokens) for tokens in written]
@@ -115,9 +115,9 @@ class Chosen(Method):
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return all(candidate.fits(task, anchors, calibrated) for candidate in self.candidates)
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        picks, seconds = self._picks(panel, seed)
-        outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        picks, seconds = self._picks(batch, seed)
+        outcomes = [candidate.outcome(batch, seed) for candidate in self.candidates]
         return Outcome(
             [outcomes[pick].answers[u] for u, pick in enumerate(picks)],
             seconds + sum(outcome.seconds for outcome in outcomes),
@@ -125,20 +125,20 @@ class Chosen(Method):
             chosen=tuple(self.candidates[pick].name for pick in picks),
         )
 
-    def _picks(self, panel: Panel, seed: int) -> tuple[list[int], float]:
+    def _picks(self, batch: TestBatch, seed: int) -> tuple[list[int], float]:
         """Return the number of each person's candidate, and the seconds of trying the candidates on held-out shots."""
-        folds, owners = panel.folds(self.folds)
+        folds, owners = batch.folds(self.folds)
         if not owners:
-            return [0] * len(panel.people), 0.0
+            return [0] * len(batch.people), 0.0
         outcomes = [candidate.outcome(folds, seed) for candidate in self.candidates]
-        losses: list[list[Tensor]] = [[] for _ in panel.people]
+        losses: list[list[Tensor]] = [[] for _ in batch.people]
         for row, u in enumerate(owners):
             held_out = [self._nll(n, folds, outcome.answers[row], row) for n, outcome in enumerate(outcomes)]
             losses[u].append(torch.stack(held_out))
         picks = [pick(torch.cat(rows, 1), self.margin) if rows else 0 for rows in losses]
         return picks, sum(outcome.seconds for outcome in outcomes)
 
-    def _nll(self, number: int, folds: Panel, answers: Answers, row: int) -> Tensor:
+    def _nll(self, number: int, folds: TestBatch, answers: Answers, row: int) -> Tensor:
         found = query_nll(folds.task, answers, folds.golds[row])
         if found is None:
             raise InputError(

@@ -16,7 +16,7 @@ from mta.errors import InputError
 from mta.evaluation.context import mean_inputs
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.personalize.merge import Merge, merge_adapters
 from mta.system.device import clock
 from mta.system.extras import require
@@ -36,26 +36,26 @@ class PerPcs(Method):
     k: int = 3
     tau: float = 0.1
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        if not panel.anchors:
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        if not batch.anchors:
             raise InputError(
                 "Per-Pcs needs the anchors' histories; give the people the bank was built from",
                 hint="Context(…, anchors=…), or leave the method out.",
             )
-        anchors = panel.context.anchor_inputs  # shared by all panels, so the seconds do not include them
-        start = clock(panel.base.device)
-        inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.task_adapters)
-        k = min(self.k, len(panel.bank))
+        anchors = batch.context.anchor_inputs  # shared by all batches, so the seconds do not include them
+        start = clock(batch.base.device)
+        inputs = mean_inputs(batch.base, [job.examples for job in batch.jobs], batch.bank.task_adapters)
+        k = min(self.k, len(batch.bank))
         weights = []
-        for name in panel.bank.device_anchors.names:
+        for name in batch.bank.device_anchors.names:
             center, gate = gate_of(anchors[name])
             fit = torch.nn.functional.normalize(inputs[name] - center, dim=1) @ gate.T  # (U, N)
             top = fit.topk(k, dim=1)
             shares = torch.softmax(top.values / self.tau, dim=1)
             weights.append(torch.zeros_like(fit).scatter(1, top.indices, shares))
-        w = torch.stack(weights, 1).to(panel.base.master_dtype)  # (U, L, N)
-        ids = torch.arange(len(panel.bank)).expand(len(w), -1)
-        return answered(panel, Merge(ids, w), clock(panel.base.device) - start)
+        w = torch.stack(weights, 1).to(batch.base.master_dtype)  # (U, L, N)
+        ids = torch.arange(len(batch.bank)).expand(len(w), -1)
+        return answered(batch, Merge(ids, w), clock(batch.base.device) - start)
 
 
 def gate_of(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,25 +79,25 @@ class Prime(Method):
     bound: float = 1.5
     sigma: float = 0.3
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
         require("lab", "cma")
         import cma
 
-        settings = MergeSettings(policy="uniform", k=min(self.k, len(panel.bank)))
-        begun, seconds = panel.merge(settings, seed)
-        start = clock(panel.base.device)
+        settings = MergeSettings(policy="uniform", k=min(self.k, len(batch.bank)))
+        begun, seconds = batch.merge(settings, seed)
+        start = clock(batch.base.device)
         options = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
         searches = [
             cma.CMAEvolutionStrategy(w, self.sigma, options | {"randn": _normal_draws(seed, job.key)})
-            for w, job in zip(begun.w.tolist(), panel.jobs)
+            for w, job in zip(begun.w.tolist(), batch.jobs)
         ]
-        best, least = begun.w.clone(), self._losses(panel, begun, settings)
+        best, least = begun.w.clone(), self._losses(batch, begun, settings)
         evaluations = 1
         while evaluations < self.budget:
             candidates = np.stack([search.ask() for search in searches], axis=1)  # (candidates, U, K)
             losses = []
             for w in torch.from_numpy(candidates[: self.budget - evaluations]).to(begun.w):
-                found = self._losses(panel, Merge(begun.ids, w), settings)
+                found = self._losses(batch, Merge(begun.ids, w), settings)
                 better = found < least
                 best[better], least[better] = w[better], found[better]
                 losses.append(found)
@@ -105,17 +105,17 @@ class Prime(Method):
             if len(losses) == len(candidates):  # otherwise the budget is spent
                 for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
                     search.tell(list(asked), scores)
-        return answered(panel, Merge(begun.ids, best), seconds + clock(panel.base.device) - start)
+        return answered(batch, Merge(begun.ids, best), seconds + clock(batch.base.device) - start)
 
     @staticmethod
-    def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
+    def _losses(batch: TestBatch, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
         found = list[Tensor]()
-        plan = panel.plan(1, settings)
+        plan = batch.plan(1, settings)
         for cohort in plan.cohorts:
-            adapters = [*panel.bank.task_adapters, *merge_adapters(panel.bank, merge.select(cohort))]
-            examples = [panel.jobs[u].examples for u in cohort]
-            found += log_likelihood(panel.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
+            adapters = [*batch.bank.task_adapters, *merge_adapters(batch.bank, merge.select(cohort))]
+            examples = [batch.jobs[u].examples for u in cohort]
+            found += log_likelihood(batch.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
         return torch.stack([-scores.sum() for scores in found])
 
 

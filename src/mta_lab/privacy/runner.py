@@ -21,7 +21,7 @@ from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Method, TaskLora
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
-from mta.evaluation.protocol import Outcome, Panel
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import Merge, check_merge
@@ -87,16 +87,16 @@ def privacy(
     The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
     labels, else per token. Raises InputError if people are missing, ConfigError or AnchorNotFound for a wrong merge.
     """
-    run = bank.settled(run)
+    run = bank.with_calibrated_settings(run)
     check_merge(run.merge, len(bank), bank.task.labelled, bank.calibration is not None)
     sample = sample_people(bank, people, settings, run.seed)
     asked = (*sample.anchors, *sample.pool, *sample.targets, *sample.others)
     base.prompts.check(bank.task, ((f"an item of {one.id!r}", item) for one in asked for item in one.items))
     shots = [person.first(settings.shots) for person in sample.targets]
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
-    panel = Panel(context, shots, [()] * len(shots), bank.task, write_texts=False)
+    batch = TestBatch(context, shots, [()] * len(shots), bank.task, write_texts=False)
     items = NumberedItems.of(sample, settings.shots)
-    evaluator = MembershipEvaluator(panel, items, sample.trained, settings.items, say)
+    evaluator = MembershipEvaluator(batch, items, sample.trained, settings.items, say)
     evaluator.attack_references()
     evaluator.attack_meta_loras()
     for name, merge in merges(run, len(bank)).items():
@@ -104,7 +104,7 @@ def privacy(
     if run.stack.enabled:
         evaluator.attack_targets(PERSONAL, MergeThenAdapt(merge=run.merge, stack=run.stack), run.merge)
     rows = sorted(evaluator.rows, key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
-    return Findings(rows, _meta(panel, sample, settings))
+    return Findings(rows, _meta(batch, sample, settings))
 
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
@@ -116,20 +116,20 @@ def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
     return {name: settings for name, settings in found.items() if name != own} | {own: run.merge}
 
 
-def _meta(panel: Panel, sample: AttackSample, settings: AttackSettings) -> dict[str, Any]:
-    base, run = panel.base, panel.run
+def _meta(batch: TestBatch, sample: AttackSample, settings: AttackSettings) -> dict[str, Any]:
+    base, run = batch.base, batch.run
     people = {"anchors": sample.anchors, "pool": sample.pool, "others": sample.others}
     return {
         "base": base.name,
         "note": base.note,
         "dtype": dtype_name(base.dtype),
-        "task": panel.task.name,
-        "loss": "NLL of the true answer, " + ("among the labels" if panel.task.labelled else "per token"),
+        "task": batch.task.name,
+        "loss": "NLL of the true answer, " + ("among the labels" if batch.task.labelled else "per token"),
         **{kind: len(theirs) for kind, theirs in people.items()},
         "targets": len(sample.targets),
         "items": {kind: sum(len(person.items) for person in theirs) for kind, theirs in people.items()},
-        "task LoRA": panel.bank.task_lora is not None,
-        "anchors pooled": panel.bank.info.run.task_lora.kept_back is not None,
+        "task LoRA": batch.bank.task_lora is not None,
+        "anchors pooled": batch.bank.info.run.task_lora.kept_back is not None,
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),
         "run": run.model_dump(mode="json"),
@@ -141,11 +141,11 @@ def _meta(panel: Panel, sample: AttackSample, settings: AttackSettings) -> dict[
 class MembershipEvaluator:
     """Membership inference on one bank: each method asks models about items, and adds rows.
 
-    ``panel`` holds the targets with their shots, ``trained`` the anchors. ``references`` are the losses under the
+    ``batch`` holds the targets with their shots, ``trained`` the anchors. ``references`` are the losses under the
     models without the attacked LoRA: base and task LoRA, once these are attacked.
     """
 
-    panel: Panel
+    batch: TestBatch
     items: NumberedItems
     trained: Sequence[Person]
     items_each: int
@@ -157,10 +157,10 @@ class MembershipEvaluator:
         """Attack the base, which was not trained on the items of anchors, and the task LoRA, which may have been."""
         items = self.items
         # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
-        panel, everything = self._panel_of(self.panel.people[:1]), [range(len(items.items))]
-        for method in [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]:
+        batch, everything = self._batch_of(self.batch.people[:1]), [range(len(items.items))]
+        for method in [Base(), TaskLora()] if self.batch.bank.task_lora else [Base()]:
             self.say(method.name)
-            losses = self._losses(panel, everything, partial(method.run, seed=0))[0]
+            losses = self._losses(batch, everything, partial(method.run, seed=0))[0]
             add, same = partial(self._add_row, model=method.name), [losses] * len(items.shots)
             add(ANCHORS, losses=[losses], members=[flat(items.anchors)], others=[items.others])
             add(POOL, losses=[losses], members=[flat(items.pool)], others=[items.others])
@@ -172,10 +172,10 @@ class MembershipEvaluator:
         self.say("meta-LoRAs, one by one")
         anchors = self.items.anchors
         count, others = len(anchors), self.items.others_of(len(anchors))
-        w = torch.ones(count, 1, dtype=self.panel.base.master_dtype)
+        w = torch.ones(count, 1, dtype=self.batch.base.master_dtype)
         alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), seconds=0.0)
         following = [*anchors[1:], anchors[0]] if count > 1 else [[]]
-        losses = self._losses(self._panel_of(self.trained), _joined(anchors, following, others), alone)
+        losses = self._losses(self._batch_of(self.trained), _joined(anchors, following, others), alone)
         for model, members in ((OWN, anchors), (ANOTHER, following)):
             self._add_row(ANCHORS, model=model, losses=losses, members=members, others=others, owners=range(count))
 
@@ -185,26 +185,26 @@ class MembershipEvaluator:
         Rows about shots exist for the run's own merge only.
         """
         self.say(model)
-        items, run = self.items, self.panel.run
-        merge, _ = self.panel.merge(settings, run.seed)
+        items, run = self.items, self.batch.run
+        merge, _ = self.batch.merge(settings, run.seed)
         gates = merge.gates(len(items.anchors)).double().abs()
         others, members = items.others_of(len(items.shots)), items.merged_items(gates, self.items_each)
         with_shots = settings == run.merge
         asked = _joined(members, others, items.shots, items.later) if with_shots else _joined(members, others)
-        losses = self._losses(self.panel, asked, partial(method.run, seed=run.seed))
+        losses = self._losses(self.batch, asked, partial(method.run, seed=run.seed))
         add = partial(self._add_row, model=model, losses=losses, owners=items.targets)
         add(ANCHORS, members=members, others=others)
         if with_shots:
             add(SHOTS, members=items.shots, others=items.later)
 
-    def _panel_of(self, people: Sequence[Person]) -> Panel:
-        return replace(self.panel, people=people)
+    def _batch_of(self, people: Sequence[Person]) -> TestBatch:
+        return replace(self.batch, people=people)
 
-    def _losses(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Losses]:
-        panel = panel.with_queries([tuple(self.items.items[n] for n in numbers) for numbers in asked])
+    def _losses(self, batch: TestBatch, asked: Sets, run: Callable[[TestBatch], Outcome]) -> list[Losses]:
+        batch = batch.with_queries([tuple(self.items.items[n] for n in numbers) for numbers in asked])
         losses: list[Losses] = []
-        for numbers, answers, golds in zip(asked, run(panel).answers, panel.golds):
-            nll = query_nll(panel.task, answers, golds)
+        for numbers, answers, golds in zip(asked, run(batch).answers, batch.golds):
+            nll = query_nll(batch.task, answers, golds)
             assert nll is not None  # every attacked model gives probabilities
             losses.append(dict(zip(numbers, nll.tolist())))
         return losses

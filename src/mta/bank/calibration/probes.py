@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.settle import one_step
+from mta.bank.calibration.chosen_settings import one_step
 from mta.bank.worker import open_worker
 from mta.config import Lora, Run
 from mta.data.tasks.prompt import Example

@@ -1,4 +1,4 @@
-"""The methods that are compared. Each learns from the panel's shots and answers the panel's queries.
+"""The methods that are compared. Each learns from the batch's shots and answers the batch's queries.
 
 A method is one small class: its fields are its settings, ``paper`` links its source, and ``run`` computes the outcome.
 ``docs/how-to/add-a-method.md`` shows how to write one. Methods of other packages are found by the entry points of the

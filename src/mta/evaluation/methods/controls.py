@@ -14,7 +14,7 @@ from mta.data.tasks.task import PROFILE, Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.personalize.merge import Merge
 
 
@@ -28,13 +28,13 @@ class PopulationMerge(Method):
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return calibrated
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        calibration, people = panel.bank.calibration, len(panel.people)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        calibration, people = batch.bank.calibration, len(batch.people)
         if calibration is None:
             raise ConfigError("the bank has no calibration", hint="Add one:  mta bank calibrate")
-        ids = torch.arange(len(panel.bank)).expand(people, -1)
-        merge = Merge(ids, calibration.mu.expand(people, -1).to(panel.base.master_dtype))
-        return replace(answered(panel, merge, seconds=0.0), bytes_per_person=0.0)
+        ids = torch.arange(len(batch.bank)).expand(people, -1)
+        merge = Merge(ids, calibration.mu.expand(people, -1).to(batch.base.master_dtype))
+        return replace(answered(batch, merge, seconds=0.0), bytes_per_person=0.0)
 
 
 @register
@@ -49,12 +49,12 @@ class OtherPerson(OverMethod):
     over: AnyMethod = MergeThenAdapt()
     uses_other_people: ClassVar[bool] = True
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        if PROFILE in panel.task.item.inputs:
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        if PROFILE in batch.task.item.inputs:
             raise ConfigError(f"{self.name!r} cannot use prompts that show earlier items", hint="Use plain prompts.")
-        givers = givers_of(panel.people, panel.tested or panel.people)
-        people = [replace(one, items=giver.items) for one, giver in zip(panel.people, givers)]
-        swapped = Panel(panel.context, people, panel.queries, panel.task, panel.retrieve, panel.write_texts)
+        givers = givers_of(batch.people, batch.tested or batch.people)
+        people = [replace(one, items=giver.items) for one, giver in zip(batch.people, givers)]
+        swapped = TestBatch(batch.context, people, batch.queries, batch.task, batch.retrieve, batch.write_texts)
         return self.over.outcome(swapped, seed)
 
 

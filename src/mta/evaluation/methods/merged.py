@@ -15,7 +15,7 @@ from mta.config import Lora, MergeMode, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, can_merge, coefficients, merge_adapters, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_named, policy_of
@@ -41,8 +41,8 @@ class OneLora(Method):
     lora: Lora = Lora()
     training: Training | None = None
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        return adapted(panel, self.name, self.lora, self.training or panel.run.stack.training, seed)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        return adapted(batch, self.name, self.lora, self.training or batch.run.stack.training, seed)
 
 
 @register
@@ -73,13 +73,13 @@ class Merged(Method):
     def seeded(self) -> bool:
         return self.merge is None or (self.merge.policy != "auto" and policy_of(self.merge).learns)
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        settings = panel.merge_settings(self.merge)
-        if self.anchors is None or self.anchors >= len(panel.bank):
-            merge, seconds = panel.merge(settings, seed)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        settings = batch.merge_settings(self.merge)
+        if self.anchors is None or self.anchors >= len(batch.bank):
+            merge, seconds = batch.merge(settings, seed)
         else:
-            merge, seconds = _among(panel, settings, self.anchors)
-        return answered(panel, merge, seconds, settings.mode, settings.rank)
+            merge, seconds = _among(batch, settings, self.anchors)
+        return answered(batch, merge, seconds, settings.mode, settings.rank)
 
 
 @register
@@ -96,49 +96,51 @@ class MergeThenAdapt(Method):
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return fits(self.merge, task, anchors, calibrated)
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        settings = panel.merge_settings(self.merge)
-        stack = panel.stack_settings(self.stack, settings)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        settings = batch.merge_settings(self.merge)
+        stack = batch.stack_settings(self.stack, settings)
         if not stack.enabled:
-            merge, seconds = panel.merge(settings, seed)
-            return answered(panel, merge, seconds, settings.mode, settings.rank)
-        return adapted(panel, self.name, stack.lora, stack.training, seed, settings)
+            merge, seconds = batch.merge(settings, seed)
+            return answered(batch, merge, seconds, settings.mode, settings.rank)
+        return adapted(batch, self.name, stack.lora, stack.training, seed, settings)
 
 
 def adapted(
-    panel: Panel, stage: str, lora: Lora, training: Training, seed: int, settings: MergeSettings | None = None
+    batch: TestBatch, stage: str, lora: Lora, training: Training, seed: int, settings: MergeSettings | None = None
 ) -> Outcome:
     """Train one LoRA per person over the task LoRA and, with ``settings``, their merge, and answer the queries.
 
     Cohorts that fit the memory are trained and asked one after another. ``stage`` names the steps of the training.
     """
-    merge, seconds = panel.merge(settings, seed) if settings else (None, 0.0)
-    base, on_step = panel.base, panel.context.on_step
+    merge, seconds = batch.merge(settings, seed) if settings else (None, 0.0)
+    base, on_step = batch.base, batch.context.on_step
     numbers = parameters_of(base, lora)
-    plan = panel.plan(numbers, settings)
+    plan = batch.plan(numbers, settings)
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
     for cohort in plan.cohorts:
-        start = clock(panel.base.device)
-        frozen: list[Adapters] = list(panel.bank.task_adapters)
+        start = clock(batch.base.device)
+        frozen: list[Adapters] = list(batch.bank.task_adapters)
         if merge and settings:
-            frozen += merge_adapters(panel.bank, merge.select(cohort), settings.mode, settings.rank)
-        jobs = [panel.jobs[i] for i in cohort]
+            frozen += merge_adapters(batch.bank, merge.select(cohort), settings.mode, settings.rank)
+        jobs = [batch.jobs[i] for i in cohort]
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
-        seconds += clock(panel.base.device) - start
-        answers += answer(panel, cohort, [*frozen, PerPerson(found)])
+        seconds += clock(batch.base.device) - start
+        answers += answer(batch, cohort, [*frozen, PerPerson(found)])
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
-def answered(panel: Panel, merge: Merge, seconds: float, mode: MergeMode = "exact", rank: int | None = None) -> Outcome:
-    """Answer the panel's queries with everybody's merge over the task LoRA, computed as ``merge_loras`` does."""
+def answered(
+    batch: TestBatch, merge: Merge, seconds: float, mode: MergeMode = "exact", rank: int | None = None
+) -> Outcome:
+    """Answer the batch's queries with everybody's merge over the task LoRA, computed as ``merge_loras`` does."""
     answers: list[Answers] = []
     known = MergeSettings(policy="posterior", k=merge.ids.shape[1], mode=mode, rank=rank)  # nothing is left to compute
-    for cohort in panel.plan(1, known).cohorts:
-        start = clock(panel.base.device)
-        merged = merge_adapters(panel.bank, merge.select(cohort), mode, rank)
-        seconds += clock(panel.base.device) - start
-        answers += answer(panel, cohort, [*panel.bank.task_adapters, *merged])
+    for cohort in batch.plan(1, known).cohorts:
+        start = clock(batch.base.device)
+        merged = merge_adapters(batch.bank, merge.select(cohort), mode, rank)
+        seconds += clock(batch.base.device) - start
+        answers += answer(batch, cohort, [*batch.bank.task_adapters, *merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
 
@@ -164,15 +166,15 @@ def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: b
     return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
 
 
-def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
+def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge, float]:
     """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
-    bank = panel.bank
+    bank = batch.bank
     chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
     reads = needs_evidence(settings)
-    evidence, similarity = panel.evidence.of_anchors(chosen) if reads else None, panel.similarity[:, chosen]
-    start = clock(panel.base.device)
+    evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
+    start = clock(batch.base.device)
     found = coefficients(settings, similarity, evidence)
-    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))
-    share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
-    share += panel.encoding_seconds if needs_encodings(settings) else 0.0
-    return merge, clock(panel.base.device) - start + share
+    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(batch.base.master_dtype))
+    share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
+    share += batch.encoding_seconds if needs_encodings(settings) else 0.0
+    return merge, clock(batch.base.device) - start + share

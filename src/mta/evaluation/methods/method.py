@@ -15,7 +15,7 @@ from mta.config.loader import Settings
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, Diverged
 from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
-from mta.evaluation.protocol import Outcome, Panel
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
 from mta.system.atomic import json_sha256
@@ -75,19 +75,19 @@ class Method(Settings, ABC):
         """
         return True
 
-    def outcome(self, panel: Panel, seed: int) -> Outcome:
-        """Return the outcome of ``run``, computed once per panel: ``Chosen`` reads outcomes of other methods again."""
+    def outcome(self, batch: TestBatch, seed: int) -> Outcome:
+        """Return the outcome of ``run``, computed once per batch: ``Chosen`` reads outcomes of other methods again."""
         key = (type(self), self.digest, seed)
-        if key not in panel.outcomes:
-            _ = panel.jobs  # no method's seconds include tokenizing
-            panel.outcomes[key] = self.run(panel, seed)
-        return panel.outcomes[key]
+        if key not in batch.outcomes:
+            _ = batch.jobs  # no method's seconds include tokenizing
+            batch.outcomes[key] = self.run(batch, seed)
+        return batch.outcomes[key]
 
-    def scored(self, panel: Panel, seed: int) -> tuple[Outcome, list[PersonScore]]:
+    def scored(self, batch: TestBatch, seed: int) -> tuple[Outcome, list[PersonScore]]:
         """Return the outcome and each person's score. Raises Diverged for a score that is not finite."""
-        outcome = self.outcome(panel, seed)
-        pairs = zip(outcome.answers, panel.golds)
-        scores = [measure(panel.task, answers, golds, panel.write_texts) for answers, golds in pairs]
+        outcome = self.outcome(batch, seed)
+        pairs = zip(outcome.answers, batch.golds)
+        scores = [measure(batch.task, answers, golds, batch.write_texts) for answers, golds in pairs]
         for score in scores:
             if not all(map(math.isfinite, score.metrics.values())):
                 found = f"a person's score is not finite: {dict(score.metrics)}"
@@ -95,8 +95,8 @@ class Method(Settings, ABC):
         return outcome, scores
 
     @abstractmethod
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        """Learn from the panel's shots and answer the panel's queries."""
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        """Learn from the batch's shots and answer the batch's queries."""
 
 
 def _unnamed(settings: Any) -> Any:
@@ -168,21 +168,21 @@ class OverMethod(Method):
         return self.over.fits(task, anchors, calibrated)
 
 
-def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
-    """Answer the queries of some of the panel's people with ``adapters``, which have the order of ``people``.
+def answer(batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
+    """Answer the queries of some of the batch's people with ``adapters``, which have the order of ``people``.
 
     Labels are scored if the task has labels. Otherwise the text is decoded greedily, and the NLL per token of the gold
     text is returned too.
     """
-    task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
-    memory = parse_size(panel.run.memory)
+    task, base, queries = batch.task, batch.base, [batch.queries[i] for i in people]
+    memory = parse_size(batch.run.memory)
     if all(task.labels_of(item) for items in queries for item in items):
         return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters, memory=memory)]
     jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
     tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
     found = log_likelihood(base, jobs, adapters, memory=memory)
     nll = [-scores.double() / own for scores, own in zip(found, tokens)]
-    if not panel.write_texts:
+    if not batch.write_texts:
         return [Answers([""] * len(items), nll=own) for items, own in zip(queries, nll)]
     longest = base.prompts.answer_tokens(task)
     prompts = [base.prompts.prompt(task, item, reserve=longest).tokens for items in queries for item in items]

@@ -14,7 +14,7 @@ from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 
 
 class _Constant(Method):
@@ -31,16 +31,16 @@ class _Constant(Method):
 class GlobalConstant(_Constant):
     """The shares of the labels among the task people; the answer is their median rating or most frequent label.
 
-    If the panel does not know these people, the labels of all shots are used.
+    If the batch does not know these people, the labels of all shots are used.
     """
 
     method: Literal["global-constant"] = "global-constant"
     name: str = "global constant"
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        people = panel.task_people or panel.tested or panel.people
-        answers = _constant(panel.task, people, _shares(_counts(panel.task, people)))
-        return Outcome([answers(len(items)) for items in panel.queries], 0.0, 0.0)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        people = batch.task_people or batch.tested or batch.people
+        answers = _constant(batch.task, people, _shares(_counts(batch.task, people)))
+        return Outcome([answers(len(items)) for items in batch.queries], 0.0, 0.0)
 
 
 @register
@@ -54,13 +54,13 @@ class OwnConstant(_Constant):
     method: Literal["own-constant"] = "own-constant"
     name: str = "own constant"
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        task, shots = panel.task, max(len(person.items) for person in panel.people)
-        others = [person.first(shots) for person in panel.task_people] or panel.tested or panel.people
-        everybody = _shares(_counts(task, panel.task_people or others))
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        task, shots = batch.task, max(len(person.items) for person in batch.people)
+        others = [person.first(shots) for person in batch.task_people] or batch.tested or batch.people
+        everybody = _shares(_counts(task, batch.task_people or others))
         pull = best_pull(torch.stack([_counts(task, [person]) for person in others]), everybody)
-        own = [_constant(task, [one], _pulled(_counts(task, [one]), everybody, pull)) for one in panel.people]
-        answers = [answer(len(items)) for answer, items in zip(own, panel.queries)]
+        own = [_constant(task, [one], _pulled(_counts(task, [one]), everybody, pull)) for one in batch.people]
+        answers = [answer(len(items)) for answer, items in zip(own, batch.queries)]
         return Outcome(answers, 0.0, float(len(everybody)))
 
 
@@ -72,8 +72,8 @@ class Base(Method):
     method: Literal["base"] = "base"
     name: str = "base"
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        return Outcome(answer(panel, range(len(panel.people)), []), 0.0, 0.0)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        return Outcome(answer(batch, range(len(batch.people)), []), 0.0, 0.0)
 
 
 @register
@@ -84,8 +84,8 @@ class TaskLora(Method):
     method: Literal["task-lora"] = "task-lora"
     name: str = "task LoRA"
 
-    def run(self, panel: Panel, seed: int) -> Outcome:
-        return Outcome(answer(panel, range(len(panel.people)), panel.bank.task_adapters), 0.0, 0.0)
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        return Outcome(answer(batch, range(len(batch.people)), batch.bank.task_adapters), 0.0, 0.0)
 
 
 def _counts(task: Task, people: Sequence[Person]) -> Tensor:

@@ -5,8 +5,8 @@
     person      one person's model, history, and state
     prefix      the same for all people whose id starts with the prefix
 
-A key file is YAML: under ``keys``, a list of ``{name, sha256, rights, of}``. ``mta serve --new-key ann --rights person
---of ann`` adds one and shows the key once.
+A key file is YAML: under ``keys``, a list of ``{name, sha256, rights, scope}``. ``mta serve --new-key ann --rights
+person --scope ann`` adds one and shows the key once.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Rights = Literal["admin", "serve", "person", "prefix"]
 
 
 class Key(Settings):
-    """One key: its hash and rights. ``of`` is a person's id or an id prefix."""
+    """One key: its hash and rights. ``scope`` is a person's id or an id prefix."""
 
     name: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     rights: Rights
-    of: str = ""
+    scope: str = ""
 
     @model_validator(mode="after")
-    def _of_matches_rights(self) -> Key:
-        if bool(self.of) != (self.rights in ("person", "prefix")):
-            raise ValueError("'of' is required with rights 'person' and 'prefix', and not allowed with other rights")
+    def _scope_matches_rights(self) -> Key:
+        if bool(self.scope) != (self.rights in ("person", "prefix")):
+            raise ValueError("'scope' is required with rights 'person' and 'prefix', and not allowed with other rights")
         return self
 
     @property
@@ -53,7 +53,7 @@ class Key(Settings):
 
     def owns(self, person: str) -> bool:
         """Whether the key may see and change a person's data, and use the person's model."""
-        owned = {"admin": True, "person": person == self.of, "prefix": person.startswith(self.of)}
+        owned = {"admin": True, "person": person == self.scope, "prefix": person.startswith(self.scope)}
         return owned.get(self.rights, False)
 
     def may_ask(self, person: str) -> bool:
@@ -103,14 +103,14 @@ class Keys(Settings):
         return matching[-1] if matching else None
 
 
-def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
+def add_key(path: Path, name: str, rights: str, scope: str = "") -> str:
     """Add a new key to a key file; return the secret, which is stored nowhere. Raises ConfigError.
 
     Concurrent calls from threads and processes wait for each other.
     """
     secret = f"mta-{secrets.token_urlsafe(32)}"
-    values = {"name": name, "sha256": _hash(secret), "rights": rights, "of": of}
-    new = checked(Key, values, "the new key", hint="For example:  --rights person --of ann")
+    values = {"name": name, "sha256": _hash(secret), "rights": rights, "scope": scope}
+    new = checked(Key, values, "the new key", hint="For example:  --rights person --scope ann")
     try:
         make_folder(path.parent)
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=file_mode()):

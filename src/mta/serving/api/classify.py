@@ -19,7 +19,7 @@ from mta.serving.api.auth import Key
 from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.engine import AnswerPiece, Ask, Engine, Refused, ServedModel, together
+from mta.serving.engine import AnswerPiece, Engine, EngineRequest, Refused, ServedModel, together
 
 router = APIRouter()
 
@@ -58,18 +58,18 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     return JSONResponse(body | {"usage": usage})
 
 
-def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key) -> Ask:
+def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key) -> EngineRequest:
     """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
     prompts = service.base.prompts
     refuse_long(len(text), service.length)
-    Ask(chat_tokens(service, [{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    EngineRequest(chat_tokens(service, [{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
-    ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
+    ask = EngineRequest(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
     ask.check(service.length)
     return ask
 
 
-async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> AnswerPiece:
+async def _piece(engine: Engine, ask: EngineRequest, places: asyncio.Semaphore) -> AnswerPiece:
     async with places, aclosing(engine.answer(ask)) as pieces:  # type: ignore[type-var]
         return [piece async for piece in pieces][-1]

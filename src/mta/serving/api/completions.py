@@ -21,7 +21,7 @@ from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_di
 from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.api.streaming import stream_answers
-from mta.serving.engine import Ask, Refused, ServedModel
+from mta.serving.engine import EngineRequest, Refused, ServedModel
 from mta.serving.model_names import person_name
 
 router = APIRouter()
@@ -31,8 +31,8 @@ _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxie
 @router.get("/v1/models")
 async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the base and the pooled model; a person key also sees its own model."""
-    has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
-    names = [service.base.name, TASK.value, *([person_name(key.of)] if has_model else [])]
+    has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.scope) is not None
+    names = [service.base.name, TASK.value, *([person_name(key.scope)] if has_model else [])]
     return {"object": "list", "data": [_model(name) for name in names]}
 
 
@@ -81,7 +81,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     return JSONResponse(formatter.body(choices, usage))
 
 
-def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
+def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> EngineRequest:
     """Tokenize a request. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
@@ -101,7 +101,7 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
         )
     prompt = chat_tokens(service, turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
     usual = limit if who is BASE else prompts.answer_tokens(service.task)
-    return Ask(
+    return EngineRequest(
         prompt,
         who,
         max_tokens=most or max(min(length - len(prompt), limit, usual), 1),
@@ -115,7 +115,7 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
 
 async def _events(
     formatter: ResponseFormatter,
-    ask: Ask,
+    ask: EngineRequest,
     request: Request,
     first: AnswerText,
     parts: AsyncIterator[AnswerText],
@@ -149,7 +149,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 async def _counted_parts(
-    service: Service, kind: str, ask: Ask, request: Request, key: Key
+    service: Service, kind: str, ask: EngineRequest, request: Request, key: Key
 ) -> AsyncIterator[AnswerText]:
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()

@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO
-from mta.bank.notes import stale
+from mta.bank.notes import parts_to_rebuild
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, OtherBank
 from mta.model.base import BaseModel
@@ -207,7 +207,7 @@ class Service:
         """
         await run_in_threadpool(self.histories.drop_forgotten)
         await run_in_threadpool(self.jobs.drop_forgotten)
-        owners = {key.of for key in self.keys.keys if key.rights == "person"}
+        owners = {key.scope for key in self.keys.keys if key.rights == "person"}
         before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
         gone = [id for id, names in self._tombstones.items() if not names <= before.get(id, names)]
@@ -217,7 +217,7 @@ class Service:
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""
-        return [key.name for key in self.keys.keys if key.rights == "person" and key.of == person]
+        return [key.name for key in self.keys.keys if key.rights == "person" and key.scope == person]
 
     def _removed(self, versions: Collection[Version]) -> set[Version]:
         """Return the versions that the store no longer has, or has with other content."""
@@ -232,7 +232,7 @@ class Service:
 def _is_fresh(folder: Path, loaded: str) -> bool:
     """Return whether a folder still holds the bank with the hash ``loaded``, without a forgotten person in it."""
     described = read_json(folder / INFO)
-    return isinstance(described, dict) and described.get("hash") == loaded and not stale(folder)
+    return isinstance(described, dict) and described.get("hash") == loaded and not parts_to_rebuild(folder)
 
 
 async def gateway(request: HttpRequest) -> Service:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mta.serving.api.schemas import AnswerText
-from mta.serving.engine import Ask, Engine, Finish, Token
+from mta.serving.engine import Engine, EngineRequest, Finish, Token
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
 _BYTES = 4  # of the longest character: a character incomplete after as many tokens stays incomplete
@@ -65,7 +65,7 @@ class Detokenizer:
 
 
 async def stream_answers(
-    engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
+    engine: Engine, ask: EngineRequest, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
 ) -> AsyncIterator[AnswerText]:
     """Stream the parts of ``count`` answers, which continue ``before``, each until its first stop text.
 

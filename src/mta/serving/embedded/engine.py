@@ -20,10 +20,10 @@ from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
 from mta.serving.embedded.scheduler import AnswerRow, Scheduler
-from mta.serving.engine import LATER, QUEUED, Ask, Engine, EngineGone, Pieces, ServedModel, Version
+from mta.serving.engine import LATER, QUEUED, Engine, EngineGone, EngineRequest, Pieces, ServedModel, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
-from mta.system.device import compute_with, in_passing
+from mta.system.device import compute_with, run_in_short_thread
 
 
 class EmbeddedEngine(Engine):
@@ -48,9 +48,9 @@ class EmbeddedEngine(Engine):
     ) -> None:
         limit = base.prompts.max_tokens
         super().__init__(min(length or limit, limit), slots + waiting)
-        in_passing(lambda: refuse_unservable(base))
+        run_in_short_thread(lambda: refuse_unservable(base))
         self.bank, self.store = bank, store
-        adapters = in_passing(lambda: AdapterSlots(base, bank, slots))
+        adapters = run_in_short_thread(lambda: AdapterSlots(base, bank, slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
@@ -77,7 +77,7 @@ class EmbeddedEngine(Engine):
         """False if the thread died, and while every step fails; true after ``close``."""
         return not self.died and not self.scheduler.stuck
 
-    def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], None]:
+    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
         row = AnswerRow(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
         self._put(partial(self._enter, row))

@@ -11,7 +11,7 @@ from mta.system.device import moved
 
 
 class LabelWalk:
-    """Sums log p over the tokens of each label, along the tree of the labels' beginnings.
+    """LayerTotals log p over the tokens of each label, along the tree of the labels' beginnings.
 
     A label "1, end" and a label "12, end" share the beginning "1". Beginnings are visited depth first, so an engine
     with one row of keys and values can go back to a shared beginning and continue from there.

@@ -30,7 +30,7 @@ from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Owner, Slots
 from mta.serving.embedded.label_walk import LabelWalk
-from mta.serving.engine import LATER, LOST, AnswerLost, AnswerPiece, Ask, Finish, ServedModel, log_failure
+from mta.serving.engine import LATER, LOST, AnswerLost, AnswerPiece, EngineRequest, Finish, ServedModel, log_failure
 from mta.serving.sampling import Sampler
 
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
@@ -41,7 +41,7 @@ log = logging.getLogger("mta")
 class AnswerRow:
     """One answer in progress: ``left`` holds tokens that are not processed yet, ``count`` counts generated tokens."""
 
-    ask: Ask
+    ask: EngineRequest
     send: Callable[[AnswerPiece | MtaError], None]
     sampler: Sampler
     adapter: RowAdapter = field(init=False)  # set before the row waits for a slot

@@ -21,9 +21,9 @@ from mta.serving.engine import (
     QUEUED,
     AnswerLost,
     AnswerPiece,
-    Ask,
     Engine,
     EngineGone,
+    EngineRequest,
     Finish,
     Pieces,
     Token,
@@ -81,7 +81,7 @@ class VllmEngine(Engine):
         """False once a server that this gateway started has ended: the gateway does not restart it."""
         return self.server.up
 
-    def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
+    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], object]:
         task = asyncio.create_task(self._forward(ask, pieces))
         self._open[task], self._askers[task] = pieces, ask.asker
         task.add_done_callback(self._open.pop)
@@ -121,11 +121,11 @@ class VllmEngine(Engine):
         """Finish running answers, accept no new ones, and stop."""
         self._closing = True
         await asyncio.gather(*self._open, return_exceptions=True)
-        await self.adapters.settled()
+        await self.adapters.unloads_ended()
         await self.client.aclose()
         await asyncio.to_thread(self.server.stop)
 
-    async def _forward(self, ask: Ask, queue: Pieces) -> None:
+    async def _forward(self, ask: EngineRequest, queue: Pieces) -> None:
         """Put the pieces of an answer, or its error, into the queue."""
         try:
             who = BASE if ask.who is TASK and not self.has_task_lora else ask.who
@@ -139,12 +139,12 @@ class VllmEngine(Engine):
             log_failure("an answer of vLLM", error)
             queue.put_nowait(AnswerLost(LOST, hint=LATER))
 
-    async def _stream(self, ask: Ask, name: str, queue: Pieces) -> None:
+    async def _stream(self, ask: EngineRequest, name: str, queue: Pieces) -> None:
         async with self._asked(ask, self._body(ask, name)) as response:
             async for piece in _read(response, self.stops, ask.top_logprobs or 0):
                 queue.put_nowait(piece)
 
-    async def _score(self, ask: Ask, name: str, queue: Pieces) -> None:
+    async def _score(self, ask: EngineRequest, name: str, queue: Pieces) -> None:
         """Score every label, with one request for each of its tokens that no other label shares.
 
         Such a request may choose one token only, and vLLM returns the log probability from before this choice. (Its log
@@ -156,7 +156,7 @@ class VllmEngine(Engine):
         scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in ask.labels)
         queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
-    async def _forced(self, ask: Ask, name: str, start: tuple[int, ...], token: int) -> float:
+    async def _forced(self, ask: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
         """Return the log probability of a token behind the prompt and the beginning of a label."""
         body = {"model": name, "prompt": [*ask.prompt, *start], "max_tokens": 1, "cache_salt": self._salted(ask)}
         body |= {"allowed_token_ids": [token], "ignore_eos": True, "temperature": 0.0, "logprobs": 0}
@@ -165,18 +165,18 @@ class VllmEngine(Engine):
         return float(choice["logprobs"]["token_logprobs"][0])
 
     @asynccontextmanager
-    async def _asked(self, ask: Ask, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+    async def _asked(self, ask: EngineRequest, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         request = self.client.build_request("POST", "/v1/completions", json=body, timeout=_TIMEOUT)
         async with aclosing(await _opened(asyncio.create_task(self.client.send(request, stream=True)))) as response:
             if response.status_code != 200:
                 raise await asyncio.to_thread(self._error_of, ask.who, response.status_code)
             yield response
 
-    def _salted(self, ask: Ask) -> str:
+    def _salted(self, ask: EngineRequest) -> str:
         """Return the caller's salt: vLLM separates cached prefixes by adapter and by salt."""
         return hmac.new(self._salt, ask.asker.encode(), hashlib.sha256).hexdigest()
 
-    def _body(self, ask: Ask, name: str) -> dict[str, Any]:
+    def _body(self, ask: EngineRequest, name: str) -> dict[str, Any]:
         return {
             "model": name,
             "prompt": list(ask.prompt),

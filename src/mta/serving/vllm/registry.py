@@ -121,7 +121,7 @@ class AdapterRegistry:
                 self._start_unloading(name).add_done_callback(_note_failure)
         return {one.who for one in self._loaded.values() if isinstance(one.who, Version)}
 
-    async def settled(self) -> None:
+    async def unloads_ended(self) -> None:
         """Wait until all running unloads are done."""
         await asyncio.gather(*(one.unloading for one in self._loaded.values() if one.unloading), return_exceptions=True)
 

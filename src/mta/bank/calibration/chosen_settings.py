@@ -6,16 +6,16 @@ from mta.bank.calibration.info import CalibrationInfo
 from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 
 
-def settled(run: Run, found: CalibrationInfo | None, shape: Lora) -> Run:
+def with_calibrated_settings(run: Run, found: CalibrationInfo | None, shape: Lora) -> Run:
     """Return the run with ``auto`` settings replaced by what the bank's calibration found: policy, stack's training.
 
     ``shape`` is that of the stacks in the calibration.
     """
-    merge = settled_merge(run.merge, found)
-    return run.model_copy(update={"merge": merge, "stack": settled_stack(run.stack, merge, found, shape)})
+    merge = calibrated_merge(run.merge, found)
+    return run.model_copy(update={"merge": merge, "stack": calibrated_stack(run.stack, merge, found, shape)})
 
 
-def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
+def calibrated_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
     """Return the settings of a merge with a policy other than ``auto``.
 
     ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
@@ -25,7 +25,7 @@ def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeS
     return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
 
 
-def settled_stack(
+def calibrated_stack(
     stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None, shape: Lora
 ) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.

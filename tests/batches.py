@@ -6,7 +6,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings
 from mta.evaluation.context import Context
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import TestBatch
 
 SHOTS, QUERIES, PEOPLE = 4, 2, 3
 POSTERIOR = MergeSettings(policy="posterior", k=0)
@@ -17,11 +17,11 @@ def panel_of(tiny, shots=SHOTS, **changes):
     anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.parts_of(p.id)]
     anchors.sort(key=lambda person: person.id)
     context = Context(base, bank, HashEncoder(), TINY_RUN, **{"anchors": anchors, **changes})
-    return Panel.of(context, people_of(PEOPLE, prefix="x", seed=7), shots=shots, queries=QUERIES)
+    return TestBatch.of(context, people_of(PEOPLE, prefix="x", seed=7), shots=shots, queries=QUERIES)
 
 
 @pytest.fixture
-def panel(tiny):
+def batch(tiny):
     return panel_of(tiny)
 
 
