@@ -20,7 +20,7 @@ from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, Probe, key_of, run_probe
 from mta.bank.card import in_words
-from mta.config import CalibrationSettings, Lora, Run
+from mta.config import CalibrationSettings, Lora, Run, StackSettings
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.stages import adapt
 from mta.training.gates import GateGradients
@@ -36,8 +36,8 @@ def scene():
     return (
         base,
         random_loras(base, N, seed=2, size=0.2),
-        [Shared(random_loras(base, 1, seed=1, size=0.2))],
-        Lora(rank=1),
+        random_loras(base, 1, seed=1, size=0.2),
+        Run(stack=StackSettings(lora=Lora(rank=1))),
     )
 
 
@@ -164,7 +164,8 @@ def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
 
 
 def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
-    base, bank, pooled, lora = scene
+    base, bank, task_lora, run = scene
+    pooled, lora = [Shared(task_lora)], run.stack.lora
     people, w = known(4), 0.2 * normal(4, N, seed=4)
     shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
     found = run_probe(

@@ -290,16 +290,16 @@ def test_held_out_items_are_scored_where_the_task_lora_trains(tmp_path):
     openers = []
 
     class Watched(LocalExecutor):
-        def run(self, function, pieces, local, open_remote):
-            openers.append((function.__name__, open_remote))
-            return super().run(function, pieces, local, open_remote)
+        def run(self, function, pieces, context):
+            openers.append((function.__name__, context.opener))
+            return super().run(function, pieces, context)
 
     people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=2)
     build(tmp_path / "bank", people, run=run, executor=Watched())
     functions = [name for name, _ in openers]
     assert functions[:4] == ["train_piece", "score_piece"] * 2
-    assert len({id(open_remote) for _, open_remote in openers[:4]}) == 1
-    assert {id(open_remote) for _, open_remote in openers[4:]}.isdisjoint({id(openers[0][1])})
+    assert all(opener == openers[0][1] for _, opener in openers[:4])
+    assert not any(opener == openers[0][1] for _, opener in openers[4:])
 
 
 def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, Diverged, StoreError
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.personalize.worker import open_stages
+from mta.personalize.stages import StagesOpener
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import resolve
@@ -95,9 +96,9 @@ def context():
     return "made in a worker"
 
 
-def run(cluster, function, pieces, open_remote=context):
+def run(cluster, function, pieces, opener=context):
     """Outcomes by their pieces."""
-    return {out.piece.numbers: out for out in cluster.run(function, pieces, None, open_remote)}
+    return {out.piece.numbers: out for out in cluster.run(function, pieces, SimpleNamespace(opener=opener))}
 
 
 def doubled(made, piece):
@@ -249,12 +250,13 @@ def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
     base, bank, _ = site
     run, store = base.as_loaded(bank.info.run), Store(tmp_path / "people")
     identity = store.identity(write=True)
-    assert open_stages(run, bank.folder, bank.hash, store.files.url, identity).store.identity() == identity
+    here, elsewhere = ((url, identity, frozenset()) for url in (store.files.url, str(tmp_path / "elsewhere")))
+    assert StagesOpener(run, bank.folder, bank.hash, here)().session.store.identity() == identity
     with pytest.raises(StoreError, match="another store, or none"):
-        open_stages(run, bank.folder, bank.hash, str(tmp_path / "elsewhere"), identity)
+        StagesOpener(run, bank.folder, bank.hash, elsewhere)()
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BankMismatch, match="a worker found bank"):
-        open_stages(run, bank.folder, "0" * 64, store.files.url, identity)
+        StagesOpener(run, bank.folder, "0" * 64, here)()
 
 
 def killed_midway(site, folder):

@@ -45,6 +45,11 @@ class Ray:
         pass
 
 
+def opened_by(opener):
+    """A context that workers open by this function."""
+    return SimpleNamespace(opener=opener)
+
+
 def made_up_cluster(good, workers, attempts=2):
     """A cluster whose workers after the first ``good`` cannot start; results come after all starts."""
     hired = []
@@ -136,9 +141,9 @@ def test_pieces_that_need_the_cluster_leave_no_idle_workers(three):
 
     def pieces():
         yield from [One(), One(), One()]
-        list(cluster.run(None, [One(), One(), One()], None, lambda: "of the bank"))
+        list(cluster.run(None, [One(), One(), One()], opened_by(lambda: "of the bank")))
 
-    for _ in cluster.run(None, pieces(), None, lambda: "of people"):
+    for _ in cluster.run(None, pieces(), opened_by(lambda: "of people")):
         running.append(len(hired) - len(stopped))
     assert max(running) <= 3
 
@@ -147,12 +152,12 @@ def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch, thr
     """As in a calibration, which asks for many passes: a new worker loads the base again."""
     cluster, hired, stopped = three
     first, second = (lambda: None), (lambda: None)
-    for open_remote, count, left in ((first, 3, 0), (first, 3, 0), (second, 6, 3)):
-        found = list(cluster.run(None, [One() for _ in range(5)], None, open_remote))
+    for opener, count, left in ((first, 3, 0), (first, 3, 0), (second, 6, 3)):
+        found = list(cluster.run(None, [One() for _ in range(5)], opened_by(opener)))
         assert [one.result for one in found] == ["done"] * 5
         assert (len(hired), len(stopped)) == (count, left)
     monkeypatch.setenv("MTA_KERNELS", "off")  # workers have the environment that they were started with
-    list(cluster.run(None, [One()], None, second))
+    list(cluster.run(None, [One()], opened_by(second)))
     assert (len(hired), len(stopped)) == (7, 6)
     cluster.dismiss()
     assert len(stopped) == 7

@@ -54,10 +54,10 @@ def test_a_person_who_is_forgotten_while_a_run_is_under_way_is_not_saved_by_it(t
 def test_a_person_who_is_forgotten_after_their_items_were_read_is_not_begun(tiny, tmp_path):
     personal = personalizer(*tiny, store=tmp_path / "people")
     personal.store.identity(write=True)
-    known = personal.store.tombstones.names()
+    session = personal.store.session()
     elsewhere(personal.store, "x0")
     for make in (personal.personalize, personal.update):
-        done = make(PEOPLE, since=known, histories=PEOPLE)
+        done = make(PEOPLE, session=session, histories=PEOPLE)
         assert done.forgotten == ("x0",)
         assert nothing_of("x0", personal.store)
     assert all(id in personal.store for id in ("x1", "x2"))

@@ -68,7 +68,7 @@ def described(thing: type, name: str) -> Iterator[str]:
     """The lines of one class: how it is made, its fields, methods and properties."""
     bases = [base.__name__ for base in thing.__bases__ if base is not object]
     head = f"class {name}({', '.join(bases)})"
-    made = "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
+    made = any("__init__" in vars(one) for one in own_bases(thing)) and not dataclasses.is_dataclass(thing)
     yield head + (f": __init__{signature(thing.__init__)}" if made else "")
     notes = inspect.get_annotations(thing)
     if issubclass(thing, Settings):
@@ -114,11 +114,18 @@ def signature(function: Any) -> inspect.Signature:
 
 
 def members(thing: type) -> Iterator[tuple[str, Any]]:
-    """Its own public functions and properties, as its class body has them, and how long it is."""
+    """Its public functions and properties, as the bodies of its classes have them, and how long it is."""
     callables = (types.FunctionType, classmethod, staticmethod, property)
-    for word, member in vars(thing).items():
+    for word, member in {word: member for one in own_bases(thing) for word, member in vars(one).items()}.items():
         if (word[0] != "_" or word == "__len__") and (isinstance(member, callables) or hasattr(member, "func")):
             yield word, member
+
+
+def own_bases(thing: type) -> list[type]:
+    """The class, and before it those of its bases that are only a part of it: public ones have their own lines."""
+    public = {getattr(mta, name) for name in mta.__all__ if inspect.isclass(getattr(mta, name))}
+    bases = [one for one in reversed(thing.__mro__[1:]) if one.__module__.startswith("mta.")]
+    return [*([] if issubclass(thing, Settings) else [one for one in bases if one not in public]), thing]
 
 
 def default(value: Any) -> str:

@@ -254,7 +254,7 @@ def test_a_status_shows_no_path_and_no_other_id(world, monkeypatch, kind, raises
     jobs, (person,) = world.service.jobs, people_of(1, items=2, prefix="broken")
     error = kind(f"{world.service.store.files.root}/ab/1.safetensors of 'bob' is damaged", hint="Remove bob.")
 
-    def update(people, fewer, since):
+    def update(people, fewer, session):
         if raises:
             raise error
         return Updated(0, 0, 0, 0, 0, failed={person.id: error})

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from mta.bank.keys import BuildKeys
-from mta.bank.worker import BankWorker, HeldOutPiece, LoraPiece, open_worker, score_piece, train_piece
+from mta.bank.worker import BankWorker, HeldOutPiece, LoraPiece, score_piece, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item
 from mta.data.tasks.task import Task
@@ -27,12 +25,6 @@ from mta.tracking.run_folder import RunFolder
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
-
-
-@lru_cache(1)
-def _opener(run: Run, fingerprint: str) -> Callable[[], BankWorker]:
-    """Return the same function for each round of stage 0, so that the rounds have the same workers."""
-    return partial(open_worker, run, fingerprint, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +88,12 @@ class BuildContext:
         checkpoint: Callable[[str], Checkpoint] | None = None,
         on_step: OnStep | None = None,
     ) -> Iterator[tuple[P, R]]:
-        local = BankWorker(self.base, self.run, task_lora, checkpoint, on_step or self.record.step)
-        run, fingerprint = self.base.as_loaded(self.run), self.base.fingerprint
-        open_remote = _opener(run, fingerprint)
-        if task_lora:
-            open_remote = partial(open_worker, run, fingerprint, task_lora.to(torch.device("cpu")))
-        for found in self.executor.run(function, pieces, local, open_remote):
-            if found.result is None:
+        worker = BankWorker(self.base, self.run, task_lora, checkpoint, on_step or self.record.step)
+        for outcome in self.executor.run(function, pieces, worker):
+            if outcome.result is None:
                 hint = "Fix this, and build again: it resumes."
-                raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)
-            yield found.piece, found.result
+                raise BankError(f"the bank cannot be trained: {outcome.error}", hint=hint)
+            yield outcome.piece, outcome.result
 
     def checkpoint(self, plan: str, name: str) -> Checkpoint:
         """Return the checkpoint of a piece in training, of a plan of stage 0 or 1."""

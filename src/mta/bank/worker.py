@@ -63,19 +63,32 @@ class BankWorker:
     checkpoint: Callable[[str], Checkpoint] | None = None
     on_step: OnStep | None = None
 
+    @property
+    def opener(self) -> BankOpener:
+        """What opens the same base, and task LoRA, in another process; there, pieces have no checkpoints."""
+        task_lora = self.task_lora and self.task_lora.to(torch.device("cpu"))
+        return BankOpener(self.base.as_loaded(self.run), self.base.fingerprint, task_lora)
 
-def open_worker(run: Run, fingerprint: str, task_lora: LoraBatch | None) -> BankWorker:
-    """Load the base that ``run`` names and return a worker. Raises BankMismatch for another base, and load errors."""
 
-    def check(found: str) -> None:
-        if found != fingerprint:
+@dataclass(frozen=True, slots=True)
+class BankOpener:
+    """Opens a ``BankWorker`` with the base that ``run`` names. Raises BankMismatch for another one, and load errors."""
+
+    run: Run
+    fingerprint: str
+    task_lora: LoraBatch | None
+
+    def __call__(self) -> BankWorker:
+        base = BaseModel.of(self.run, self._check)
+        return BankWorker(base, self.run, self.task_lora and self.task_lora.to(base.device))
+
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
             raise BankMismatch(
-                f"a worker found base {run.base!r} with sha256 {found[:8]}…, expected {fingerprint[:8]}…",
+                f"a worker found base {self.run.base!r} with sha256 {fingerprint[:8]}…, expected "
+                f"{self.fingerprint[:8]}…",
                 hint="Give workers the same base: a hub id, an asset, or a folder on a shared disk.",
             )
-
-    base = BaseModel.of(run, check)
-    return BankWorker(base, run, task_lora and task_lora.to(base.device))
 
 
 def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:

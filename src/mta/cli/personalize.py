@@ -66,7 +66,7 @@ def personalize(
 
     if update and not resume:
         raise InputError("--restart was given with --update, which always goes on", hint="Leave one of them out.")
-    tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
+    tracker, session = options.tracker_for(track, run), Store(store).session()  # before the source is read
     read = options.people_in(source, options.task_of(bank), columns, skip_bad)
     people = [person.latest(latest) if latest else person for person in read if person.items] or read
     if empty := len(read) - len(people):
@@ -77,13 +77,13 @@ def personalize(
     _warn_of_members(opened, people)
     _warn_of_no_gain(opened, settings)
     with options.executor_at(cluster, workers, settings.device, together) as executor, Screen() as screen:
-        personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
+        personal = mta.Personalizer(base, opened, session.store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
         work = json_sha256([used, opened.hash, sorted(p.digest() for p in people)])  # so that `run` can be continued
         with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
             again = partial(personal.update, fewer=latest is not None)
             compute = again if update else partial(personal.personalize, resume=resume)
-            done = compute(people, histories=read if keep_histories else (), since=since, on_step=folder.step)
+            done = compute(people, histories=read if keep_histories else (), session=session, on_step=folder.step)
             folder.outcome, folder.about["plan"] = counts(done), done.plan
     show_json(as_json(done)) if json else typer.echo(str(done))
     _warn_of_failures(done)

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import SupportsIndex, overload
@@ -53,7 +54,7 @@ def _is_finite(time: object) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Person:
     """A person's history, oldest item first, and the benchmark's own queries if it has any.
 
@@ -92,6 +93,10 @@ class Person:
 
     def digest(self) -> str:
         """Return the sha256 over the items in order. The same history gives the same digest in any process."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return hashlib.sha256(f"[{', '.join(map(_row, self.items))}]".encode()).hexdigest()
 
     def grown_from(self, digest: str) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-C = TypeVar("C")
 R = TypeVar("R")
 _MOST = 256  # people per cohort at most, so that results are saved regularly
 
@@ -22,6 +21,15 @@ class Piece(Protocol):
         return ()
 
 
+class Context(Protocol):
+    """What a function reads beside its piece: models, settings, a store."""
+
+    @property
+    def opener(self) -> Callable[[], Self]:
+        """What opens the same context in a worker. It can be pickled; equal openers share workers."""
+
+
+C = TypeVar("C", bound=Context)
 P = TypeVar("P", bound=Piece)
 
 
@@ -47,13 +55,11 @@ class Executor(Protocol):
     in_process: bool
     on_gpu: bool | None
 
-    def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
-    ) -> Iterator[PieceResult[P, R]]:
+    def run(self, function: Callable[[C, P], R], pieces: Iterable[P], context: C) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in any order.
 
-        The context is ``local`` in this process. A worker creates its own context once, with ``open_remote``, and may
-        keep it for the next call with the same object. Function, pieces and ``open_remote`` must be picklable.
+        A worker opens its own context once, by ``context.opener``, and may keep it for the next call with an equal
+        opener. Function and pieces must be picklable.
         """
 
 
@@ -67,9 +73,7 @@ class LocalExecutor:
     def __init__(self, most: int = _MOST) -> None:
         self.most = most
 
-    def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
-    ) -> Iterator[PieceResult[P, R]]:
-        """Yield the outcome of ``function(local, piece)`` for each piece, in order; pieces are consumed lazily."""
+    def run(self, function: Callable[[C, P], R], pieces: Iterable[P], context: C) -> Iterator[PieceResult[P, R]]:
+        """Yield the outcome of ``function(context, piece)`` for each piece, in order; pieces are consumed lazily."""
         for piece in pieces:
-            yield PieceResult(piece, function(local, piece))
+            yield PieceResult(piece, function(context, piece))

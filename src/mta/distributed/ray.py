@@ -74,27 +74,25 @@ class Cluster:
                 hint="Ask for fewer threads, or add nodes.",
             )
 
-    def run(
-        self, function: Callable[[C, P], R], pieces: Iterable[P], local: C, open_remote: Callable[[], C]
-    ) -> Iterator[PieceResult[P, R]]:
+    def run(self, function: Callable[[C, P], R], pieces: Iterable[P], context: C) -> Iterator[PieceResult[P, R]]:
         """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Workers that are idle at the end stay for the next call with the same ``open_remote``, until ``close``; closing
-        the iterator stops busy ones. Raises ClusterError, and the errors of ``open_remote`` in a worker.
+        Workers that are idle at the end stay for the next call with an equal opener, until ``close``; closing the
+        iterator stops busy ones. Raises ClusterError, and the errors of the opener in a worker.
         """
         known = [*pieces]  # making them may need the cluster, whose workers would then be another pool's
-        scheduler = PieceScheduler[P, R](self, function, self._crew_of(open_remote))
+        scheduler = PieceScheduler[P, R](self, function, self._pool_of(context.opener))
         try:
             yield from scheduler.work_through(known)
         finally:
             scheduler.stop_busy()
 
-    def _crew_of(self, open_remote: Callable[[], Any]) -> WorkerPool:
+    def _pool_of(self, opener: Callable[[], Any]) -> WorkerPool:
         """Return the workers of the last call if they have this context, else new ones."""
         environment = self._own()
-        if not self.pool or self.pool.open_remote is not open_remote or self.pool.environment != environment:
+        if not self.pool or self.pool.opener != opener or self.pool.environment != environment:
             self.dismiss()
-            self.pool = WorkerPool(open_remote, environment, self.ray.put((sources_digest(), open_remote)))
+            self.pool = WorkerPool(opener, environment, self.ray.put((sources_digest(), opener)))
         return self.pool
 
     def dismiss(self) -> None:
@@ -133,14 +131,14 @@ class Cluster:
 
 @dataclass(slots=True)
 class WorkerPool:
-    """Workers with the context that ``open_remote`` makes; ``made`` is a reference to it. ``idle`` ones have no piece.
+    """Workers with the context that ``opener`` opens; ``sent`` is a reference to it. ``idle`` ones have no piece.
 
-    ``any_opened``: the context could be made once, so that a failure is a machine's.
+    ``any_opened``: the context could be opened once, so that a failure is a machine's.
     """
 
-    open_remote: Callable[[], Any]
+    opener: Callable[[], Any]
     environment: dict[str, str]
-    made: Any
+    sent: Any
     idle: list[Any] = field(default_factory=list)
     any_opened: bool = False
 
@@ -204,7 +202,7 @@ class PieceScheduler(Generic[P, R]):
             wanted = 0
         for _ in range(wanted - len(self.opening) - len(self.idle) - len(self.busy)):
             worker = self.cluster.start_worker()
-            self.opening[worker.open.remote(self.pool.made)] = worker
+            self.opening[worker.open.remote(self.pool.sent)] = worker
         while self.idle and self.waiting:
             worker, task = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.run.remote(self.function, task.piece)] = worker, task
@@ -292,16 +290,16 @@ class Worker:
     def __init__(self) -> None:
         self.context: Any = None
 
-    def open(self, made: tuple[str, Callable[[], Any]]) -> None:
-        """Create the context. Raises ClusterError if this node has other sources of mta."""
-        expected, open_remote = made
+    def open(self, sent: tuple[str, Callable[[], Any]]) -> None:
+        """Open the context. Raises ClusterError if this node has other sources of mta."""
+        expected, opener = sent
         if (found := sources_digest()) != expected:
             raise ClusterError(
                 f"a worker has other sources of mta (sha256 {found[:12]}…), expected {expected[:12]}…",
                 hint="Install the same version on all machines.",
             )
         keep_freed_memory()  # allowed: an actor is its own process
-        self.context = open_remote()
+        self.context = opener()
 
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:
         """Return ``function(context, piece)``."""

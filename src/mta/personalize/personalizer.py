@@ -1,115 +1,41 @@
-"""``Personalizer``: stages 2 and 3 for many people at once; generate, score, export, and forget."""
+"""``Personalizer``: people's models, from their training to their answers; score, export, and forget."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
-from mta.bank.format import check_base
-from mta.config import Run, parse_size
-from mta.data.history import Item, Person
+from mta.config import parse_size
+from mta.data.history import Item
 from mta.data.tasks.prompt import Example
-from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
 from mta.lora.peft import CONFIG, WEIGHTS, has_own_card, write_peft
-from mta.model.base import BaseModel
-from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import PersonOrModel, SharedModel, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.outcomes import Personalized, Updated
 from mta.personalize.pipeline import Pipeline
-from mta.store import Store
-from mta.store.state import State
-from mta.system.progress import OnStep
 from mta.training.scoring import label_scores, log_likelihood
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")
 
 
-class Personalizer:
-    """Stages 2 and 3 over a base, a bank, and optionally a store of people's states.
-
-    ``run`` defaults to the bank's settings. ``executor`` runs the cohorts, for example on a cluster
-    (``mta.distributed.ray``).
+class Personalizer(Pipeline):
+    """Makes people's models (``Pipeline``), answers with them, exports, and forgets them.
 
     >>> personal = Personalizer(base, bank, store="people/")
     >>> personal.personalize(people)                              # all of them together
     >>> personal.generate([("ann", "..."), ("bob", "...")])       # one batch, two people
     """
-
-    def __init__(
-        self,
-        base: BaseModel,
-        bank: Bank,
-        store: str | Path | Store | None = None,
-        *,
-        run: Run | None = None,
-        encoder: Encoder | None = None,
-        executor: Executor | None = None,
-    ) -> None:
-        check_base(bank.folder, bank.info, base.name, base.fingerprint)
-        self.base, self.bank = base, bank
-        self.run = bank.with_calibrated_settings(run)
-        self.store = Store(store) if isinstance(store, (str, Path)) else store
-        self.executor = executor or LocalExecutor()
-        self._encoder = encoder
-        self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""
-        return self.bank.encoder(self.base, self.run.encoder, self._encoder)
-
-    def personalize(
-        self,
-        people: Sequence[Person],
-        *,
-        histories: Sequence[Person] = (),
-        resume: bool = True,
-        since: Collection[str] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Personalized:
-        """Run stages 2 and 3 for all ``people``; their histories are the shots.
-
-        States that ``personalize`` made from the same shots, bank, and settings are kept; the others are computed
-        together, in cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless
-        ``resume`` is False. ``histories`` are stored, too, until their people are forgotten: ``people``, or their whole
-        histories where ``people`` have their latest items only. ``since``
-        are the ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
-        Raises Diverged if all training of a cohort does, DataError for a person without items, MemoryBudgetError,
-        ConfigError, StoreError, ClusterError.
-        """
-        return self._pipeline.personalize(people, histories, resume, since, on_step)
-
-    def update(
-        self,
-        people: Sequence[Person],
-        *,
-        histories: Sequence[Person] = (),
-        fewer: bool = False,
-        since: Collection[str] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Updated:
-        """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
-
-        People without a state, or whose state is of another bank, other settings, or other earlier items, are
-        personalized anew. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
-        ``since`` and errors are as in ``personalize``.
-        """
-        return self._pipeline.update(people, histories, fewer, since, on_step)
 
     def generate(
         self,
@@ -200,7 +126,7 @@ class Personalizer:
         if rank is not None and rank < 1:
             raise InputError(f"rank is {rank}; expected 1 or more", hint="Leave the rank out for an exact adapter.")
         self._check_replaceable(person, Path(out))
-        since = self.store.tombstones.of(person) if self.store else ()
+        session = self.store.session(person) if self.store else None
         state = self.state(person)
         whole, error = whole_adapter(self.bank, state, self.base.master_dtype), torch.zeros(1)
         if rank is not None and rank < whole.rank:
@@ -208,7 +134,7 @@ class Personalizer:
         stack, anchors = state.stack.rank if state.stack else 0, sum(map(bool, state.w))
         card = adapter_card(self.bank.info, whole.rank, float(error), anchors=anchors, stack=stack)
         transposed = self.base.fan_in_fan_out
-        with self.store.exports.writing(person, out, since) if self.store else nullcontext() as written:
+        with session.exporting(person, out) if session else nullcontext() as written:
             write_peft(
                 out, whole, self.base.place, fan_in_fan_out=transposed, card=card, whole=True, on_weights=written
             )
@@ -227,15 +153,11 @@ class Personalizer:
         ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
         Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
-        removed = self._pipeline.unsaved.pop(person, None) is not None
+        removed = self._unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, self.bank.folder, keep_exports=keep_exports)
         for bank, reason in found.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
         return replace(found, states_removed=removed or found.states_removed)
-
-    def state(self, person: str) -> State:
-        """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
-        return self._pipeline.state(person)
 
     def _adapters(self, owners: Sequence[PersonOrModel], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 from mta.bank.bank import Bank
+from mta.bank.format import check_base
 from mta.config import Run, parse_size
 from mta.data.history import Person, check_distinct
 from mta.distributed.executor import Executor, LocalExecutor
@@ -31,77 +33,77 @@ from mta.personalize.policies import is_saturated, policy_of
 from mta.personalize.shots import ShotsJob, shots_of
 from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
-from mta.personalize.work import Cohort, WorkItem, settings_digest, settings_text
-from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
+from mta.personalize.work import Cohort, StateInputs, WorkItem
+from mta.personalize.worker import personalize_cohort, update_cohort
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
+from mta.store.session import Session
 from mta.store.state import State
-from mta.store.tombstones import NOTHING
 from mta.system.progress import OnStep, Step
 from mta.system.storage import in_threads
 from mta.training.plan import parameters_of, plan_cohorts
 
 
-class _Call(NamedTuple):
-    """The people of a call, the tombstones when their items were read, and ids of people forgotten since then."""
-
-    people: list[Person]
-    since: Collection[str]
-    forgotten: Collection[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CohortPlan:
-    """The cohorts to compute, a digest of the plan, and the number of texts that were shortened to fit.
-
-    ``errors`` maps ids of people who are left out to the error of an item that does not fit.
-    """
-
-    cohorts: Sequence[Cohort] = ()
-    digest: str = ""
-    shortened: int = 0
-    errors: dict[str, MtaError] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Computed:
     """How many people each action was done for, and the people without a new state.
 
-    These were ``forgotten`` meanwhile, their data made workers fail (``crashed``), or they have other ``errors``:
-    training that diverged, a damaged state, or a state that another process saved meanwhile. Both map ids to errors.
+    ``plan`` is a digest of the cohorts; ``shortened`` counts texts. People were ``forgotten`` meanwhile, their data
+    made workers fail (``crashed``), or they have other ``errors``: an item that does not fit, training that diverged,
+    a damaged state, or a state that another process saved meanwhile. Both map ids to errors.
     """
 
+    plan: str = ""
+    shortened: int = 0
     actions: Counter[Action] = field(default_factory=Counter)
     forgotten: set[str] = field(default_factory=set)
     crashed: dict[str, MtaError] = field(default_factory=dict)
     errors: dict[str, MtaError] = field(default_factory=dict)
 
+    def add(self, person: str, made: StateUpdate) -> None:
+        """Count what was done for a person."""
+        if isinstance(made.error, PersonForgotten):
+            self.forgotten.add(person)
+        elif made.error:
+            self.errors[person] = made.error
+        else:
+            self.actions[made.action] += 1
 
-@lru_cache(1)
-def _opener(run: Run, *where: Any) -> Callable[[], Stages]:
-    """Return the same function for all passes of an update, so that these have the same workers."""
-    return partial(open_stages, run, *where)
 
-
-@dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stages 2 and 3 for many people. ``encoder`` is called only if the policy reads encodings.
+    """Stages 2 and 3 for many people, over a base, a bank, and optionally a store of people's states.
 
-    ``unsaved`` holds the states that are in no store.
+    ``run`` defaults to the bank's settings. ``executor`` runs the cohorts, for example on a cluster
+    (``mta.distributed.ray``). Without a store, the states stay in memory.
     """
 
-    base: BaseModel
-    bank: Bank
-    run: Run
-    encoder: Callable[[], Encoder]
-    store: Store | None = None
-    executor: Executor = field(default_factory=LocalExecutor)
-    unsaved: dict[str, State] = field(default_factory=dict)
+    def __init__(
+        self,
+        base: BaseModel,
+        bank: Bank,
+        store: str | Path | Store | None = None,
+        *,
+        run: Run | None = None,
+        encoder: Encoder | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        check_base(bank.folder, bank.info, base.name, base.fingerprint)
+        self.base, self.bank = base, bank
+        self.run = bank.with_calibrated_settings(run)
+        self.store = Store(store) if isinstance(store, (str, Path)) else store
+        self.executor = executor or LocalExecutor()
+        self._encoder = encoder
+        self._unsaved = dict[str, State]()  # states that are in no store
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""
+        return self.bank.encoder(self.base, self.run.encoder, self._encoder)
 
     def state(self, person: str) -> State:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
-        if person in self.unsaved:
-            return self.unsaved[person]
+        if person in self._unsaved:
+            return self._unsaved[person]
         if not self.store:
             raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
         check_bank(state := self.store.load(person), self.bank.hash)
@@ -110,140 +112,215 @@ class Pipeline:
     def personalize(
         self,
         people: Sequence[Person],
+        *,
         histories: Sequence[Person] = (),
         resume: bool = True,
-        since: Collection[str] | None = None,
+        session: Session | None = None,
         on_step: OnStep | None = None,
     ) -> Personalized:
-        """See ``Personalizer.personalize``."""
-        call = self._call_for(people, since)
-        self._save_histories(call, histories)
-        settings = settings_text(self.base, self.run), self.run.seed
+        """Run stages 2 and 3 for all ``people``; their histories are the shots.
+
+        States that ``personalize`` made from the same shots, bank, and settings are kept; the others are computed
+        together, in cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless
+        ``resume`` is False. ``histories`` are stored, too, until their people are forgotten: ``people``, or their whole
+        histories where ``people`` have their latest items only. ``session`` is a ``store.session()`` from before the
+        items were read: people forgotten since then get no state.
+        Raises Diverged if all training of a cohort does, DataError for a person without items, MemoryBudgetError,
+        ConfigError, StoreError, ClusterError.
+        """
+        session = session or (self.store.session() if self.store else None)
+        people, gone = self._checked(people, session)
+        self._save_histories(people, histories, session)
+        inputs = StateInputs.of(self.base, self.bank, self.run)
 
         def planned(person: Person) -> tuple[WorkItem, bool]:  # without the state: all of them would fill the memory
             state, version, _ = self._stored(person.id)
-            item = WorkItem.of(person, self.bank, *settings, version=version)
+            item = WorkItem(person, inputs.key(person.digest(), None), version=version)
             return item, state is not None and state.work == item.work
 
-        found = list(in_threads(planned, call.people))
-        everybody, missing = [item for item, _ in found], [item for item, is_current in found if not is_current]
-        return self._personalize(call, everybody, missing, resume, on_step)
+        items = list(in_threads(planned, people))
+        missing = [item for item, is_current in items if not is_current]
+        done = self._begin([item for item, _ in items], missing, session, on_step, resume)
+        return replace(done, forgotten=tuple(sorted({*gone, *done.forgotten})))
 
-    def _personalize(
+    def _begin(
         self,
-        call: _Call,
         everybody: Sequence[WorkItem],
         missing: Sequence[WorkItem],
+        session: Session | None,
+        on_step: OnStep | None,
         resume: bool = True,
-        on_step: OnStep | None = None,
     ) -> Personalized:
         """Make the states of ``missing`` people anew; the others of ``everybody`` are up to date."""
-        checkpoints = self._checkpoints(everybody, call.since)
+        checkpoints = self._checkpoints(everybody, session)
         if checkpoints and not resume:
             checkpoints.drop()
-        plan = self.plan(everybody, missing, checkpoints)
-        done = self._compute(personalize_cohort, plan.cohorts, call.since, on_step, checkpoints)
+        done = self._compute(personalize_cohort, everybody, missing, session, on_step, checkpoints)
         if checkpoints and not done.crashed:  # diverged training would diverge again: no cohort is kept for it
             checkpoints.finish()  # even without missing people: a run killed after its last state may have left files
         wanted = {item.person.id for item in missing}  # a resumed cohort has people who are up to date, too
-        failed = {id: error for id, error in (done.crashed | plan.errors | done.errors).items() if id in wanted}
-        up_to_date = {item.person.id for item in everybody if item.person.id not in wanted}
-        forgotten = {*call.forgotten, *done.forgotten} - up_to_date
+        failed = {id: error for id, error in (done.crashed | done.errors).items() if id in wanted}
         return Personalized(
-            trained=len(wanted - failed.keys() - forgotten),
+            trained=len(wanted - failed.keys() - done.forgotten),
             unchanged=len(everybody) - len(missing),
-            shortened=plan.shortened,
+            shortened=done.shortened,
             failed=failed,
-            plan=plan.digest,
-            forgotten=tuple(sorted(forgotten)),
+            plan=done.plan,
+            forgotten=tuple(sorted(done.forgotten & wanted)),
         )
 
     def update(
         self,
         people: Sequence[Person],
-        histories: Sequence[Person],
-        fewer: bool,
-        since: Collection[str] | None,
-        on_step: OnStep | None,
+        *,
+        histories: Sequence[Person] = (),
+        fewer: bool = False,
+        session: Session | None = None,
+        on_step: OnStep | None = None,
     ) -> Updated:
-        """See ``Personalizer.update``."""
-        call = self._call_for(people, since)
-        settings = settings_text(self.base, self.run), self.run.seed
-        planned = in_threads(partial(self._work_for, settings, settings_digest(*settings), fewer), call.people)
-        works = {person.id: work for person, work in zip(call.people, planned)}
+        """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
+
+        People without a state, or whose state is of another bank, other settings, or other earlier items, are
+        personalized anew. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
+        ``session`` and errors are as in ``personalize``.
+        """
+        session = session or (self.store.session() if self.store else None)
+        people, gone = self._checked(people, session)
+        inputs = StateInputs.of(self.base, self.bank, self.run)
+        planned = in_threads(lambda person: self._work_for(person, inputs, fewer), people)
+        works = {person.id: work for person, work in zip(people, planned)}
+        people = [person for person in people if works[person.id] != "ahead"]
+        self._save_histories(people, histories, session)
         items = [work for work in works.values() if isinstance(work, WorkItem)]
-        grown = [item for item in items if item.earlier]
-        ahead = [id for id, work in works.items() if work == "ahead"]
-        call = call._replace(people=[person for person in call.people if works[person.id] != "ahead"])
-        self._save_histories(call, histories)
-        plan = self.plan(grown, grown)
-        done = self._compute(update_cohort, plan.cohorts, call.since, on_step)
-        plain = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        anew = {item.name: item for item in items if not item.earlier}
-        begun = self._begin_anew([anew.get(one.name, one) for one in plain], [*anew.values()], call.since, on_step)
+        grown, anew = [item for item in items if item.earlier], [item for item in items if not item.earlier]
+        done = self._compute(update_cohort, grown, grown, session, on_step)
+        # Everybody names the run, so that it resumes after some of these people have got their states.
+        named = {item.person.id: item for item in anew}
+        everybody = [named.get(p.id) or WorkItem(p, inputs.key(p.digest(), None)) for p in people]
+        begun = self._begin(everybody, anew, session, on_step)
         return Updated(
             kept=done.actions["keep"],
             retrained=done.actions["retrain"],
             refreshed=done.actions["merge"] + done.actions["refresh"],
             begun=begun.trained,
             unchanged=sum(work == "unchanged" for work in works.values()),
-            failed=done.crashed | plan.errors | done.errors | begun.failed,
-            plan=plan.digest or begun.plan,
-            forgotten=tuple(sorted({*call.forgotten, *done.forgotten, *begun.forgotten})),
-            ahead=tuple(ahead),
+            failed=done.crashed | done.errors | begun.failed,
+            plan=done.plan or begun.plan,
+            forgotten=tuple(sorted({*gone, *done.forgotten, *begun.forgotten})),
+            ahead=tuple(id for id, work in works.items() if work == "ahead"),
         )
 
-    def _begin_anew(
-        self, everybody: Sequence[WorkItem], items: Sequence[WorkItem], since: Collection[str], on_step: OnStep | None
-    ) -> Personalized:
-        """Make the states of people who have none to continue from, except of people forgotten meanwhile.
+    def _checked(self, people: Sequence[Person], session: Session | None) -> tuple[list[Person], set[str]]:
+        """Check the people and sort them by id; return those who were forgotten since their items were read apart."""
+        if (task := getattr(people, "task", None)) and task.identity != self.bank.task.identity:
+            raise InputError(
+                f"these people were read for task {task.name!r}, the bank's is {self.bank.task.name!r}",
+                hint="Read them for the bank's:  mta.read_people(path, bank.task)",
+            )
+        ordered = sorted(people, key=lambda person: person.id)
+        if empty := sum(not person.items for person in ordered):
+            raise DataError(
+                f"{empty} of {len(ordered)} people have no item", hint="Leave them out, or give each of them an item."
+            )
+        check_distinct(ordered)
+        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
+        gone = session.forgotten([person.id for person in ordered]) if session else set()
+        return [person for person in ordered if person.id not in gone], gone
 
-        ``everybody`` names the run, so that it resumes after some of these people have got their states.
-        """
-        call = self._call_for([item.person for item in everybody], since)
-        ids = {person.id for person in call.people}
-        named, left = ([item for item in some if item.person.id in ids] for some in (everybody, items))
-        return self._personalize(call, named, left, on_step=on_step)
+    def _save_histories(self, people: Sequence[Person], histories: Sequence[Person], session: Session | None) -> None:
+        """Save the histories of these people."""
+        if not histories:
+            return
+        if session is None:
+            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
 
-    def plan(
+        def save(person: Person) -> None:
+            with suppress(PersonForgotten):  # no state will be saved either, and that is reported
+                session.save_history(person)
+
+        ids = {person.id for person in people}
+        session.store.identity(write=True)  # creates a new store's key, once
+        for _ in session.store.files.each(save, [person for person in histories if person.id in ids]):
+            pass
+
+    def _checkpoints(self, everybody: Sequence[WorkItem], session: Session | None) -> RunCheckpoints | None:
+        """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
+        if session is None:
+            return None
+        ids, names = [item.person.id for item in everybody], [item.name for item in everybody]
+        return RunCheckpoints.of(session.store.files, names, lambda: not session.forgotten(ids))
+
+    # -- compute -------------------------------------------------------------------------------------------------------
+
+    def _compute(
+        self,
+        function: Callable[[Stages, Cohort], Sequence[StateUpdate]],
+        everybody: Sequence[WorkItem],
+        missing: Sequence[WorkItem],
+        session: Session | None,
+        on_step: OnStep | None,
+        checkpoints: RunCheckpoints | None = None,
+    ) -> _Computed:
+        """Run ``function`` for the cohorts of ``missing`` people on the executor. Keep states that are in no store."""
+        done = _Computed()
+        if not (cohorts := self._cohorts(everybody, missing, checkpoints, done)):
+            return done
+        if session:
+            session.store.identity(write=True)  # a new store's key, before workers look for it
+        stages = Stages(self.base, self.bank, self.run, lambda: self.encoder, on_step, checkpoints, session)
+        count, total = 0, sum(map(len, cohorts))
+        for n, outcome in enumerate(self.executor.run(function, cohorts, stages), 1):
+            count += len(outcome.piece)
+            if outcome.error:
+                error = ClusterError(outcome.error, hint="The log of the cluster's workers says more:  ray logs")
+                done.crashed.update({item.person.id: error for item in outcome.piece.items})
+            if on_step and not self.executor.in_process:
+                on_step("fleet", Step(n, len(outcome.piece), count, total))
+            for item, made in zip(outcome.piece.items, outcome.result or ()):
+                done.add(item.person.id, made)
+                if made.state:
+                    self._unsaved[item.person.id] = made.state
+        return done
+
+    def _cohorts(
         self,
         everybody: Sequence[WorkItem],
         missing: Sequence[WorkItem],
-        checkpoints: RunCheckpoints | None = None,
-    ) -> CohortPlan:
+        checkpoints: RunCheckpoints | None,
+        done: _Computed,
+    ) -> list[Cohort]:
         """Return the cohorts that hold ``missing`` people, without those who have an item that does not fit.
 
         If a run over ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run
         equals an uninterrupted one. Otherwise only the missing people are planned.
         """
         if not missing:
-            return CohortPlan()
+            return []
         named = {item.name: item for item in everybody}
         interrupted = checkpoints.plan() if checkpoints else None
         names = interrupted if interrupted and set(interrupted) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
-        trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
-        jobs = self._jobs(chosen, errors := dict[str, MtaError]())  # made one by one, as they are planned
+        executor = self.executor
         plan = plan_cohorts(
             self.base,
-            jobs,
-            trained,
+            self._jobs(chosen, done.errors),  # made one by one, as they are planned: all would fill the memory
+            parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1,
             parse_size(self.run.memory),
             below=frozen_numbers(self.bank, self.run.merge),
-            most=self.executor.most,
-            threads=self.executor.threads,
-            on_gpu=self.executor.on_gpu,
+            most=executor.most,
+            threads=executor.threads,
+            on_gpu=executor.on_gpu,
         )
         if not plan.cohorts:
-            return CohortPlan(errors=errors)
+            return []
         if checkpoints:
             checkpoints.note([item.name for item in chosen])
-        fitting = [item for item in chosen if item.person.id not in errors]
+        done.plan, done.shortened = plan.digest, plan.shortened
+        fitting = [item for item in chosen if item.person.id not in done.errors]
         wanted = {item.name for item in missing}
         planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
-        cohorts = [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed]
-        return CohortPlan(cohorts, plan.digest, plan.shortened, errors)
+        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed]
 
     def _jobs(self, items: Sequence[WorkItem], errors: dict[str, MtaError]) -> Iterator[ShotsJob]:
         """Yield the jobs of people whose items fit; add the others' errors to ``errors``."""
@@ -254,87 +331,7 @@ class Pipeline:
             except DataError as error:
                 errors[item.person.id] = error
 
-    def _call_for(self, people: Sequence[Person], since: Collection[str] | None) -> _Call:
-        """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
-        if (task := getattr(people, "task", None)) and task.identity != self.bank.task.identity:
-            raise InputError(
-                f"these people were read for task {task.name!r}, the bank's is {self.bank.task.name!r}",
-                hint="Read them for the bank's:  mta.read_people(path, bank.task)",
-            )
-        people = list(people)
-        if empty := sum(not person.items for person in people):
-            raise DataError(
-                f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
-            )
-        check_distinct(people)
-        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
-        ordered, store = sorted(people, key=lambda person: person.id), self.store
-        if store is None:
-            return _Call(ordered, NOTHING)
-        since = store.tombstones.names() if since is None else since
-        gone = store.tombstones.since([person.id for person in ordered], since)
-        return _Call([person for person in ordered if person.id not in gone], since, gone)
-
-    def _save_histories(self, call: _Call, histories: Sequence[Person]) -> None:
-        """Save the histories of the people of a call."""
-        if not histories:
-            return
-        if self.store is None:
-            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-        store, ids = self.store, {person.id for person in call.people}
-
-        def save(person: Person) -> None:
-            with suppress(PersonForgotten):  # no state will be saved either, and that is reported
-                store.save_history(person, call.since)
-
-        store.identity(write=True)  # creates a new store's key, once
-        for _ in store.files.each(save, [person for person in histories if person.id in ids]):
-            pass
-
-    def _checkpoints(self, everybody: Sequence[WorkItem], since: Collection[str]) -> RunCheckpoints | None:
-        """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
-        if (store := self.store) is None:
-            return None
-        ids = [item.person.id for item in everybody]
-        return RunCheckpoints.of(
-            store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since)
-        )
-
-    def _compute(
-        self,
-        function: Callable[[Stages, Cohort], Sequence[StateUpdate]],
-        cohorts: Sequence[Cohort],
-        since: Collection[str],
-        on_step: OnStep | None,
-        checkpoints: RunCheckpoints | None = None,
-    ) -> _Computed:
-        """Run ``function`` for all cohorts on the executor. Keeps the states that are in no store."""
-        found = _Computed()
-        if not cohorts:
-            return found
-        store = self.store
-        url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
-        where = self.bank.folder.resolve(), self.bank.hash, url, identity, frozenset(since)
-        open_remote = _opener(self.base.as_loaded(self.run), *where)
-        local = Stages(self.base, self.bank, self.run, self.encoder, on_step, checkpoints, store, since)
-        done, total = 0, sum(map(len, cohorts))
-        for n, outcome in enumerate(self.executor.run(function, cohorts, local, open_remote), 1):
-            done += len(outcome.piece)
-            if outcome.error:
-                error = ClusterError(outcome.error, hint="The log of the cluster's workers says more:  ray logs")
-                found.crashed.update({item.person.id: error for item in outcome.piece.items})
-            if on_step and not self.executor.in_process:
-                on_step("fleet", Step(n, len(outcome.piece), done, total))
-            for item, made in zip(outcome.piece.items, outcome.result or ()):
-                if isinstance(made.error, PersonForgotten):
-                    found.forgotten.add(item.person.id)
-                elif made.error:
-                    found.errors[item.person.id] = made.error
-                else:
-                    found.actions[made.action] += 1
-                    if made.state:
-                        self.unsaved[item.person.id] = made.state
-        return found
+    # -- what a person needs -------------------------------------------------------------------------------------------
 
     def _stored(self, person: str) -> tuple[State | None, int, int]:
         """Return a person's state, or None if it has to be computed anew; its version in the store, or 0; its shots.
@@ -342,20 +339,18 @@ class Pipeline:
         The shots are also those of a state of another bank.
         """
         if self.store is None:
-            state = self.unsaved.get(person)
+            state = self._unsaved.get(person)
             return state, 0, state.shots if state else 0
         version = self.store.latest(person) or 0
         try:
-            found = self.store.load(person, version) if version else None
+            state = self.store.load(person, version) if version else None
         except (PersonNotFound, StateCorrupt):
-            found = None
-        if found is None:
+            state = None
+        if state is None:
             return None, version, 0
-        return found if found.bank == self.bank.hash else None, version, found.shots
+        return state if state.bank == self.bank.hash else None, version, state.shots
 
-    def _work_for(
-        self, settings: tuple[str, int], digest: str, fewer: bool, person: Person
-    ) -> WorkItem | Literal["ahead", "unchanged"]:
+    def _work_for(self, person: Person, inputs: StateInputs, fewer: bool) -> WorkItem | Literal["ahead", "unchanged"]:
         """Return the work that a person needs, an update or a beginning.
 
         "ahead" if their state, be it of another bank, is from more items than are given.
@@ -363,19 +358,11 @@ class Pipeline:
         state, version, shots = self._stored(person.id)
         if shots > len(person.items) and not fewer:
             return "ahead"
-        earlier, known_items = self._to_update(person, state, digest)
-        if earlier and known_items == len(person.items):
+        can_grow = state and state.settings == inputs.digest and not is_saturated(self.run.merge, state.w)
+        known_items = person.grown_from(state.history) if state and can_grow else 0
+        if state is None or not known_items:
+            return WorkItem(person, inputs.key(person.digest(), None), version=version)
+        if known_items == len(person.items):
             return "unchanged"
-        item = WorkItem.of(person, self.bank, *settings, earlier, known_items, version)
-        if not (self.store and earlier):
-            return item
-        return replace(item, earlier=replace(earlier, stack=None))  # stacks of everybody would fill a driver's memory
-
-    def _to_update(self, person: Person, state: State | None, digest: str) -> tuple[State | None, int]:
-        """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
-        if state is None or state.settings != digest or not state.losses:
-            return None, 0
-        if is_saturated(self.run.merge, state.w):
-            return None, 0
-        known_items = person.grown_from(state.history)
-        return (state, known_items) if known_items else (None, 0)
+        earlier = replace(state, stack=None) if self.store else state  # everybody's stacks would fill the memory
+        return WorkItem(person, inputs.key(person.digest(), state), earlier, known_items, version)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple, Unpack
+from functools import cache, partial
+from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.bank.format import check_base, read_info
 from mta.config import Lora, Run, Training
-from mta.errors import Diverged
+from mta.errors import BankMismatch, Diverged, StoreError
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
@@ -30,15 +32,19 @@ from mta.personalize.merge import (
 )
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
-from mta.personalize.work import Cohort, WorkItem, settings_digest, settings_text
+from mta.personalize.work import Cohort, StateInputs, WorkItem
 from mta.store import Store
 from mta.store.run_checkpoints import RunCheckpoints
+from mta.store.session import Session
 from mta.store.state import Losses, State
-from mta.store.tombstones import NOTHING
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
 from mta.training.scoring import mean_nll
 from mta.training.trainer import Job, Passes, train_loras
+
+_SAME_FOLDER = (
+    "Give workers the same folder: a shared disk, or a copy in their image. (A hub id is downloaded here only.)"
+)
 
 
 def adapt(
@@ -63,15 +69,6 @@ def adapt(
     return train_loras(base, jobs, start, training, frozen=frozen, seed=seed, **passes)
 
 
-class MeasuredLosses(NamedTuple):
-    """The fields of ``Losses`` for one person, not checked: they may be infinite or NaN."""
-
-    pooled: float
-    merged: float
-    stacked: float | None
-    tokens: int
-
-
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """Merges and stacks of a cohort, and its shots' losses under the pooled model and the merges where these are known.
@@ -91,8 +88,7 @@ class Fitted:
 class Stages:
     """What stages 2 and 3 need. Cohorts that are interrupted leave ``checkpoints``.
 
-    Without ``store``, the caller keeps the states. ``since`` are the tombstones that existed when the people's items
-    were read (``mta.store.tombstones``).
+    Without a ``session``, the caller keeps the states.
     """
 
     base: BaseModel
@@ -101,8 +97,14 @@ class Stages:
     encoder: Callable[[], Encoder]  # called only if the policy reads encodings
     on_step: OnStep | None = None
     checkpoints: RunCheckpoints | None = None
-    store: Store | None = None
-    since: Collection[str] = NOTHING
+    session: Session | None = None
+
+    @property
+    def opener(self) -> StagesOpener:
+        """What opens the same base, bank, and store in another process."""
+        session = self.session
+        where = (session.store.files.url, session.store.identity(), session.known) if session else None
+        return StagesOpener(self.base.as_loaded(self.run), self.bank.folder.resolve(), self.bank.hash, where)
 
     def states(self, cohort: Cohort) -> list[State | Diverged]:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
@@ -180,10 +182,12 @@ class Stages:
     def as_states(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> list[State | Diverged]:
         """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
         losses, merge = self.losses(jobs, fitted, cohort.tokens_per_batch), fitted.merge
-        settings = settings_digest(settings_text(self.base, self.run), self.run.seed)
+        settings = StateInputs.of(self.base, self.bank, self.run).digest
         stacks = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
         def state_of(i: int, item: WorkItem) -> State | Diverged:
+            if isinstance(measured := losses[i], Diverged):
+                return measured
             untrained = item.earlier.untrained if item.earlier else 0
             untrained += len(jobs[i].examples) if fitted.stacks_kept else 0
             try:
@@ -198,7 +202,7 @@ class Stages:
                     stack=stacks.select([i]) if stacks else None,
                     mode=self.run.merge.mode,
                     rank=self.run.merge.rank,
-                    losses=Losses(*losses[i]).after(item.earlier.losses if item.earlier else None),
+                    losses=measured.after(item.earlier.losses if item.earlier else None),
                     settings=settings,
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
                     loglik=float(merge.gradients.loglik[i]) if merge.gradients else 0.0,
@@ -210,7 +214,7 @@ class Stages:
 
         return [state_of(i, item) for i, item in enumerate(cohort.items)]
 
-    def losses(self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int) -> list[MeasuredLosses]:
+    def losses(self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int) -> list[Losses | Diverged]:
         """Return the losses of each job: one pass for each field, except those that are known."""
 
         def under(*added: Adapters) -> list[float]:
@@ -222,7 +226,14 @@ class Stages:
         targets = [job.targets for job in jobs]
         pooled_losses = fitted.pooled_losses or under()
         merged_losses = fitted.merged_losses or (under(*fitted.adapters) if fitted.adapters else pooled_losses)
-        return list(map(MeasuredLosses, pooled_losses, merged_losses, stacked, targets))
+
+        def of(pooled: float, merged: float, stacked: float | None, tokens: int) -> Losses | Diverged:
+            try:
+                return Losses(pooled, merged, stacked, tokens)
+            except Diverged as error:
+                return error
+
+        return list(map(of, pooled_losses, merged_losses, stacked, targets))
 
     def earlier_merge(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""
@@ -240,3 +251,43 @@ class Stages:
 
     def _checkpoint(self, cohort: Cohort) -> Checkpoint | None:
         return self.checkpoints.checkpoint(cohort.digest) if self.checkpoints else None
+
+
+@dataclass(frozen=True, slots=True)
+class StagesOpener:
+    """Opens ``Stages`` in a worker. Paths and addresses must mean the same on all machines.
+
+    ``store`` is the store's address and identity, and the tombstones that the session knows. Raises BankMismatch or
+    StoreError if another bank or store is found, and load errors.
+    """
+
+    run: Run
+    bank: Path
+    hash: str
+    store: tuple[str, str, frozenset[str]] | None
+
+    def __call__(self) -> Stages:
+        session, bank = self._session(), self.bank
+        if not bank.is_dir():
+            raise BankMismatch(f"a worker found no bank at {bank}", hint=_SAME_FOLDER)
+        base = BaseModel.of(self.run, partial(check_base, bank, read_info(bank), self.run.base))
+        opened = Bank.open(bank, base)
+        if opened.hash != self.hash:
+            raise BankMismatch(
+                f"a worker found bank {opened.hash[:8]}… at {bank}, expected {self.hash[:8]}…",
+                hint=_SAME_FOLDER,
+            )
+        encoder = cache(partial(opened.encoder, base, self.run.encoder))
+        return Stages(base, opened, self.run, encoder, session=session)
+
+    def _session(self) -> Session | None:
+        if self.store is None:
+            return None
+        url, identity, known = self.store
+        store = Store(url)
+        if store.identity() != identity:
+            raise StoreError(
+                f"a worker found another store, or none, at {url}",
+                hint="Give an address that means the same on all machines: a shared disk, a bucket.",
+            )
+        return Session(store, known)

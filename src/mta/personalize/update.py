@@ -31,7 +31,7 @@ from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.merge import Earlier
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotsJob
-from mta.personalize.stages import MeasuredLosses, Stages
+from mta.personalize.stages import Stages
 from mta.personalize.work import Cohort
 from mta.store.state import Losses, State
 
@@ -83,22 +83,20 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     for action in ("merge", "retrain", "refresh"):
         if chosen := [i for i, one in enumerate(actions) if one == action]:
             part = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
-            pooled = [measured[i].pooled for i in chosen]
+            pooled = [losses.pooled for i in chosen if isinstance(losses := measured[i], Losses)]
             new_states = _new_states(stages, part, [jobs[i] for i in chosen], action, pooled)
             for i, state in zip(chosen, new_states):
                 updates[i] = StateUpdate.of(action, state)
     return updates
 
 
-def _decided(before: State, measured: MeasuredLosses, fitted: bool) -> StateUpdate:
+def _decided(before: State, new: Losses | Diverged, fitted: bool) -> StateUpdate:
     """Return the action for a person from the losses on their new items; without a new state yet.
 
     Where coefficients are ``fitted`` to items, those that skipped items would not be those of the whole history.
     """
-    try:
-        new = Losses(*measured)
-    except Diverged as error:
-        return StateUpdate("keep", error=error)
+    if isinstance(new, Diverged):
+        return StateUpdate("keep", error=new)
     action = decide(before.losses, new) if before.losses else "refresh"
     if before.gradient:
         action = "merge" if action == "keep" else "refresh"

@@ -15,6 +15,32 @@ from mta.system.atomic import json_sha256
 
 
 @dataclass(frozen=True, slots=True)
+class StateInputs:
+    """What a state depends on beside a person's items: the bank's hash, the settings that affect it, and the seed."""
+
+    bank: str
+    settings: str
+    seed: int
+
+    @classmethod
+    def of(cls, base: BaseModel, bank: Bank, run: Run) -> StateInputs:
+        """Return the inputs of states that are made with these."""
+        kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
+        settings = to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
+        return cls(bank.hash, settings, run.seed)
+
+    @property
+    def digest(self) -> str:
+        """A hash of settings and seed. ``update`` makes a state anew whose hash differs."""
+        return hashlib.sha256(f"{self.seed}\n{self.settings}".encode()).hexdigest()
+
+    def key(self, history: str, earlier: State | None) -> str:
+        """Return the key of the state of a history (digest), anew or from an ``earlier`` state."""
+        settings = self.settings + (f"after: {earlier.work}\n" if earlier else "")
+        return state_key(self.bank, history, settings, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkItem:
     """A person, and the work key of the state to compute for them.
 
@@ -29,25 +55,10 @@ class WorkItem:
     known_items: int = 0
     version: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        person: Person,
-        bank: Bank,
-        settings: str,
-        seed: int,
-        earlier: State | None = None,
-        known_items: int = 0,
-        version: int = 0,
-    ) -> WorkItem:
-        """Return the work for a person's items with this bank and ``settings_text``, anew or from ``earlier``."""
-        everything = settings + (f"after: {earlier.work}\n" if earlier else "")
-        return cls(person, state_key(bank.hash, person.digest(), everything, seed), earlier, known_items, version)
-
     @property
     def new_items(self) -> Person:
         """The person with only the items that their state does not hold yet."""
-        return Person(self.person.id, self.person.items[self.known_items :])
+        return Person(self.person.id, self.person.items[self.known_items :]) if self.known_items else self.person
 
     @property
     def items_in_stack(self) -> int:
@@ -91,14 +102,3 @@ class Cohort:
         """Return the cohort in two parts; empty for one person."""
         middle = len(self) // 2
         return tuple(replace(self, items=part) for part in (self.items[:middle], self.items[middle:]) if middle)
-
-
-def settings_text(base: BaseModel, run: Run) -> str:
-    """Return all settings that affect a state, as text."""
-    kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
-    return to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
-
-
-def settings_digest(settings: str, seed: int) -> str:
-    """Return a hash of the settings that affect a state. ``update`` refuses a state whose hash differs."""
-    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()

@@ -32,6 +32,7 @@ from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.store.exports import Exports, remove_if_empty
 from mta.store.lock import locked
 from mta.store.run_checkpoints import KEY_FILE
+from mta.store.session import Session
 from mta.store.state import HEADER_BYTES, State, history_from_bytes, history_to_bytes, seal_of
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
@@ -55,6 +56,10 @@ class Store:
         self.tombstones = Tombstones(self.files, self._buried)
         self.exports = Exports(self.files, self._path, self.tombstones)
         self._key = b""
+
+    def session(self, id: str | None = None) -> Session:
+        """Begin a session (``mta.store.session``) for everybody, or for the person ``id``: begin it before you read."""
+        return Session(self, self.tombstones.names() if id is None else self.tombstones.of(id))
 
     def identity(self, write: bool = False) -> str:
         """Return a digest of the store's key, because on other hosts the same address may be another store.
@@ -126,8 +131,8 @@ class Store:
         If the latest is that version or has the same work, do nothing. Raises PersonNotFound (which lists the
         versions), StateCorrupt, StoreConflict.
         """
-        since = self.tombstones.of(id)
-        return self.save(id, self.load(id, version), since)
+        session = self.session(id)
+        return session.save(id, self.load(id, version))
 
     def seal(self, id: str, version: int) -> str | None:
         """Return the sha256 of a version's content, read from the start of its file; None if there is no such version.

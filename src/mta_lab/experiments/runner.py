@@ -135,7 +135,7 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
                 known.add((run.key, run.batch, run.full))
                 yield run
 
-    found = workspace.executor.run(compute_records, missing(), workspace, workspace.opener())
+    found = workspace.executor.run(compute_records, missing(), workspace)
     for number, outcome in enumerate(found, 1):
         if outcome.result is None:
             hint = "Finished results are kept: correct this, or repeat the command."

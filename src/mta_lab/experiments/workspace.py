@@ -176,8 +176,9 @@ class Workspace:
         found, bank = read_beside(self.folder / CURRENT), {bank_name(part.bank, seed): self.bank(part, seed).hash}
         write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
 
+    @property
     def opener(self) -> Callable[[], Workspace]:
-        """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
+        """What opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
         read = ("which", "task", "people", "splits", "sizes")
         return partial(_open_remote, recipe, out=self.out.resolve(), **{name: getattr(self, name) for name in read})

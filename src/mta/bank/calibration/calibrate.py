@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from mta.bank.calibration.crossfit import PIECE, Calibrator
@@ -22,7 +20,6 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.system.device import REACHED, gemm_rate
@@ -59,16 +56,7 @@ def calibrate(
     chosen = executor or LocalExecutor()
     plan = plan_of(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)
     tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
-    local = CalibrationWorker(base, working, [Shared(task_lora)] if task_lora else [], run.stack.lora, tokens)
-    cpu = torch.device("cpu")
-    open_remote = partial(
-        CalibrationWorker.open,
-        base.as_loaded(run),
-        base.fingerprint,
-        anchors.to(cpu),
-        task_lora and task_lora.to(cpu),
-        tokens,
-    )
+    worker = CalibrationWorker(base, working, task_lora, run, tokens)
 
     def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
@@ -79,7 +67,7 @@ def calibrate(
                 yield piece, saved[0]["found"]
             else:
                 missing.append(piece)
-        for outcome in chosen.run(run_probe, missing, local, open_remote) if missing else ():
+        for outcome in chosen.run(run_probe, missing, worker) if missing else ():
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:

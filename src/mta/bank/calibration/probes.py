@@ -6,14 +6,15 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mta.bank.calibration.chosen_settings import one_step
-from mta.bank.worker import open_worker
-from mta.config import Lora, Run
+from mta.bank.worker import BankOpener
+from mta.config import Run
 from mta.data.tasks.prompt import Example
 from mta.distributed.executor import Piece
 from mta.lora.batch import LoraBatch, fresh
@@ -63,25 +64,29 @@ class Probe(Piece):
         return COSTS[self.kind] * sum(map(len, self.examples)) + len(self.rates) * sum(map(len, self.queries))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CalibrationWorker:
-    """The models to measure with, and the shape of a stack."""
+    """The models to measure with, and the settings of the run, which have the shape of a stack."""
 
     base: BaseModel
-    anchors: LoraBatch
-    task_adapters: Sequence[Shared]
-    stack: Lora
+    anchors: LoraBatch  # on the base's device, in its dtype
+    task_lora: LoraBatch | None
+    run: Run
     tokens_per_batch: int = TOKENS
 
-    @classmethod
-    def open(
-        cls, run: Run, fingerprint: str, anchors: LoraBatch, task_lora: LoraBatch | None, tokens: int
-    ) -> CalibrationWorker:
-        """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
-        worker = open_worker(run, fingerprint, task_lora)
-        shared = [Shared(worker.task_lora)] if worker.task_lora else []
-        working = anchors.to(worker.base.device, worker.base.dtype)
-        return cls(worker.base, working, shared, run.stack.lora, tokens)
+    @property
+    def task_adapters(self) -> list[Shared]:
+        """The task LoRA as adapters, or nothing."""
+        return [Shared(self.task_lora)] if self.task_lora else []
+
+    @cached_property
+    def opener(self) -> CalibrationOpener:
+        """What opens the same worker in another process."""
+        cpu = torch.device("cpu")
+        bank = BankOpener(
+            self.base.as_loaded(self.run), self.base.fingerprint, self.task_lora and self.task_lora.to(cpu)
+        )
+        return CalibrationOpener(bank, self.anchors.to(cpu), self.tokens_per_batch)
 
     def gradients(self, piece: Probe) -> Tensor:
         people = [u for u, examples in enumerate(piece.examples) for _ in examples]
@@ -97,7 +102,7 @@ class CalibrationWorker:
 
     def stacks(self, piece: Probe) -> Tensor:
         # The first step of AdamW moves B by the rate and leaves A: other rates are other scales of the same stack.
-        base, lora, merge, rate = self.base, self.stack, self._merge(piece), max(piece.rates)
+        base, lora, merge, rate = self.base, self.run.stack.lora, self._merge(piece), max(piece.rates)
         jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
         frozen, tokens = list[Adapters]([*self.task_adapters, merge]), self.tokens_per_batch
@@ -112,6 +117,20 @@ class CalibrationWorker:
         adapters = [*self.task_adapters, *over]
         found = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
         return torch.stack([scores.double().sum() for scores in found])
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOpener:
+    """Opens a ``CalibrationWorker``. Raises BankMismatch for another base, and load errors."""
+
+    bank: BankOpener
+    anchors: LoraBatch
+    tokens_per_batch: int
+
+    def __call__(self) -> CalibrationWorker:
+        worker = self.bank()
+        working = self.anchors.to(worker.base.device, worker.base.dtype)
+        return CalibrationWorker(worker.base, working, worker.task_lora, worker.run, self.tokens_per_batch)
 
 
 def key_of(examples: Sequence[Example]) -> str:

@@ -25,6 +25,7 @@ from mta.serving.api.errors import public_message
 from mta.serving.api.histories import ROOM, size_of
 from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull
+from mta.store.session import Session
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
 
@@ -216,7 +217,8 @@ class Jobs:
         done = None
         try:
             self._trainer = self._trainer or self._load()
-            done = self._trainer.update(people, fewer=fewer, since=since)  # grown histories cost only the new items
+            session = Session(self._trainer.store, since) if self._trainer.store else None
+            done = self._trainer.update(people, fewer=fewer, session=session)  # grown histories cost only the new items
         except Exception as error:
             if len(people) == 1 or not self._trainer:
                 return {person.id: _failed(error) for person in people}
