@@ -35,9 +35,8 @@ from mta.personalize.stages import Stages
 from mta.personalize.update import Action, StateUpdate
 from mta.personalize.work import Cohort, StateInputs, WorkItem
 from mta.personalize.worker import personalize_cohort, update_cohort
-from mta.store import Store
+from mta.store import Session, Store
 from mta.store.run_checkpoints import RunCheckpoints
-from mta.store.session import Session
 from mta.store.state import State
 from mta.system.progress import OnStep, Step
 from mta.system.storage import in_threads

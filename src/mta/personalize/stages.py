@@ -33,9 +33,8 @@ from mta.personalize.merge import (
 from mta.personalize.policies import policy_of
 from mta.personalize.shots import ShotGradients, ShotsJob, shots_of
 from mta.personalize.work import Cohort, StateInputs, WorkItem
-from mta.store import Store
+from mta.store import Session, Store
 from mta.store.run_checkpoints import RunCheckpoints
-from mta.store.session import Session
 from mta.store.state import Losses, State
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint

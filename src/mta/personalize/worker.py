@@ -9,8 +9,7 @@ from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, 
 from mta.personalize.stages import Stages
 from mta.personalize.update import NotSaved, StateUpdate, update_states
 from mta.personalize.work import Cohort, WorkItem
-from mta.store import Store
-from mta.store.session import Session
+from mta.store import Session, Store
 from mta.store.state import State
 from mta.store.store import overtaken
 from mta.store.tombstones import forgotten_meanwhile

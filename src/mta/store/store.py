@@ -22,7 +22,9 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,8 @@ from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.store.exports import Exports, remove_if_empty
 from mta.store.lock import locked
 from mta.store.run_checkpoints import KEY_FILE
-from mta.store.session import Session
 from mta.store.state import HEADER_BYTES, State, history_from_bytes, history_to_bytes, seal_of
-from mta.store.tombstones import Tombstones
+from mta.store.tombstones import Tombstones, forgotten_meanwhile
 from mta.system.storage import Storage
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
@@ -58,7 +59,7 @@ class Store:
         self._key = b""
 
     def session(self, id: str | None = None) -> Session:
-        """Begin a session (``mta.store.session``) for everybody, or for the person ``id``: begin it before you read."""
+        """Begin a session for everybody, or for the person ``id``: begin it before you read."""
         return Session(self, self.tombstones.names() if id is None else self.tombstones.of(id))
 
     def identity(self, write: bool = False) -> str:
@@ -293,6 +294,43 @@ class Store:
             return State.from_bytes(self.files.read(name) or b"").work
         except StateCorrupt:
             return None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Saves nothing for people who were forgotten after it began. Begin it before people's items are read.
+
+    What is computed from these items may take hours, and any process may forget a person meanwhile. ``known`` are the
+    tombstones that existed when the session began.
+    """
+
+    store: Store
+    known: frozenset[str]
+
+    def forgotten(self, ids: Iterable[str]) -> set[str]:
+        """Return the people among ``ids`` who were forgotten since the session began, from one listing."""
+        return self.store.tombstones.since(ids, self.known)
+
+    def check(self, id: str) -> None:
+        """Raise PersonForgotten if a person was forgotten since the session began."""
+        if self.forgotten([id]):
+            raise forgotten_meanwhile()
+
+    def save(self, id: str, state: State, after: int | None = None) -> int:
+        """Save a state as the next version and return its number. See ``Store.save``."""
+        return self.store.save(id, state, self.known, after)
+
+    def save_history(self, person: Person) -> None:
+        """Save a person's items and queries (opt-in). See ``Store.save_history``."""
+        self.store.save_history(person, self.known)
+
+    def change_history(self, id: str, change: Callable[[Person | None], Person]) -> Person:
+        """Save and return what ``change`` makes of a history. See ``Store.change_history``."""
+        return self.store.change_history(id, change, self.known)
+
+    def exporting(self, id: str, folder: str | Path) -> AbstractContextManager[Callable[[Path], None]]:
+        """Record that a person's adapter is written to a folder within the block. See ``Exports.writing``."""
+        return self.store.exports.writing(id, folder, self.known)
 
 
 def version_of(name: str) -> int:

@@ -25,7 +25,7 @@ from mta.serving.api.errors import public_message
 from mta.serving.api.histories import ROOM, size_of
 from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull
-from mta.store.session import Session
+from mta.store import Session
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
 
