@@ -7,6 +7,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.bank.format import read_info
 from mta.config import Run
 from mta.data.tasks import load_task
@@ -16,7 +17,7 @@ TASK_PEOPLE, CANDIDATES = people_of(4, prefix="somebody-t"), people_of(12, prefi
 
 def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = TINY_RUN, encoder=None, **how) -> Path:
     task = load_task("movielens-rating")
-    build_bank(base_of(), task, encoder or HashEncoder(), task_people, candidates, run, out, **how)
+    build_bank(Build(base_of(), task, encoder or HashEncoder(), task_people, candidates, run, out, **how))
     return out
 
 

@@ -211,9 +211,12 @@ def tiny_bank_folder(tmp_path_factory, task):
     from tiny import base_of
 
     from mta.bank.build import build_bank
+    from mta.bank.context import Build
 
     out = tmp_path_factory.mktemp("bank")
-    build_bank(base_of(), task, HashEncoder(), people_of(4, prefix="t"), people_of(12, prefix="c"), TINY_RUN, out)
+    build_bank(
+        Build(base_of(), task, HashEncoder(), people_of(4, prefix="t"), people_of(12, prefix="c"), TINY_RUN, out)
+    )
     return out
 
 

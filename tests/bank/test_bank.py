@@ -16,6 +16,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.bank.format import PUBLISHED, file_hashes, read_info
 from mta.bank.members import Members
 from mta.bank.notes import mark_stale, note_published, parts_to_rebuild
@@ -32,7 +33,7 @@ def foreign(tmp_path_factory, task):
     out = tmp_path_factory.mktemp("foreign")
     stage_0 = TINY_RUN.task_lora.model_copy(update={"lora": Lora(rank=3)})
     run = TINY_RUN.model_copy(update={"task_lora": stage_0})
-    build_bank(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y", seed=7), run, out)
+    build_bank(Build(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y", seed=7), run, out))
     return out
 
 
@@ -321,7 +322,9 @@ def test_a_bank_that_was_built_on_a_gpu_opens_on_the_device_of_this_machine(fold
 
 def test_the_device_a_bank_is_built_on_is_no_part_of_it(folder, tmp_path, task):
     people = people_of(4, prefix="t"), people_of(12, prefix="c")
-    build_bank(BASE, task, HashEncoder(), *people, TINY_RUN.model_copy(update={"device": "cpu"}), tmp_path / "cpu")
+    build_bank(
+        Build(BASE, task, HashEncoder(), *people, TINY_RUN.model_copy(update={"device": "cpu"}), tmp_path / "cpu")
+    )
     here, there = read_info(folder), read_info(tmp_path / "cpu")
     assert (there.hash, there.work) == (here.hash, here.work)
     assert json.loads((tmp_path / "cpu" / "bank.json").read_text())["run"]["device"] == "auto"

@@ -16,6 +16,7 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.calibration.info import Gain
 from mta.bank.card import body
+from mta.bank.context import Build
 from mta.bank.format import ANCHORS, read_info, with_hash
 from mta.config import Run, Training
 from mta.data.history import Person
@@ -83,7 +84,7 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     shutil.copytree(built, tmp_path / "bank")
     before, base = read_info(built), base_of()
     limited = load_task("movielens-rating").model_copy(update={"answer_tokens": 40})
-    build_bank(base, limited, HashEncoder(), TASK_PEOPLE, CANDIDATES, TINY_RUN, tmp_path / "bank")
+    build_bank(Build(base, limited, HashEncoder(), TASK_PEOPLE, CANDIDATES, TINY_RUN, tmp_path / "bank"))
     after = read_info(tmp_path / "bank")
     assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
     assert Bank.open(tmp_path / "bank", base).task == limited
@@ -106,12 +107,14 @@ def test_another_limit_of_answers_waits_for_who_works_on_the_bank(built, tmp_pat
     info, task = (folder / "bank.json").read_bytes(), load_task("movielens-rating")
     with FileLock(folder / ".lock"), pytest.raises(InputError, match="another process"):
         build_bank(
-            base_of(),
-            task.model_copy(update={"answer_tokens": 40}),
-            HashEncoder(),
-            TASK_PEOPLE,
-            CANDIDATES,
-            TINY_RUN,
-            folder,
+            Build(
+                base_of(),
+                task.model_copy(update={"answer_tokens": 40}),
+                HashEncoder(),
+                TASK_PEOPLE,
+                CANDIDATES,
+                TINY_RUN,
+                folder,
+            )
         )
     assert (folder / "bank.json").read_bytes() == info

@@ -14,6 +14,7 @@ from tiny import base_of, unpacked
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.data.history import Item, Person
@@ -79,7 +80,7 @@ def world(tmp_path_factory):
     base, task = base_of(), "movielens-rating"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(root / "cache"))
-        build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, MEMORIZING, root / "bank")
+        build_bank(Build(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, MEMORIZING, root / "bank"))
         yield base, Bank.open(root / "bank", base)
 
 
@@ -124,7 +125,7 @@ def test_outsiders_who_share_items_do_not_change_what_trained_the_task_lora(tmp_
     )
     run = override(run, ["task_lora.training.epochs=1", "bank.training.epochs=1", "calibration.enabled=false"])
     base = base_of()
-    build_bank(base, task, HashEncoder(), many, CANDIDATES, run, tmp_path / "bank")
+    build_bank(Build(base, task, HashEncoder(), many, CANDIDATES, run, tmp_path / "bank"))
     bank = Bank.open(tmp_path / "bank", base)
 
     def known(people):
@@ -297,7 +298,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     base = base_of()
     off = {"task_lora": TINY_RUN.task_lora.model_copy(update={"enabled": False})}
     run = TINY_RUN.model_copy(update=off | {"stack": StackSettings(enabled=False)})
-    build_bank(base, task, HashEncoder(), TASK_PEOPLE, CANDIDATES, run, tmp_path / "bank")
+    build_bank(Build(base, task, HashEncoder(), TASK_PEOPLE, CANDIDATES, run, tmp_path / "bank"))
     bank = Bank.open(tmp_path / "bank", base)
     found = privacy(base, bank, EVERYBODY, SETTINGS, run=run, encoder=HashEncoder())
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
@@ -317,7 +318,7 @@ def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
             for n in range(people)
         ]
 
-    build_bank(base, task, HashEncoder(), wrote("t", 4), wrote("c", 12), TINY_RUN, tmp_path / "bank")
+    build_bank(Build(base, task, HashEncoder(), wrote("t", 4), wrote("c", 12), TINY_RUN, tmp_path / "bank"))
     bank, people = Bank.open(tmp_path / "bank", base), [*wrote("t", 4), *wrote("c", 12), *wrote("s", 6)]
     found = privacy(base, bank, people, SETTINGS, run=TINY_RUN, encoder=HashEncoder())
     assert found.meta["loss"] == "NLL of the true answer, per token"

@@ -14,6 +14,7 @@ from traces import traces
 
 from mta import TASK
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.bank.notes import parts_to_rebuild
 from mta.config import CompareSettings
 from mta.data.history import Item, Person
@@ -132,10 +133,10 @@ def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, as
     how = (base_of(), task, HashEncoder(), *parts.values(), TINY_RUN, bank)
     if killed:
         with pytest.raises(KeyboardInterrupt):
-            build_bank(*how, on_step=stop)
+            build_bank(Build(*how, on_step=stop))
         assert (bank / "work").exists()
     else:
-        build_bank(*how)
+        build_bank(Build(*how))
         learnt = ["task LoRA"] if as_task else ["task LoRA", "clusters", "anchor"]
         assert forget_person(person.id, store, bank).needs_rebuild == learnt
         assert parts_to_rebuild(bank) == sorted(learnt)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.data.tasks import load_task
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
@@ -54,7 +55,7 @@ class World:
         self.base = BaseModel.load(self.place, "float32", "cpu", LENGTH)
         run = TINY_RUN.model_copy(update={"base": self.place, "dtype": "float32"})
         people = people_of(4, prefix="t"), people_of(12, prefix="c")
-        build_bank(self.base, load_task("movielens-rating"), HashEncoder(), *people, run, folder / "bank")
+        build_bank(Build(self.base, load_task("movielens-rating"), HashEncoder(), *people, run, folder / "bank"))
         self.bank = Bank.open(folder / "bank", self.base)
         self.store = Store(folder / "people")
         self.stops = set(self.base.stop_tokens)

@@ -17,6 +17,7 @@ from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import EngineRequest, Version
 from mta.serving.model_names import wire_name
@@ -100,7 +101,7 @@ def test_a_bank_replaced_on_disk_changes_no_answer(tiny_bank_folder, tmp_path, t
         before = asked(here, temperature=0).json()["choices"]
         shutil.rmtree(tmp_path / "bank")
         people = people_of(4, prefix="t", seed=5), people_of(12, prefix="c", seed=5)
-        build_bank(base_of(), task, HashEncoder(), *people, TINY_RUN, tmp_path / "bank")
+        build_bank(Build(base_of(), task, HashEncoder(), *people, TINY_RUN, tmp_path / "bank"))
         assert asked(here, temperature=0).json()["choices"] == before
         (tmp_path / "adapters").mkdir()
         made = AdapterFolders(tmp_path / "bank", str(tmp_path / "people"), tmp_path / "adapters", 16)

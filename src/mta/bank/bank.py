@@ -17,6 +17,7 @@ from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
 from mta.bank.calibration.chosen_settings import with_calibrated_settings
 from mta.bank.calibration.laplace import Calibration
+from mta.bank.context import Build
 from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
 from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
@@ -26,7 +27,7 @@ from mta.data.shots_and_queries import has_enough_items
 from mta.data.splits import draw, set_aside
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor
+from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankCorrupt, BankMismatch, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
@@ -116,7 +117,7 @@ class Bank:
                 log.warning("more than half of the people share items with each other, so the two halves share items")
             halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
-        build_bank(
+        build = Build(
             base,
             chosen,
             encoder or load_encoder(run.encoder, base),
@@ -125,12 +126,13 @@ class Bank:
             run,
             Path(out),
             task_lora=Path(task_lora) if task_lora else None,
-            executor=executor,
+            executor=executor or LocalExecutor(),
             on_step=on_step,
             resume=resume,
             command=command,
             track=track,
         )
+        build_bank(build)
         return cls.open(out, base)
 
     @classmethod

@@ -19,7 +19,7 @@ from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
 from mta.bank.card import write_described
-from mta.bank.context import BuildContext
+from mta.bank.context import Build, BuildContext
 from mta.bank.format import (
     ANCHORS,
     CALIBRATION,
@@ -39,22 +39,15 @@ from mta.bank.format import (
 from mta.bank.keys import BuildKeys
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
-from mta.config import Run
 from mta.data.history import Item, Person, named_items
 from mta.data.tasks.load import task_file
-from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft
-from mta.model.base import BaseModel
-from mta.model.encoders import Encoder
 from mta.system.atomic import unfinished_in, write_tensors, write_text
 from mta.system.exclusive import exclusive
-from mta.system.progress import OnStep
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
-from mta.tracking.trackers import Track
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
@@ -62,88 +55,82 @@ log = logging.getLogger("mta")
 BEGUN = Path("work", "key")  # of a build: what it trains
 
 
-def build_bank(
-    base: BaseModel,
-    task: Task,
-    encoder: Encoder,
-    task_people: Sequence[Person],
-    candidates: Sequence[Person],
-    run: Run,
-    out: Path,
-    *,
-    held_out: Sequence[Person] = (),
-    task_lora: Path | None = None,
-    executor: Executor | None = None,
-    on_step: OnStep | None = None,
-    resume: bool = True,
-    command: str = "",
-    track: Track | None = None,
-) -> None:
-    """Train the task LoRA and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
+def build_bank(build: Build) -> None:
+    """Train the task LoRA and one meta-LoRA per anchor among the candidates; write them to ``build.out``.
 
     The task LoRA is trained on ``task_people``, and on candidates (``mta.bank.task_lora.pooled_candidates``), while the
-    loss of ``held_out`` people falls; by default a tenth of ``task_people``.
-    ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
-    A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
-    for fields of its task that do not affect training (``UNTRAINED``).
-    Settings, steps, and ``command`` are recorded in the folder (``mta.tracking.run_folder``); ``track`` opens a tracker
-    for the steps.
+    loss of ``held_out`` people falls; by default a tenth of ``task_people``. A given ``task_lora`` is copied.
+    A killed build resumes from its last checkpoint, if it may ``resume``. A finished bank is not changed, except for
+    fields of its task that do not affect training (``UNTRAINED``).
     Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
-    if task_lora and not run.task_lora.enabled:
-        raise InputError(f"{task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")
-    if task_lora and read_peft(task_lora).shapes != base.targets:
+    _check_task_lora(build)
+    context = _context(build)
+    if _is_finished(context):
+        if not has_task(read_info(context.out), context.task):  # an unchanged task needs no lock
+            with exclusive(context.out):
+                if _is_finished(context):  # another process may have written another bank since
+                    write_task(context.out, context.task)
+        return
+    # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
+    roles, run = choose_roles(context), context.run
+    context = replace(context, chosen=tuple(roles.chosen))
+    pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
+    _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not context.task_lora else [])
+    jobs, plan = _anchor_jobs(context, roles)
+    with exclusive(context.out):  # another process may have finished or begun a build since the first look
+        if _is_finished(context):
+            return write_task(context.out, context.task)
+        if not context.resume:
+            shutil.rmtree(context.out / "work", ignore_errors=True)
+            (context.out / run_folder.METRICS).unlink(missing_ok=True)
+        with context.record:
+            context.record.begin()
+            write_text(context.out / BEGUN, context.keys.training)
+            task_lora = train_task_lora(context, *pooled) if run.task_lora.enabled else None
+            if not run.task_lora.enabled:  # of an earlier build that was begun with one
+                shutil.rmtree(context.out / TASK_LORA, ignore_errors=True)
+            calibration = _train(context, roles, jobs, plan, task_lora)
+            _finish(context, plan, roles, calibration)
+        remove_work(context.out)  # if the build is killed before this, the next call removes the files
+
+
+def _check_task_lora(build: Build) -> None:
+    if not build.task_lora:
+        return
+    if not build.run.task_lora.enabled:
+        raise InputError(f"{build.task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")
+    if read_peft(build.task_lora).shapes != build.base.targets:
         raise InputError(
-            f"{task_lora} does not change exactly the {len(base.targets)} layers that a bank of {base.name} changes",
+            f"{build.task_lora} does not change exactly the {len(build.base.targets)} layers that a bank of "
+            f"{build.base.name} changes",
             hint="Give the task_lora/ folder of a bank, or leave it out.",
         )
-    task_people, candidates, held_out = (
-        sorted(people, key=lambda person: person.id) for people in (task_people, candidates, held_out)
-    )
-    own_task = {"task": str(file.resolve())} if (file := task_file(run.task)) else {}
-    run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-    groups = [task_people, candidates, *([held_out] if held_out else [])]
-    keys = BuildKeys.of(base, task, encoder, groups, run, task_lora)
-    if _is_finished(out, keys, resume):
-        if not has_task(read_info(out), task):  # an unchanged task needs no lock, which a calibration may hold
-            with exclusive(out):
-                if _is_finished(out, keys, resume):  # another process may have written another bank since
-                    write_task(out, task)
-        return
+
+
+def _context(build: Build) -> BuildContext:
+    """Return the build with people in the order of ids, whole settings, keys, and the record of this sitting."""
+    groups = [build.task_people, build.candidates, build.held_out]
+    task_people, candidates, held_out = (sorted(people, key=lambda person: person.id) for people in groups)
+    own_task = {"task": str(file.resolve())} if (file := task_file(build.run.task)) else {}
+    named = build.run.model_copy(update={"task": build.task.name, "encoder": build.encoder.name})
+    run = build.base.as_loaded(named)
+    hashed = [task_people, candidates, *([held_out] if held_out else [])]
+    keys = BuildKeys.of(build.base, build.task, build.encoder, hashed, run, build.task_lora)
     record = RunFolder(
-        folder=out,
+        folder=build.out,
         kind="bank",
-        base=base,
+        base=build.base,
         settings=run.model_dump(mode="json") | own_task,
         about={"seeds": [run.seed]},
         work=keys.training,  # a build with another calibration resumes the same training
-        command=command,
-        track=track,
-        on_step=on_step,
+        command=build.command,
+        track=build.track,
+        on_step=build.on_step,
         locked=True,
     )
-    context = BuildContext(base, task, encoder, run, out, keys, executor or LocalExecutor(), record)
-    # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
-    roles = choose_roles(context, task_people, candidates, held_out, on_step)
-    context = replace(context, chosen=tuple(roles.chosen))
-    pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
-    _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not task_lora else [])
-    jobs, plan = _anchor_jobs(context, roles)
-    with exclusive(out):  # another process may have finished or begun a build since the first look
-        if _is_finished(out, keys, resume):
-            return write_task(out, task)
-        if not resume:
-            shutil.rmtree(out / "work", ignore_errors=True)
-            (out / run_folder.METRICS).unlink(missing_ok=True)
-        with record:
-            record.begin()
-            write_text(out / BEGUN, keys.training)
-            trained = train_task_lora(context, *pooled, task_lora) if run.task_lora.enabled else None
-            if not run.task_lora.enabled:  # of an earlier build that was begun with one
-                shutil.rmtree(out / TASK_LORA, ignore_errors=True)
-            calibration = _train(context, roles, jobs, plan, trained)
-            _finish(context, plan, roles, calibration)
-        remove_work(out)  # if the build is killed before this, the next call removes the files
+    given = vars(build) | {"task_people": task_people, "candidates": candidates, "held_out": held_out, "run": run}
+    return BuildContext(**given, keys=keys, record=record)
 
 
 def _train(
@@ -242,12 +229,13 @@ def remove_work(out: Path) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
+def _is_finished(context: BuildContext) -> bool:
     """Return whether the bank is complete, perhaps without its calibration.
 
     Raises BankError for foreign files, BankRefused for another bank and, if the build may ``resume``, for an
     interrupted build with other keys: its finished work would be overwritten.
     """
+    out, keys = context.out, context.keys
     if (out / INFO).exists():
         if (info := read_info(out)).work in (keys.whole, keys.training):
             if info.work != keys.whole and info.calibration is None:
@@ -263,7 +251,7 @@ def _is_finished(out: Path, keys: BuildKeys, resume: bool) -> bool:
             f"{out} holds {other[0]}, which does not belong to a bank",
             hint="Choose an empty or a new folder with --out.",
         )
-    if resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
+    if context.resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
         raise BankRefused(
             f"{out} holds an interrupted build from other people, another base, or other settings (dtype, …)",
             hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "

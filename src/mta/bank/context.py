@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from mta.bank.keys import BuildKeys
 from mta.bank.worker import BankWorker, HeldOutPiece, LoraPiece, score_piece, train_piece
 from mta.config import Lora, Run, parse_size
-from mta.data.history import Item
+from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor, P, R
+from mta.distributed.executor import Executor, LocalExecutor, P, R
 from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
@@ -22,22 +22,43 @@ from mta.model.footprint import ParameterCounts
 from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import RunFolder
+from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 
-@dataclass(frozen=True, slots=True)
-class BuildContext:
-    """A bank under construction; ``out/work`` holds markers, checkpoints, and finished anchors until it is complete."""
+@dataclass(frozen=True)
+class Build:
+    """What a bank is built from, the settings, and its folder ``out``; the rest is how the build runs.
+
+    ``task_lora`` is the folder of a task LoRA that was trained earlier. ``command`` is recorded, and ``track`` opens a
+    tracker for the steps (``mta.tracking.run_folder``).
+    """
 
     base: BaseModel
     task: Task
     encoder: Encoder
+    task_people: Sequence[Person]
+    candidates: Sequence[Person]
     run: Run
     out: Path
+    _: KW_ONLY
+    held_out: Sequence[Person] = ()
+    task_lora: Path | None = None
+    executor: Executor = field(default_factory=LocalExecutor)
+    on_step: OnStep | None = None
+    resume: bool = True
+    command: str = ""
+    track: Track | None = None
+
+
+@dataclass(frozen=True)
+class BuildContext(Build):
+    """A bank under construction; ``out/work`` holds markers, checkpoints, and finished anchors until it is complete."""
+
+    _: KW_ONLY
     keys: BuildKeys
-    executor: Executor
     record: RunFolder
     chosen: tuple[int, ...] = ()  # the anchors among the eligible candidates: another device may choose others
 

@@ -16,7 +16,6 @@ from mta.config import Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError
-from mta.system.progress import OnStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,32 +44,26 @@ class Roles:
         return Members.of(secret, task, eligible, anchors, calibrating, self.keeping_back)
 
 
-def choose_roles(
-    context: BuildContext,
-    task_people: Sequence[Person],
-    candidates: Sequence[Person],
-    held_out: Sequence[Person],
-    on_step: OnStep | None = None,
-) -> Roles:
-    """Choose the anchors among ``candidates``, and what everybody else does.
+def choose_roles(context: BuildContext) -> Roles:
+    """Choose the anchors among the candidates, and what everybody else does.
 
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
-    task, run = context.task, context.run
-    eligible, vectors, chosen = choose_anchors(task, context.encoder, candidates, run.bank, run.seed, on_step)
+    task, run, candidates = context.task, context.run, context.candidates
+    eligible, vectors, chosen = choose_anchors(task, context.encoder, candidates, run.bank, run.seed, context.on_step)
     anchors, kept_back = {eligible[i].id for i in chosen}, run.task_lora.kept_back
-    pool = [*task_people] if run.task_lora.enabled else []
+    pool = [*context.task_people] if run.task_lora.enabled else []
     if kept_back is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
     others = [person for person in eligible if person.id not in anchors]
     return Roles(
         task_people=pool,
         pooled_candidates=pooled_candidates(eligible, anchors, run.task_lora),
-        held_out=[*held_out],
+        held_out=[*context.held_out],
         eligible=eligible,
         vectors=vectors,
         chosen=chosen,
-        calibrating=_calibrating(task, eligible, [*pool, *held_out], anchors, run),
+        calibrating=_calibrating(task, eligible, [*pool, *context.held_out], anchors, run),
         keeping_back=[] if kept_back is None else [person.first(kept_back) for person in others],
     )
 

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
-from pathlib import Path
 
 from mta.bank.context import BuildContext
 from mta.bank.format import TASK_LORA
@@ -96,17 +95,15 @@ def _pooled(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train_task_lora(
-    context: BuildContext, items: Sequence[Item], held_out: Sequence[Item], given: Path | None = None
-) -> LoraBatch:
-    """Return the task LoRA: trained on ``items``, or copied from the folder ``given``. A finished one is read again.
+def train_task_lora(context: BuildContext, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
+    """Return the task LoRA: trained on ``items``, or a copy of the given one. A finished one is read again.
 
     Source: our choice; several rounds: docs/decisions/022-rounds.md. Raises BankError, MemoryBudgetError, and
     DataError for an item that does not fit.
     """
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
     if not done.is_file() or done.read_text() != context.training_key:
-        if given:
+        if given := context.task_lora:
             for temporary in unfinished_in(folder, "*"):  # of a killed copy
                 temporary.unlink()
             for name in (CONFIG, WEIGHTS):

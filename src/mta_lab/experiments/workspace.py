@@ -14,6 +14,7 @@ from typing import Any, Self
 from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.context import Build
 from mta.bank.format import TASK_LORA
 from mta.bank.keys import NOT_IN_KEY
 from mta.config import Run, override
@@ -260,17 +261,19 @@ class Workspace:
             self.say(f"bank {name}")
             folder = self._folder(part, seed)
             build_bank(
-                self.base,
-                self._task_of(part),
-                load_encoder(run.encoder, self.base),
-                pool,
-                self._shown(part, self.splits.select("candidates", self.people)),
-                run,
-                folder,
-                held_out=held_out,
-                task_lora=self._shared_task_lora(part, run),
-                executor=self.executor,
-                on_step=self.on_step,
+                Build(
+                    self.base,
+                    self._task_of(part),
+                    load_encoder(run.encoder, self.base),
+                    pool,
+                    self._shown(part, self.splits.select("candidates", self.people)),
+                    run,
+                    folder,
+                    held_out=held_out,
+                    task_lora=self._shared_task_lora(part, run),
+                    executor=self.executor,
+                    on_step=self.on_step,
+                )
             )
             self._banks[name] = Bank.open(folder, self.base)
         return self._banks[name]
