@@ -9,7 +9,7 @@ from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, 
 from mta.personalize.stages import Stages
 from mta.personalize.update import NotSaved, StateUpdate, update_states
 from mta.personalize.work import Cohort, WorkItem
-from mta.store import Session, Store
+from mta.store import Store
 from mta.store.state import State
 from mta.store.store import overtaken
 from mta.store.tombstones import forgotten_meanwhile
@@ -24,7 +24,7 @@ def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
         stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(state for state in states if isinstance(state, Diverged))
-    made = _all_saved(stages, cohort.items, [StateUpdate.of("begin", state) for state in states])
+    made = _saved(stages, cohort.items, [StateUpdate.of("begin", state) for state in states])
     if stages.session:
         stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
     return made
@@ -41,7 +41,7 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     items = [replace(item, earlier=state) for item, state in zip(cohort.items, loaded) if isinstance(state, State)]
     made = iter(update_states(stages, replace(cohort, items=tuple(items))) if items else [])
     updates = [next(made) if isinstance(one, State) else StateUpdate("keep", error=one) for one in loaded]
-    return _all_saved(stages, cohort.items, updates)
+    return _saved(stages, cohort.items, updates)
 
 
 def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
@@ -53,22 +53,23 @@ def _earlier(store: Store, item: WorkItem) -> State | NotSaved:
     return overtaken(item.person.id) if item.earlier is None or state.work != item.earlier.work else state
 
 
-def _all_saved(stages: Stages, items: Sequence[WorkItem], made: Sequence[StateUpdate]) -> list[StateUpdate]:
-    """Save all new states, if there is a store; a bucket takes several at once, as each has to wait for its answers."""
+def _saved(stages: Stages, items: Sequence[WorkItem], made: Sequence[StateUpdate]) -> list[StateUpdate]:
+    """Save all new states, if there is a store; a bucket takes several at once, as each has to wait for its answers.
+
+    The updates are returned without their states, or with the error of saving: another process saved a newer version,
+    or the person was forgotten.
+    """
     if (session := stages.session) is None:
         return list(made)
-    return list(session.store.files.each(lambda pair: _saved(session, *pair), list(zip(items, made))))
 
+    def save(pair: tuple[WorkItem, StateUpdate]) -> StateUpdate:
+        item, update = pair
+        if update.state is None:
+            return update
+        try:
+            session.save(item.person.id, update.state, after=item.version)
+        except (PersonForgotten, StoreConflict) as error:
+            return replace(update, state=None, error=error)
+        return replace(update, state=None)
 
-def _saved(session: Session, item: WorkItem, made: StateUpdate) -> StateUpdate:
-    """Save the new state, if there is one; the update is returned without it, or with the error of saving.
-
-    Errors: another process saved a newer version, or the person was forgotten.
-    """
-    if made.state is None:
-        return made
-    try:
-        session.save(item.person.id, made.state, after=item.version)
-    except (PersonForgotten, StoreConflict) as error:
-        return replace(made, state=None, error=error)
-    return replace(made, state=None)
+    return list(session.store.files.each(save, list(zip(items, made))))
