@@ -379,22 +379,3 @@ def test_settings_that_cannot_be_read_cost_no_calibration(tiny, tmp_path, monkey
     with pytest.raises(ConfigError, match="not readable YAML"):
         first.calibrate(base, OTHERS[:8], run=RUN)
     assert mta.Bank.open(first.folder, base).calibration.info == first.calibration.info
-
-
-def test_a_calibration_with_the_banks_own_settings_is_not_measured_again(folder, base, monkeypatch):
-    """Those that the bank had before, which were switched off, and those that it has since."""
-    first = mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS)
-    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
-    base.name = "/at/another/place"
-    assert mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS).hash == first.hash
-
-
-def test_a_finished_calibration_is_not_measured_again(folder, base, tmp_path, monkeypatch):
-    """On another machine it would be rounded otherwise, and everybody would have to be personalized again."""
-    for out in (None, tmp_path / "copy"):
-        first = calibrated(folder, base, out=out)
-        before = files_in(first.folder) | {".lock": b""}
-        with monkeypatch.context() as patched:
-            patched.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
-            assert calibrated(folder, base, out=out).hash == first.hash
-        assert files_in(first.folder) | {".lock": b""} == before

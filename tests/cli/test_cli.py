@@ -72,7 +72,6 @@ def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
     assert (found["folder"], found["calibration"]["people"]) == (str(copy), 8)
     assert mta("bank", "show", copy, "--json").json["hash"] == found["hash"] != world.built.json["hash"]
     assert before == {name: (Path(world.bank) / name).read_bytes() for name in before}
-    assert mta(*words, "--json").json["hash"] == found["hash"]  # it is finished
     said = run(*words[:-1], "calibration.steps=2")
     assert (said.code, f"{copy} exists already" in said.err) == (1, True), said.err
     said = run(*words, "max_tokens=64")

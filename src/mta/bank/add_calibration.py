@@ -19,7 +19,6 @@ from mta.bank.calibration.people import calibration_people, measured_items
 from mta.bank.card import write_described
 from mta.bank.format import (
     CALIBRATION,
-    INFO,
     MEMBERS,
     PUBLISHED,
     REPLACED,
@@ -32,7 +31,7 @@ from mta.bank.format import (
     read_adapters,
     read_info,
 )
-from mta.bank.notes import forget_marker, note_stop, parts_to_rebuild, pass_stale_on, remove_leftovers
+from mta.bank.notes import forget_marker, note_stop, pass_stale_on, remove_leftovers
 from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
@@ -43,7 +42,6 @@ from mta.errors import BankError, InputError
 from mta.model.base import BaseModel
 from mta.system.atomic import (
     copy_file,
-    json_sha256,
     make_folder,
     replacing_folder,
     sync_folder,
@@ -53,7 +51,6 @@ from mta.system.atomic import (
 from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import CONFIG
-from mta.training.checkpoint import saved_work
 
 _OUT = "Calibrate a copy:  --out bank-2/"
 
@@ -74,10 +71,10 @@ def calibrate_bank(
 
     The calibrated bank has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
     the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
-    their ids. ``since`` is what ``forget_marker(folder)`` returned before the people were read; None: ask it now. A
-    finished calibration is not measured again. Raises InputError if too few people are left or the bank has no list
-    of members, DataError for an item that is too long, BankError if a person is forgotten meanwhile, ``out`` holds
-    anything but this calibration, or the bank cannot be replaced; BankCorrupt, BankMismatch.
+    their ids. ``since`` is what ``forget_marker(folder)`` returned before the people were read; None: ask it now.
+    Raises InputError if too few people are left or the bank has no list of members, DataError for an item that is too
+    long, BankError if a person is forgotten meanwhile, ``out`` holds anything, or the bank cannot be replaced;
+    BankCorrupt, BankMismatch.
     """
     folder = folder.resolve()
     before = forget_marker(folder) if since is None else since
@@ -97,20 +94,17 @@ def calibrate_bank(
     with nullcontext() if out else _held(folder):
         info = read_info(folder)
         outside = _checked(folder, info, base, people, run.calibration)
-        work = _work_of(info, base, outside, run)
-        if _is_done(out or folder, work):
-            return
         if out:
             check_new(out)
         noted = (
             read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else None
         )  # before measuring: it may be damaged
-        found = _measured(folder, info, base, outside, _settings(info, run), executor, stepped)
+        calibration = _measured(folder, info, base, outside, _settings(info, run), executor, stepped)
         publish = partial(_appear if out else _replace, check=check)
         try:
             with replacing_folder(out or folder, publish) as written:
                 _copy(folder, written, info, whole=not out)
-                _write(written, info, outside, run.calibration, found, work, noted)
+                _write(written, info, outside, run.calibration, calibration, noted)
                 check()
         except OSError:
             check()  # forgetting a person removes an unfinished folder
@@ -130,21 +124,6 @@ def _enabled(settings: CalibrationSettings) -> CalibrationSettings:
 def _trained_files(info: BankInfo) -> dict[str, str]:
     """Return the hashes of the files that a calibration does not change."""
     return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
-
-
-def _work_of(info: BankInfo, base: BaseModel, people: Sequence[Person], run: Run) -> str:
-    """Return the key of a calibration: of what was trained, the people, and the settings that count."""
-    histories = [[one.id, one.digest()] for one in people]
-    unused = {"base", "encoder", *ROUNDING_ONLY}  # the bank has fingerprints of the first two
-    loaded = base.as_loaded(_settings(info, run)).model_dump(mode="json", exclude=unused)
-    return json_sha256([_trained_files(info), histories, loaded])
-
-
-def _is_done(folder: Path, work: str) -> bool:
-    """Return whether a bank has the calibration with this key, which nobody behind it asked to be forgotten."""
-    if not (folder / INFO).exists() or not read_info(folder).calibration or "calibration" in parts_to_rebuild(folder):
-        return False
-    return saved_work(folder / CALIBRATION) == work
 
 
 def _checked(
@@ -216,10 +195,10 @@ def _measured(
 ) -> Calibration:
     anchors, task_lora = read_adapters(folder, info)
     task = Task.model_validate(info.task)
-    found = calibrate(base, task, anchors, task_lora, people, settings, executor=executor, on_step=on_step)
-    if not found.info.gains:
-        raise InputError(f"{folder} stays as it is: {found.info.notes[0]}", hint="Give more people.")
-    return found
+    calibration = calibrate(base, task, anchors, task_lora, people, settings, executor=executor, on_step=on_step)
+    if not calibration.info.gains:
+        raise InputError(f"{folder} stays as it is: {calibration.info.notes[0]}", hint="Give more people.")
+    return calibration
 
 
 def _copy(folder: Path, written: Path, info: BankInfo, whole: bool) -> None:
@@ -251,17 +230,16 @@ def _write(
     info: BankInfo,
     people: Sequence[Person],
     settings: CalibrationSettings,
-    found: Calibration,
-    work: str,
+    calibration: Calibration,
     noted: dict[str, Any] | None,
 ) -> None:
-    """Write a calibration, with the key ``work``, and what changes with it: description, members, card, settings."""
-    write_tensors(written / CALIBRATION, found.tensors(), {"work": work})
+    """Write a calibration and what changes with it: description, members, card, settings."""
+    write_tensors(written / CALIBRATION, calibration.tensors(), {})
     changed = {
         "run": info.run.model_copy(update={"calibration": _enabled(settings)}),
         "members": info.members.calibrated_on([person.id for person in people]),
         "files": info.files | file_hashes(written, [CALIBRATION]),
-        "calibration": found.info,
+        "calibration": calibration.info,
     }
     calibrated = info.model_copy(update=changed)
     if noted is not None:  # the settings for another build like this

@@ -46,10 +46,10 @@ class Checkpoint:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
         """Return what was saved for the same ``work``; None if the file is missing, damaged, or of other work."""
-        if saved_work(self.path) != self.work:
-            return None
         try:
             with safe_open(self.path, framework="pt") as stored:
+                if (stored.metadata() or {}).get("work") != self.work:
+                    return None
                 progress = json.loads(stored.metadata()["progress"])
                 return {key: stored.get_tensor(key) for key in stored.keys()}, progress
         except (OSError, SafetensorError, ValueError, KeyError):
@@ -57,12 +57,3 @@ class Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-
-def saved_work(path: Path) -> str | None:
-    """Return the hash of the work that a file was saved for; None if it is missing, damaged, or names none."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return (stored.metadata() or {}).get("work")
-    except (OSError, SafetensorError):
-        return None
