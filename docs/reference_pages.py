@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from typer.cli import get_docs_for_click
 
 from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
 from mta.config import CompareSettings, Run, Settings
+from mta.config.schema import Lora, Training
 from mta.data.tasks import load_task, task_names
 from mta.tools.demo import DemoRecipe
 from mta_lab.cli import app as lab
@@ -33,14 +35,47 @@ def write_all(folder: Path) -> None:
 
 
 def verbs() -> str:
-    """Every verb with its arguments, as its help has them."""
-    text = ""
-    for name, one, title in (("mta", app, "Command line"), ("mta-lab", lab, "The laboratory")):
-        command = typer.main.get_command(one)
-        context = command.make_context(name, [], resilient_parsing=True)
-        text += get_docs_for_click(obj=command, ctx=context, name=name, title=title)
-    text = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, text)
-    return re.sub(r"(?m)^\* `(.*?)`: ", r"- `\1`: ", text).replace("...`:", " …`:")
+    """Every command with its parameters; what three or more commands share is listed once."""
+    commands = {verb: one for name, root in (("mta", app), ("mta-lab", lab)) for verb, one in _commands(name, root)}
+    lines = {verb: [_parameter(one) for one in command.params] for verb, command in commands.items()}
+    times = Counter(line for of_one in lines.values() for line in of_one)
+    shared = {line: line.partition("`: ")[0].removeprefix("- ") for line, n in times.most_common() if n > 2}
+    text = (
+        "# Command line\n\n`mta --version` prints the version. Results go to stdout, messages to stderr. Every command "
+        "has `--help`. These parameters are shared by several commands, which only name them:\n\n"
+        + "\n".join(shared)
+        + "\n\n"
+    )
+    for verb, command in commands.items():
+        about = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, inspect.cleandoc(command.help or ""))
+        text += f"## `{verb}`\n\n{about.strip()}\n\n"
+        text += "".join(f"{line}\n" for line in lines[verb] if line not in shared)
+        text += f"- Shared: {', '.join(f'{shared[line]}`' for line in lines[verb] if line in shared)}.\n\n"
+    return text
+
+
+def _commands(path: str, root: typer.Typer) -> Iterator[tuple[str, Any]]:
+    def below(name: str, one: Any) -> Iterator[tuple[str, Any]]:
+        inner: dict[str, Any] = getattr(one, "commands", {})
+        if not inner:
+            yield name, one
+        for word, child in inner.items():
+            yield from below(f"{name} {word}", child)
+
+    yield from below(path, typer.main.get_command(root))
+
+
+def _parameter(one: Any) -> str:
+    """Return a list item: an argument in capitals or the names of an option, its help, and its default."""
+    said = one.help or ""
+    if one.param_type_name == "argument":
+        return f"- `{one.name.upper()}`: {said}"
+    names = "`, `".join([*(name for name in one.opts if name.startswith("--")), *one.secondary_opts])
+    if one.required:
+        said += " Required."
+    elif one.default and not one.is_flag:
+        said += "" if "default" in said.lower() else f" Default: {one.default}."
+    return f"- `{names}`: {said}"
 
 
 def _example(found: re.Match[str]) -> str:
@@ -62,6 +97,8 @@ def settings() -> str:
     )
     for title, kind in {
         "A run": Run,
+        "A LoRA: keys of `….lora`": Lora,
+        "A training: keys of `….training` and `merge.learned`": Training,
         "A comparison: `mta compare`": CompareSettings,
         "An attack: `mta-lab attack`": AttackSettings,
         "A recipe: `mta-lab evaluate RECIPE`": Experiment,
@@ -72,18 +109,31 @@ def settings() -> str:
     return text
 
 
+TABLES = {Run: "a run", CompareSettings: "a comparison", Lora: "a LoRA", Training: "a training"}  # each has a table
+
+
 def _rows(kind: type[Settings], before: str = "", default: Settings | None = None) -> Iterator[tuple[str, str, str]]:
     for name, field in kind.model_fields.items():
         group = (
             field.annotation if inspect.isclass(field.annotation) and issubclass(field.annotation, Settings) else None
         )
         value = getattr(default, name) if default is not None else field.default
-        if group in (Run, CompareSettings):
-            yield f"{before}{name}.…", "", f"settings of a {'run' if group is Run else 'comparison'}, above"
+        if group in TABLES:
+            yield f"{before}{name}.…", _changed(value), f"keys of {TABLES[group]}: own table"
         elif group:
             yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)
         else:
             yield before + name, "required" if value is PydanticUndefined else f"`{_plain(value)}`", _what(field)
+
+
+def _changed(value: object) -> str:
+    """Return the settings of a group whose values differ from the defaults of the group's own table."""
+    if not isinstance(value, Settings):
+        return ""
+    plain = {name: field.default for name, field in type(value).model_fields.items()}
+    return ", ".join(
+        f"`{name}={_plain(getattr(value, name))}`" for name in plain if getattr(value, name) != plain[name]
+    )
 
 
 def _plain(value: object) -> str:
@@ -110,12 +160,13 @@ def tasks() -> str:
     """The built-in tasks, as the files that they are."""
     text = (
         "# Tasks\n\nA task is YAML: how an item is put to the model, what its answer is, and how answers are judged. "
-        "[Yours](../how-to/add-a-task.md) is another such file.\n\n"
+        "[Yours](../how-to/add-a-task.md) is another such file. The examples for the playground are left out here.\n\n"
     )
     for name in task_names():
         task = load_task(name)
-        values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        said = {"name", "description", "source", "examples"}
+        values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=said)
+        shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         text += (
             f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
         )
@@ -123,18 +174,12 @@ def tasks() -> str:
 
 
 def errors() -> str:
-    """The tree of errors as its module draws it, and each with what it means."""
+    """The tree of errors as its module draws it."""
     drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
     said = rest.partition("To add one")[0].strip().replace("``", "`")
-    text = (
+    return (
         "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 "
         "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
-        "signal's number after SIGTERM and SIGHUP. In Python each error is a "
-        "class of `mta.errors`; below the tree are the modules of the server's errors.\n\n"
-        f"```text\n{drawing}\n```\n\n{said}\n\n"
-    )
-    return text + "".join(
-        f"`{name}`\n: {inspect.getdoc(kind)}\n\n".replace("``", "`")
-        for name, kind in vars(tree).items()
-        if inspect.isclass(kind) and issubclass(kind, tree.MtaError)
+        "signal's number after SIGTERM and SIGHUP. In Python each error is a class of `mta.errors`.\n\n"
+        f"```text\n{drawing}\n```\n\n{said}\n"
     )
