@@ -20,7 +20,6 @@ from mta.cli.options import MACHINE_SETTINGS
 from mta.config import CompareSettings, Run, Settings
 from mta.config.schema import Lora, Training
 from mta.data.tasks import load_task, task_names
-from mta.tools.demo import DemoRecipe
 from mta_lab.cli import app as lab
 from mta_lab.experiments.recipe import Experiment
 from mta_lab.privacy.settings import AttackSettings
@@ -35,22 +34,26 @@ def write_all(folder: Path) -> None:
 
 
 def verbs() -> str:
-    """Every command with its parameters; what three or more commands share is listed once."""
+    """Every command with its parameters; what several commands share is listed once."""
     commands = {verb: one for name, root in (("mta", app), ("mta-lab", lab)) for verb, one in _commands(name, root)}
     lines = {verb: [_parameter(one) for one in command.params] for verb, command in commands.items()}
     times = Counter(line for of_one in lines.values() for line in of_one)
-    shared = {line: line.partition("`: ")[0].removeprefix("- ") for line, n in times.most_common() if n > 2}
+    shared: dict[str, str] = {}  # line -> name; of several lines about one name, the most common
+    for line, n in times.most_common():
+        if n > 1 and (name := line.partition("`: ")[0].removeprefix("- ")) not in shared.values():
+            shared[line] = name
     text = (
-        "# Command line\n\n`mta --version` prints the version. Results go to stdout, messages to stderr. Every command "
-        "has `--help`. These parameters are shared by several commands, which only name them:\n\n"
-        + "\n".join(shared)
-        + "\n\n"
+        "# Command line\n\n`mta --version` prints the version. Results go to stdout, messages to stderr. `--help` of a "
+        "command explains more than this page. Several commands share these parameters, and only name them below (all "
+        "have `--json`):\n\n" + "\n".join(shared) + "\n\n"
     )
     for verb, command in commands.items():
-        about = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, inspect.cleandoc(command.help or ""))
-        text += f"## `{verb}`\n\n{about.strip()}\n\n"
+        about, *more = inspect.cleandoc(command.help or "").split("\n\n")
+        examples = [line.removeprefix("Example:  ") for line in "\n".join(more).splitlines() if "Example:  " in line]
+        text += f"## `{verb}`\n\n{about}\n\n```text\n{chr(10).join(map(str.strip, examples))}\n```\n\n"
         text += "".join(f"{line}\n" for line in lines[verb] if line not in shared)
-        text += f"- Shared: {', '.join(f'{shared[line]}`' for line in lines[verb] if line in shared)}.\n\n"
+        named = [f"{shared[line]}`" for line in lines[verb] if line in shared and "`--json`" not in line]
+        text += f"- Shared: {', '.join(named)}.\n\n" if named else "\n"
     return text
 
 
@@ -78,11 +81,6 @@ def _parameter(one: Any) -> str:
     return f"- `{names}`: {said}"
 
 
-def _example(found: re.Match[str]) -> str:
-    lines = "\n".join(line.strip().removeprefix("Example:  ") for line in found[0].strip().splitlines())
-    return f"\n```text\n{lines}\n```\n"
-
-
 def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
@@ -93,7 +91,8 @@ def settings() -> str:
         "- `calibration.…` (`mta bank calibrate`; of the following it takes only `base`, `device`, `memory`, and "
         "`gradient_checkpointing`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
-        "Other changes are an error: build another bank.\n\n"
+        "Other changes are an error: build another bank. `mta demo` takes `run.…`, `evaluation.…` (a comparison), "
+        "`people.task`, `people.development`, and `people.test`.\n\n"
     )
     for title, kind in {
         "A run": Run,
@@ -102,7 +101,6 @@ def settings() -> str:
         "A comparison: `mta compare`": CompareSettings,
         "An attack: `mta-lab attack`": AttackSettings,
         "A recipe: `mta-lab evaluate RECIPE`": Experiment,
-        "A demo: `mta demo`": DemoRecipe,
     }.items():
         text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"
         text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"
@@ -119,7 +117,7 @@ def _rows(kind: type[Settings], before: str = "", default: Settings | None = Non
         )
         value = getattr(default, name) if default is not None else field.default
         if group in TABLES:
-            yield f"{before}{name}.…", _changed(value), f"keys of {TABLES[group]}: own table"
+            yield f"{before}{name}.…", _changed(value), f"{TABLES[group]}: own table"
         elif group:
             yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)
         else:
@@ -147,7 +145,7 @@ def _plain(value: object) -> str:
 
 
 def _what(field: FieldInfo) -> str:
-    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
+    bounds = [f"{sign}{getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
     choices = re.findall(r"'([^']+)'", str(field.annotation)) if "Literal" in str(field.annotation) else []
     said = [field.description or "", ", ".join(choices), ", ".join(bounds)]
     return "; ".join(part for part in said if part)
@@ -160,12 +158,15 @@ def tasks() -> str:
     """The built-in tasks, as the files that they are."""
     text = (
         "# Tasks\n\nA task is YAML: how an item is put to the model, what its answer is, and how answers are judged. "
-        "[Yours](../how-to/add-a-task.md) is another such file. The examples for the playground are left out here.\n\n"
+        "[Yours](../how-to/add-a-task.md) is another such file. Left out here: patterns that read LaMP's files, and "
+        "examples for the playground.\n\n"
     )
     for name in task_names():
         task = load_task(name)
         said = {"name", "description", "source", "examples"}
         values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=said)
+        for part in (values["item"], values.get("query") or {}):
+            part.pop("pattern", None)
         shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         text += (
             f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
