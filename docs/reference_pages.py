@@ -102,7 +102,8 @@ def settings() -> str:
         "An attack: `mta-lab attack`": AttackSettings,
         "A recipe: `mta-lab evaluate RECIPE`": Experiment,
     }.items():
-        text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"
+        about = (inspect.getdoc(kind) or "").replace("``", "`")
+        text += f"## {title}\n\n{about}\n\n| key | default | what it is |\n|---|---|---|\n"
         text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"
     return text
 
