@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from typer.cli import get_docs_for_click
 
 from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
 from mta.config import CompareSettings, Run, Settings
+from mta.config.schema import Lora, Training
 from mta.data.tasks import load_task, task_names
-from mta.tools.demo import DemoRecipe
 from mta_lab.cli import app as lab
 from mta_lab.experiments.recipe import Experiment
 from mta_lab.privacy.settings import AttackSettings
@@ -33,19 +34,51 @@ def write_all(folder: Path) -> None:
 
 
 def verbs() -> str:
-    """Every verb with its arguments, as its help has them."""
-    text = ""
-    for name, one, title in (("mta", app, "Command line"), ("mta-lab", lab, "The laboratory")):
-        command = typer.main.get_command(one)
-        context = command.make_context(name, [], resilient_parsing=True)
-        text += get_docs_for_click(obj=command, ctx=context, name=name, title=title)
-    text = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, text)
-    return re.sub(r"(?m)^\* `(.*?)`: ", r"- `\1`: ", text).replace("...`:", " …`:")
+    """Every command with its parameters; what several commands share is listed once."""
+    commands = {verb: one for name, root in (("mta", app), ("mta-lab", lab)) for verb, one in _commands(name, root)}
+    lines = {verb: [_parameter(one) for one in command.params] for verb, command in commands.items()}
+    times = Counter(line for of_one in lines.values() for line in of_one)
+    shared: dict[str, str] = {}  # line -> name; of several lines about one name, the most common
+    for line, n in times.most_common():
+        if n > 1 and (name := line.partition("`: ")[0].removeprefix("- ")) not in shared.values():
+            shared[line] = name
+    text = (
+        "# Command line\n\n`mta --version` prints the version. Results go to stdout, messages to stderr. `--help` of a "
+        "command explains more than this page. Several commands share these parameters, and only name them below (all "
+        "have `--json`):\n\n" + "\n".join(shared) + "\n\n"
+    )
+    for verb, command in commands.items():
+        about, *more = inspect.cleandoc(command.help or "").split("\n\n")
+        examples = [line.removeprefix("Example:  ") for line in "\n".join(more).splitlines() if "Example:  " in line]
+        text += f"## `{verb}`\n\n{about}\n\n```text\n{chr(10).join(map(str.strip, examples))}\n```\n\n"
+        text += "".join(f"{line}\n" for line in lines[verb] if line not in shared)
+        named = [f"{shared[line]}`" for line in lines[verb] if line in shared and "`--json`" not in line]
+        text += f"- Shared: {', '.join(named)}.\n\n" if named else "\n"
+    return text
 
 
-def _example(found: re.Match[str]) -> str:
-    lines = "\n".join(line.strip().removeprefix("Example:  ") for line in found[0].strip().splitlines())
-    return f"\n```text\n{lines}\n```\n"
+def _commands(path: str, root: typer.Typer) -> Iterator[tuple[str, Any]]:
+    def below(name: str, one: Any) -> Iterator[tuple[str, Any]]:
+        inner: dict[str, Any] = getattr(one, "commands", {})
+        if not inner:
+            yield name, one
+        for word, child in inner.items():
+            yield from below(f"{name} {word}", child)
+
+    yield from below(path, typer.main.get_command(root))
+
+
+def _parameter(one: Any) -> str:
+    """Return a list item: an argument in capitals or the names of an option, its help, and its default."""
+    said = one.help or ""
+    if one.param_type_name == "argument":
+        return f"- `{one.name.upper()}`: {said}"
+    names = "`, `".join([*(name for name in one.opts if name.startswith("--")), *one.secondary_opts])
+    if one.required:
+        said += " Required."
+    elif one.default and not one.is_flag:
+        said += "" if "default" in said.lower() else f" Default: {one.default}."
+    return f"- `{names}`: {said}"
 
 
 def settings() -> str:
@@ -58,18 +91,24 @@ def settings() -> str:
         "- `calibration.…` (`mta bank calibrate`; of the following it takes only `base`, `device`, `memory`, and "
         "`gradient_checkpointing`);\n"
         f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
-        "Other changes are an error: build another bank.\n\n"
+        "Other changes are an error: build another bank. `mta demo` takes `run.…`, `evaluation.…` (a comparison), "
+        "`people.task`, `people.development`, and `people.test`.\n\n"
     )
     for title, kind in {
         "A run": Run,
+        "A LoRA: keys of `….lora`": Lora,
+        "A training: keys of `….training` and `merge.learned`": Training,
         "A comparison: `mta compare`": CompareSettings,
         "An attack: `mta-lab attack`": AttackSettings,
         "A recipe: `mta-lab evaluate RECIPE`": Experiment,
-        "A demo: `mta demo`": DemoRecipe,
     }.items():
-        text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"
+        about = (inspect.getdoc(kind) or "").replace("``", "`")
+        text += f"## {title}\n\n{about}\n\n| key | default | what it is |\n|---|---|---|\n"
         text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"
     return text
+
+
+TABLES = {Run: "a run", CompareSettings: "a comparison", Lora: "a LoRA", Training: "a training"}  # each has a table
 
 
 def _rows(kind: type[Settings], before: str = "", default: Settings | None = None) -> Iterator[tuple[str, str, str]]:
@@ -78,12 +117,22 @@ def _rows(kind: type[Settings], before: str = "", default: Settings | None = Non
             field.annotation if inspect.isclass(field.annotation) and issubclass(field.annotation, Settings) else None
         )
         value = getattr(default, name) if default is not None else field.default
-        if group in (Run, CompareSettings):
-            yield f"{before}{name}.…", "", f"settings of a {'run' if group is Run else 'comparison'}, above"
+        if group in TABLES:
+            yield f"{before}{name}.…", _changed(value), f"{TABLES[group]}: own table"
         elif group:
             yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)
         else:
             yield before + name, "required" if value is PydanticUndefined else f"`{_plain(value)}`", _what(field)
+
+
+def _changed(value: object) -> str:
+    """Return the settings of a group whose values differ from the defaults of the group's own table."""
+    if not isinstance(value, Settings):
+        return ""
+    plain = {name: field.default for name, field in type(value).model_fields.items()}
+    return ", ".join(
+        f"`{name}={_plain(getattr(value, name))}`" for name in plain if getattr(value, name) != plain[name]
+    )
 
 
 def _plain(value: object) -> str:
@@ -97,7 +146,7 @@ def _plain(value: object) -> str:
 
 
 def _what(field: FieldInfo) -> str:
-    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
+    bounds = [f"{sign}{getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
     choices = re.findall(r"'([^']+)'", str(field.annotation)) if "Literal" in str(field.annotation) else []
     said = [field.description or "", ", ".join(choices), ", ".join(bounds)]
     return "; ".join(part for part in said if part)
@@ -110,12 +159,16 @@ def tasks() -> str:
     """The built-in tasks, as the files that they are."""
     text = (
         "# Tasks\n\nA task is YAML: how an item is put to the model, what its answer is, and how answers are judged. "
-        "[Yours](../how-to/add-a-task.md) is another such file.\n\n"
+        "[Yours](../how-to/add-a-task.md) is another such file. Left out here: patterns that read LaMP's files, and "
+        "examples for the playground.\n\n"
     )
     for name in task_names():
         task = load_task(name)
-        values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        said = {"name", "description", "source", "examples"}
+        values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=said)
+        for part in (values["item"], values.get("query") or {}):
+            part.pop("pattern", None)
+        shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         text += (
             f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
         )
@@ -123,18 +176,12 @@ def tasks() -> str:
 
 
 def errors() -> str:
-    """The tree of errors as its module draws it, and each with what it means."""
+    """The tree of errors as its module draws it."""
     drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
     said = rest.partition("To add one")[0].strip().replace("``", "`")
-    text = (
+    return (
         "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 "
         "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
-        "signal's number after SIGTERM and SIGHUP. In Python each error is a "
-        "class of `mta.errors`; below the tree are the modules of the server's errors.\n\n"
-        f"```text\n{drawing}\n```\n\n{said}\n\n"
-    )
-    return text + "".join(
-        f"`{name}`\n: {inspect.getdoc(kind)}\n\n".replace("``", "`")
-        for name, kind in vars(tree).items()
-        if inspect.isclass(kind) and issubclass(kind, tree.MtaError)
+        "signal's number after SIGTERM and SIGHUP. In Python each error is a class of `mta.errors`.\n\n"
+        f"```text\n{drawing}\n```\n\n{said}\n"
     )

@@ -70,7 +70,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", default="4GiB", help="bound on one cohort")
     parser.add_argument("--again", action="store_true", help="measure also what this very code has measured")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the kept rows for the README")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing, print the kept rows as Markdown")
     parser.add_argument("--json", action="store_true", help="measure nothing, print the kept JSON")
     args = parser.parse_args(words)
     args.repeats = args.repeats or (5 if args.full else 1 if args.quick else 2)

@@ -1,4 +1,4 @@
-"""The table of all rows: for the terminal by rich, for the README as Markdown."""
+"""The table of all rows: for the terminal by rich, for the page on performance as Markdown."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def remark(row: Row) -> str:
 
 
 def markdown(rows: Sequence[Row], processor: str, cores: int) -> str:
-    """The table as the README shows it; rows that were skipped are left out."""
+    """The table in Markdown; rows that were skipped are left out."""
     head = ("", "ours", "peer", "ratio", "target")
     lines = [f"Measured on {processor} with {cores} cores.", "", _line(head), _line(("---",) * len(head))]
     for row in rows:
