@@ -104,8 +104,8 @@ def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr("mta.lora.peft._publish", killed)
         patch.setattr("mta.lora.peft.shutil.rmtree", lambda *_, **__: None)  # nobody cleans up after a kill
-        with pytest.raises(Killed):
-            export_from(store, folder)
+        with pytest.raises(Killed), store.exports.writing(ANN, folder):
+            write_peft(folder, adapter(0), "base")
     (folder.parent / ".ann.mine").mkdir()
     assert len([path for path in folder.parent.glob("**/.ann.*") if path.is_dir()]) == 2
     assert [export.sha256 for export in store.exports.of(ANN)] == [""]

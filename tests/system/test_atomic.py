@@ -143,26 +143,6 @@ def test_lines_are_not_appended_to_a_pipe(tmp_path: Path, read: bool) -> None:
         os.close(reader)
 
 
-def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
-    def swap_and_write() -> None:
-        with replacing(tmp_path / "file") as temporary:
-            Path(temporary.name).unlink()
-            Path(temporary.name).symlink_to(tmp_path / "other")
-            temporary.write(b"text")
-
-    (tmp_path / "other").write_text("mine")
-    with pytest.raises(StoreError, match="was replaced"):
-        swap_and_write()
-    assert (tmp_path / "other").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-def test_a_temporary_file_that_was_removed_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="was replaced"), replacing(tmp_path / "file") as temporary:
-        Path(temporary.name).unlink()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), replacing(tmp_path / "file"):
         raise RuntimeError

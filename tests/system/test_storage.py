@@ -16,6 +16,7 @@ from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import collect
 from mta.store.run_checkpoints import RunCheckpoints
+from mta.system import storage
 from mta.system.storage import Storage
 
 
@@ -225,3 +226,19 @@ def test_a_file_system_that_knows_no_setting_of_ours_can_hold_a_store(monkeypatc
     store = Store("strict://people")
     store.save(ANN, state())
     assert Store("strict://people").latest(ANN) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [(errno.ENOLCK, "This file system cannot lock files. Put the store on a local disk."), (errno.EIO, "Check the ")],
+)
+def test_a_store_that_cannot_be_locked_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, hint: str
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(storage.FileLock, "acquire", refuse)
+    with pytest.raises(StoreError, match="cannot be locked: no") as caught, Storage(tmp_path).locked():
+        pytest.fail("entered without the lock")
+    assert caught.value.hint.startswith(hint)
