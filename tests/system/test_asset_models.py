@@ -78,7 +78,7 @@ def assert_ordinary_folder(folder):
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     for text in folder.glob("*.json"):
-        assert ".partial-" not in text.read_text(encoding="utf-8"), f"{text.name} names a temporary folder"
+        assert ".partial" not in text.read_text(encoding="utf-8"), f"{text.name} names a temporary folder"
 
 
 # sha256 of the files in the official repository, and of those that RecBole distributes

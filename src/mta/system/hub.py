@@ -61,9 +61,8 @@ def local_folder(name: str, weights: bool = True) -> str:
         folder = snapshot(place, _SMALL, ignore=[ADAPTER])
         # Single files first: if a repository has both, transformers loads the single file, not the shards.
         for wanted in (_single_files, _all_files) if weights else ():
-            lacking = [file for file in wanted(folder, name) if not file.exists()]
-            if lacking:
-                snapshot(place, [os.path.relpath(file, folder) for file in lacking], folder.name)
+            if lacking := [os.path.relpath(file, folder) for file in wanted(folder, name) if not file.exists()]:
+                snapshot(place, lacking, folder.name)
     except HubError as error:
         raise AssetError(
             f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and not available on the hub: "
@@ -112,16 +111,12 @@ class Repository:
         api = HfApi(token=token)
         with _hub_errors(name):
             api.create_repo(name, private=private, exist_ok=True)
-            found = api.repo_info(name)
-        if private and not found.private:
+            is_private = api.repo_info(name).private
+        if is_private != private:
+            kind, expected = ("private", "public") if is_private else ("public", "private")
             raise HubError(
-                f"{name} exists and is public, expected a private repository; nothing was sent",
-                hint="Give --public (private=False), or make it private in its settings on the hub first.",
-            )
-        if not private and found.private:
-            raise HubError(
-                f"{name} exists and is private, expected a public repository; nothing was sent",
-                hint="Give --private (private=True), or make it public in its settings on the hub first.",
+                f"{name} exists and is {kind}, expected a {expected} repository; nothing was sent",
+                hint=f"Give --{kind} (private={is_private}), or make it {expected} in its settings on the hub first.",
             )
         return cls(name, api.endpoint, api)
 
@@ -152,8 +147,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
     """Raise errors of the hub's client in the block as HubError. The client raises many types of errors."""
     try:
         yield
-    except HubError:
-        raise
     except Exception as error:
         raise _hub_error(repo, error) from None
 
