@@ -5,18 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import base_of, random_loras
 
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import decoding, limit, merging, multi_lora, record, report, timing
+from benchmarks.speed import limit, merging, record, timing
 from benchmarks.speed.apart import Broken, apart
-from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import padded
-from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.data.tasks.prompt import Example
@@ -38,16 +35,6 @@ class TestTiming:
         rates = timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 3)
         assert "".join(order) == "AB" + "ABABAB"
         assert [len(each) for each in rates] == [3, 3]
-
-    def test_turns_without_warming_up(self):
-        order = []
-        timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 1, warm=False)
-        assert order == ["A", "B"]
-
-    def test_a_rate_is_work_per_second(self, monkeypatch):
-        clock = iter((10.0, 14.0))
-        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        assert timing.rate(lambda: 12.0) == 3.0
 
     def test_ratios_are_taken_turn_by_turn(self):
         measured = Row("a row", "mta", "peer", "x/s", (4.0, 30.0, 5.0), (2.0, 10.0, 1.0))
@@ -84,12 +71,6 @@ def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, 
     assert "another" not in shown.partition("Not measured now")[0]
 
 
-def test_rows_against_another_trainer_say_what_is_missing(monkeypatch):
-    monkeypatch.delenv(multi_lora.PYTHON, raising=False)
-    with pytest.raises(Absent, match="does not name the Python of an environment with MoE-PEFT"):
-        next(multi_lora.rows(SETTINGS))
-
-
 class TestOperations:
     def test_two_examples_that_share_a_prompt_by_hand(self):
         # Fed are 1 2 3, shared, then 4 and 5: five tokens. Predicted are 4 and 5 at 3 (one place), 9 at 4 and at 5.
@@ -98,11 +79,6 @@ class TestOperations:
         frozen, factors = 10 * 20 + 30 * 10, 2 * (10 + 20 + 30 + 10)
         by_hand = 5 * (4 * frozen + 6 * factors) + 3 * 4 * 10 * 100
         assert limit.operations(rows, shapes, rank=2, hidden=10, vocabulary=100) == by_hand == 26200
-
-    def test_unshared_tokens_are_counted_per_example(self):
-        examples = [Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)]
-        rows = pack(examples, attention_price=0.0, budget=0)
-        assert limit.operations(rows, {"q": (1, 1)}, rank=0, hidden=1, vocabulary=1) == 8 * 4 + 4 * 4
 
 
 class TestPeer:
@@ -175,44 +151,6 @@ class TestRecords:
         assert not record.current({**kept, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
         assert not record.current({**kept, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
 
-    def test_rows_that_are_no_longer_measured_are_left_out(self, tmp_path):
-        old = [record.record(row(), module, SETTINGS) for module in ("growth", "limit")]
-        (tmp_path / "bench-x.json").write_text(json.dumps({"rows": old}))
-        assert [one["module"] for one in record.kept(tmp_path / "bench-x.json")] == ["limit"]
-
-    def test_a_missing_file_has_no_rows(self, tmp_path):
-        assert record.kept(tmp_path / "missing.json") == []
-
-
-class TestReport:
-    def test_every_row_has_all_columns(self):
-        for one in (row(target=1.0), Row("a row", "mta", "peer", skipped="no data"), Row("a note", "mta", "")):
-            assert len(report.cells(one)) == 7
-        assert report.table([row(target=1.0)]).row_count == 1
-
-    def test_markdown_omits_skipped_rows(self):
-        text = report.markdown([row(target=1.5), Row("gone", "mta", "peer", skipped="no data")], "A processor", 2)
-        assert "| a row | mta: 6 people/min | peer: 3 people/min | **2.00x** | 1.5x met |" in text
-        assert "gone" not in text
-
-    @pytest.mark.parametrize(
-        ("value", "text"),
-        [(0, "0"), (0.0123, "0.0123"), (4.561, "4.56"), (1234, "1234"), (45_600, "45.6k"), (8.32e11, "832G")],
-    )
-    def test_numbers_have_three_digits(self, value, text):
-        assert report.number(value) == text
-
-
-class TestCommand:
-    def test_an_unknown_module_is_refused(self, capsys):
-        with pytest.raises(SystemExit):
-            command.parsed(["--only", "limit,cooking"])
-        assert "'cooking' is none of" in capsys.readouterr().err
-
-    def test_a_processor_becomes_part_of_a_file_name(self):
-        assert Processor("Intel(R) Xeon(R) CPU @ 2.60GHz", 2, ()).slug == "intel-xeon"
-        assert Processor("AMD EPYC 9R14", 2, ("avx512_bf16",)).slug == "amd-epyc-9r14"
-
 
 class TestMerging:
     def test_merging_in_chunks_equals_merging_everybody(self, monkeypatch):
@@ -235,13 +173,6 @@ class TestMerging:
             {name: Factors(a, b * (1.5 if "down" in name else 1)) for name, (a, b) in one.factors.items()}, 0.5
         )
         assert merging.apart_by_update(last, one) == pytest.approx(0.5)
-
-
-class TestDecoding:
-    def test_results_are_compared_by_person(self):
-        found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0], [9.0, 9.0]])
-        assert decoding.apart(found, expected) == pytest.approx(1 / 34**0.5)
-        assert decoding.share_of_equal([[1, 2, 3, 4], [5, 5]], [[1, 2, 0, 0]]) == 0.5
 
 
 @pytest.mark.slow

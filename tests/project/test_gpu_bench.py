@@ -3,22 +3,20 @@
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from memory import TensorMemory
 
-from benchmarks.gpu.__main__ import keep, left_out, main, passes, planned, recorded
+from benchmarks.gpu.__main__ import keep, main, planned, recorded
 from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
-from benchmarks.gpu.steps import fitted, planned_bytes, rates_by_batch
+from benchmarks.gpu.steps import planned_bytes, rates_by_batch
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, _parts, fastest
+from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, fastest
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from benchmarks.speed.training import Cohort, apart, oppu, small, stack
@@ -42,16 +40,6 @@ def test_the_plan_names_what_does_not_fit():
     assert [line.endswith("fits") for line in lines] == [True, False, True, False]
     assert "Llama-3-8B: 8.03 billion weights" in lines[1]
     assert lines[1].endswith("left out: too little memory: about 49 GiB needed, 24 GiB free")
-
-
-def test_passes_get_the_memory_that_a_gpu_has_left():
-    for free, fits in ((28, [True, False, True, True]), (80, [True] * 4)):
-        memory = [passes(shape, free * 2**30, None) for shape in SHAPES]
-        assert [not left_out(shape, free * 2**30, one) for shape, one in zip(SHAPES, memory)] == fits
-    weights = 2 * 2 * SHAPES[1].parameters
-    assert 35 * 2**30 < memory[1] < 80 * 2**30 - weights - 4 * 2**30
-    assert passes(SHAPES[1], 80 * 2**30, 2**30) == 2**30
-    assert passes(SHAPES[1], None, None) == 24 * 2**30
 
 
 def test_examples_share_their_beginning_and_have_the_length_asked_for():
@@ -99,18 +87,6 @@ def test_only_targets_for_gpus_are_shown(monkeypatch):
     }
 
 
-def test_an_error_that_cuda_repeats_at_every_call_does_not_end_the_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
-    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", failing), Planned("second", failing)])
-    assert [row.name for row in rows(site_of("cuda"), "training")] == ["first", "second"]
-
-
-def test_rows_of_a_shape_that_does_not_fit_are_skipped_under_their_names():
-    found = [*rows(site_of(), "training", lambda: "too little memory")]
-    assert {row.skipped for row in found} == {"too little memory"}
-    assert "SmolLM2-135M, rank 8 (OPPU), 8 shots of 70 tokens" in {row.name for row in found}
-
-
 def recorded_of(name, run, skipped="", part="training"):
     row = Row(name, "mta", "peer", skipped=skipped)
     return recorded(row, run, part, site_of())
@@ -125,33 +101,6 @@ def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
     keep(found, recorded_of("a", "run 2", skipped="failed: OutOfMemoryError"))
     assert {name: one["run"] for name, one in found.items()} == {"c": "run 1", "a": "run 2"}
     assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
-
-
-def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
-    words = ["--device", "cpu", "--quick", "--budget", "0", "--shapes", "SmolLM2-135M", "--only", "merging", "decoding"]
-    assert main([*words, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
-    assert {row["name"]: row["skipped"] for row in found} == {
-        "SmolLM2-135M, base": "no time left",
-        "SmolLM2-135M, decoding against the base alone": "no time left",
-    }
-
-
-def test_the_peer_computes_less_in_one_pass_until_it_fits():
-    plain = SimpleNamespace(tokens=10_000, model=SimpleNamespace(device="cpu"))
-
-    def work():
-        if plain.tokens > 3000:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 0.1
-
-    assert fitted(plain, work) == 0.1
-    assert plain.tokens == 2500
-
-
-def test_parts_of_the_peer_hold_as_many_tokens_as_given():
-    (job,) = jobs_of(SHAPES[0].tiny(), people=1, examples=8, tokens=70, shared=8)
-    assert [len(part) for part in _parts(job.examples, 280)] == [4, 4]
 
 
 def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
@@ -232,14 +181,6 @@ def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp
     assert bench.startswith("off -m benchmarks.gpu --device cuda --out here --budget 480")
     assert bench.endswith("--people 4")
     assert not (tmp_path / "venv").exists()
-
-
-@pytest.mark.integration
-def test_tests_on_a_device_that_cannot_be_used_fail():
-    words = ["--device", "nonsense", "-k", "bank_is_the_same", "tests/project/test_on_device.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "device 'nonsense' cannot be used" in done.stdout
 
 
 @pytest.mark.integration

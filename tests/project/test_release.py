@@ -53,11 +53,6 @@ def test_the_citation_is_of_the_last_release():
     assert CITATION["references"][0]["url"] == PROJECT["urls"]["Paper"] == "https://arxiv.org/abs/2511.20072"
 
 
-def test_it_supports_what_security_says():
-    series = ".".join(mta.__version__.split(".")[:2])
-    assert f"| {series}.x | yes |" in (ROOT / "SECURITY.md").read_text()
-
-
 def test_the_oldest_versions_are_the_floors_of_the_ranges():
     oldest, ranges = pins("constraints-oldest.txt"), asked(*EXTRAS, "dev")
     assert asked(*EXTRAS).keys() <= oldest.keys()
