@@ -1,7 +1,6 @@
 """Calibrating a finished bank: what changes, what does not, and that a forgotten person is not in it."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from mta.config import CalibrationSettings, Run, load_settings, override
 from mta.data.history import Item, Person
 from mta.data.tasks import PromptFormat, load_task
 from mta.distributed.executor import LocalExecutor
-from mta.errors import BankCorrupt, BankError, ConfigError, DataError, InputError, OtherBank
+from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 
 RUN = Run(calibration=CalibrationSettings(people=8, shots=3, queries=2, steps=1))
@@ -65,20 +64,6 @@ def test_a_bank_is_calibrated_in_place(folder, base):
     assert [path.name for path in folder.iterdir()] == ["bank"]
 
 
-def test_a_bank_behind_a_link_stays_behind_it(folder, base, tmp_path):
-    (tmp_path / "link").symlink_to(folder / "bank")
-    assert mta.Bank.open(tmp_path / "link", base).calibrate(base, OTHERS, run=RUN).calibration
-    assert (tmp_path / "link").is_symlink()
-    assert read_info(folder / "bank").calibration
-
-
-def test_settings_that_were_chosen_for_a_bank_stay(tiny, tmp_path):
-    base, bank = tiny
-    after = bank.calibrate(base, OTHERS, run=bank.info.run, out=tmp_path / "copy")
-    assert bank.info.run.merge.policy == "posterior"  # today's default is another
-    assert (after.info.run.merge, after.info.run.stack) == (bank.info.run.merge, bank.info.run.stack)
-
-
 def test_the_settings_beside_a_bank_are_those_of_its_calibration(tiny, tmp_path):
     base, bank = tiny
     after = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
@@ -89,13 +74,6 @@ def test_the_settings_beside_a_bank_are_those_of_its_calibration(tiny, tmp_path)
         after.info.run.stack,
         bank.info.run.seed,
     )
-
-
-def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):
-    said = []
-    with caplog.at_level("INFO", "mta"):
-        calibrated(folder, base, on_step=lambda stage, step: said or said.append(caplog.text))
-    assert re.search(r"calibration: 8 people, about [\d.]+ s in one process here", said[0])
 
 
 def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base, monkeypatch):
@@ -120,13 +98,6 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
     assert parts.count(["calibration"]) == 8
     used = OTHERS[parts.index(["calibration"])].id
     assert mark_stale(folder / "bank", used) == ["calibration"]
-
-
-def test_calibrating_twice_replaces_the_first(folder, base):
-    first = calibrated(folder, base)
-    second = calibrated(folder, base, people_of(10, prefix="more-"))
-    assert second.hash != first.hash
-    assert [part for person in OTHERS for part in second.info.members.parts_of(person.id)] == []
 
 
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
@@ -277,22 +248,6 @@ def test_a_bank_that_cannot_be_written_is_calibrated_in_a_copy(folder, base, tmp
     assert files_in(folder / "bank") == before
 
 
-def test_a_bank_of_others_names_no_file_to_copy(folder, base, tmp_path):
-    bank, info = folder / "bank", read_info(folder / "bank")
-    (bank / "notes").write_text("mine")
-    files = info.files | {"notes": format.file_hashes(bank, ["notes"])["notes"]}
-    format.write_info(bank, format.with_hash(info.model_copy(update={"files": files})))
-    with pytest.raises(BankCorrupt, match="notes"):
-        calibrated(folder, base, out=tmp_path / "copy")
-    assert not list(tmp_path.rglob("copy*"))
-
-
-def test_nothing_is_copied_where_nothing_can_be_calibrated(folder, base, tmp_path):
-    with pytest.raises(InputError, match="1 people are given"):
-        calibrated(folder, base, OTHERS[:1], out=tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
 def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
     narrow = base_of()
     narrow.prompts.max_tokens = 20  # less than the instruction
@@ -379,14 +334,6 @@ def test_settings_that_cannot_be_read_cost_no_calibration(tiny, tmp_path, monkey
     with pytest.raises(ConfigError, match="not readable YAML"):
         first.calibrate(base, OTHERS[:8], run=RUN)
     assert mta.Bank.open(first.folder, base).calibration.info == first.calibration.info
-
-
-def test_a_calibration_with_the_banks_own_settings_is_not_measured_again(folder, base, monkeypatch):
-    """Those that the bank had before, which were switched off, and those that it has since."""
-    first = mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS)
-    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
-    base.name = "/at/another/place"
-    assert mta.Bank.open(folder / "bank", base).calibrate(base, OTHERS).hash == first.hash
 
 
 def test_a_finished_calibration_is_not_measured_again(folder, base, tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """The task LoRA: a few items of each person, independent of their order; trained while held-out people gain."""
 
 import random
-import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,22 +66,9 @@ def test_the_pool_does_not_depend_on_the_order_of_people():
         assert pool(given, items=9, per_person=3) == first
 
 
-def test_another_seed_draws_another_pool():
-    drawn = {tuple(sorted(pool(people(9, 9, 9), seed, items=6))) for seed in range(5)}
-    assert len(drawn) == 5
-    assert pool(people(9, 9, 9), 4, items=6) == pool(people(9, 9, 9), 4, items=6)
-
-
 def test_another_person_does_not_change_the_choice_of_items_of_the_rest():
     few, more = pool(people(9, 9), per_person=2), pool(people(9, 9, 9), per_person=2)
     assert [entry for entry in more if entry[0] != "p2"] == few
-
-
-@pytest.mark.parametrize("items", [1, 5, 24])
-def test_a_pool_is_the_beginning_of_every_larger_pool(items):
-    everyone = people_of(4)
-    larger, _ = pooled_items(everyone, TaskLoraSettings(), 0)
-    assert pooled_items(everyone, TaskLoraSettings(items=items), 0) == (larger[:items], [])
 
 
 @pytest.mark.parametrize("groups", [19, 20, 45])
@@ -94,14 +79,6 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
     assert len(tested) == (groups // 10 if groups > 19 else 0)
     assert not trained & tested
     assert len(trained) + len(tested) == groups
-
-
-def test_a_large_group_of_people_is_not_held_out_as_one():
-    crowd = [replace(one, group="g") for one in people(*[1] * 80)]
-    alone = [replace(one, id=f"alone-{one.id}") for one in people(*[1] * 40)]
-    for seed in range(30):
-        trained, tested = pooled_items([*crowd, *alone], TaskLoraSettings(rounds=2), seed)
-        assert (len(trained), len(tested)) == (116, 4)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
@@ -251,26 +228,6 @@ def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path
     other = build(tmp_path / "other", run=changed("task_lora", items=4))
     with pytest.raises(BankError):
         build(tmp_path, task_lora=other / "task_lora")
-
-
-def test_of_a_folder_with_a_task_lora_only_the_adapter_is_taken(built, tmp_path):
-    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
-    (given / "README.md").write_text("a card")
-    (given / "checkpoints").mkdir()
-    out = build(tmp_path / "bank", task_lora=given)
-    assert {name for name in read_info(out).files if "task_lora" in name} == {
-        "task_lora/adapter_config.json",
-        "task_lora/adapter_model.safetensors",
-    }
-    assert {path.name for path in (out / "task_lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_a_folder_without_a_task_lora_is_refused(built, tmp_path):
-    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
-    (given / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
-        build(tmp_path / "bank", task_lora=given)
-    assert not (tmp_path / "bank").exists()
 
 
 def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):

@@ -222,12 +222,12 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
         return None
     try:
         tensors = load_file(folder / CALIBRATION)
-        found = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
+        calibration = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
     except (OSError, SafetensorError, KeyError) as error:
         raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
-    if found.mu.shape != (len(info.items),) or found.curvature.shape != (len(info.items),) * 2:
+    if calibration.mu.shape != (len(info.items),) or calibration.curvature.shape != (len(info.items),) * 2:
         raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=restore(folder))
-    return found
+    return calibration
 
 
 def seal(values: dict[str, Any]) -> str:

@@ -110,11 +110,6 @@ def note_published(folder: Path, where: str) -> None:
     _note(folder, PUBLISHED, [where])
 
 
-def drop_note_of_publishing(folder: Path, where: str) -> None:
-    """Remove an address to which nothing was sent. Raises BankError if the note cannot be written."""
-    _note(folder, PUBLISHED, (), without=where)
-
-
 def published(folder: Path) -> list[str]:
     """Return the addresses that a bank was published to from this folder."""
     noted = read_json(folder / PUBLISHED)
@@ -127,14 +122,11 @@ def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
         _note(copy, STALE, parts)
 
 
-def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:
-    """Add entries to a list of a bank, or remove one; threads and processes wait for each other. Raises BankError."""
+def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
+    """Add entries to a list of a bank; threads and processes wait for each other. Raises BankError."""
     key, listed = {STALE: ("needs_rebuild", parts_to_rebuild), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
-            write_json(folder / name, {key: sorted({*listed(folder), *entries} - {without})})
+            write_json(folder / name, {key: sorted({*listed(folder), *entries})})
     except OSError as error:  # also if the lock is not free in time
-        raise BankError(
-            f"{folder / name} cannot be written: {error.strerror or error}",
-            hint=PERMISSIONS,
-        ) from None
+        raise BankError(f"{folder / name} cannot be written: {error.strerror or error}", hint=PERMISSIONS) from None
