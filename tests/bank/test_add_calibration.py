@@ -14,13 +14,11 @@ from tiny import base_of
 import mta
 from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
-from mta.bank.calibration.probes import CalibrationWorker
 from mta.bank.format import read_info, verify
 from mta.bank.notes import forget_marker, mark_stale, note_published, parts_to_rebuild, published, remove_leftovers
 from mta.config import CalibrationSettings, Run, load_settings, override
 from mta.data.history import Item, Person
-from mta.data.tasks import PromptFormat, load_task
-from mta.distributed.executor import LocalExecutor
+from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 
@@ -101,15 +99,6 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
 
 
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
-
-
-def test_a_calibration_measures_no_more_people_together_than_the_executor_takes(folder, base, monkeypatch):
-    sizes, scores = [], CalibrationWorker.scores
-    monkeypatch.setattr(
-        CalibrationWorker, "scores", lambda own, piece: (sizes.append(len(piece.examples)), scores(own, piece))[1]
-    )
-    calibrated(folder, base, executor=LocalExecutor(most=2))
-    assert set(sizes) == {2}
 
 
 def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
@@ -253,14 +242,6 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
     narrow.prompts.max_tokens = 20  # less than the instruction
     with pytest.raises(DataError, match=r"^item 1 of 'other-\d+': task .* max_tokens is 20"):
         calibrated(folder, narrow)
-
-
-def test_only_items_that_are_measured_have_to_fit(folder, base, monkeypatch):
-    late, checked = Item({"title": "Late", "genres": "Drama", "rating": "3"}, time=1e9), []
-    monkeypatch.setattr(PromptFormat, "check", lambda self, task, items: checked.extend(items))
-    calibrated(folder, base, [replace(person, items=(*person.items, *[late] * 60)) for person in OTHERS])
-    assert len(checked) >= 2 * len(OTHERS)
-    assert len([item for _, item in checked if item is late]) < 30 * len(OTHERS)
 
 
 def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):

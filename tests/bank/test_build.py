@@ -19,7 +19,6 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
 from mta.data.history import Item
-from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, DataError, InputError
 from mta.lora.batch import fresh
 from mta.tracking.run_folder import sittings
@@ -207,22 +206,6 @@ def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(buil
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
     assert trained(build(tmp_path / "bank", resume=False)) == trained(built)
-
-
-def test_finished_anchors_are_kept_on_a_machine_with_other_threads(built, tmp_path, monkeypatch):
-    steps = []
-
-    def stop(stage, step):
-        steps.extend([stage] * (stage == "anchors"))
-        if len(steps) == 6:  # of 4 for each of three anchors
-            raise KeyboardInterrupt
-
-    one_by_one = {"executor": LocalExecutor(most=1), "on_step": stop}
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", **one_by_one)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    build(tmp_path / "bank", **one_by_one)
-    assert len(steps) == 6 + 8
 
 
 @pytest.mark.parametrize("resume", [True, False])

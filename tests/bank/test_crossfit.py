@@ -347,12 +347,6 @@ def test_people_with_few_shots_do_not_decide_whether_a_merge_helps(scene, monkey
     assert "a merge did not help" in found.info.notes[-1]
 
 
-def test_people_with_few_shots_do_not_choose_the_rate():
-    few = torch.tensor([1, 8]).repeat(5)
-    made = Scripted(lambda rate: torch.where(few == 8, -1.0, 9.0).double(), (1, 8))
-    assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
-
-
 @pytest.mark.parametrize("best", RATES)
 def test_the_rate_is_the_one_that_gains_most(best):
     made = Scripted(lambda rate: NOTHING + (rate == best))
@@ -389,12 +383,6 @@ def test_where_people_are_few_each_is_asked_more(task, people, queries):
     settings = CalibrationSettings(people=4, queries=3, shots=8)
     found = subjects_of(base_of(), task, people_of(people, items=20), settings)
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
-
-
-def test_more_questions_of_few_people_do_not_cost_the_shots_that_were_asked_for(task):
-    settings = CalibrationSettings(people=16, queries=4, shots=16)
-    found = subjects_of(base_of(), task, people_of(4, items=20), settings)
-    assert [(len(one.shots), len(one.queries)) for one in found] == [(16, 4)] * 4
 
 
 def test_people_are_measured_as_newcomers(task):

@@ -8,9 +8,8 @@ import peft
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
-from tiny import base_of, save_base
+from tiny import base_of
 
-import mta
 from mta.bank.bank import Bank
 from mta.bank.card import card
 from mta.bank.notes import mark_stale, stale_report
@@ -161,18 +160,6 @@ def test_loras_of_another_base_and_equal_names_are_refused(trained, tmp_path):
         imported(tmp_path / "bank", [*folders, twin])
     with pytest.raises(InputError, match="no adapters were given"):
         imported(tmp_path / "bank", [])
-
-
-def test_an_imported_bank_is_found_by_whole_paths(trained, tmp_path, monkeypatch):
-    save_base(tmp_path / "base")
-    (tmp_path / "encoder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    encoder = HashEncoder()
-    encoder.name = "./encoder"
-    base = mta.BaseModel.load("./base", dtype="float64")
-    bank = Bank.of_adapters(base, trained[0][:1], tmp_path / "bank", task=TASK, run=TINY_RUN, encoder=encoder)
-    assert bank.info.encoder == bank.info.run.encoder == str(tmp_path / "encoder")
-    assert bank.info.run.base == str(tmp_path / "base")
 
 
 def test_a_bank_with_the_lora_of_a_forgotten_person_is_imported_anew(trained, tmp_path):

@@ -97,16 +97,6 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     assert "base_model:" not in hub.repos[NAME].files["README.md"].decode()
 
 
-@pytest.mark.parametrize("place", ["../clients/acme/mine", "acme/mine"])
-def test_a_relative_place_of_this_machine_stays_here(hub, folder, place):
-    adapter = folder / "task_lora" / "adapter_config.json"
-    place = {"base_model_name_or_path": place}
-    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | place))
-    rewritten(folder, files=file_hashes(folder, read_info(folder).files))
-    Bank.open(folder, BASE).push_to_hub(NAME)
-    assert b"acme" not in hub.arrived()
-
-
 def test_a_folder_that_exists_wins(hub, bank, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bank.folder, NAME)

@@ -112,12 +112,6 @@ def test_a_written_adapter_is_read_back(tmp_path: Path, dtype: torch.dtype, rank
     assert len(read_peft(str(tmp_path))) == 1
 
 
-def test_a_selected_view_and_a_padded_rank_are_read_back(tmp_path: Path) -> None:
-    view = random_loras(base_of(), 3).select(slice(1, 2)).padded(5)
-    write_peft(tmp_path, view, "base")
-    assert same(read_peft(tmp_path), view)
-
-
 @given(st.floats(1e-6, 1e6), st.integers(1, 512))
 def test_alpha_encodes_the_scale(scale: float, rank: int) -> None:
     assert alpha_of(scale, rank) / rank == pytest.approx(scale, rel=2.3e-16, abs=0)

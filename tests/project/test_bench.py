@@ -1,9 +1,6 @@
 """Arithmetic and records of the benchmark. No test asserts a time."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +9,10 @@ from tiny import base_of, random_loras
 
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import limit, merging, record, timing
-from benchmarks.speed.apart import Broken, apart
 from benchmarks.speed.peers import padded
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.data.tasks.prompt import Example
-from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.training.packing import pack
 
@@ -88,28 +83,6 @@ class TestPeer:
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
         assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
 
-    @pytest.mark.integration
-    def test_an_object_in_its_own_process_returns_results_and_raises_errors(self):
-        with apart(Counted, torch.arange(3)) as there:
-            assert there.times(2).tolist() == [0, 2, 4]
-            assert there.process() != os.getpid()
-            with pytest.raises(Broken, match=r"ValueError: not 3"):
-                there.times(3)
-            assert there.times(1).tolist() == [0, 1, 2]
-
-
-class Counted:
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def times(self, factor):
-        if factor == 3:
-            raise ValueError("not 3")
-        return factor * self.numbers
-
-    def process(self):
-        return os.getpid()
-
 
 class TestRecords:
     def test_a_written_row_is_read_back(self, tmp_path):
@@ -164,24 +137,3 @@ class TestMerging:
             torch.equal(x, y) for x, y in zip(chunks[2].tensors().values(), whole.select([4]).tensors().values())
         )
         assert work.run() == 5
-
-    def test_the_difference_compares_updates_rather_than_factors(self):
-        one = random_loras(base_of(), 1)
-        other = LoraBatch({name: Factors(2 * a, b / 2) for name, (a, b) in one.factors.items()}, one.scale)
-        assert merging.apart_by_update(other, one) < 1e-15
-        last = LoraBatch(
-            {name: Factors(a, b * (1.5 if "down" in name else 1)) for name, (a, b) in one.factors.items()}, 0.5
-        )
-        assert merging.apart_by_update(last, one) == pytest.approx(0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.network
-def test_the_merging_benchmark_runs(tmp_path, fetched):
-    fetched("smollm2-135m-instruct"), fetched("movielens-100k")
-    words = ["--only", "merging", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("bench-*.json")
-    assert all(one["rates"] or one["skipped"] for one in record.kept(path))

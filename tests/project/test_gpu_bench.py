@@ -10,7 +10,7 @@ import pytest
 import torch
 from memory import TensorMemory
 
-from benchmarks.gpu.__main__ import keep, main, planned, recorded
+from benchmarks.gpu.__main__ import keep, main, recorded
 from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
@@ -19,7 +19,7 @@ from benchmarks.speed.adaptation import against_peer
 from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, fastest
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import Cohort, apart, oppu, small, stack
+from benchmarks.speed.training import Cohort, apart, oppu, small
 from mta.config import Training
 from mta.kernels.compile import without_kernels
 
@@ -33,13 +33,6 @@ def test_a_shape_has_the_weights_of_its_model(shape):
     assert shape.parameters == pytest.approx(weights, rel=1e-3)
     billions = {"135M": 0.135, "1B": 1.24, "4B": 4.02, "8B": 8.03}[shape.name.rpartition("-")[2]]
     assert weights / 1e9 == pytest.approx(billions, rel=0.01)
-
-
-def test_the_plan_names_what_does_not_fit():
-    lines = list(planned(SHAPES, 24 * 2**30, given=8 * 2**30, quick=False))
-    assert [line.endswith("fits") for line in lines] == [True, False, True, False]
-    assert "Llama-3-8B: 8.03 billion weights" in lines[1]
-    assert lines[1].endswith("left out: too little memory: about 49 GiB needed, 24 GiB free")
 
 
 def test_examples_share_their_beginning_and_have_the_length_asked_for():
@@ -63,28 +56,6 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     monkeypatch.setitem(PARTS, "training", lambda site: plan)
     found = {row.name: row.skipped for row in rows(site_of(), "training")}
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
-
-
-def test_rows_of_a_base_that_fails_the_check_are_failed(monkeypatch):
-    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", lambda: Row("first", "mta", "peer"))])
-    site = site_of()
-    (base,) = rows(site, "base")
-    assert (base.skipped, base.note) == ("", "blocked: yes, packable: yes")
-    site.base.blocked = False
-    found = [*rows(site, "base"), *rows(site, "training")]
-    assert [row.skipped.startswith("failed: the base did not pass the check") for row in found] == [True, True]
-
-
-def test_only_targets_for_gpus_are_shown(monkeypatch):
-    of_a_cpu = Row("first", "mta", "peer", rates=(3.0,), peer_rates=(1.0,), target=50.0)
-    monkeypatch.setitem(PARTS, "merging", lambda site: [Planned("first", lambda: of_a_cpu)])
-    assert [row.target for row in rows(site_of(), "merging")] == [None]
-    targets = {planned.name: planned.target for part in PARTS.values() for planned in part(site_of(shape=SHAPES[1]))}
-    assert {name.removeprefix("Llama-3-8B, "): target for name, target in targets.items() if target} == {
-        "rank 8 (OPPU), 8 shots of 70 tokens": 5.0,
-        "stage 3, 8 shots of 70 tokens": 5.0,
-        "decoding against the base alone": 0.85,
-    }
 
 
 def recorded_of(name, run, skipped="", part="training"):
@@ -112,14 +83,6 @@ def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
     right = Cohort.gradient
     monkeypatch.setattr(Cohort, "gradient", lambda self: (right(self)[0], right(self)[1].select([1, 0, 2])))
     assert against_peer(cohort, plain, 3) > 0.1
-
-
-def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=6, examples=2, tokens=24, shared=8)
-    cohort = stack(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), 2**22, site.bank)
-    alone = replace(cohort, pooled=None, merges=None)
-    assert len(cohort.plan().cohorts) > len(alone.plan().cohorts)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -199,12 +162,3 @@ def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     assert {"decoding against the base alone", "decoding against PEFT adapter_names"} <= {*names}
     assert not [row for row in found["rows"] if row["skipped"].startswith("failed")]
     assert capsys.readouterr().out.count("Llama-3.2-1B") >= len(names)
-
-
-@pytest.mark.slow
-def test_four_layers_of_the_8b_shape_train_as_peft_trains_them():
-    shape = replace(SHAPES[1], layers=4, vocabulary=32000)  # nine gigabytes for both
-    site = Site(shape, torch.device("cpu"), torch.float32, 2**33, Settings(people=2))
-    jobs = jobs_of(shape, people=2, examples=2, tokens=24, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
-    assert against_peer(cohort, PlainPeft(site.plain(), cohort.start.select([0]))) < 1e-3

@@ -26,14 +26,6 @@ def test_a_list_is_read_back(exports: list[Export]) -> None:
     assert exports_from_bytes(exports_to_bytes(exports)) == exports
 
 
-def test_another_schema_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "SCHEMA", 2)
-        data = exports_to_bytes(LIST)
-    with pytest.raises(StateCorrupt, match="expected schema 3 and exports with that sha256\n  Remove the file"):
-        exports_from_bytes(data)
-
-
 def test_a_store_notes_exports_for_its_owner_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "people")
     assert store.exports.of(ANN) == []

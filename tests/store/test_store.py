@@ -32,18 +32,6 @@ def test_a_store_keeps_versions(url: str) -> None:
     assert again.nbytes(ANN) == state(0).nbytes + state(1).nbytes
 
 
-def test_links_are_removed_with_the_person(tmp_path: Path) -> None:
-    store = Store(tmp_path / "people")
-    store.save(ANN, state(0))
-    file = path_of(store, ANN) / "1.safetensors"
-    elsewhere = file.rename(tmp_path / "elsewhere")
-    file.symlink_to(elsewhere)
-    assert store.versions(ANN) == [1]
-    assert store.remove(ANN)
-    assert not os.path.lexists(file)
-    assert elsewhere.exists()  # nothing outside the store is changed
-
-
 def test_the_same_work_again_is_a_no_op(url: str) -> None:
     store = Store(url)
     store.save(ANN, state(0))

@@ -249,13 +249,9 @@ def _link(temporary: Path, path: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
-            try:
-                file.write(temporary.read_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:  # such as a full disk
-                path.unlink()
-                raise
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:
