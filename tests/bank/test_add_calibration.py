@@ -16,7 +16,7 @@ from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
 from mta.bank.format import read_info, verify
 from mta.bank.notes import forget_marker, mark_stale, note_published, parts_to_rebuild, published, remove_leftovers
-from mta.config import CalibrationSettings, Run, load_settings, override
+from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
@@ -60,18 +60,6 @@ def test_a_bank_is_calibrated_in_place(folder, base):
     kept = {"LICENSE", "run.json", "metrics.jsonl", "config.yaml", "published.json"}
     assert kept <= {path.name for path in (folder / "bank").iterdir()}
     assert [path.name for path in folder.iterdir()] == ["bank"]
-
-
-def test_the_settings_beside_a_bank_are_those_of_its_calibration(tiny, tmp_path):
-    base, bank = tiny
-    after = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
-    written = load_settings(Run, after.folder / "config.yaml")
-    assert written.calibration == after.info.run.calibration == RUN.calibration
-    assert (written.merge, written.stack, written.seed) == (
-        after.info.run.merge,
-        after.info.run.stack,
-        bank.info.run.seed,
-    )
 
 
 def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base, monkeypatch):
@@ -305,16 +293,6 @@ def test_twins_of_people_who_train_the_task_lora_are_not_measured():
     unseen = {"p0": 4, "p1": 4, "twin": 4}
     found = calibration_people([*people, twin], set(), RUN.calibration, 0, HEADLINES, unseen)
     assert {one.id for one in found} == {"p1", "p2"}
-
-
-def test_settings_that_cannot_be_read_cost_no_calibration(tiny, tmp_path, monkeypatch):
-    base, bank = tiny
-    first = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
-    (first.folder / "config.yaml").write_text("a: [")
-    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
-    with pytest.raises(ConfigError, match="not readable YAML"):
-        first.calibrate(base, OTHERS[:8], run=RUN)
-    assert mta.Bank.open(first.folder, base).calibration.info == first.calibration.info
 
 
 def test_a_finished_calibration_is_not_measured_again(folder, base, tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from mta.bank.bank import Bank
 from mta.bank.format import read_info
 from mta.data.history import Item
 from mta.errors import BankError, DataError, InputError
-from mta.lora.batch import fresh
 from mta.tracking.run_folder import sittings
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
@@ -91,14 +90,6 @@ def test_a_build_goes_on_with_other_memory(built, tmp_path):
     out = build(tmp_path / "bank", run=other, on_step=lambda stage, step: stages.append(stage))
     assert "task LoRA" not in stages
     assert trained(out)["task_lora/adapter_model.safetensors"] == trained(built)["task_lora/adapter_model.safetensors"]
-
-
-def test_all_anchors_start_from_the_same_a(tmp_path):
-    training = TINY_RUN.bank.training.model_copy(update={"steps": 0})
-    found = load_file(build(tmp_path / "bank", run=changed("bank", training=training)) / "anchors.safetensors")
-    start = fresh(base_of().targets, 2, 8.0, 0, ["bank"], torch.float64).tensors()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, start[name].expand_as(tensor))
 
 
 @pytest.mark.parametrize("cohort", [1, 2])

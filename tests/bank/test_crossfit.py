@@ -135,12 +135,6 @@ def test_too_few_people_give_the_documented_defaults(scene, people):
     assert "too few" in found.info.notes[0]
 
 
-def test_few_people_with_many_shots_are_not_measured_alone(scene):
-    found = calibrated(scene, known(ENOUGH - 1, (8,)) + known(7, (4,))).info
-    assert [gain.shots for gain in found.gains] == [1, 4]
-    assert "fewer than 8 people have 8 shots" in found.notes
-
-
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 100))
 def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
@@ -361,11 +355,6 @@ def test_people_get_the_rate_that_everybody_else_chose():
     made = Scripted(lambda rate: gain.get(rate, NOTHING - 1))
     _, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
     assert all(float(each[0]) == 1 for each in found.values())
-
-
-def test_without_a_helpful_stack_no_gain_of_stacks_is_reported():
-    made, gains = Scripted(lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
-    assert made.best_rate(MERGES, gains) == (0, {})
 
 
 def test_a_stack_must_help_beyond_its_interval():

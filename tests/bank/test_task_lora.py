@@ -20,7 +20,6 @@ from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, ConfigError, InputError
 from mta.lora.batch import LoraBatch, fresh, join
 from mta.lora.peft import read_peft, write_peft
@@ -240,23 +239,6 @@ def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):
     assert not (tmp_path / "bank").exists()
     with pytest.raises(InputError, match="adapters of different layers"):
         join([whole, replace(whole, factors=some)])
-
-
-def test_held_out_items_are_scored_where_the_task_lora_trains(tmp_path):
-    """A cluster's driver may have no GPU. The rounds have the same workers, which load the base once."""
-    openers = []
-
-    class Watched(LocalExecutor):
-        def run(self, function, pieces, local, open_remote):
-            openers.append((function.__name__, open_remote))
-            return super().run(function, pieces, local, open_remote)
-
-    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=2)
-    build(tmp_path / "bank", people, run=run, executor=Watched())
-    functions = [name for name, _ in openers]
-    assert functions[:4] == ["train_piece", "score_piece"] * 2
-    assert len({id(open_remote) for _, open_remote in openers[:4]}) == 1
-    assert {id(open_remote) for _, open_remote in openers[4:]}.isdisjoint({id(openers[0][1])})
 
 
 def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):

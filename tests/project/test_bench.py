@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny import base_of, random_loras
 
-from benchmarks.speed import __main__ as command
 from benchmarks.speed import limit, merging, record, timing
 from benchmarks.speed.peers import padded
 from benchmarks.speed.settings import Settings
@@ -48,22 +47,6 @@ class TestTiming:
     )
     def test_a_verdict_needs_a_target_and_a_measurement(self, measured, verdict):
         assert measured.verdict == verdict
-
-
-def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch, capsys):
-    def measure(*rows):
-        monkeypatch.setattr(command, "_measured", lambda *_: iter(rows))
-        command.main(["--only", "multi_lora", "--out", str(tmp_path), "--again"])
-        (path,) = tmp_path.glob("bench-*.json")
-        return {one["name"]: one["rates"] for one in record.kept(path)}
-
-    before = measure(row(5.0), Row("another", "mta", "peer", rates=(1.0,), peer_rates=(1.0,)))
-    missing = Row("multi_lora", "mta", "", skipped="no peer"), Row("another", "mta", "", skipped="no data")
-    capsys.readouterr()
-    assert measure(*missing) == before | {"multi_lora": []}
-    shown = capsys.readouterr().out
-    assert "earlier results: a row, another" in shown  # a clone's may be those of another machine
-    assert "another" not in shown.partition("Not measured now")[0]
 
 
 class TestOperations:
@@ -115,14 +98,6 @@ class TestRecords:
         found = record.merged(record.merged(old, new), more)
         assert [one["name"] for one in found] == ["1", "3", "2"]
         assert found[0]["ours"] == "other"
-
-    def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
-        kept = record.record(row(), "limit", SETTINGS)
-        assert record.current(kept, SETTINGS)
-        assert not record.current(kept, Settings(repeats=2))
-        assert not record.current({**kept, "code": "other"}, SETTINGS)
-        assert not record.current({**kept, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
-        assert not record.current({**kept, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
 
 
 class TestMerging:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from memory import TensorMemory
 
-from benchmarks.gpu.__main__ import keep, main, recorded
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
-from benchmarks.gpu.steps import planned_bytes, rates_by_batch
+from benchmarks.gpu.steps import planned_bytes
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, fastest
+from benchmarks.speed.peers import PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import Cohort, apart, oppu, small
+from benchmarks.speed.training import Cohort, oppu
 from mta.config import Training
 from mta.kernels.compile import without_kernels
 
@@ -58,22 +58,6 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
 
 
-def recorded_of(name, run, skipped="", part="training"):
-    row = Row(name, "mta", "peer", skipped=skipped)
-    return recorded(row, run, part, site_of())
-
-
-def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
-    found = {}
-    for one in [recorded_of("a", "run 1"), recorded_of("b", "run 1"), recorded_of("c", "run 1", part="curve")]:
-        keep(found, one)
-    keep(found, recorded_of("a", "run 2", skipped="no time left"))
-    assert {name: one["run"] for name, one in found.items()} == {"a": "run 1", "b": "run 1", "c": "run 1"}
-    keep(found, recorded_of("a", "run 2", skipped="failed: OutOfMemoryError"))
-    assert {name: one["run"] for name, one in found.items()} == {"c": "run 1", "a": "run 2"}
-    assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
-
-
 def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
     site = replace(site_of(), dtype=torch.float32)
     jobs = jobs_of(site.shape, people=3, examples=2, tokens=24, shared=8)
@@ -97,33 +81,6 @@ def test_the_memory_of_a_cohort_is_planned(checkpointed):
             with TensorMemory([*base.model.parameters(), *base.model.buffers(), *starts]) as memory:
                 some.train(tokens_per_batch=tokens)
             assert memory.peak == pytest.approx(planned_bytes(some, tokens), rel=0.05)
-
-
-def test_the_peer_is_measured_with_the_batches_that_fit():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=2, examples=8, tokens=30, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=8), site.memory)
-    plain = PlainPeft(site.plain(), cohort.start.select([0]))
-    plain.tokens = 150
-    plain.prepare(jobs, cohort.start, cohort.training)
-    assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8), 1)] == [2, 4]
-    assert plain.tokens == 150
-    work = cohort.jobs[:1], cohort.start, cohort.training
-    assert fastest(plain, lambda: plain.prepare(*work), PRECISIONS) in PRECISIONS
-
-
-def test_precisions_of_the_peer_give_its_gradients():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=1, examples=2, tokens=24, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
-    start = small(cohort.start, 7)
-    plain = PlainPeft(site.plain(), start)
-    _, expected = plain.gradient(jobs, start)
-    kinds = torch.float32, torch.bfloat16, torch.float32
-    for precision, kind in zip((*PRECISIONS, AS_IT_COMES), kinds):
-        plain.compute_with(precision)
-        assert {tensor.dtype for tensor in plain.parameters} == {kind}
-        assert apart(plain.gradient(jobs, start)[1], expected) < 0.05
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -120,22 +120,6 @@ def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
     assert len(kept.items) == 8
 
 
-def test_a_saved_history_waits_for_a_change_under_way(tmp_path: Path) -> None:
-    store, steps = Store(tmp_path), list[str]()
-    saving = threading.Thread(target=lambda: (Store(tmp_path).save_history(person()), steps.append("saved")))
-
-    def slow(before: Person | None) -> Person:
-        saving.start()
-        saving.join(0.3)
-        steps.append("changed")
-        return Person(ANN, person().items[:1])
-
-    store.change_history(ANN, slow)
-    saving.join()
-    assert steps == ["changed", "saved"]
-    assert store.history(ANN) == person()
-
-
 def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save_history(person())
@@ -165,19 +149,6 @@ def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     assert store.save(ANN, state(1)) == 2
     assert forget_person(ANN, store).states_removed
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
-
-
-def test_racing_writers_have_one_winner_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    store, late = Store(tmp_path), Store(tmp_path)
-    late.latest = lambda id: None
-    assert store.save(ANN, state(0)) == 1
-    with pytest.raises(StoreConflict):
-        late.save(ANN, state(1))
-    assert store.load(ANN) == state(0)
 
 
 def test_a_store_that_was_created_anew_gets_its_new_key(tmp_path: Path) -> None:
