@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
 
 from mta.errors import MtaError
 from mta.store.exports import exports_from_bytes
@@ -23,10 +22,8 @@ from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER, LIFETIME
 from mta.system.storage import LOCK, in_threads
 
-Kind = Literal["key", "state", "history", "exports", "work", "tombstone", "lock", "leftover", "stranger"]
-
 _PERSON = "[0-9a-f]{2}/[0-9a-f]{64}"
-_KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match counts
+_KINDS = {  # kind of a file -> pattern of its names; the first match counts, and other files are strangers
     "state": rf"{_PERSON}/[1-9][0-9]*\.safetensors",
     "history": rf"{_PERSON}/history\.json",
     "exports": rf"{_PERSON}/exports\.json",
@@ -37,7 +34,7 @@ _KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match cou
     "lock": re.escape(LOCK),
     "tombstone": f"{FOLDER}/.+",
 }
-_READERS: dict[Kind, Callable[[bytes, str], object]] = {
+_READERS: dict[str, Callable[[bytes, str], object]] = {
     "state": State.from_bytes,
     "history": partial(history_from_bytes, "-"),
     "exports": exports_from_bytes,
@@ -88,7 +85,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
             person, _, file = name.rpartition("/")
             newest[person] = max(newest.get(person, (0, "")), (version_of(file), bank))
         on_file(n, len(read))
-    whole = defaultdict[Kind, list[str]](list)
+    whole = defaultdict[str, list[str]](list)
     for name in sorted(kinds.keys() - damaged):
         whole[kinds[name]].append(name)
     return Health(
@@ -107,7 +104,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 def stats(store: Store) -> Stats:
     """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
     store.check()
-    sizes, kinds, known = Counter[str](), Counter[Kind](), set[str]()
+    sizes, kinds, known = Counter[str](), Counter[str](), set[str]()
     for name, size in store.files.find().items():
         if (kind := _kind(name)) in _READERS:
             kinds[kind] += 1
@@ -127,10 +124,9 @@ def collect(
 ) -> dict[str, int]:
     """Remove temporary files older than ``older`` seconds and, with ``keep``, all but each person's newest versions.
 
-    Files of stopped runs are removed after a week without changes, and so are expired tombstones. If a person's newest
-    version is damaged, all of that person's versions are kept.
-    Returns the removed files (with ``dry``: the files to remove) and their bytes. An interrupted call can be repeated.
-    Raises StoreError if there is no store.
+    Also removes runs that stopped a week ago, and expired tombstones. If a person's newest version is damaged, all of
+    that person's versions are kept. Returns the removed files (with ``dry``: the files to remove) and their bytes. An
+    interrupted call can be repeated. Raises StoreError if there is no store.
     """
     store.check()
     sizes = store.files.find()
@@ -176,7 +172,7 @@ def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
     return older
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), "stranger")
 
 

@@ -6,13 +6,10 @@ import contextlib
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.errors import StoreError
-from mta.store.tombstones import LIFETIME
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
@@ -56,12 +53,8 @@ class RunCheckpoints:
         return Checkpoint(path, digest, allowed=self.allowed)
 
     def finish(self) -> None:
-        """Remove the folder of the finished run, and folders of runs that stopped a week ago."""
+        """Remove the folder of the finished run. ``mta.store.maintenance.collect`` removes those of stopped runs."""
         self.drop()
-        for name in runs_in(self.files) if self.files.local else []:
-            with contextlib.suppress(FileNotFoundError, StoreError):  # another run may remove its folder meanwhile
-                if time.time() - Path(self.files.at(name)).stat().st_mtime > LIFETIME:
-                    self.files.remove_folder(name)
         _remove_if_empty(self.files)
 
     def drop(self) -> None:
@@ -69,16 +62,12 @@ class RunCheckpoints:
         self.files.remove_folder(self.name)
 
 
-def runs_in(files: Storage) -> list[str]:
-    """Return the names of the folders of all runs over a store."""
-    return [f"{FOLDER}/{name}" for name in files.names(FOLDER) if re.fullmatch(RUN, name)]
-
-
 def drop_runs(files: Storage) -> None:
     """Remove the folders of all runs over a store, if it is one. Raises StoreError."""
     if files.exists(KEY_FILE):
-        for name in runs_in(files):
-            files.remove_folder(name)
+        for name in files.names(FOLDER):
+            if re.fullmatch(RUN, name):
+                files.remove_folder(f"{FOLDER}/{name}")
         _remove_if_empty(files)
 
 
