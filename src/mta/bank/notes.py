@@ -74,8 +74,8 @@ def note_stop(folder: Path) -> None:
         write_text(folder / STOPS, secrets.token_hex(8))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            found = f"{folder / STOPS} cannot be written: {error.strerror or error}"
-            raise BankError(found, hint=PERMISSIONS) from None
+            reason = f"{folder / STOPS} cannot be written: {error.strerror or error}"
+            raise BankError(reason, hint=PERMISSIONS) from None
 
 
 def parts_to_rebuild(folder: Path) -> list[str]:
@@ -97,12 +97,12 @@ def stale_report(folder: Path) -> StaleReport | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := parts_to_rebuild(folder)):
         return None
-    found, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
+    message, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
     if parts == ["calibration"]:
-        return StaleReport(found, "Leave that person out, and calibrate again:  mta bank calibrate")
+        return StaleReport(message, "Leave that person out, and calibrate again:  mta bank calibrate")
     if info.plan or info.run.task_lora.enabled:
-        return StaleReport(found, "Leave that person out, and make it anew:  mta bank build --out NEW")
-    return StaleReport(found, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
+        return StaleReport(message, "Leave that person out, and make it anew:  mta bank build --out NEW")
+    return StaleReport(message, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
 
 
 def note_published(folder: Path, where: str) -> None:
