@@ -85,11 +85,6 @@ def test_an_unknown_key_is_named_with_its_value():
     assert error.hint.startswith("Did you mean anchors? Settings here are: anchors, min_items, ")
 
 
-def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
-    path = written(tmp_path, "bonk: 3\n")
-    assert refused(path).message.startswith(f"{path}: bonk: ")
-
-
 @pytest.mark.parametrize(
     ("word", "key", "got", "hint"),
     [

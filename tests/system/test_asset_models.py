@@ -101,13 +101,3 @@ def test_real_files_are_the_official_ones(name, fetched):
     for file, expected in OFFICIAL[name].items():
         assert sha256((folder / file).read_bytes()) == expected, file
     assert all((folder / file).is_file() for file in assets.ASSETS[name].files)
-
-
-@pytest.mark.integration
-@pytest.mark.network
-def test_real_smollm2_is_ready_to_use(fetched):
-    folder = fetched("smollm2-135m-instruct")
-    assert_ordinary_folder(folder)
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
-    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in folder.iterdir()}
-    assert assets.ASSETS["smollm2-135m-instruct"].note == "dequantized from Q4_1"

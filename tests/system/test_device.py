@@ -1,19 +1,12 @@
 """Choice of device and dtype; threads and random generators of the process keep their state."""
 
-import asyncio
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import personalizer
 
 from mta.errors import ModelError
-from mta.personalize.adapters import TASK
-from mta.serving.api.jobs import Jobs
-from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import EngineRequest
-from mta.store import Store
 from mta.system import device
 from mta.system.device import compute_with, pick_device, pick_dtype, seeded
 
@@ -40,22 +33,6 @@ def test_compute_with_changes_only_its_own_thread():
     thread.start()
     thread.join()
     assert own == [1]
-    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
-
-
-@pytest.mark.usefixtures("_three_threads")
-def test_an_engine_does_not_change_the_number_of_threads_of_other_threads(tiny, tmp_path):
-    base, bank = tiny
-    store = Store(tmp_path / "people")
-
-    async def go():
-        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
-        jobs = Jobs(personalizer(base.twin(), bank, store))
-        assert [piece async for piece in engine.answer(EngineRequest((5, 6, 7), TASK, max_tokens=2))]
-        await jobs.close()
-        await engine.close()
-
-    asyncio.run(go())
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
 
 
