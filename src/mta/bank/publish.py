@@ -27,7 +27,7 @@ from mta.bank.notes import forget_marker, note_published, stale_report
 from mta.errors import BankCorrupt, BankError, BankNotFound, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
-from mta.system.hub import Repository, Upload, is_hub_id, public_name, snapshot
+from mta.system.hub import Upload, is_hub_id, public_name, send, snapshot
 
 _ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
@@ -62,12 +62,13 @@ def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = Tr
     The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
     BankError if a person in the bank was forgotten since the upload was made, even if the bank was calibrated again.
     """
+
+    def note(url: str) -> None:
+        note_published(folder, url)  # before sending: an interrupted upload must be noted too
+        _refuse_stale(folder, upload.since)  # again: who is forgotten from now on finds the note
+
     _refuse_stale(folder, upload.since)
-    repository = Repository.begin(place, private=private, token=token)
-    note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
-    _refuse_stale(folder, upload.since)  # again: who is forgotten from now on finds the note
-    repository.send(upload, "Publish a bank of mta", ours=_ALL)
-    return repository.url
+    return send(upload, place, "Publish a bank of mta", note, private=private, token=token, ours=_ALL)
 
 
 def _refuse_stale(folder: Path, since: str) -> None:
