@@ -33,8 +33,7 @@ from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
-_PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
-_KEY = re.compile("[0-9a-f]{64}")
+_OUTER, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
 KEY_SCHEMA = 1
 
 
@@ -202,16 +201,16 @@ class Store:
         remove_if_empty(self.files, path)
         return bool(names)
 
-    def _keep_out(self, id: str, since: Collection[str] | None, *names: str) -> None:
-        """Remove files that were just written if the person was forgotten meanwhile, and raise PersonForgotten.
+    def _keep_out(self, id: str, since: Collection[str] | None, name: str) -> None:
+        """Remove a file that was just written if the person was forgotten meanwhile, and raise PersonForgotten.
 
-        ``forget`` writes its tombstone before it lists files, so it finds these files, or this call the tombstone. If
+        ``forget`` writes its tombstone before it lists files, so it finds this file, or this call the tombstone. If
         tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
         """
         try:
             self.tombstones.check(id, since)
         except StoreError as error:
-            for name in names if isinstance(error, PersonForgotten) else filter(version_of, names):
+            if isinstance(error, PersonForgotten) or version_of(name):
                 self.files.remove(f"{self._path(id)}/{name}")
             remove_if_empty(self.files, self._path(id))
             raise
@@ -240,7 +239,8 @@ class Store:
     def _open(self, write: bool) -> bytes:
         """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""
         data = self.files.read(KEY_FILE)
-        if data is None and any(map(_PERSON.match, self.files.find(depth=3))):
+        outer = filter(_OUTER.fullmatch, self.files.names("")) if data is None else ()
+        if any(_KEY.fullmatch(name) for folder in outer for name in self.files.names(folder)):  # people without a key
             data = self.files.read(KEY_FILE) or b"nothing"  # read again: another writer may just have created it
         if data is None and write:
             made = {"schema": KEY_SCHEMA, "key": secrets.token_hex(32)}

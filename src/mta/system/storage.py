@@ -90,12 +90,12 @@ class Storage:
             return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listing]
         return []
 
-    def find(self, depth: int | None = None) -> dict[str, int]:
-        """Return names and sizes (bytes) of all files, down to ``depth`` levels."""
+    def find(self) -> dict[str, int]:
+        """Return names and sizes (bytes) of all files."""
         with self._reported(self.root):
             if self.local:
-                return dict(_find_local(Path(self.root), depth))
-            infos = self.fs.find(self.root, maxdepth=depth, detail=True)
+                return dict(_find_local(Path(self.root)))
+            infos = self.fs.find(self.root, detail=True)
             return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in infos.items()}
 
     def time(self, name: str) -> datetime | None:
@@ -254,17 +254,14 @@ def _link(temporary: Path, path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:
+def _find_local(root: Path) -> Iterator[tuple[str, int]]:
     """Yield all files below a folder. Raises OSError for an unreadable folder, which fsspec would skip silently."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # removed meanwhile
             raise error
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        place = Path(folder).relative_to(root)
-        if depth is not None and len(place.parts) + 1 >= depth:
-            folders.clear()
-        for name in names:
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for path in (Path(folder, name) for name in names):
             with contextlib.suppress(FileNotFoundError):
-                yield (place / name).as_posix(), Path(folder, name).lstat().st_size
+                yield path.relative_to(root).as_posix(), path.lstat().st_size
