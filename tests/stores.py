@@ -8,10 +8,11 @@ import torch
 
 from mta.data.history import Item, Person
 from mta.lora.batch import Factors, LoraBatch
-from mta.lora.peft import write_peft
+from mta.lora.peft import WEIGHTS, write_peft
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.state import State, state_key
+from mta.system.atomic import file_sha256
 
 ANN = "ann.müller@example.org"
 
@@ -44,7 +45,7 @@ def everything(root: Path) -> Iterator[tuple[Path, bytes]]:
 
 def exported(folder: Path, seed: int = 0) -> Export:
     write_peft(folder, adapter(seed), "base")
-    return Export.begun(folder).done()
+    return replace(Export.begun(folder), sha256=file_sha256(folder / WEIGHTS))
 
 
 def record_export(store: Store, id: str = ANN) -> None:
@@ -54,5 +55,6 @@ def record_export(store: Store, id: str = ANN) -> None:
 
 
 def export_from(store: Store, folder: Path, seed: int = 0) -> Export:
-    with store.exports.writing(ANN, folder):
-        return exported(folder, seed)
+    with store.exports.writing(ANN, folder) as written:
+        write_peft(folder, adapter(seed), "base", on_weights=written)
+    return store.exports.of(ANN)[-1]

@@ -19,7 +19,7 @@ from tiny import base_of, tokenizer
 
 from mta.bank.format import STOPS
 from mta.cli import main
-from mta.store.lock import LOCK
+from mta.system.storage import LOCK
 from mta_lab.cli import main as lab_main
 
 TASK = ["--task", "movielens-rating"]

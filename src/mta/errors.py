@@ -36,7 +36,7 @@ MtaError
 
 A message says what happened, what was found and what was expected; ``hint`` says what to type next. The errors of
 the server are defined in ``mta.serving.engine``, ``mta.serving.api.errors``, and ``mta.serving.vllm.server``.
-To add one: subclass the nearest branch, draw it above, and provoke it in tests/project/provoked.py.
+To add one: subclass the nearest branch, and draw it above.
 """
 
 from __future__ import annotations

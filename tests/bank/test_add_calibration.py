@@ -1,7 +1,6 @@
 """Calibrating a finished bank: what changes, what does not, and that a forgotten person is not in it."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,12 @@ from tiny import base_of
 import mta
 from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
-from mta.bank.calibration.probes import CalibrationWorker
 from mta.bank.format import read_info, verify
 from mta.bank.notes import forget_marker, mark_stale, note_published, parts_to_rebuild, published, remove_leftovers
-from mta.config import CalibrationSettings, Run, load_settings, override
+from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
-from mta.data.tasks import PromptFormat, load_task
-from mta.distributed.executor import LocalExecutor
-from mta.errors import BankCorrupt, BankError, ConfigError, DataError, InputError, OtherBank
+from mta.data.tasks import load_task
+from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
 
 RUN = Run(calibration=CalibrationSettings(people=8, shots=3, queries=2, steps=1))
@@ -65,39 +62,6 @@ def test_a_bank_is_calibrated_in_place(folder, base):
     assert [path.name for path in folder.iterdir()] == ["bank"]
 
 
-def test_a_bank_behind_a_link_stays_behind_it(folder, base, tmp_path):
-    (tmp_path / "link").symlink_to(folder / "bank")
-    assert mta.Bank.open(tmp_path / "link", base).calibrate(base, OTHERS, run=RUN).calibration
-    assert (tmp_path / "link").is_symlink()
-    assert read_info(folder / "bank").calibration
-
-
-def test_settings_that_were_chosen_for_a_bank_stay(tiny, tmp_path):
-    base, bank = tiny
-    after = bank.calibrate(base, OTHERS, run=bank.info.run, out=tmp_path / "copy")
-    assert bank.info.run.merge.policy == "posterior"  # today's default is another
-    assert (after.info.run.merge, after.info.run.stack) == (bank.info.run.merge, bank.info.run.stack)
-
-
-def test_the_settings_beside_a_bank_are_those_of_its_calibration(tiny, tmp_path):
-    base, bank = tiny
-    after = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
-    written = load_settings(Run, after.folder / "config.yaml")
-    assert written.calibration == after.info.run.calibration == RUN.calibration
-    assert (written.merge, written.stack, written.seed) == (
-        after.info.run.merge,
-        after.info.run.stack,
-        bank.info.run.seed,
-    )
-
-
-def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):
-    said = []
-    with caplog.at_level("INFO", "mta"):
-        calibrated(folder, base, on_step=lambda stage, step: said or said.append(caplog.text))
-    assert re.search(r"calibration: 8 people, about [\d.]+ s in one process here", said[0])
-
-
 def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base, monkeypatch):
     for name, found in (("prior_of", 8.0), ("best_on_average", 2)):  # random people may not differ
         monkeypatch.setattr(f"mta.bank.calibration.crossfit.{name}", lambda *_, found=found: found)
@@ -122,23 +86,7 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
     assert mark_stale(folder / "bank", used) == ["calibration"]
 
 
-def test_calibrating_twice_replaces_the_first(folder, base):
-    first = calibrated(folder, base)
-    second = calibrated(folder, base, people_of(10, prefix="more-"))
-    assert second.hash != first.hash
-    assert [part for person in OTHERS for part in second.info.members.parts_of(person.id)] == []
-
-
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
-
-
-def test_a_calibration_measures_no_more_people_together_than_the_executor_takes(folder, base, monkeypatch):
-    sizes, scores = [], CalibrationWorker.scores
-    monkeypatch.setattr(
-        CalibrationWorker, "scores", lambda own, piece: (sizes.append(len(piece.examples)), scores(own, piece))[1]
-    )
-    calibrated(folder, base, executor=LocalExecutor(most=2))
-    assert set(sizes) == {2}
 
 
 def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
@@ -277,35 +225,11 @@ def test_a_bank_that_cannot_be_written_is_calibrated_in_a_copy(folder, base, tmp
     assert files_in(folder / "bank") == before
 
 
-def test_a_bank_of_others_names_no_file_to_copy(folder, base, tmp_path):
-    bank, info = folder / "bank", read_info(folder / "bank")
-    (bank / "notes").write_text("mine")
-    files = info.files | {"notes": format.file_hashes(bank, ["notes"])["notes"]}
-    format.write_info(bank, format.with_hash(info.model_copy(update={"files": files})))
-    with pytest.raises(BankCorrupt, match="notes"):
-        calibrated(folder, base, out=tmp_path / "copy")
-    assert not list(tmp_path.rglob("copy*"))
-
-
-def test_nothing_is_copied_where_nothing_can_be_calibrated(folder, base, tmp_path):
-    with pytest.raises(InputError, match="1 people are given"):
-        calibrated(folder, base, OTHERS[:1], out=tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
 def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
     narrow = base_of()
     narrow.prompts.max_tokens = 20  # less than the instruction
     with pytest.raises(DataError, match=r"^item 1 of 'other-\d+': task .* max_tokens is 20"):
         calibrated(folder, narrow)
-
-
-def test_only_items_that_are_measured_have_to_fit(folder, base, monkeypatch):
-    late, checked = Item({"title": "Late", "genres": "Drama", "rating": "3"}, time=1e9), []
-    monkeypatch.setattr(PromptFormat, "check", lambda self, task, items: checked.extend(items))
-    calibrated(folder, base, [replace(person, items=(*person.items, *[late] * 60)) for person in OTHERS])
-    assert len(checked) >= 2 * len(OTHERS)
-    assert len([item for _, item in checked if item is late]) < 30 * len(OTHERS)
 
 
 def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
@@ -369,13 +293,3 @@ def test_twins_of_people_who_train_the_task_lora_are_not_measured():
     unseen = {"p0": 4, "p1": 4, "twin": 4}
     found = calibration_people([*people, twin], set(), RUN.calibration, 0, HEADLINES, unseen)
     assert {one.id for one in found} == {"p1", "p2"}
-
-
-def test_settings_that_cannot_be_read_cost_no_calibration(tiny, tmp_path, monkeypatch):
-    base, bank = tiny
-    first = bank.calibrate(base, OTHERS, run=RUN, out=tmp_path / "copy")
-    (first.folder / "config.yaml").write_text("a: [")
-    monkeypatch.setattr(add_calibration, "_measured", lambda *_: pytest.fail("measured"))
-    with pytest.raises(ConfigError, match="not readable YAML"):
-        first.calibrate(base, OTHERS[:8], run=RUN)
-    assert mta.Bank.open(first.folder, base).calibration.info == first.calibration.info

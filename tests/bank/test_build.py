@@ -17,13 +17,9 @@ from safetensors.torch import load_file
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import read_info, seal, with_hash
-from mta.bank.task_lora import LOSSES
+from mta.bank.format import read_info
 from mta.data.history import Item
-from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, DataError, InputError
-from mta.lora.batch import fresh
-from mta.system.atomic import write_json
 from mta.tracking.run_folder import sittings
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
@@ -65,23 +61,6 @@ def test_people_in_another_order_give_the_same_bank(built, tmp_path):
     assert read_info(again).hash == read_info(built).hash
 
 
-def test_how_long_it_took_is_no_part_of_a_banks_identity(built):
-    info = read_info(built)
-
-    def hash_with(**changes):
-        return with_hash(info.model_copy(update=changes)).hash
-
-    assert hash_with(seconds={"anchors": 999.0}) == info.hash
-    assert hash_with(work="0" * 64) != info.hash
-
-
-def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(built, tmp_path):
-    values = json.loads((built / "bank.json").read_text())
-    del values["sha256"], values["run"]["gradient_checkpointing"]
-    write_json(tmp_path / "bank.json", values | {"sha256": seal(values)})
-    assert read_info(tmp_path).hash == read_info(built).hash
-
-
 def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
     logged = []
 
@@ -103,14 +82,6 @@ def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
     assert asked["outcome"] == {"anchors": 3, "items": 18, "items left out": 6, "texts shortened": 0}
 
 
-def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
-    stopped_among_anchors(tmp_path / "bank")
-    first, second = sittings(build(tmp_path / "bank"))
-    assert (first["stopped"], second["stopped"]) == ("KeyboardInterrupt", "")
-    assert (first["outcome"], second["outcome"]["anchors"]) == ({}, 3)
-    assert first["work"] == second["work"]
-
-
 def test_a_build_goes_on_with_other_memory(built, tmp_path):
     """The hint of a build that found no memory asks for less."""
     stopped_among_anchors(tmp_path / "bank")
@@ -119,19 +90,6 @@ def test_a_build_goes_on_with_other_memory(built, tmp_path):
     out = build(tmp_path / "bank", run=other, on_step=lambda stage, step: stages.append(stage))
     assert "task LoRA" not in stages
     assert trained(out)["task_lora/adapter_model.safetensors"] == trained(built)["task_lora/adapter_model.safetensors"]
-
-
-def test_another_seed_gives_another_bank(built, tmp_path):
-    again = build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}))
-    assert trained(again)["anchors.safetensors"] != trained(built)["anchors.safetensors"]
-
-
-def test_all_anchors_start_from_the_same_a(tmp_path):
-    training = TINY_RUN.bank.training.model_copy(update={"steps": 0})
-    found = load_file(build(tmp_path / "bank", run=changed("bank", training=training)) / "anchors.safetensors")
-    start = fresh(base_of().targets, 2, 8.0, 0, ["bank"], torch.float64).tensors()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, start[name].expand_as(tensor))
 
 
 @pytest.mark.parametrize("cohort", [1, 2])
@@ -166,12 +124,6 @@ def test_a_finished_build_is_left_as_it_is(built):
     assert steps == []
 
 
-def test_settings_of_later_stages_do_not_ask_for_another_bank(built):
-    before = stamps(built)
-    build(built, run=changed("merge", policy="uniform").model_copy(update={"stack": changed("stack").stack}))
-    assert stamps(built) == before
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -192,14 +144,6 @@ def test_another_bank_in_the_folder_is_not_overwritten(built, other):
         "  Choose another folder with --out: the states of people need this bank."
     )
     assert stamps(built) == before
-
-
-def test_what_a_build_killed_at_its_very_end_left_is_cleaned_up(built, tmp_path):
-    out = build(tmp_path / "bank")
-    (out / "work").mkdir()
-    (out / "work" / "anchors-000.safetensors").write_bytes(b"left")
-    build(out)
-    assert sorted(files_in(out)) == sorted(files_in(built))
 
 
 @pytest.mark.slow
@@ -239,29 +183,6 @@ def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(t
     assert trained(resumed) == trained(fresh)
 
 
-def test_the_losses_of_rounds_are_known_before_the_anchors_train(tmp_path):
-    known = []
-
-    def look(stage, step):
-        if stage == "anchors" and not known:
-            known.append(sittings(tmp_path / "bank")[-1].get(LOSSES))
-
-    many = people_of(24, prefix="somebody-t")
-    build(tmp_path / "bank", many, run=changed("task_lora", rounds=2), on_step=look)
-    assert len(known[0]) == 2
-
-
-def test_a_build_with_another_calibration_counts_the_seconds_of_its_training(tmp_path):
-    def stop(stage, step):
-        if stage == "calibration":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
-    build(tmp_path / "bank", run=changed("calibration", enabled=False))
-    assert {"task LoRA", "anchors"} <= read_info(tmp_path / "bank").seconds.keys()
-
-
 def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(built, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
 
@@ -276,22 +197,6 @@ def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(buil
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
     assert trained(build(tmp_path / "bank", resume=False)) == trained(built)
-
-
-def test_finished_anchors_are_kept_on_a_machine_with_other_threads(built, tmp_path, monkeypatch):
-    steps = []
-
-    def stop(stage, step):
-        steps.extend([stage] * (stage == "anchors"))
-        if len(steps) == 6:  # of 4 for each of three anchors
-            raise KeyboardInterrupt
-
-    one_by_one = {"executor": LocalExecutor(most=1), "on_step": stop}
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", **one_by_one)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    build(tmp_path / "bank", **one_by_one)
-    assert len(steps) == 6 + 8
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -323,18 +228,6 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "bank").exists()
 
 
-def test_a_build_stopped_before_its_calibration_ends_with_the_same_bank(built, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr("mta.bank.build.calibrate", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "bank")
-    assert trained(build(tmp_path / "bank")) == trained(built)
-
-
-def stopped(*_, **__):
-    raise KeyboardInterrupt
-
-
 def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
     seen = []
 
@@ -350,29 +243,6 @@ def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
     assert seen == []
     assert (out / "anchors.safetensors").read_bytes() == (built / "anchors.safetensors").read_bytes()
     assert not read_info(out).run.calibration.enabled
-
-
-def test_a_bank_that_was_built_without_a_calibration_is_finished(tmp_path, caplog):
-    out = build(tmp_path / "bank", run=changed("calibration", enabled=False))
-    before = stamps(out)
-    build(out)
-    assert stamps(out) == before
-    assert "mta bank calibrate" in caplog.text
-
-
-def test_a_build_that_is_to_start_anew_does(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    seen = []
-
-    def stop(stage, step):
-        seen.append((stage, step.step))
-        if seen.count(("anchors", 3)) == 1 and stage == "anchors" and step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
-    assert trained(build(tmp_path / "bank", on_step=stop, resume=False)) == trained(built)
-    assert seen.count(("task LoRA", 1)) == 2
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):

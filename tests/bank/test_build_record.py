@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped_among_anchors, trained
+from builds import CANDIDATES, TASK_PEOPLE, build, changed
 from conftest import TINY_RUN, HashEncoder
-from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
 
@@ -19,9 +18,8 @@ from mta.bank.card import body
 from mta.bank.context import Build
 from mta.bank.format import ANCHORS, read_info, with_hash
 from mta.config import Run, Training
-from mta.data.history import Person
 from mta.data.tasks import load_task
-from mta.errors import Diverged, InputError
+from mta.errors import Diverged
 
 
 def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
@@ -57,19 +55,6 @@ def test_every_line_of_the_metrics_is_a_step(built):
     }
 
 
-def test_the_time_of_a_build_that_was_killed_counts_too(tmp_path):
-    stopped_among_anchors(tmp_path / "bank")
-    metrics = tmp_path / "bank" / "metrics.jsonl"
-    rows = [json.loads(line) | {"seconds": 7.0} for line in metrics.read_text().splitlines()]
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "anch')
-    assert read_info(build(tmp_path / "bank")).seconds["task LoRA"] == 28.0
-
-
-def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_path):
-    asked = [Person(person.id, person.items, person.items[:1]) for person in CANDIDATES]
-    assert trained(build(tmp_path / "bank", candidates=asked)) == trained(built)
-
-
 def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
     """Without a training step, every A keeps its initial value."""
     still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
@@ -100,21 +85,3 @@ def test_a_bank_whose_training_diverges_is_not_written_and_its_checkpoint_is_rem
     assert raised.value.hint == f"Lower {group}.training.lr."
     assert not (tmp_path / "bank" / "bank.json").exists()
     assert not list((tmp_path / "bank").rglob("*.checkpoint"))
-
-
-def test_another_limit_of_answers_waits_for_who_works_on_the_bank(built, tmp_path):
-    folder = shutil.copytree(built, tmp_path / "bank")
-    info, task = (folder / "bank.json").read_bytes(), load_task("movielens-rating")
-    with FileLock(folder / ".lock"), pytest.raises(InputError, match="another process"):
-        build_bank(
-            Build(
-                base_of(),
-                task.model_copy(update={"answer_tokens": 40}),
-                HashEncoder(),
-                TASK_PEOPLE,
-                CANDIDATES,
-                TINY_RUN,
-                folder,
-            )
-        )
-    assert (folder / "bank.json").read_bytes() == info

@@ -135,12 +135,6 @@ def test_too_few_people_give_the_documented_defaults(scene, people):
     assert "too few" in found.info.notes[0]
 
 
-def test_few_people_with_many_shots_are_not_measured_alone(scene):
-    found = calibrated(scene, known(ENOUGH - 1, (8,)) + known(7, (4,))).info
-    assert [gain.shots for gain in found.gains] == [1, 4]
-    assert "fewer than 8 people have 8 shots" in found.notes
-
-
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 100))
 def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
@@ -348,12 +342,6 @@ def test_people_with_few_shots_do_not_decide_whether_a_merge_helps(scene, monkey
     assert "a merge did not help" in found.info.notes[-1]
 
 
-def test_people_with_few_shots_do_not_choose_the_rate():
-    few = torch.tensor([1, 8]).repeat(5)
-    made = Scripted(lambda rate: torch.where(few == 8, -1.0, 9.0).double(), (1, 8))
-    assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
-
-
 @pytest.mark.parametrize("best", RATES)
 def test_the_rate_is_the_one_that_gains_most(best):
     made = Scripted(lambda rate: NOTHING + (rate == best))
@@ -368,11 +356,6 @@ def test_people_get_the_rate_that_everybody_else_chose():
     made = Scripted(lambda rate: gain.get(rate, NOTHING - 1))
     _, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
     assert all(float(each[0]) == 1 for each in found.values())
-
-
-def test_without_a_helpful_stack_no_gain_of_stacks_is_reported():
-    made, gains = Scripted(lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
-    assert made.best_rate(MERGES, gains) == (0, {})
 
 
 def test_a_stack_must_help_beyond_its_interval():
@@ -390,12 +373,6 @@ def test_where_people_are_few_each_is_asked_more(task, people, queries):
     settings = CalibrationSettings(people=4, queries=3, shots=8)
     found = subjects_of(base_of(), task, people_of(people, items=20), settings)
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
-
-
-def test_more_questions_of_few_people_do_not_cost_the_shots_that_were_asked_for(task):
-    settings = CalibrationSettings(people=16, queries=4, shots=16)
-    found = subjects_of(base_of(), task, people_of(4, items=20), settings)
-    assert [(len(one.shots), len(one.queries)) for one in found] == [(16, 4)] * 4
 
 
 def test_people_are_measured_as_newcomers(task):

@@ -8,10 +8,8 @@ import peft
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
-from safetensors.torch import load_file, save_file
-from tiny import base_of, save_base
+from tiny import base_of
 
-import mta
 from mta.bank.bank import Bank
 from mta.bank.card import card
 from mta.bank.notes import mark_stale, stale_report
@@ -21,7 +19,7 @@ from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import standard_methods
 from mta.evaluation.methods import Merged
-from mta.lora.peft import CONFIG, WEIGHTS, read_peft
+from mta.lora.peft import CONFIG
 from mta.model.encoders import encode_people
 from mta.personalize.merge import Merge, coefficients, merge_loras
 
@@ -96,13 +94,6 @@ def test_a_merge_of_imported_loras_is_the_sum_of_their_updates(trained, tmp_path
     assert again.info.members.hashed.key != bank.info.members.hashed.key  # nobody can derive it
 
 
-def test_loras_of_equal_scale_keep_it(trained, tmp_path):
-    folders, dense = trained
-    bank = imported(tmp_path / "bank", folders[:1])
-    assert bank.anchors.scale == 5 / 3
-    check_merge(bank, dense, ["ann"])
-
-
 def test_items_of_the_loras_people_give_vectors_and_members(trained, tmp_path):
     items = people_of(2, items=5)
     people = [Person("bob", items[0].items), Person("somebody", items[1].items)]
@@ -151,22 +142,6 @@ def test_loras_that_name_another_base_are_imported_with_a_warning(trained, tmp_p
     assert not caplog.records
 
 
-def test_half_precision_is_computed_in_single(trained, tmp_path):
-    folders, halves = trained[0], []
-    for folder in folders:
-        halves.append(tmp_path / folder.name)
-        shutil.copytree(folder, halves[-1])
-        tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
-        save_file(tensors, halves[-1] / WEIGHTS)
-    bank = imported(tmp_path / "bank", halves)
-    assert {pair.b.dtype for pair in bank.anchors.factors.values()} == {torch.float32}
-    rounded = {folder.name: read_peft(folder) for folder in halves}
-    dense = {name: {layer: one.delta(layer)[0] for layer in one.names} for name, one in rounded.items()}
-    for n, name in enumerate(KINDS):
-        for layer in dense[name]:
-            torch.testing.assert_close(bank.anchors.delta(layer)[n], dense[name][layer], rtol=1e-5, atol=1e-6)
-
-
 def test_an_imported_bank_without_items_compares_only_merges_of_all(trained, tmp_path):
     methods = standard_methods(TINY_RUN, CompareSettings(), TASK, 3, calibrated=False, encoded=False)
     policies = [method.merge.policy for method in methods if isinstance(method, Merged)]
@@ -185,18 +160,6 @@ def test_loras_of_another_base_and_equal_names_are_refused(trained, tmp_path):
         imported(tmp_path / "bank", [*folders, twin])
     with pytest.raises(InputError, match="no adapters were given"):
         imported(tmp_path / "bank", [])
-
-
-def test_an_imported_bank_is_found_by_whole_paths(trained, tmp_path, monkeypatch):
-    save_base(tmp_path / "base")
-    (tmp_path / "encoder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    encoder = HashEncoder()
-    encoder.name = "./encoder"
-    base = mta.BaseModel.load("./base", dtype="float64")
-    bank = Bank.of_adapters(base, trained[0][:1], tmp_path / "bank", task=TASK, run=TINY_RUN, encoder=encoder)
-    assert bank.info.encoder == bank.info.run.encoder == str(tmp_path / "encoder")
-    assert bank.info.run.base == str(tmp_path / "base")
 
 
 def test_a_bank_with_the_lora_of_a_forgotten_person_is_imported_anew(trained, tmp_path):

@@ -11,10 +11,6 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
 from mta.bank.members import Members
-from mta.data.history import Item, Person
-from mta.data.shots_and_queries import has_enough_items
-from mta.data.splits import set_aside
-from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.evaluation.protocol import members_and_others
 from mta.training.checkpoint import Checkpoint
@@ -38,11 +34,6 @@ def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
     with pytest.raises(InputError, match=r"^2 of 2 candidates .* have 3 items or more; .* 4 such people .* 12 for 3 "):
         build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
     assert steps == []
-
-
-def test_people_who_all_have_few_items_are_too_few_candidates(tmp_path):
-    with pytest.raises(InputError, match=r"^0 of 12 candidates .* have 3 items or more; .* 4 such people .* 12 for 3 "):
-        build(tmp_path / "bank", candidates=[person.first(2) for person in CANDIDATES])
 
 
 def test_without_a_task_lora_nobody_is_behind_it(tmp_path, task):
@@ -92,24 +83,6 @@ def test_people_who_are_held_out_are_no_members_and_share_nothing_with_them(tmp_
     with pytest.raises(InputError, match="15 of 38 people were to be held out, but only 13 have enough items"):
         Bank.build(base_of(), everyone, tmp_path / "c", hold_out=15, **how)
     assert not (tmp_path / "c").exists()
-
-
-def test_people_with_questions_of_their_own_need_only_shots_to_be_held_out():
-    task = load_task("lamp4")
-    known = Item({"text": "an article", "title": "a title"})
-    people = [
-        Person.of(f"p{n}", [known] * (8 if n < 4 else 7), queries=[replace(known, is_query=True)]) for n in range(8)
-    ]
-    outside, others = set_aside(people, 0, 3, lambda one: has_enough_items(task, one, 8, 12, "next"))
-    assert {person.id for person in outside} < {"p0", "p1", "p2", "p3"}
-    assert len(others) == 5
-
-
-def test_groups_that_are_too_large_to_be_held_out_are_an_error():
-    people = [replace(p, group=f"g{n // 4}") for n, p in enumerate(people_of(12))]
-    with pytest.raises(InputError, match="those share items in larger groups") as caught:
-        set_aside(people, 0, 3, lambda _: True)
-    assert "together" not in caught.value.hint
 
 
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):

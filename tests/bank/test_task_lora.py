@@ -1,10 +1,8 @@
 """The task LoRA: a few items of each person, independent of their order; trained while held-out people gain."""
 
 import random
-import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from mta.bank.task_lora import pooled_candidates, pooled_items
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.distributed.executor import LocalExecutor
 from mta.errors import BankError, ConfigError, InputError
 from mta.lora.batch import LoraBatch, fresh, join
 from mta.lora.peft import read_peft, write_peft
@@ -68,22 +65,9 @@ def test_the_pool_does_not_depend_on_the_order_of_people():
         assert pool(given, items=9, per_person=3) == first
 
 
-def test_another_seed_draws_another_pool():
-    drawn = {tuple(sorted(pool(people(9, 9, 9), seed, items=6))) for seed in range(5)}
-    assert len(drawn) == 5
-    assert pool(people(9, 9, 9), 4, items=6) == pool(people(9, 9, 9), 4, items=6)
-
-
 def test_another_person_does_not_change_the_choice_of_items_of_the_rest():
     few, more = pool(people(9, 9), per_person=2), pool(people(9, 9, 9), per_person=2)
     assert [entry for entry in more if entry[0] != "p2"] == few
-
-
-@pytest.mark.parametrize("items", [1, 5, 24])
-def test_a_pool_is_the_beginning_of_every_larger_pool(items):
-    everyone = people_of(4)
-    larger, _ = pooled_items(everyone, TaskLoraSettings(), 0)
-    assert pooled_items(everyone, TaskLoraSettings(items=items), 0) == (larger[:items], [])
 
 
 @pytest.mark.parametrize("groups", [19, 20, 45])
@@ -94,14 +78,6 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
     assert len(tested) == (groups // 10 if groups > 19 else 0)
     assert not trained & tested
     assert len(trained) + len(tested) == groups
-
-
-def test_a_large_group_of_people_is_not_held_out_as_one():
-    crowd = [replace(one, group="g") for one in people(*[1] * 80)]
-    alone = [replace(one, id=f"alone-{one.id}") for one in people(*[1] * 40)]
-    for seed in range(30):
-        trained, tested = pooled_items([*crowd, *alone], TaskLoraSettings(rounds=2), seed)
-        assert (len(trained), len(tested)) == (116, 4)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
@@ -253,26 +229,6 @@ def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path
         build(tmp_path, task_lora=other / "task_lora")
 
 
-def test_of_a_folder_with_a_task_lora_only_the_adapter_is_taken(built, tmp_path):
-    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
-    (given / "README.md").write_text("a card")
-    (given / "checkpoints").mkdir()
-    out = build(tmp_path / "bank", task_lora=given)
-    assert {name for name in read_info(out).files if "task_lora" in name} == {
-        "task_lora/adapter_config.json",
-        "task_lora/adapter_model.safetensors",
-    }
-    assert {path.name for path in (out / "task_lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_a_folder_without_a_task_lora_is_refused(built, tmp_path):
-    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
-    (given / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
-        build(tmp_path / "bank", task_lora=given)
-    assert not (tmp_path / "bank").exists()
-
-
 def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):
     """Joined with an anchor, it would hide the anchor's other layers."""
     whole = read_peft(built / "task_lora")
@@ -283,23 +239,6 @@ def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):
     assert not (tmp_path / "bank").exists()
     with pytest.raises(InputError, match="adapters of different layers"):
         join([whole, replace(whole, factors=some)])
-
-
-def test_held_out_items_are_scored_where_the_task_lora_trains(tmp_path):
-    """A cluster's driver may have no GPU. The rounds have the same workers, which load the base once."""
-    openers = []
-
-    class Watched(LocalExecutor):
-        def run(self, function, pieces, context):
-            openers.append((function.__name__, context.opener))
-            return super().run(function, pieces, context)
-
-    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=2)
-    build(tmp_path / "bank", people, run=run, executor=Watched())
-    functions = [name for name, _ in openers]
-    assert functions[:4] == ["train_piece", "score_piece"] * 2
-    assert all(opener == openers[0][1] for _, opener in openers[:4])
-    assert not any(opener == openers[0][1] for _, opener in openers[4:])
 
 
 def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,14 +11,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import TINY_RUN, people_of, trust
-from tiny import base_of, tokenizer
+from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
 from mta.config import override
-from mta.data.readers import read_people
 from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, Diverged, StoreError
@@ -28,11 +25,6 @@ from mta.personalize import Personalizer
 from mta.personalize.stages import StagesOpener
 from mta.store import Store
 from mta.store.state import State
-from mta.system.assets import resolve
-from mta_lab.experiments.recipe import load_experiment
-from mta_lab.experiments.results import read_records
-from mta_lab.experiments.runner import run_experiment
-from mta_lab.experiments.workspace import Workspace
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
 PEOPLE = 12
@@ -283,13 +275,6 @@ def test_a_node_that_is_lost_with_its_workers_changes_nothing(site, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_twenty_times_in_a_row(site, tmp_path):
-    for turn in range(20):
-        killed_midway(site, tmp_path / str(turn))
-
-
-@pytest.mark.slow
 def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(here, site, tmp_path):
     base, bank, alone = site
 
@@ -357,51 +342,3 @@ def test_a_bank_built_by_workers_is_the_same_bank(here, site, tmp_path):
     assert trained in [[*rounds, ("anchors", n), ("anchors", 3)] for n in (1, 2)]
     assert len(rounds) > 1
     assert len(trained) < len(steps)
-
-
-@pytest.mark.slow
-def test_an_experiment_on_workers_writes_the_same_records(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    base_of("llama", torch.float32).model.save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    rows = [
-        {"person": person.id, **item.fields, "time": item.time}
-        for person in people_of(30, items=8)
-        for item in person.items
-    ]
-    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [f"run.base={tmp_path / 'base'}", "run.task=movielens-rating", "run.dtype=float32", "run.encoder=base"]
-    recipe = override(load_experiment("smoke"), given)
-
-    def records(name, executor):
-        workspace = Workspace.open(recipe, tmp_path / name, str(tmp_path / "people.jsonl"), executor=executor)
-        run_experiment(workspace, ["ablation"])
-        return {(r.key, r.person): r for r in read_records(tmp_path / name)}
-
-    alone = records("alone", LocalExecutor(most=16))
-    with Cluster(here, workers=3, most=16) as cluster:
-        fleet = records("fleet", cluster)
-    assert alone.keys() == fleet.keys() != set()
-    for key, one in alone.items():  # products this small are rounded differently by each process in float32
-        assert fleet[key].metrics == pytest.approx(one.metrics, abs=1e-4)
-        assert fleet[key].answers == one.answers
-
-
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.network
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_workers_with_real_weights_make_the_same_bytes(here, fetched, tmp_path, dtype):
-    for asset in ("smollm2-135m-instruct", "movielens-100k"):
-        fetched(asset)
-    run = RUN.model_copy(update={"base": "smollm2-135m-instruct", "dtype": dtype, "memory": "1GiB"})
-    everybody = sorted(read_people(resolve("movielens-100k"), "movielens-rating"), key=lambda person: person.id)
-    base, people = BaseModel.of(run), [person.first(4) for person in everybody[40:44]]
-    build = {"task": "movielens-rating", "task_people": everybody[20:24]}
-    bank = Bank.build(base, everybody[:16], tmp_path / "bank", run=run, **build)
-    Personalizer(base, bank, tmp_path / "alone", executor=LocalExecutor(most=2)).personalize(people)
-    with Cluster(here, workers=2, most=2) as cluster:
-        Personalizer(base, bank, tmp_path / "fleet", executor=cluster).personalize(people)
-    alone, fleet = Store(tmp_path / "alone"), Store(tmp_path / "fleet")
-    for person in people:
-        assert fleet.load(person.id).to_bytes() == alone.load(person.id).to_bytes()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.lora.batch import LoraBatch, concatenate, join
+from mta.lora.batch import LoraBatch, concatenate
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
 from mta.lora.terms import RowTerm, SharedTerm, with_terms
@@ -78,17 +78,6 @@ def test_straight_from_the_bank_equals_the_gathered_merge(per_layer):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
-def test_joined_factors_equal_separate_adapters():
-    base = base_of()
-    one, other = random_loras(base, 2, rank=2, seed=1), random_loras(base, 2, rank=3, seed=2, scale=1.5)
-    jobs = [random_examples(2, seed) for seed in range(2)]
-    for a, b in zip(
-        log_likelihood(base, jobs, [PerPerson(one), PerPerson(other)]),
-        log_likelihood(base, jobs, [PerPerson(join([one, other]))]),
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("owner", [[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, -1, 0]], ids=["in order", "mixed", "nobody"])
 @pytest.mark.parametrize("parts", ["sp", "gp", "sgp", "sspp", "sg", "gg", "p", "s"])
 def test_any_mixture_of_adapters_is_the_sum_of_their_dense_updates(tokens, owner, parts):
@@ -131,16 +120,6 @@ def test_stacked_batches_of_different_rank_keep_their_updates():
     both = concatenate([one, other])
     name = both.names[0]
     torch.testing.assert_close(both.delta(name), torch.cat([one.delta(name), other.delta(name)]))
-
-
-def test_adding_the_task_lora_into_the_weights_is_the_same():
-    base, task = base_of(), random_loras(base_of(), 1)
-    jobs = [random_examples(3, 0)]
-    factor = log_likelihood(base, jobs, [Shared(task)])
-    with torch.no_grad():
-        for name in task.names:
-            base.model.get_submodule(name).weight += task.delta(name)[0]
-    torch.testing.assert_close(factor[0], log_likelihood(base, jobs)[0], rtol=0, atol=1e-10)
 
 
 def test_flat_tensors_round_trip_and_misfits_are_refused():

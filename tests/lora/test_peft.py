@@ -1,5 +1,4 @@
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -55,16 +54,6 @@ def same(left: LoraBatch, right: LoraBatch) -> bool:
     )
 
 
-def test_an_existing_folder_is_written_without_its_parent(tmp_path, monkeypatch):
-    """As where only the folder is one's own, or where a disk is mounted."""
-    (out := tmp_path / "out").mkdir()
-    made, mkdir = [], os.mkdir
-    monkeypatch.setattr(os, "mkdir", lambda path, *more, **how: (made.append(Path(path)), mkdir(path, *more, **how))[1])
-    write_peft(out, adapter_of("llama"), "base")
-    assert {path.parent for path in made if path.name.startswith(".")} == {out}
-    assert sorted(os.listdir(out)) == [CONFIG, WEIGHTS]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [2.0, 0.3])
 def test_peft_computes_the_same_for_a_written_adapter(tmp_path: Path, kind: str, scale: float) -> None:
@@ -110,12 +99,6 @@ def test_a_written_adapter_is_read_back(tmp_path: Path, dtype: torch.dtype, rank
     write_peft(tmp_path, adapter, "base")
     assert same(read_peft(tmp_path), adapter)
     assert len(read_peft(str(tmp_path))) == 1
-
-
-def test_a_selected_view_and_a_padded_rank_are_read_back(tmp_path: Path) -> None:
-    view = random_loras(base_of(), 3).select(slice(1, 2)).padded(5)
-    write_peft(tmp_path, view, "base")
-    assert same(read_peft(tmp_path), view)
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 512))
@@ -325,17 +308,3 @@ def test_a_failed_export_leaves_no_wrong_adapter_in_an_older_one(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     write_peft(out, newer, "base")
     assert same(read_peft(out), newer)
-
-
-@pytest.mark.parametrize(("where", "name"), [(Path, "rename"), (os, "fsync")])
-def test_a_failed_export_leaves_no_new_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(where, name, full)
-        with pytest.raises(OSError, match="No space left"):
-            write_peft(tmp_path / "out", adapter_of("llama"), "base")
-    assert list(tmp_path.iterdir()) == []

@@ -74,10 +74,6 @@ def test_targets_tell_inputs_and_outputs(kind):
         assert base.model.get_submodule(name)(torch.zeros(1, inputs, dtype=base.dtype)).shape == (1, outputs)
 
 
-def test_only_gpt2_stores_weights_transposed():
-    assert [kind for kind in KINDS if base_of(kind).fan_in_fan_out] == ["gpt2"]
-
-
 def test_a_base_has_no_trainable_parameters():
     base = base_of()
     assert not base.model.training
@@ -93,20 +89,9 @@ def test_a_local_folder_loads_and_computes_as_before(saved):
     torch.testing.assert_close(after(input_ids=tokens).logits, before(input_ids=tokens).logits)
 
 
-def test_a_base_keeps_the_name_it_was_loaded_by(saved):
-    base = load(saved)
-    assert (base.name, base.note) == (str(saved), "")
-
-
 def test_prompts_are_at_most_as_long_as_the_models_context(saved):
     assert load(saved).prompts.max_tokens == 512
     assert BaseModel.load(str(saved), "float32", "cpu", max_tokens=100).prompts.max_tokens == 100
-
-
-def test_the_encoder_named_base_stays_the_base_beside_a_folder_of_that_name(tmp_path, monkeypatch):
-    (tmp_path / "base").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert base_of().as_loaded(Run(encoder="base")).encoder == "base"
 
 
 def test_the_name_of_an_asset_stays_beside_a_folder_of_that_name(tmp_path, monkeypatch):
@@ -132,11 +117,6 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert "cannot be loaded as a causal language model" in refused(tmp_path)
 
 
-def test_a_path_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(AssetError, match="no such file or folder"):
-        load(tmp_path / "nothing")
-
-
 @pytest.mark.parametrize("name", ["nobody/nothing", "smollm2"])
 def test_an_unknown_name_without_a_network_is_reported_as_neither_folder_nor_asset(name, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -155,10 +135,6 @@ def test_weights_that_were_cut_short_are_refused(copy):
 def test_missing_weights_are_refused(copy):
     message = refused(configured(copy, num_hidden_layers=3))
     assert "9 weights are not in its files, model.layers.2.input_layernorm.weight first" in message
-
-
-def test_weights_of_another_shape_are_refused(copy):
-    assert "cannot be loaded as a causal language model" in refused(configured(copy, vocab_size=300))
 
 
 def test_pickled_weights_are_not_read(copy):
@@ -231,28 +207,11 @@ def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch, caplog):
     assert re.search(r"leak 0, allowed \S+; difference 0\.\d+, allowed \S+e-0\d", caplog.text)
 
 
-def test_an_error_in_the_check_of_rows_is_logged(monkeypatch, caplog):
-    def failing(*_):
-        raise RuntimeError("CUDA error: out of resources\nCompile with a flag")
-
-    monkeypatch.setattr("mta.model.base.blocks_of", failing)
-    base = base_of()
-    assert (base.blocked, base.packable) == (False, True)
-    assert "their check failed: RuntimeError: CUDA error: out of resources" in caplog.text
-
-
 # whose weights they are
 
 
 def test_the_fingerprint_does_not_depend_on_the_dtype_weights_load_in(saved):
     assert BaseModel.load(str(saved), "bfloat16", "cpu").fingerprint == load(saved).fingerprint
-
-
-def test_the_fingerprint_does_not_depend_on_sharding(saved, tmp_path):
-    base_of("llama", torch.float32).model.save_pretrained(tmp_path, max_shard_size="5KB")
-    tokenizer().save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert load(tmp_path).fingerprint == load(saved).fingerprint
 
 
 def test_the_fingerprint_does_not_depend_on_the_configuration(saved, copy):
@@ -336,14 +295,6 @@ def test_logits_that_must_be_exact_are_not_rounded():
     assert torch.equal(*gradients)
 
 
-def test_computing_logits_does_not_change_the_model():
-    base = base_of()
-    tokens, ends = torch.tensor([[4, 5, 6]]), torch.full((1, 3), 3)
-    before = base.model(input_ids=tokens).logits
-    base.logits(tokens, ends, torch.arange(3)[None], torch.tensor([2]))
-    assert torch.equal(base.model(input_ids=tokens).logits, before)
-
-
 @pytest.mark.parametrize(("named", "stops"), [(None, [2]), (7, [2, 7]), ([9, 2, 7], [2, 7, 9])])
 def test_an_answer_stops_at_the_templates_end_and_at_what_the_model_names(named, stops):
     base = base_of()
@@ -366,14 +317,6 @@ def smollm2(fetched) -> BaseModel:
 def test_the_real_base_has_the_pinned_fingerprint(smollm2):
     assert smollm2.fingerprint == SMOLLM2
     assert smollm2.note == "dequantized from Q4_1"
-
-
-@pytest.mark.integration
-@pytest.mark.real
-@pytest.mark.network
-def test_the_real_base_has_seven_targets_in_each_of_thirty_layers(smollm2):
-    assert len(smollm2.targets) == 7 * 30
-    assert smollm2.targets["model.layers.0.mlp.down_proj"] == (1536, 576)
 
 
 @pytest.mark.integration

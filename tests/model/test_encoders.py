@@ -47,24 +47,6 @@ def test_a_person_is_the_mean_of_their_items_unit_vectors(task):
     assert torch.allclose(encode_people(HashEncoder(), task, [person], "input")[0], unit(rows.mean(0)))
 
 
-def test_a_text_counts_as_often_as_it_occurs(task):
-    person = Person.of("ann", [*rated(4, 4), *rated(4, title="Alien")])
-    heat, alien = unit(HashEncoder().encode(["Heat Crime", "Alien Crime"]))
-    assert torch.allclose(encode_people(HashEncoder(), task, [person], "input")[0], unit(2 * heat + alien))
-
-
-@pytest.mark.parametrize("what", ["input", "both", "history"])
-def test_vectors_have_unit_length(task, what):
-    lengths = encode_people(HashEncoder(), task, people_of(5), what).norm(dim=1)
-    assert torch.allclose(lengths, torch.ones(5))
-
-
-def test_inputs_alone_do_not_tell_two_tastes_apart(task):
-    people = [Person.of("ann", rated(5)), Person.of("bob", rated(1))]
-    ann, bob = encode_people(HashEncoder(), task, people, "input")
-    assert torch.equal(ann, bob)
-
-
 def test_inputs_and_outputs_tell_two_tastes_apart(task):
     encoder = Recorder()
     ann, bob = encode_people(encoder, task, [Person.of("ann", rated(5)), Person.of("bob", rated(1))], "both")
@@ -94,12 +76,6 @@ def test_the_base_encodes_a_text_alike_alone_and_in_a_batch(kind):
     together = encoder.encode(TEXTS)
     for text, vector in zip(TEXTS, together):
         torch.testing.assert_close(encoder.encode([text])[0], vector, rtol=1e-6, atol=1e-6)
-
-
-def test_the_base_encodes_alike_whatever_the_batch_size():
-    base = base_of()
-    small, large = BaseEncoder(base, tokens_per_batch=1), BaseEncoder(base)
-    torch.testing.assert_close(small.encode(TEXTS), large.encode(TEXTS), rtol=1e-6, atol=1e-6)
 
 
 def test_a_bases_vector_is_the_mean_of_its_last_hidden_states():
@@ -136,18 +112,6 @@ def test_real_sentences_of_one_meaning_are_closer(minilm):
     )
     assert cat @ kitten > 0.5
     assert cat @ bank < 0.2
-
-
-@pytest.mark.network
-def test_the_real_encoder_gives_rows_of_384_float32_on_the_cpu(minilm):
-    rows = minilm.encode(TEXTS)
-    assert (rows.shape, rows.dtype, rows.device.type) == ((5, 384), torch.float32, "cpu")
-
-
-@pytest.mark.network
-def test_the_real_encoder_is_known_by_its_stored_weights(minilm):
-    assert minilm.fingerprint == SentenceEncoder("all-minilm-l6-v2").fingerprint
-    assert len(minilm.fingerprint) == 64
 
 
 def test_many_texts_are_encoded_with_progress(task, monkeypatch):

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import WEIGHTS
 from mta.personalize.forgetting import forget_person
 from mta.serving.api.histories import Histories
-from mta.store import Store, tombstones
-from mta.store.maintenance import check, collect
+from mta.store import Store
+from mta.store.maintenance import check
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
 
@@ -200,19 +199,6 @@ def test_a_state_that_is_saved_while_an_empty_folder_is_removed_stays(tmp_path, 
         patch.setattr(Path, "rmdir", about_to_remove)
         assert store.remove(ANN)
     assert store.load(ANN) == state(1)
-
-
-def test_a_wrong_clock_does_not_remove_a_new_tombstone(tmp_path, monkeypatch):
-    store = Store(tmp_path)
-    store.save("bob", state())
-    forget_person("bob", store)
-    notes = store.tombstones.of("bob")
-    later = time.time() + tombstones.LIFETIME + 60
-    monkeypatch.setattr(tombstones.time, "time", lambda: later)
-    monkeypatch.setattr(Storage, "age", lambda self, name: later - os.stat(self.at(name)).st_mtime)
-    assert collect(store) == {}
-    forget_person("ann", store)
-    assert store.tombstones.of("bob") == notes
 
 
 def test_weights_that_were_renamed_in_their_folder_are_named(tmp_path):

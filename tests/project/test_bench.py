@@ -1,26 +1,17 @@
 """Arithmetic and records of the benchmark. No test asserts a time."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import base_of, random_loras
 
-from benchmarks.speed import __main__ as command
-from benchmarks.speed import decoding, limit, merging, multi_lora, record, report, timing
-from benchmarks.speed.apart import Broken, apart
-from benchmarks.speed.data import Absent
+from benchmarks.speed import limit, merging, record, timing
 from benchmarks.speed.peers import padded
-from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.data.tasks.prompt import Example
-from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.training.packing import pack
 
@@ -38,16 +29,6 @@ class TestTiming:
         rates = timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 3)
         assert "".join(order) == "AB" + "ABABAB"
         assert [len(each) for each in rates] == [3, 3]
-
-    def test_turns_without_warming_up(self):
-        order = []
-        timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 1, warm=False)
-        assert order == ["A", "B"]
-
-    def test_a_rate_is_work_per_second(self, monkeypatch):
-        clock = iter((10.0, 14.0))
-        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        assert timing.rate(lambda: 12.0) == 3.0
 
     def test_ratios_are_taken_turn_by_turn(self):
         measured = Row("a row", "mta", "peer", "x/s", (4.0, 30.0, 5.0), (2.0, 10.0, 1.0))
@@ -68,28 +49,6 @@ class TestTiming:
         assert measured.verdict == verdict
 
 
-def test_a_row_whose_peer_or_data_is_missing_stays_as_it_was_measured(tmp_path, monkeypatch, capsys):
-    def measure(*rows):
-        monkeypatch.setattr(command, "_measured", lambda *_: iter(rows))
-        command.main(["--only", "multi_lora", "--out", str(tmp_path), "--again"])
-        (path,) = tmp_path.glob("bench-*.json")
-        return {one["name"]: one["rates"] for one in record.kept(path)}
-
-    before = measure(row(5.0), Row("another", "mta", "peer", rates=(1.0,), peer_rates=(1.0,)))
-    missing = Row("multi_lora", "mta", "", skipped="no peer"), Row("another", "mta", "", skipped="no data")
-    capsys.readouterr()
-    assert measure(*missing) == before | {"multi_lora": []}
-    shown = capsys.readouterr().out
-    assert "earlier results: a row, another" in shown  # a clone's may be those of another machine
-    assert "another" not in shown.partition("Not measured now")[0]
-
-
-def test_rows_against_another_trainer_say_what_is_missing(monkeypatch):
-    monkeypatch.delenv(multi_lora.PYTHON, raising=False)
-    with pytest.raises(Absent, match="does not name the Python of an environment with MoE-PEFT"):
-        next(multi_lora.rows(SETTINGS))
-
-
 class TestOperations:
     def test_two_examples_that_share_a_prompt_by_hand(self):
         # Fed are 1 2 3, shared, then 4 and 5: five tokens. Predicted are 4 and 5 at 3 (one place), 9 at 4 and at 5.
@@ -99,11 +58,6 @@ class TestOperations:
         by_hand = 5 * (4 * frozen + 6 * factors) + 3 * 4 * 10 * 100
         assert limit.operations(rows, shapes, rank=2, hidden=10, vocabulary=100) == by_hand == 26200
 
-    def test_unshared_tokens_are_counted_per_example(self):
-        examples = [Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)]
-        rows = pack(examples, attention_price=0.0, budget=0)
-        assert limit.operations(rows, {"q": (1, 1)}, rank=0, hidden=1, vocabulary=1) == 8 * 4 + 4 * 4
-
 
 class TestPeer:
     def test_a_batch_is_padded_right_and_learns_targets_only(self):
@@ -111,28 +65,6 @@ class TestPeer:
         assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
         assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
-
-    @pytest.mark.integration
-    def test_an_object_in_its_own_process_returns_results_and_raises_errors(self):
-        with apart(Counted, torch.arange(3)) as there:
-            assert there.times(2).tolist() == [0, 2, 4]
-            assert there.process() != os.getpid()
-            with pytest.raises(Broken, match=r"ValueError: not 3"):
-                there.times(3)
-            assert there.times(1).tolist() == [0, 1, 2]
-
-
-class Counted:
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def times(self, factor):
-        if factor == 3:
-            raise ValueError("not 3")
-        return factor * self.numbers
-
-    def process(self):
-        return os.getpid()
 
 
 class TestRecords:
@@ -167,52 +99,6 @@ class TestRecords:
         assert [one["name"] for one in found] == ["1", "3", "2"]
         assert found[0]["ours"] == "other"
 
-    def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
-        kept = record.record(row(), "limit", SETTINGS)
-        assert record.current(kept, SETTINGS)
-        assert not record.current(kept, Settings(repeats=2))
-        assert not record.current({**kept, "code": "other"}, SETTINGS)
-        assert not record.current({**kept, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
-        assert not record.current({**kept, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
-
-    def test_rows_that_are_no_longer_measured_are_left_out(self, tmp_path):
-        old = [record.record(row(), module, SETTINGS) for module in ("growth", "limit")]
-        (tmp_path / "bench-x.json").write_text(json.dumps({"rows": old}))
-        assert [one["module"] for one in record.kept(tmp_path / "bench-x.json")] == ["limit"]
-
-    def test_a_missing_file_has_no_rows(self, tmp_path):
-        assert record.kept(tmp_path / "missing.json") == []
-
-
-class TestReport:
-    def test_every_row_has_all_columns(self):
-        for one in (row(target=1.0), Row("a row", "mta", "peer", skipped="no data"), Row("a note", "mta", "")):
-            assert len(report.cells(one)) == 7
-        assert report.table([row(target=1.0)]).row_count == 1
-
-    def test_markdown_omits_skipped_rows(self):
-        text = report.markdown([row(target=1.5), Row("gone", "mta", "peer", skipped="no data")], "A processor", 2)
-        assert "| a row | mta: 6 people/min | peer: 3 people/min | **2.00x** | 1.5x met |" in text
-        assert "gone" not in text
-
-    @pytest.mark.parametrize(
-        ("value", "text"),
-        [(0, "0"), (0.0123, "0.0123"), (4.561, "4.56"), (1234, "1234"), (45_600, "45.6k"), (8.32e11, "832G")],
-    )
-    def test_numbers_have_three_digits(self, value, text):
-        assert report.number(value) == text
-
-
-class TestCommand:
-    def test_an_unknown_module_is_refused(self, capsys):
-        with pytest.raises(SystemExit):
-            command.parsed(["--only", "limit,cooking"])
-        assert "'cooking' is none of" in capsys.readouterr().err
-
-    def test_a_processor_becomes_part_of_a_file_name(self):
-        assert Processor("Intel(R) Xeon(R) CPU @ 2.60GHz", 2, ()).slug == "intel-xeon"
-        assert Processor("AMD EPYC 9R14", 2, ("avx512_bf16",)).slug == "amd-epyc-9r14"
-
 
 class TestMerging:
     def test_merging_in_chunks_equals_merging_everybody(self, monkeypatch):
@@ -226,31 +112,3 @@ class TestMerging:
             torch.equal(x, y) for x, y in zip(chunks[2].tensors().values(), whole.select([4]).tensors().values())
         )
         assert work.run() == 5
-
-    def test_the_difference_compares_updates_rather_than_factors(self):
-        one = random_loras(base_of(), 1)
-        other = LoraBatch({name: Factors(2 * a, b / 2) for name, (a, b) in one.factors.items()}, one.scale)
-        assert merging.apart_by_update(other, one) < 1e-15
-        last = LoraBatch(
-            {name: Factors(a, b * (1.5 if "down" in name else 1)) for name, (a, b) in one.factors.items()}, 0.5
-        )
-        assert merging.apart_by_update(last, one) == pytest.approx(0.5)
-
-
-class TestDecoding:
-    def test_results_are_compared_by_person(self):
-        found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0], [9.0, 9.0]])
-        assert decoding.apart(found, expected) == pytest.approx(1 / 34**0.5)
-        assert decoding.share_of_equal([[1, 2, 3, 4], [5, 5]], [[1, 2, 0, 0]]) == 0.5
-
-
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.network
-def test_the_merging_benchmark_runs(tmp_path, fetched):
-    fetched("smollm2-135m-instruct"), fetched("movielens-100k")
-    words = ["--only", "merging", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("bench-*.json")
-    assert all(one["rates"] or one["skipped"] for one in record.kept(path))

@@ -51,19 +51,6 @@ def test_the_demo_shows_two_people_and_repeats_itself(tmp_path, assets, monkeypa
         assert row["metrics"] == rows[1][name]["metrics"], name
 
 
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.network
-def test_the_full_demo_compares_every_method(tmp_path, assets, monkeypatch, capsys):
-    _, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json", "--full")
-    names = {row["name"] for row in found["methods"]}
-    assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= names
-    assert {"merge only, ridge", "merge only, learned"} <= names
-    shown, _ = demo(monkeypatch, capsys, "--out", str(tmp_path), "--full")
-    rows = [line.split() for line in shown.splitlines()]
-    assert [row[0] for row in rows if len(row) > 4 and row[0] in ("OPPU", "MTA")] == ["OPPU", "MTA"]  # one table
-
-
 def demo(monkeypatch, capsys, *options):
     """What ``mta demo`` prints for people, and with --json for machines."""
     monkeypatch.setattr("sys.argv", ["mta", "demo", *options, *SMALL])

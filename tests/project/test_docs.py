@@ -121,24 +121,6 @@ def test_every_module_and_target_of_a_command_exists(page):
                 assert [w for w in words if w.startswith("--") and f'"{w}"' not in source] == []
 
 
-def test_a_clone_ignores_what_the_commands_of_the_readme_write():
-    written = re.findall(r"--(?:out|store|keys) (\S+)|\"([\w-]+/)\"", (ROOT / "README.md").read_text())
-    ignored = (ROOT / ".gitignore").read_text().splitlines()
-    names = [*map("".join, written), "history.jsonl", "newcomers.jsonl"]
-    assert [name for name in names if f"/{name}" not in ignored] == []
-
-
-def test_an_invalid_command_is_found():
-    assert commands("mta bank build x.jsonl --out bank/  # why\nA=1 echo 'two words' | cat") == [
-        ["mta", "bank", "build", "x.jsonl", "--out", "bank/"],
-        ["A=1", "echo", "two words"],
-        ["cat"],
-    ]
-    with pytest.raises(Exception, match="No such option: --nothing"):
-        VERBS["mta"].main(["bank", "build", "x.jsonl", "--nothing"], standalone_mode=False)
-    assert [key for key in ("merge.learned.lr", "merge.nothing", "merg.lr") if is_setting(key)] == ["merge.learned.lr"]
-
-
 # blocks
 
 

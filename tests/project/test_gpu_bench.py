@@ -3,25 +3,23 @@
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from memory import TensorMemory
 
-from benchmarks.gpu.__main__ import keep, left_out, main, passes, planned, recorded
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.gpu.site import Site
-from benchmarks.gpu.steps import fitted, planned_bytes, rates_by_batch
+from benchmarks.gpu.steps import planned_bytes
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import AS_IT_COMES, PRECISIONS, PlainPeft, _parts, fastest
+from benchmarks.speed.peers import PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import Cohort, apart, oppu, small, stack
+from benchmarks.speed.training import Cohort, oppu
 from mta.config import Training
 from mta.kernels.compile import without_kernels
 
@@ -35,23 +33,6 @@ def test_a_shape_has_the_weights_of_its_model(shape):
     assert shape.parameters == pytest.approx(weights, rel=1e-3)
     billions = {"135M": 0.135, "1B": 1.24, "4B": 4.02, "8B": 8.03}[shape.name.rpartition("-")[2]]
     assert weights / 1e9 == pytest.approx(billions, rel=0.01)
-
-
-def test_the_plan_names_what_does_not_fit():
-    lines = list(planned(SHAPES, 24 * 2**30, given=8 * 2**30, quick=False))
-    assert [line.endswith("fits") for line in lines] == [True, False, True, False]
-    assert "Llama-3-8B: 8.03 billion weights" in lines[1]
-    assert lines[1].endswith("left out: too little memory: about 49 GiB needed, 24 GiB free")
-
-
-def test_passes_get_the_memory_that_a_gpu_has_left():
-    for free, fits in ((28, [True, False, True, True]), (80, [True] * 4)):
-        memory = [passes(shape, free * 2**30, None) for shape in SHAPES]
-        assert [not left_out(shape, free * 2**30, one) for shape, one in zip(SHAPES, memory)] == fits
-    weights = 2 * 2 * SHAPES[1].parameters
-    assert 35 * 2**30 < memory[1] < 80 * 2**30 - weights - 4 * 2**30
-    assert passes(SHAPES[1], 80 * 2**30, 2**30) == 2**30
-    assert passes(SHAPES[1], None, None) == 24 * 2**30
 
 
 def test_examples_share_their_beginning_and_have_the_length_asked_for():
@@ -77,83 +58,6 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
 
 
-def test_rows_of_a_base_that_fails_the_check_are_failed(monkeypatch):
-    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", lambda: Row("first", "mta", "peer"))])
-    site = site_of()
-    (base,) = rows(site, "base")
-    assert (base.skipped, base.note) == ("", "blocked: yes, packable: yes")
-    site.base.blocked = False
-    found = [*rows(site, "base"), *rows(site, "training")]
-    assert [row.skipped.startswith("failed: the base did not pass the check") for row in found] == [True, True]
-
-
-def test_only_targets_for_gpus_are_shown(monkeypatch):
-    of_a_cpu = Row("first", "mta", "peer", rates=(3.0,), peer_rates=(1.0,), target=50.0)
-    monkeypatch.setitem(PARTS, "merging", lambda site: [Planned("first", lambda: of_a_cpu)])
-    assert [row.target for row in rows(site_of(), "merging")] == [None]
-    targets = {planned.name: planned.target for part in PARTS.values() for planned in part(site_of(shape=SHAPES[1]))}
-    assert {name.removeprefix("Llama-3-8B, "): target for name, target in targets.items() if target} == {
-        "rank 8 (OPPU), 8 shots of 70 tokens": 5.0,
-        "stage 3, 8 shots of 70 tokens": 5.0,
-        "decoding against the base alone": 0.85,
-    }
-
-
-def test_an_error_that_cuda_repeats_at_every_call_does_not_end_the_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
-    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", failing), Planned("second", failing)])
-    assert [row.name for row in rows(site_of("cuda"), "training")] == ["first", "second"]
-
-
-def test_rows_of_a_shape_that_does_not_fit_are_skipped_under_their_names():
-    found = [*rows(site_of(), "training", lambda: "too little memory")]
-    assert {row.skipped for row in found} == {"too little memory"}
-    assert "SmolLM2-135M, rank 8 (OPPU), 8 shots of 70 tokens" in {row.name for row in found}
-
-
-def recorded_of(name, run, skipped="", part="training"):
-    row = Row(name, "mta", "peer", skipped=skipped)
-    return recorded(row, run, part, site_of())
-
-
-def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
-    found = {}
-    for one in [recorded_of("a", "run 1"), recorded_of("b", "run 1"), recorded_of("c", "run 1", part="curve")]:
-        keep(found, one)
-    keep(found, recorded_of("a", "run 2", skipped="no time left"))
-    assert {name: one["run"] for name, one in found.items()} == {"a": "run 1", "b": "run 1", "c": "run 1"}
-    keep(found, recorded_of("a", "run 2", skipped="failed: OutOfMemoryError"))
-    assert {name: one["run"] for name, one in found.items()} == {"c": "run 1", "a": "run 2"}
-    assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
-
-
-def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
-    words = ["--device", "cpu", "--quick", "--budget", "0", "--shapes", "SmolLM2-135M", "--only", "merging", "decoding"]
-    assert main([*words, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
-    assert {row["name"]: row["skipped"] for row in found} == {
-        "SmolLM2-135M, base": "no time left",
-        "SmolLM2-135M, decoding against the base alone": "no time left",
-    }
-
-
-def test_the_peer_computes_less_in_one_pass_until_it_fits():
-    plain = SimpleNamespace(tokens=10_000, model=SimpleNamespace(device="cpu"))
-
-    def work():
-        if plain.tokens > 3000:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 0.1
-
-    assert fitted(plain, work) == 0.1
-    assert plain.tokens == 2500
-
-
-def test_parts_of_the_peer_hold_as_many_tokens_as_given():
-    (job,) = jobs_of(SHAPES[0].tiny(), people=1, examples=8, tokens=70, shared=8)
-    assert [len(part) for part in _parts(job.examples, 280)] == [4, 4]
-
-
 def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
     site = replace(site_of(), dtype=torch.float32)
     jobs = jobs_of(site.shape, people=3, examples=2, tokens=24, shared=8)
@@ -163,14 +67,6 @@ def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
     right = Cohort.gradient
     monkeypatch.setattr(Cohort, "gradient", lambda self: (right(self)[0], right(self)[1].select([1, 0, 2])))
     assert against_peer(cohort, plain, 3) > 0.1
-
-
-def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=6, examples=2, tokens=24, shared=8)
-    cohort = stack(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), 2**22, site.bank)
-    alone = replace(cohort, pooled=None, merges=None)
-    assert len(cohort.plan().cohorts) > len(alone.plan().cohorts)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -185,33 +81,6 @@ def test_the_memory_of_a_cohort_is_planned(checkpointed):
             with TensorMemory([*base.model.parameters(), *base.model.buffers(), *starts]) as memory:
                 some.train(tokens_per_batch=tokens)
             assert memory.peak == pytest.approx(planned_bytes(some, tokens), rel=0.05)
-
-
-def test_the_peer_is_measured_with_the_batches_that_fit():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=2, examples=8, tokens=30, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=8), site.memory)
-    plain = PlainPeft(site.plain(), cohort.start.select([0]))
-    plain.tokens = 150
-    plain.prepare(jobs, cohort.start, cohort.training)
-    assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8), 1)] == [2, 4]
-    assert plain.tokens == 150
-    work = cohort.jobs[:1], cohort.start, cohort.training
-    assert fastest(plain, lambda: plain.prepare(*work), PRECISIONS) in PRECISIONS
-
-
-def test_precisions_of_the_peer_give_its_gradients():
-    site = site_of()
-    jobs = jobs_of(site.shape, people=1, examples=2, tokens=24, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
-    start = small(cohort.start, 7)
-    plain = PlainPeft(site.plain(), start)
-    _, expected = plain.gradient(jobs, start)
-    kinds = torch.float32, torch.bfloat16, torch.float32
-    for precision, kind in zip((*PRECISIONS, AS_IT_COMES), kinds):
-        plain.compute_with(precision)
-        assert {tensor.dtype for tensor in plain.parameters} == {kind}
-        assert apart(plain.gradient(jobs, start)[1], expected) < 0.05
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
@@ -235,14 +104,6 @@ def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp
 
 
 @pytest.mark.integration
-def test_tests_on_a_device_that_cannot_be_used_fail():
-    words = ["--device", "nonsense", "-k", "bank_is_the_same", "tests/project/test_on_device.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "device 'nonsense' cannot be used" in done.stdout
-
-
-@pytest.mark.integration
 def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     words = ["--device", "cpu", "--quick", "--shapes", "Llama-3.2-1B", "--out", str(tmp_path)]
     assert main([*words, "--only", "coefficients"]) == 0
@@ -258,12 +119,3 @@ def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     assert {"decoding against the base alone", "decoding against PEFT adapter_names"} <= {*names}
     assert not [row for row in found["rows"] if row["skipped"].startswith("failed")]
     assert capsys.readouterr().out.count("Llama-3.2-1B") >= len(names)
-
-
-@pytest.mark.slow
-def test_four_layers_of_the_8b_shape_train_as_peft_trains_them():
-    shape = replace(SHAPES[1], layers=4, vocabulary=32000)  # nine gigabytes for both
-    site = Site(shape, torch.device("cpu"), torch.float32, 2**33, Settings(people=2))
-    jobs = jobs_of(shape, people=2, examples=2, tokens=24, shared=8)
-    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
-    assert against_peer(cohort, PlainPeft(site.plain(), cohort.start.select([0]))) < 1e-3

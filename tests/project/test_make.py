@@ -18,12 +18,6 @@ TOO_OLD = """#!/bin/sh
 [ "$1" = -c ] && exit 1
 mkdir -p "$4/bin" && touch "$4/bin/python"
 """
-OFFLINE = """#!/bin/sh
-[ "$1" = -c ] && exit 0
-[ "$2" = pip ] && exit 1
-mkdir -p "$4/bin" && cp "$0" "$4/bin/python"
-"""
-
 INSTALLS = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 [ "$2" = pip ] && touch "$(dirname "$0")/../pip" && exit 0
@@ -50,13 +44,6 @@ def test_an_old_python_is_refused_before_an_environment_is_made(tmp_path: Path) 
     assert done.returncode != 0
     assert "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" in done.stderr
     assert not (tmp_path / "venv").exists()
-
-
-def test_without_a_package_index_another_python_is_suggested_for_gpus(tmp_path: Path) -> None:
-    done = make(tmp_path, OFFLINE, "installed")
-    assert done.returncode != 0
-    assert "make gpu GPU_PYTHON=python3" in done.stderr
-    assert not (tmp_path / "venv" / "installed").exists()
 
 
 def test_a_replaced_python_gets_the_packages_again(tmp_path: Path) -> None:

@@ -60,17 +60,7 @@ def test_every_public_name_resolves(name):
     assert getattr(mta, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'mta' has no attribute 'Nothing'"):
-        _ = mta.Nothing
-
-
 # the command line
-
-
-def test_python_m_mta_is_mta():
-    done = subprocess.run([sys.executable, "-m", "mta", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, mta.__version__)
 
 
 def test_the_installed_command_is_the_same_function():

@@ -1,8 +1,5 @@
 """Real weights and real people: SmolLM2 and MovieLens through all stages, small enough for every run of the tests."""
 
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
@@ -16,7 +13,6 @@ from mta.data.splits import draw
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK
-from mta.tools.cost import DataSizes, Shape, memory
 
 pytestmark = [pytest.mark.integration, pytest.mark.real, pytest.mark.network]
 
@@ -86,45 +82,3 @@ def test_the_same_work_gives_the_same_bytes(world, tmp_path):
     again.personalize(people[::-1])
     for person in people:
         assert again.state(person.id).to_bytes() == personal.state(person.id).to_bytes()
-
-
-GROWN = """
-import os, sys
-from pathlib import Path
-import torch
-from mta import TASK, Bank, BaseModel
-from mta.serving.embedded.adapter_slots import AdapterSlots
-from mta.serving.embedded.kv_cache import Slots
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-base = BaseModel.load(sys.argv[1], "float32")
-bank, count, length = Bank.open(sys.argv[2], base), int(sys.argv[3]), int(sys.argv[4])
-found = []
-for rows in (2, count):  # what grows with rows is theirs, all else is there once
-    adapters = slots = None
-    adapters = AdapterSlots(base, bank, rows)
-    slots = Slots(base, rows, length - 8, 8, adapters)
-    for n in range(rows):
-        slots.take((n, ""), [5, 6])
-        adapters.take(n, adapters.adapter_of(TASK))
-    with torch.inference_mode(), adapters.opened(slice(0, rows)):
-        slots.logits(slice(0, rows), [[5, 6]] * rows)
-        for kept in (part for pair in slots.cache.kept for part in pair):
-            kept.fill_(1.0)  # memory that was asked for is there once it is written
-    found.append(resident())
-print((found[1] - found[0]) / (count - 2))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_the_memory_of_an_answer_is_what_mta_size_predicts(world):
-    """Resident memory that a row of SmolLM2 takes, adapter and slot, in a process of its own, within 15%."""
-    personal, _ = world
-    count, length = 24, 512
-    words = [RUN.base, str(personal.bank.folder), str(count), str(length)]
-    done = subprocess.run([sys.executable, "-c", GROWN, *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    predicted = 2 * memory(Shape.of(RUN.base), RUN, DataSizes(context=length)).row  # it counts bfloat16
-    assert float(done.stdout) == pytest.approx(predicted, rel=0.15)

@@ -1,13 +1,10 @@
 """What a release says of itself agrees: version, changelog, citation, ranges and the lowest versions tried."""
 
 import re
-import subprocess
 import tomllib
-import venv
 from datetime import date
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -53,11 +50,6 @@ def test_the_citation_is_of_the_last_release():
     assert CITATION["references"][0]["url"] == PROJECT["urls"]["Paper"] == "https://arxiv.org/abs/2511.20072"
 
 
-def test_it_supports_what_security_says():
-    series = ".".join(mta.__version__.split(".")[:2])
-    assert f"| {series}.x | yes |" in (ROOT / "SECURITY.md").read_text()
-
-
 def test_the_oldest_versions_are_the_floors_of_the_ranges():
     oldest, ranges = pins("constraints-oldest.txt"), asked(*EXTRAS, "dev")
     assert asked(*EXTRAS).keys() <= oldest.keys()
@@ -69,16 +61,3 @@ def test_the_oldest_versions_are_the_floors_of_the_ranges():
 def test_published_figures_were_made_with_versions_in_the_ranges():
     used = pins("constraints.txt")
     assert [name for name, one in asked(*EXTRAS).items() if used[name] not in one.specifier] == []
-
-
-@pytest.mark.slow
-@pytest.mark.network
-def test_the_citation_file_is_valid(tmp_path):
-    """By cffconvert, which wants an older jsonschema than ours: in an environment of its own."""
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "cffconvert==2.0.0"], check=True, cwd=tmp_path)
-    command = [tmp_path / "env" / "bin" / "cffconvert", "--validate", "-i", ROOT / "CITATION.cff"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "valid according to schema version 1.2.0" in done.stdout + done.stderr

@@ -113,43 +113,6 @@ def test_the_wheel_works_in_its_own_environment(borrowing, tmp_path):
     assert walked.splitlines()[-1] == "ok"
 
 
-TYPED = """
-from pathlib import Path
-
-import mta
-
-base = mta.BaseModel.load("smollm2-135m-instruct")
-people = mta.read_people("history.jsonl", task="lamp3")
-bank = mta.Bank.build(base, people, Path("bank"), anchors=8)
-personal = mta.Personalizer(base, bank, store="people")
-made: int = personal.personalize(people).trained
-answers: list[str] = personal.generate([("ann", "Broke in a week."), (mta.TASK, {"text": "Broke in a week."})])
-lost: float = personal.export("ann", "out", rank=16)
-kept: list[str] = personal.forget("ann").needs_rebuild
-run: mta.Run = mta.override(bank.info.run, ["merge.policy=ridge"])
-person = mta.Person.of("bob", [mta.Item({"text": "Fine.", "score": "4"}, time=1.0)])
-mta.compare(base, bank, [person], mta.CompareSettings(shots=4, queries=4), run=run).write("results")
-"""
-WRONG = {
-    "mta.Person.of(7, [])": "arg-type",
-    'mta.BaseModel.load("x", colour="red")': "call-arg",
-    "mta.Run().bank.anchor": "attr-defined",
-    "mta.Nothing": "attr-defined",
-}
-
-
-@pytest.mark.slow
-def test_a_program_that_uses_it_is_checked_by_mypy(borrowing, tmp_path):
-    """The wheel is typed for users: a right program passes --strict, and each mistake is found."""
-    (tmp_path / "right.py").write_text(TYPED)
-    (tmp_path / "wrong.py").write_text("import mta\n" + "\n".join(WRONG) + "\n")
-    words = ["--strict", "--python-executable", borrowing, "--cache-dir", tmp_path / "cache", "right.py", "wrong.py"]
-    done = subprocess.run([sys.executable, "-m", "mypy", *words], cwd=tmp_path, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert [line for line in found if line.startswith("right.py")] == [], done.stdout + done.stderr
-    assert [line.rpartition("[")[2].rstrip("]") for line in found if line.startswith("wrong.py")] == [*WRONG.values()]
-
-
 @pytest.mark.slow
 @pytest.mark.network
 def test_the_declared_requirements_are_enough(wheel, tmp_path):

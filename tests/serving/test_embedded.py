@@ -360,7 +360,7 @@ def test_oversized_and_late_requests_are_refused():
         assert all(isinstance(one, QueueFull) for one in found[3:])
         await engine.close()
         assert not engine.ready
-        with pytest.raises(EngineGone):
+        with pytest.raises(EngineGone, match="the engine has stopped"):
             await tokens_of(engine, ask)
 
     asyncio.run(go())

@@ -234,7 +234,7 @@ def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_be
         return True
 
     service = SimpleNamespace(strict_bank=(tiny_bank_folder, "hash"), is_stale=False, apart_from_store=fresh)
-    with pytest.raises(NeedsRebuild):
+    with pytest.raises(NeedsRebuild, match="the bank must be rebuilt: a forgotten person"):
         asyncio.run(Service.check_fresh(service))
     assert service.is_stale
 

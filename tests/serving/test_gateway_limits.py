@@ -22,7 +22,6 @@ from mta.serving.api import completions, limits
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.service import Service
 from mta.store import Store
-from mta.store.lock import locked
 from mta.store.tombstones import LIFETIME
 
 
@@ -158,7 +157,7 @@ def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path, monk
 
         monkeypatch.setattr(here.service.histories, "append", appended)
         with ThreadPoolExecutor(50) as callers, httpx2.Client(timeout=30) as client:
-            with locked(here.service.store.files):
+            with here.service.store.files.locked():
                 kept = [callers.submit(keep, n) for n in range(50)]  # more than the server has threads
                 assert entered.acquire(timeout=60)
                 while entered.acquire(timeout=2):  # until no more threads wait for the lock

@@ -26,14 +26,6 @@ def test_a_list_is_read_back(exports: list[Export]) -> None:
     assert exports_from_bytes(exports_to_bytes(exports)) == exports
 
 
-def test_another_schema_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "SCHEMA", 2)
-        data = exports_to_bytes(LIST)
-    with pytest.raises(StateCorrupt, match="expected schema 3 and exports with that sha256\n  Remove the file"):
-        exports_from_bytes(data)
-
-
 def test_a_store_notes_exports_for_its_owner_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "people")
     assert store.exports.of(ANN) == []
@@ -104,8 +96,8 @@ def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr("mta.lora.peft._publish", killed)
         patch.setattr("mta.lora.peft.shutil.rmtree", lambda *_, **__: None)  # nobody cleans up after a kill
-        with pytest.raises(Killed):
-            export_from(store, folder)
+        with pytest.raises(Killed), store.exports.writing(ANN, folder):
+            write_peft(folder, adapter(0), "base")
     (folder.parent / ".ann.mine").mkdir()
     assert len([path for path in folder.parent.glob("**/.ann.*") if path.is_dir()]) == 2
     assert [export.sha256 for export in store.exports.of(ANN)] == [""]

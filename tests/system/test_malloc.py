@@ -69,7 +69,7 @@ def test_memory_is_not_given_back_in_a_process_that_does_not_keep_it(monkeypatch
     from mta.system import malloc
 
     monkeypatch.setattr(malloc, "_keeps", False)  # an earlier test may have run the command line in this process
-    monkeypatch.setattr(malloc, "_resident", lambda: pytest.fail("memory was looked at"))
+    monkeypatch.setattr(malloc, "Path", lambda _: pytest.fail("memory was looked at"))
     malloc.give_back_memory(keep=0)
 
 

@@ -131,12 +131,14 @@ def test_an_encoder_with_a_model_class_of_its_own_is_refused(encoder, marker):
     assert not marker.exists()
 
 
-def test_an_encoder_with_a_tokenizer_class_of_its_own_is_refused(encoder, marker):
-    plant(encoder, marker, "Words")
-    changed_json(encoder / "tokenizer_config.json", tokenizer_class="Words", auto_map=own_tokenizer())
-    changed_json(encoder / "config.json", model_type="evil")
-    refused(vectors, encoder)
-    assert not marker.exists()
+def test_a_tokenizer_class_of_a_folder_is_refused(encoder, base, marker):
+    own = {"AutoTokenizer": ["evil.Words", "evil.Words"]}
+    for folder, call in ((encoder, vectors), (base, load)):
+        plant(folder, marker, "Words")
+        changed_json(folder / "tokenizer_config.json", tokenizer_class="Words", auto_map=own)
+        changed_json(folder / "config.json", model_type="evil")
+        refused(call, folder)
+        assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -307,14 +309,6 @@ def test_a_base_with_a_model_class_of_its_own_is_refused(base, marker):
     assert not marker.exists()
 
 
-def test_a_base_with_a_tokenizer_class_of_its_own_is_refused(base, marker):
-    plant(base, marker, "Words")
-    changed_json(base / "tokenizer_config.json", tokenizer_class="Words", auto_map=own_tokenizer())
-    changed_json(base / "config.json", model_type="evil")
-    refused(load, base)
-    assert not marker.exists()
-
-
 def test_code_beside_a_base_that_transformers_knows_is_left_alone(base, marker):
     """Repositories of known architectures often carry the code they were first published with."""
     plant(base, marker, "Config", "Model", "Words")
@@ -378,10 +372,6 @@ def test_a_base_with_other_weights_is_refused_before_it_is_loaded(bank, base):
     with pytest.raises(BankMismatch, match="was built for base 'tiny-llama'"):
         BaseModel.of(run, lambda fingerprint: check_base(bank, info, run.base, fingerprint))
     assert "cannot be loaded as a causal language model" in refused(load, base)
-
-
-def own_tokenizer() -> dict:
-    return {"AutoTokenizer": ["evil.Words", "evil.Words"]}
 
 
 def save_modules(folder: Path, *more: dict) -> None:

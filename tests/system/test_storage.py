@@ -14,8 +14,8 @@ from test_atomic import mode
 from mta.errors import StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
-from mta.store.maintenance import collect
 from mta.store.run_checkpoints import RunCheckpoints
+from mta.system import storage
 from mta.system.storage import Storage
 
 
@@ -49,15 +49,6 @@ def test_removed_files_are_gone_when_their_folders_are_flushed(tmp_path: Path, s
     assert synced == [(str(tmp_path / "ab"), ["2"]), (str(tmp_path / "ab"), []), (str(tmp_path / "cd"), [])]
 
 
-def test_a_removed_folder_is_gone_when_its_parent_is_flushed(tmp_path: Path, synced: list) -> None:
-    files = Storage(tmp_path)
-    files.create("work/1/plan", b"data")
-    synced.clear()
-    files.remove_folder("work")
-    files.remove_folder("work")
-    assert (str(tmp_path), []) in synced
-
-
 def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
@@ -74,18 +65,6 @@ def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Pat
     (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
     assert forget_person(ANN, store).states_removed
     assert not folder.exists()
-
-
-def test_half_written_files_of_a_killed_run_are_removed_before_its_checkpoint(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state())
-    half, whole = (tmp_path / "work" / "run" / name for name in (f".a.checkpoint.{'0' * 32}", "a.checkpoint"))
-    for path in (half, whole):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"stack")
-        os.utime(path, (0, path.stat().st_mtime - 7200))
-    assert list(collect(store)) == [f"work/run/{half.name}"]
-    assert whole.exists()
 
 
 def test_removing_a_linked_folder_keeps_its_target(tmp_path: Path) -> None:
@@ -117,21 +96,6 @@ def test_a_folder_is_removed_while_another_process_removes_its_files(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_remote_folder_is_removed_although_one_of_its_files_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = Storage("memory://vanishing")
-    files.create("work/a", b"data")
-    remove, refusals = files.fs.rm, [FileNotFoundError("work/b")]
-
-    def another_is_first(path: str, recursive: bool) -> None:
-        if refusals:
-            raise refusals.pop()
-        remove(path, recursive=recursive)
-
-    monkeypatch.setattr(files.fs, "rm", another_is_first)
-    files.remove_folder("work")
-    assert files.find() == {}
-
-
 def test_a_folder_that_is_only_partly_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise FileNotFoundError
@@ -159,18 +123,6 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
         with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
             change()
     assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["mine"]
-
-
-def test_the_root_may_be_a_link(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "people").symlink_to(tmp_path / "disk")
-    files = Storage(tmp_path / "people")
-    files.create("ab/1", b"data")
-    files.replace("ab/1", b"more")
-    assert (tmp_path / "disk" / "ab" / "1").read_bytes() == b"more"
-    files.remove("ab/1")
-    files.remove_folder("ab")
-    assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_without_hard_links_a_created_file_is_readable_by_its_owner_only(
@@ -225,3 +177,19 @@ def test_a_file_system_that_knows_no_setting_of_ours_can_hold_a_store(monkeypatc
     store = Store("strict://people")
     store.save(ANN, state())
     assert Store("strict://people").latest(ANN) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [(errno.ENOLCK, "This file system cannot lock files. Put the store on a local disk."), (errno.EIO, "Check the ")],
+)
+def test_a_store_that_cannot_be_locked_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, hint: str
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(storage.FileLock, "acquire", refuse)
+    with pytest.raises(StoreError, match="cannot be locked: no") as caught, Storage(tmp_path).locked():
+        pytest.fail("entered without the lock")
+    assert caught.value.hint.startswith(hint)

@@ -66,11 +66,6 @@ def test_a_pass_copies_its_rows_once_and_its_blocks_once():
     assert found.device == META
 
 
-def test_predicted_tokens_get_the_number_of_their_row():
-    here = rows(torch.device("cpu"))
-    assert here.owner.unique_consecutive().tolist() == [5, 4, 7]
-
-
 @pytest.mark.parametrize(("owner", "copies"), [([0, 0, 1, 1], 1), ([0, 1, 1, -1], 2)], ids=["in order", "mixed"])
 def test_adapters_find_their_rows_without_reading_from_the_device(owner, copies):
     batch, owner = random_loras(base_of(), 2).to(META), torch.tensor(owner)

@@ -47,8 +47,8 @@ def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") 
 | cut | {cuts} |
 | training | {seconds} |"""
     )
-    found = what_to_expect(info)
-    expected = f"## What to expect\n\n{found}\n\n" if found else ""
+    gains = what_to_expect(info)
+    expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
 LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, {made}
@@ -151,9 +151,9 @@ def what_to_expect(info: BankInfo) -> str:
     return f"{' '.join(said)}{gains_table(info.calibration)}"
 
 
-def gains_table(found: CalibrationInfo) -> str:
+def gains_table(info: CalibrationInfo) -> str:
     """Return the measured gains as a table after an empty line; empty without any."""
-    kinds = {"merge": found.gains, "merge and stack": found.stacked}
+    kinds = {"merge": info.gains, "merge and stack": info.stacked}
     measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
@@ -178,23 +178,23 @@ def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
     return "".join(cells)
 
 
-def in_words(found: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
+def in_words(info: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
     """Return what a calibration found, in one paragraph; ``people`` says who was measured."""
-    notes = [f"{note[0].upper()}{note[1:]}." for note in found.notes]
-    if not found.gains:
+    notes = [f"{note[0].upper()}{note[1:]}." for note in info.notes]
+    if not info.gains:
         return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
-        f"Measured on {found.people} people, {people}: the decrease of the true "
+        f"Measured on {info.people} people, {people}: the decrease of the true "
         "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals."
     ]
-    merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
-    if merged and found.prior == BOUNDLESS:
+    merged = any(gain.mean for gain in info.gains)  # otherwise, there are no merges
+    if merged and info.prior == BOUNDLESS:
         parts.append("A person's own shots did not help to merge: everybody gets the population's best merge.")
     elif merged:
-        parts.append(f"The population's best merge counts as much as {found.prior:.2g} of a person's shots.")
-    if found.rate is not None:
+        parts.append(f"The population's best merge counts as much as {info.prior:.2g} of a person's shots.")
+    if info.rate is not None:
         parts.append(
-            f"A stack gained most with one step at {found.rate:g}." if found.rate else "No stack gained clearly."
+            f"A stack gained most with one step at {info.rate:g}." if info.rate else "No stack gained clearly."
         )
     return " ".join([*parts, *notes])
 

@@ -171,8 +171,8 @@ def _read_members(folder: Path, sha256: str) -> MemberHashes | None:
     path = folder / MEMBERS
     try:
         data = path.read_bytes()
-        if (found := hashlib.sha256(data).hexdigest()) != sha256:
-            raise BankCorrupt(_changed(path, found, sha256), hint=restore(folder))
+        if (digest := hashlib.sha256(data).hexdigest()) != sha256:
+            raise BankCorrupt(_changed(path, digest, sha256), hint=restore(folder))
         return MemberHashes.model_validate_json(data)
     except FileNotFoundError:
         return None
@@ -197,9 +197,9 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
     state = {"bank": info.hash, "files": seen}
     if not full and read_json(note) == state:
         return
-    for name, found in file_hashes(folder, list(info.files)).items():
-        if found != info.files[name]:
-            raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=restore(folder))
+    for name, digest in file_hashes(folder, list(info.files)).items():
+        if digest != info.files[name]:
+            raise BankCorrupt(_changed(folder / name, digest, info.files[name]), hint=restore(folder))
     with contextlib.suppress(OSError):  # with a read-only cache, the next call checks the hashes again
         write_json(note, state, private=False)
 
@@ -222,12 +222,12 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
         return None
     try:
         tensors = load_file(folder / CALIBRATION)
-        found = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
+        calibration = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
     except (OSError, SafetensorError, KeyError) as error:
         raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
-    if found.mu.shape != (len(info.items),) or found.curvature.shape != (len(info.items),) * 2:
+    if calibration.mu.shape != (len(info.items),) or calibration.curvature.shape != (len(info.items),) * 2:
         raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=restore(folder))
-    return found
+    return calibration
 
 
 def seal(values: dict[str, Any]) -> str:
@@ -235,8 +235,8 @@ def seal(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _changed(path: Path, found: str, expected: str) -> str:
-    return f"{path} was changed or cut short: its sha256 is {found[:12]}…, {INFO} says {expected[:12]}…"
+def _changed(path: Path, digest: str, expected: str) -> str:
+    return f"{path} was changed or cut short: its sha256 is {digest[:12]}…, {INFO} says {expected[:12]}…"
 
 
 def with_hash(info: BankInfo) -> BankInfo:

@@ -6,20 +6,12 @@ import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mta.bank.card import write_described
-from mta.bank.format import (
-    ANCHORS,
-    HASHED_FILES,
-    INDEX,
-    BankInfo,
-    check_new,
-    file_hashes,
-)
+from mta.bank.format import ANCHORS, INDEX, BankInfo, check_new, file_hashes
 from mta.bank.members import Members
 from mta.config import Lora, Run
 from mta.data.history import Person
@@ -51,8 +43,13 @@ def import_bank(
     retrieved by content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
     """
     check_new(out)
-    given = _given(adapters, base, people)
-    work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, given.files])
+    folders = sorted(map(Path.absolute, adapters), key=lambda folder: folder.name)
+    loras, ids = _read(folders, base), [folder.name for folder in folders]
+    known = {person.id: person for person in people if person.items}
+    owners = [known.get(name) for name in ids]
+    if people and (missing := owners.count(None)):
+        log.warning("no items are given for %d of %d LoRAs: these cannot be retrieved by content", missing, len(ids))
+    files = [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
     settings = run.model_copy(
         update={
             "task": task.name,
@@ -70,32 +67,18 @@ def import_bank(
         encoder=loaded.encoder,
         encoder_fingerprint=encoder.fingerprint,
         run=loaded,
-        work=work,
-        items=given.items,
-        members=Members.of(secrets.token_hex(32), [], given.ids, given.ids),
+        work=json_sha256([base.fingerprint, encoder.fingerprint, task.identity, files]),
+        items=tuple(len(owner.items) if owner else 0 for owner in owners),
+        members=Members.of(secrets.token_hex(32), [], ids, ids),
         files={},
     )
-    _write(out, info, concatenate(given.loras), _vectors(encoder, task, given.owners, run))
+    _write(out, info, concatenate(loras), _vectors(encoder, task, owners, run))
 
 
-class _Given(NamedTuple):
-    """LoRAs in the order of their people's ids, with all layers of the base, and the people with known items."""
-
-    ids: list[str]
-    loras: list[LoraBatch]
-    owners: list[Person | None]
-    files: list[dict[str, str]]
-
-    @property
-    def items(self) -> tuple[int, ...]:
-        """The number of each person's items; 0 if unknown."""
-        return tuple(len(owner.items) if owner else 0 for owner in self.owners)
-
-
-def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) -> _Given:
-    if not adapters:
+def _read(folders: Sequence[Path], base: BaseModel) -> list[LoraBatch]:
+    """Return the LoRAs of the folders, each with all layers of the base. Raises InputError."""
+    if not folders:
         raise InputError("no adapters were given", hint="Give folders that hold adapter_config.json.")
-    folders = sorted(map(Path.absolute, adapters), key=lambda folder: folder.name)
     ids = [folder.name for folder in folders]
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise InputError(
@@ -110,12 +93,7 @@ def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) 
             hint="Give LoRAs that were trained apart, or build a bank from people's items:  mta bank build --help",
         )
     _warn_of_other_bases(folders, base.name)
-    known = {person.id: person for person in people if person.items}
-    if missing := sum(name not in known for name in ids) if people else 0:
-        log.warning("no items are given for %d of %d LoRAs: these cannot be retrieved by content", missing, len(ids))
-    return _Given(
-        ids, loras, [known.get(name) for name in ids], [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
-    )
+    return loras
 
 
 def _warn_of_other_bases(folders: Sequence[Path], base: str) -> None:
@@ -141,8 +119,8 @@ def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
         name: lora.factors.get(name) or Factors(some.new_zeros(1, lora.rank, d), some.new_zeros(1, o, lora.rank))
         for name, (d, o) in base.targets.items()
     }
-    found = LoraBatch(factors, lora.scale)
-    return found if lora.scale > 0 else found.scaled_into_b()  # a bank's alpha is positive
+    whole = LoraBatch(factors, lora.scale)
+    return whole if lora.scale > 0 else whole.scaled_into_b()  # a bank's alpha is positive
 
 
 def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run: Run) -> Tensor:
@@ -150,9 +128,9 @@ def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run:
     known = [n for n, owner in enumerate(owners) if owner]
     if not known:
         return torch.zeros(len(owners), encoder.encode(["."]).shape[1])
-    found = encode_people(encoder, task, [owner for owner in owners if owner], run.bank.encode)
-    vectors = found.new_zeros(len(owners), found.shape[1])
-    vectors[known] = found
+    encoded = encode_people(encoder, task, [owner for owner in owners if owner], run.bank.encode)
+    vectors = encoded.new_zeros(len(owners), encoded.shape[1])
+    vectors[known] = encoded
     return vectors
 
 
@@ -163,9 +141,5 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor) -> No
     with replacing_folder(out) as temporary:
         write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
-        names = [name for name in HASHED_FILES if (temporary / name).is_file()]
-        changed = {
-            "run": info.run.model_copy(update={"bank": bank}),
-            "files": file_hashes(temporary, names),
-        }
-        write_described(temporary, info.model_copy(update=changed))
+        run, files = info.run.model_copy(update={"bank": bank}), file_hashes(temporary, [ANCHORS, INDEX])
+        write_described(temporary, info.model_copy(update={"run": run, "files": files}))

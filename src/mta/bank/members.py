@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -77,29 +77,19 @@ class Members(BaseModel):
     @cached_property
     def hashes(self) -> dict[TrainedPart, frozenset[str]]:
         """The hashes of the people behind each part."""
-        known = self.hashed
-        if known is None:
+        if (known := self.hashed) is None:
             return {}
-        return {
-            "task LoRA": frozenset(known.task),
-            "clusters": frozenset(known.candidates),
-            "anchor": frozenset(known.anchors),
-            "calibration": frozenset(known.calibration),
-        }
+        groups = known.task, known.candidates, known.anchors, known.calibration
+        return dict(zip(get_args(TrainedPart), map(frozenset, groups), strict=True))
 
     @property
     def people(self) -> int:
         """The number of people behind all parts, each counted once; 0 if the members are unknown."""
         return len(frozenset().union(*self.hashes.values()))
 
-    @cached_property
-    def kept_back_hashes(self) -> frozenset[str]:
-        """The hashes of candidates with the items that they kept back."""
-        return frozenset(self.hashed.kept_back if self.hashed else ())
-
     def kept_back(self, person: Person) -> bool:
         """Return whether the items of this person are those that a candidate kept back from the task LoRA."""
-        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.kept_back_hashes
+        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.hashed.kept_back
 
     def parts_of(self, person: str) -> list[TrainedPart]:
         """Return the parts of the bank that were trained on this person; none if the members are unknown."""

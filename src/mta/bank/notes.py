@@ -74,8 +74,8 @@ def note_stop(folder: Path) -> None:
         write_text(folder / STOPS, secrets.token_hex(8))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            found = f"{folder / STOPS} cannot be written: {error.strerror or error}"
-            raise BankError(found, hint=PERMISSIONS) from None
+            reason = f"{folder / STOPS} cannot be written: {error.strerror or error}"
+            raise BankError(reason, hint=PERMISSIONS) from None
 
 
 def parts_to_rebuild(folder: Path) -> list[str]:
@@ -97,22 +97,17 @@ def stale_report(folder: Path) -> StaleReport | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := parts_to_rebuild(folder)):
         return None
-    found, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
+    message, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
     if parts == ["calibration"]:
-        return StaleReport(found, "Leave that person out, and calibrate again:  mta bank calibrate")
+        return StaleReport(message, "Leave that person out, and calibrate again:  mta bank calibrate")
     if info.plan or info.run.task_lora.enabled:
-        return StaleReport(found, "Leave that person out, and make it anew:  mta bank build --out NEW")
-    return StaleReport(found, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
+        return StaleReport(message, "Leave that person out, and make it anew:  mta bank build --out NEW")
+    return StaleReport(message, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
 
 
 def note_published(folder: Path, where: str) -> None:
     """Note the address that a bank was published to, so that ``forget`` can report the copy."""
     _note(folder, PUBLISHED, [where])
-
-
-def drop_note_of_publishing(folder: Path, where: str) -> None:
-    """Remove an address to which nothing was sent. Raises BankError if the note cannot be written."""
-    _note(folder, PUBLISHED, (), without=where)
 
 
 def published(folder: Path) -> list[str]:
@@ -127,14 +122,11 @@ def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
         _note(copy, STALE, parts)
 
 
-def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:
-    """Add entries to a list of a bank, or remove one; threads and processes wait for each other. Raises BankError."""
+def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
+    """Add entries to a list of a bank; threads and processes wait for each other. Raises BankError."""
     key, listed = {STALE: ("needs_rebuild", parts_to_rebuild), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
-            write_json(folder / name, {key: sorted({*listed(folder), *entries} - {without})})
+            write_json(folder / name, {key: sorted({*listed(folder), *entries})})
     except OSError as error:  # also if the lock is not free in time
-        raise BankError(
-            f"{folder / name} cannot be written: {error.strerror or error}",
-            hint=PERMISSIONS,
-        ) from None
+        raise BankError(f"{folder / name} cannot be written: {error.strerror or error}", hint=PERMISSIONS) from None

@@ -13,7 +13,6 @@ from typing import Any
 
 from mta.bank.card import card, table_of
 from mta.bank.format import (
-    CALIBRATION,
     HASHED_FILES,
     INFO,
     MEMBERS,
@@ -24,11 +23,11 @@ from mta.bank.format import (
     seal,
     verify,
 )
-from mta.bank.notes import drop_note_of_publishing, forget_marker, note_published, published, stale_report
+from mta.bank.notes import forget_marker, note_published, stale_report
 from mta.errors import BankCorrupt, BankError, BankNotFound, HubError, InputError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
-from mta.system.hub import Repository, Upload, is_hub_id, public_name, snapshot
+from mta.system.hub import Upload, is_hub_id, public_name, send, snapshot
 
 _ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
@@ -42,8 +41,7 @@ def bank_upload(
     foreign files, BankCorrupt, InputError.
     """
     since, info = forget_marker(folder), read_info(folder)
-    if report := stale_report(folder):
-        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
+    _refuse_stale(folder, since)
     if with_members and info.members.hashed is None:
         raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
     verify(folder, info, full=True)
@@ -51,11 +49,7 @@ def bank_upload(
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
     if with_members and info.members.hashed:
         sent[MEMBERS] = info.members.hashed.to_bytes()
-    if info.calibration:  # a calibration may replace the file before it is sent
-        sent[CALIBRATION] = (folder / CALIBRATION).read_bytes()
     values = _portable(folder, sent)
-    if values["hash"] != info.hash:
-        raise BankError(f"{folder} was calibrated meanwhile", hint="Repeat the command.")
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, table, license).encode()
@@ -63,22 +57,26 @@ def bank_upload(
 
 
 def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = True, token: str | None = None) -> str:
-    """Send a upload of ``bank_upload`` as one commit, and return the repository's address.
+    """Send an upload of ``bank_upload`` as one commit, and return the repository's address.
 
     The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
     BankError if a person in the bank was forgotten since the upload was made, even if the bank was calibrated again.
     """
-    repository = Repository.begin(place, private=private, token=token)
-    before = published(folder)
-    note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
-    report = stale_report(folder)  # only now: later ones find the note
-    if report or forget_marker(folder) != upload.since:
-        if repository.url not in before:
-            drop_note_of_publishing(folder, repository.url)
-        found, hint = (report.found, report.hint) if report else ("a person was forgotten meanwhile", "Try again.")
-        raise BankError(f"{found}: the bank is not published", hint=hint)
-    repository.send(upload, "Publish a bank of mta", ours=_ALL)
-    return repository.url
+
+    def note(url: str) -> None:
+        note_published(folder, url)  # before sending: an interrupted upload must be noted too
+        _refuse_stale(folder, upload.since)  # again: who is forgotten from now on finds the note
+
+    _refuse_stale(folder, upload.since)
+    return send(upload, place, "Publish a bank of mta", note, private=private, token=token, ours=_ALL)
+
+
+def _refuse_stale(folder: Path, since: str) -> None:
+    """Raise BankError if a person in a bank was forgotten, or any person after the marker ``since``."""
+    if report := stale_report(folder):
+        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
+    if forget_marker(folder) != since:
+        raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Try again.")
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:

@@ -104,7 +104,7 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
     """Return the causal language model of a folder. Raises ModelError if weights are missing."""
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -113,7 +113,7 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
         trust_remote_code=False,
         output_loading_info=True,
     )
-    if missing := sorted(found["missing_keys"]):  # transformers would use random weights
+    if missing := sorted(loading["missing_keys"]):  # transformers would use random weights
         raise ModelError(
             f"{name!r} is not a complete causal language model: {len(missing)} weights are not in its files, "
             f"{missing[0]} first",

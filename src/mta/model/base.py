@@ -276,8 +276,8 @@ class BaseModel:
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
 
-        def correct(head: nn.Module, args: tuple[Any, ...], found: Tensor) -> Tensor:
-            return found if exact is None else corrected(head, args[0], found, exact)
+        def correct(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+            return logits if exact is None else corrected(head, args[0], logits, exact)
 
         # Select before the LM head, so that the model's own processing of logits still applies.
         head = self.model.get_output_embeddings()
@@ -306,15 +306,15 @@ class BaseModel:
         log.info("%s: each example is computed in its own row", self.name)
 
 
-def corrected(head: nn.Module, x: Tensor, found: Tensor, exact: Exact) -> Tensor:
-    """Return the logits ``found`` (1, n, V) of a head for ``x`` (1, n, D) in float32, those of ``exact`` not rounded.
+def corrected(head: nn.Module, x: Tensor, logits: Tensor, exact: Exact) -> Tensor:
+    """Return the ``logits`` (1, n, V) of a head for ``x`` (1, n, D) in float32, those of ``exact`` not rounded.
 
     A logit of 40 in bfloat16 is rounded to a multiple of 0.25: more than most people differ. Gradients are as without.
     """
-    if found.dtype.itemsize >= 4 or not isinstance(head, nn.Linear):
-        return found
+    if logits.dtype.itemsize >= 4 or not isinstance(head, nn.Linear):
+        return logits
     rows, tokens = exact
-    full = found.float()
+    full = logits.float()
     with torch.no_grad():
         products = x[0, rows].float() * head.weight[tokens].float()
         full[0, rows, tokens] = products.sum(-1) + (0.0 if head.bias is None else head.bias[tokens].float())

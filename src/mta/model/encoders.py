@@ -20,6 +20,7 @@ from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsa
 from mta.system.progress import OnStep, Step
 
 ENCODING = "encoding"  # the stage of these reports
+_TOKENS_PER_BATCH = 4096
 _REPORTED = 4096  # texts from one report of progress to the next
 _KIND = "a sentence encoder"
 _HINT = "Give a folder or hub id of sentence-transformers, or encode with the base:  encoder=base"
@@ -88,9 +89,8 @@ class BaseEncoder:
 
     name = "base"
 
-    def __init__(self, base: BaseModel, tokens_per_batch: int = 4096) -> None:
+    def __init__(self, base: BaseModel) -> None:
         self._base = base
-        self._budget = tokens_per_batch
 
     @property
     def fingerprint(self) -> str:
@@ -98,22 +98,20 @@ class BaseEncoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        rows = [self._base.tokenizer(text)["input_ids"][: self._base.prompts.max_tokens] or [0] for text in texts]
+        base, vectors = self._base, dict[int, Tensor]()
+        rows = [base.tokenizer(text)["input_ids"][: base.prompts.max_tokens] or [0] for text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        vectors = torch.empty(0)
         while order:
-            size = max(self._budget // len(rows[order[0]]), 1)
+            width = len(rows[order[0]])
+            size = max(_TOKENS_PER_BATCH // width, 1)
             chosen, order = order[:size], order[size:]
-            width = len(rows[chosen[0]])
-            mask = torch.tensor([[i < len(rows[r]) for i in range(width)] for r in chosen], device=self._base.device)
-            tokens = torch.tensor([rows[r] + [0] * (width - len(rows[r])) for r in chosen], device=self._base.device)
-            with applied(self._base.model, [], torch.zeros(len(chosen))):  # no other thread's adapters
-                found = self._base.model.base_model(input_ids=tokens, attention_mask=mask.long())
-            hidden = found.last_hidden_state.float()
-            means = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
-            vectors = torch.zeros(len(rows), means.shape[1]) if not vectors.numel() else vectors
-            vectors[chosen] = means
-        return vectors
+            mask = torch.tensor([[i < len(rows[r]) for i in range(width)] for r in chosen], device=base.device)
+            tokens = torch.tensor([rows[r] + [0] * (width - len(rows[r])) for r in chosen], device=base.device)
+            with applied(base.model, [], torch.zeros(len(chosen))):  # no other thread's adapters
+                output = base.model.base_model(input_ids=tokens, attention_mask=mask.long())
+            hidden = output.last_hidden_state.float()
+            vectors |= zip(chosen, ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu())
+        return torch.stack([vectors[i] for i in range(len(rows))])
 
 
 def load_encoder(name: str, base: BaseModel) -> Encoder:

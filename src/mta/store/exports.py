@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mta.errors import PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
-from mta.store.lock import locked
 from mta.store.state import opened_json, sealed_json
 from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
@@ -26,10 +25,7 @@ _BY_HAND = "Remove the file; then find and remove adapters that were exported be
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A folder with an exported adapter: its host, its absolute path, and the sha256 of the adapter's weights.
-
-    The sha256 is empty until the weights are complete, and stays empty if writing is interrupted before.
-    """
+    """A folder with an exported adapter: host, absolute path, and sha256 of its weights ("": incomplete)."""
 
     host: str
     folder: str
@@ -40,16 +36,11 @@ class Export:
         """Return the record of an export that is about to be written on this host."""
         return cls(platform.node(), str(Path(folder).resolve()))
 
-    def done(self) -> Export:
-        """Return the record with the sha256 of the weights that are now in the folder."""
-        return replace(self, sha256=file_sha256(Path(self.folder) / WEIGHTS))
-
     def remove(self) -> str:
         """Remove the adapter's files, and the folder if it is then empty. Return "" or the reason of a failure.
 
-        Removes only if the weights are unchanged: other files may belong to another person. The host counts only where
-        the weights differ or are missing: each container has another host name. The weights are removed last, so that
-        an interrupted removal can be repeated.
+        Changed weights stay: they may belong to another person. The weights are removed last, so that an interrupted
+        removal can be repeated.
         """
         folder = Path(self.folder)
         if not self._is_reachable():
@@ -74,7 +65,7 @@ class Export:
         return ""
 
     def _is_reachable(self) -> bool:
-        """Return whether this host wrote the adapter, or has its weights in the same folder, as on a shared volume."""
+        """Return whether this host wrote the adapter, or has its weights: each container has another host name."""
         return self.host == platform.node() or self.has_these_weights()
 
     def has_these_weights(self) -> bool:
@@ -86,13 +77,13 @@ class Export:
     def _missing(self) -> str:
         """Return why the weights are not in their folder; "" if the export was never finished."""
         folder = Path(self.folder)
-        if self.sha256 and not folder.parent.is_dir():
+        if not self.sha256:
+            return ""
+        if not folder.parent.is_dir():
             return "its parent folder is missing too: is a disk not mounted?"
-        if self.sha256 and not folder.is_dir():
+        if not folder.is_dir():
             return "missing: it was removed before, or moved"
-        if self.sha256 and any(folder.iterdir()):
-            return "its weights are missing: they were removed before, or renamed"
-        return ""
+        return "its weights are missing: they were removed before, or renamed" if any(folder.iterdir()) else ""
 
     def is_final(self) -> bool:
         """Return whether ``remove`` can never succeed: the export was changed or moved.
@@ -128,10 +119,8 @@ class Exports:
 
     def written(self, id: str, folder: Path) -> bool:
         """Return whether the adapter in a folder is an export of this person, perhaps one that was interrupted."""
-        there = [one.sha256 for one in self.of(id) if one.folder == Export.begun(folder).folder]
-        with contextlib.suppress(FileNotFoundError):
-            return file_sha256(folder / WEIGHTS) in there
-        return bool(there)
+        records = [export for export in self.of(id) if export.folder == Export.begun(folder).folder]
+        return any(export.has_these_weights() or not (folder / WEIGHTS).exists() for export in records)
 
     @contextlib.contextmanager
     def writing(
@@ -139,18 +128,17 @@ class Exports:
     ) -> Iterator[Callable[[Path], None]]:
         """Record that a person's adapter is written to a folder of this host within the block.
 
-        The export is recorded before the block, so that ``remove`` finds killed exports too; the yielded function
-        records complete weights before they appear in the folder, so that ``remove`` may remove them. Exports of one
-        person may overlap. If the person was forgotten after the tombstones ``since`` were listed, the export is
-        removed again. Raises StateCorrupt, PersonForgotten.
+        The export is recorded before the block, so that ``remove`` finds killed exports too. The yielded function
+        records complete weights: call it before they appear in the folder. If the person was forgotten after the
+        tombstones ``since`` were listed, the export is removed again. Raises StateCorrupt, PersonForgotten.
         """
         self.tombstones.check(id, since)
-        begun = export = Export.begun(folder)
-        self._change(id, lambda known: [*known, begun])  # keep the record of an earlier export until it is replaced
+        export = Export.begun(folder)
+        self._change(id, lambda known: [*known, export])  # keep the record of an earlier export until it is replaced
 
         def written(weights: Path) -> None:
             nonlocal export
-            export = replace(begun, sha256=file_sha256(weights))
+            begun, export = export, replace(export, sha256=file_sha256(weights))
             self._change(id, lambda known: [*_without(known, begun), export])
 
         try:
@@ -158,11 +146,12 @@ class Exports:
         except (Exception, KeyboardInterrupt, SystemExit):  # as for a full disk: the earlier export is still there
             if not export.has_these_weights():
                 self._change(id, lambda known: _without(known, export))
-            self._keep_out(id, since)
             raise
-        done = export if export.sha256 else export.done()  # forgetting may have removed the weights already
-        self._change(id, lambda known: [*_elsewhere(known, export), done])
-        self._keep_out(id, since)
+        else:
+            place = export.host, export.folder
+            self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
+        finally:
+            self._keep_out(id, since)
 
     def remove(self, id: str) -> dict[Export | None, str]:
         """Remove a person's exported adapters, and keep their records; return those that are left, with the reasons."""
@@ -176,7 +165,7 @@ class Exports:
 
         Of their records, keep only those that a later call can remove; with ``keep``, keep all.
         """
-        with locked(self.files):
+        with self.files.locked():
             left = self.remove(id)
             self._write(id, [export for export in left if export and (keep or not export.is_final())])
         return left
@@ -184,7 +173,7 @@ class Exports:
     def _change(self, id: str, change: Callable[[list[Export]], list[Export]]) -> None:
         """Replace a person's list by the result of ``change``, under the store's lock."""
         self.path(id, True)  # creates the store, and so the folder of the lock
-        with locked(self.files):
+        with self.files.locked():
             self._write(id, change(self.of(id)))
 
     def _keep_out(self, id: str, since: Collection[str] | None) -> None:
@@ -217,11 +206,6 @@ def remove_if_empty(files: Storage, folder: str) -> None:
     with contextlib.suppress(OSError):  # the folder is not empty, or was removed already
         path.rmdir()
         sync_folder(path.parent)
-
-
-def _elsewhere(exports: Sequence[Export], export: Export) -> list[Export]:
-    """Return the exports in other places than ``export``."""
-    return [known for known in exports if (known.host, known.folder) != (export.host, export.folder)]
 
 
 def _without(exports: Sequence[Export], export: Export) -> list[Export]:

@@ -8,37 +8,33 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
-from pathlib import PurePosixPath
-from typing import Literal
 
 from mta.errors import MtaError
 from mta.store.exports import exports_from_bytes
-from mta.store.lock import LOCK
 from mta.store.run_checkpoints import FOLDER as WORK
 from mta.store.run_checkpoints import RUN
 from mta.store.state import State, history_from_bytes
 from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER, LIFETIME
-from mta.system.storage import in_threads
-
-Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]
+from mta.system.storage import LOCK, in_threads
 
 _PERSON = "[0-9a-f]{2}/[0-9a-f]{64}"
-_KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match counts
+_KINDS = {  # kind of a file -> pattern of its names; the first match counts, and other files are strangers
     "state": rf"{_PERSON}/[1-9][0-9]*\.safetensors",
-    "hint": rf"{_PERSON}/latest\.json",
     "history": rf"{_PERSON}/history\.json",
     "exports": rf"{_PERSON}/exports\.json",
-    "leftover": r"(.*/)?\.[^/]+\.[0-9a-f]{32}",  # temporary files, which a writer renames or links when complete
+    # Temporary files, which a writer renames or links when complete; and a file of earlier releases.
+    "leftover": rf"(.*/)?\.[^/]+\.[0-9a-f]{{32}}|{_PERSON}/latest\.json",
     "work": f"{WORK}/{RUN}/.+",  # a stopped run resumes from it
     "key": r"store\.json",
     "lock": re.escape(LOCK),
     "tombstone": f"{FOLDER}/.+",
 }
-_READERS: dict[Kind, Callable[[bytes, str], object]] = {
+_READERS: dict[str, Callable[[bytes, str], object]] = {
     "state": State.from_bytes,
     "history": partial(history_from_bytes, "-"),
     "exports": exports_from_bytes,
@@ -62,7 +58,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts and sizes of a store. ``people`` have a state. Bytes of a person: all versions, history, hint, exports."""
+    """Counts and sizes of a store. ``people`` have a state. Bytes of a person: all versions, history, exports."""
 
     people: int
     versions: int
@@ -86,10 +82,10 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         if wrong:
             damaged[name] = wrong
         elif bank:
-            person = _folder(name)
-            newest[person] = max(newest.get(person, (0, "")), (int(PurePosixPath(name).stem), bank))
+            person, _, file = name.rpartition("/")
+            newest[person] = max(newest.get(person, (0, "")), (version_of(file), bank))
         on_file(n, len(read))
-    whole = defaultdict[Kind, list[str]](list)
+    whole = defaultdict[str, list[str]](list)
     for name in sorted(kinds.keys() - damaged):
         whole[kinds[name]].append(name)
     return Health(
@@ -108,9 +104,9 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 def stats(store: Store) -> Stats:
     """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
     store.check()
-    sizes, kinds, known = Counter[str](), Counter[Kind](), set[str]()
+    sizes, kinds, known = Counter[str](), Counter[str](), set[str]()
     for name, size in store.files.find().items():
-        if (kind := _kind(name)) in (*_READERS, "hint"):
+        if (kind := _kind(name)) in _READERS:
             kinds[kind] += 1
             sizes[_folder(name)] += size
             known |= {_folder(name)} if kind == "state" else set()
@@ -128,22 +124,31 @@ def collect(
 ) -> dict[str, int]:
     """Remove temporary files older than ``older`` seconds and, with ``keep``, all but each person's newest versions.
 
-    Files of stopped runs are removed after a week without changes, and so are expired tombstones. If a person's newest
-    version is damaged, all of that person's versions are kept.
-    Returns the removed files (with ``dry``: the files to remove) and their bytes. An interrupted call can be repeated.
-    Raises StoreError if there is no store.
+    Also removes runs that stopped a week ago, and expired tombstones. If a person's newest version is damaged, all of
+    that person's versions are kept. Returns the removed files (with ``dry``: the files to remove) and their bytes. An
+    interrupted call can be repeated. Raises StoreError if there is no store.
     """
     store.check()
-    sizes, removed = store.files.find(), dict[str, int]()
-    ages: dict[Kind, float] = {"leftover": older, "work": LIFETIME}
-    temporary = {name: ages[kind] for name in sizes if (kind := _kind(name)) in ages}
-    unchanged = _unchanged(store, temporary)
-    old = [name for name in store.tombstones.expired(dry) if name in sizes]
-    for name in [*old, *(name for name, age in temporary.items() if unchanged[name] > age)]:
-        removed[name] = sizes[name]
-        if not dry:
+    sizes = store.files.find()
+    kinds = {name: _kind(name) for name in sizes}
+    now = datetime.now(UTC)
+    ages = {
+        name: (now - (store.files.time(name) or now)).total_seconds()
+        for name, kind in kinds.items()
+        if kind in ("leftover", "work")
+    }
+    running = {_folder(name) for name, age in ages.items() if kinds[name] == "work" and age <= LIFETIME}
+    old = [name for name in store.tombstones.expired() if name in sizes]
+    old += [
+        name
+        for name, age in ages.items()
+        if (age > older if kinds[name] == "leftover" else _folder(name) not in running)  # a run's latest file counts
+    ]
+    removed = {name: sizes[name] for name in old}
+    if not dry:
+        for name in old:
             store.files.remove(name)
-    numbers = Counter(_folder(name) for name in sizes if _kind(name) == "state")
+    numbers = Counter(_folder(name) for name in sizes if kinds[name] == "state")
     many = [person for person, count in numbers.items() if keep and count > keep]
     for n, trimmed in enumerate(in_threads(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
         removed |= trimmed
@@ -151,31 +156,23 @@ def collect(
     return removed
 
 
-def _unchanged(store: Store, names: Collection[str]) -> dict[str, float]:
-    """Return for how many seconds each file has not changed. A run's files are as young as its latest: it may go on."""
-    ages, runs = {name: store.files.age(name) for name in names}, dict[str, float]()
-    for name, age in ages.items():
-        runs[_folder(name)] = min(age, runs.get(_folder(name), age))
-    return {name: runs[_folder(name)] if _kind(name) == "work" else age for name, age in ages.items()}
-
-
 def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
     """Remove one person's older versions, oldest first, so that an interruption leaves no gaps.
 
     The folder is listed again, because the person may have been forgotten and started again at version 1 meanwhile.
     """
-    versions = {version: size for name, size in store.files.sizes(person).items() if (version := version_of(name))}
-    names = {f"{person}/{version}.safetensors": versions[version] for version in sorted(versions)}
-    if not names or _examined(store, list(names)[-1])[0]:
+    sizes = store.files.sizes(person)
+    versions = sorted(filter(version_of, sizes), key=version_of)
+    if not versions or _examined(store, f"{person}/{versions[-1]}")[0]:
         return {}
-    older = dict(list(names.items())[:-keep])
+    older = {f"{person}/{name}": sizes[name] for name in versions[:-keep]}
     if not dry:
         for name in older:
             store.files.remove(name)
     return older
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), "stranger")
 
 
@@ -183,10 +180,10 @@ def _examined(store: Store, name: str) -> tuple[str, str]:
     """Return the error of reading a file ("" if it is intact or was removed meanwhile), and a state's bank."""
     try:
         data = store.files.read(name)
-        found = None if data is None else _READERS[_kind(name)](data, name)
+        content = None if data is None else _READERS[_kind(name)](data, name)
     except MtaError as error:
         return error.message, ""
-    return "", found.bank if isinstance(found, State) else ""
+    return "", content.bank if isinstance(content, State) else ""
 
 
 def _folder(name: str) -> str:

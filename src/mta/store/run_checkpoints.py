@@ -6,18 +6,14 @@ import contextlib
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.errors import StoreError
-from mta.store.tombstones import LIFETIME
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
 FOLDER, KEY_FILE = "work", "store.json"
-_ATTEMPTS = 5  # to write a plan: forgetting a person removes its folder up to three times
 RUN = "[0-9a-f]{24}"  # name of a run's folder; other folders are not ours
 
 
@@ -40,23 +36,14 @@ class RunCheckpoints:
     def plan(self) -> list[str] | None:
         """Return the names of a stopped run, in its order; None if there is no stopped run."""
         try:
-            found = json.loads(self.files.read(f"{self.name}/plan.json") or b"null")
+            names = json.loads(self.files.read(f"{self.name}/plan.json") or b"null")
         except (ValueError, RecursionError):
             return None
-        return found if isinstance(found, list) else None
+        return names if isinstance(names, list) else None
 
     def note(self, names: Sequence[str]) -> None:
-        """Save the names that the run will compute.
-
-        Another process may remove the folder meanwhile, as ``forget`` does; then they are saved in a new one.
-        """
-        name, data = f"{self.name}/plan.json", json.dumps(list(names)).encode()
-        for left in reversed(range(_ATTEMPTS)):
-            try:
-                return self.files.replace(name, data)
-            except (StoreError, FileNotFoundError):
-                if not left:
-                    raise
+        """Save the names that the run will compute."""
+        self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Return the checkpoint of one cohort; None if the store is not local: then stopped cohorts start again."""
@@ -66,12 +53,8 @@ class RunCheckpoints:
         return Checkpoint(path, digest, allowed=self.allowed)
 
     def finish(self) -> None:
-        """Remove the folder of the finished run, and folders of runs that stopped a week ago."""
+        """Remove the folder of the finished run. ``mta.store.maintenance.collect`` removes those of stopped runs."""
         self.drop()
-        for name in runs_in(self.files) if self.files.local else []:
-            with contextlib.suppress(FileNotFoundError, StoreError):  # another run may remove its folder meanwhile
-                if time.time() - Path(self.files.at(name)).stat().st_mtime > LIFETIME:
-                    self.files.remove_folder(name)
         _remove_if_empty(self.files)
 
     def drop(self) -> None:
@@ -79,16 +62,12 @@ class RunCheckpoints:
         self.files.remove_folder(self.name)
 
 
-def runs_in(files: Storage) -> list[str]:
-    """Return the names of the folders of all runs over a store."""
-    return [f"{FOLDER}/{name}" for name in files.folders(FOLDER) if re.fullmatch(RUN, name)]
-
-
 def drop_runs(files: Storage) -> None:
     """Remove the folders of all runs over a store, if it is one. Raises StoreError."""
     if files.exists(KEY_FILE):
-        for name in runs_in(files):
-            files.remove_folder(name)
+        for name in files.names(FOLDER):
+            if re.fullmatch(RUN, name):
+                files.remove_folder(f"{FOLDER}/{name}")
         _remove_if_empty(files)
 
 

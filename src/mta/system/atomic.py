@@ -56,10 +56,10 @@ def owner_only(path: str, flags: int) -> int:
             raise _not_own(path, "not a regular file") from None
         raise
     try:
-        found = os.fstat(file)
+        status = os.fstat(file)
         if not flags & os.O_EXCL:
-            _check_own(path, found)
-        if stat.S_IMODE(found.st_mode) != mode and found.st_uid == os.geteuid():
+            _check_own(path, status)
+        if stat.S_IMODE(status.st_mode) != mode and status.st_uid == os.geteuid():
             with _where_supported():  # not every file system has modes
                 os.fchmod(file, mode)
         if flags & os.O_TRUNC:
@@ -70,21 +70,21 @@ def owner_only(path: str, flags: int) -> int:
     return file
 
 
-def _check_own(path: str, found: os.stat_result) -> None:
+def _check_own(path: str, status: os.stat_result) -> None:
     """Raise StoreError for a file that another user may have placed there to read the data; skip if group-shared."""
     if is_shared():
         return
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise _not_own(path, "not a regular file")
-    if found.st_uid != os.geteuid():
-        raise _not_own(path, f"a file of user {found.st_uid}")
-    if found.st_nlink > 1:
-        raise _not_own(path, f"a file with {found.st_nlink} names")
+    if status.st_uid != os.geteuid():
+        raise _not_own(path, f"a file of user {status.st_uid}")
+    if status.st_nlink > 1:
+        raise _not_own(path, f"a file with {status.st_nlink} names")
 
 
-def _not_own(path: str, found: str) -> StoreError:
+def _not_own(path: str, kind: str) -> StoreError:
     return StoreError(
-        f"{path} is not written: it is {found}, expected your own file (user {os.geteuid()}) with one name",
+        f"{path} is not written: it is {kind}, expected your own file (user {os.geteuid()}) with one name",
         hint=f"Move it away:  mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}\n"
         f"  If a group shares the folder:  export {SHARED}=group",
     )
@@ -122,10 +122,9 @@ def replacing(
 ) -> Iterator[IO[bytes]]:
     """Yield a new temporary file in the folder of ``path``. After the block, flush it and rename it to ``path``.
 
-    On an error in the block, the temporary file is removed. Raises StoreError if the temporary name leads to another
-    file at the end: other users with write access to the folder can replace it. The rename is on disk when the block
-    ends. ``publish(temporary, path)`` replaces the rename. Raises InputError for a device or a pipe, which a rename
-    would replace.
+    On an error in the block, the temporary file is removed. The rename is on disk when the block ends.
+    ``publish(temporary, path)`` replaces the rename. Raises InputError for a device or a pipe, which a rename would
+    replace.
     """
     check_ordinary(path)
     make_folder(path.parent, private)
@@ -135,7 +134,6 @@ def replacing(
             yield file
             file.flush()
             os.fsync(file.fileno())
-            _check_same(temporary, file)
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -180,19 +178,6 @@ def check_ordinary(path: Path) -> None:
 def unfinished_in(folder: Path, name: str) -> Iterator[Path]:
     """Return the temporary files and folders that killed writers of ``name``, a glob pattern, left in a folder."""
     return folder.glob(f".{name}.{'[0-9a-f]' * 32}")
-
-
-def _check_same(path: Path, file: IO[bytes]) -> None:
-    """Raise StoreError if ``path`` no longer leads to the open file."""
-    try:
-        same = os.path.samestat(path.lstat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise StoreError(
-            f"{path} was replaced while mta wrote it, expected the same file: nothing is published",
-            hint=f"Check who can write to its folder, then repeat the command:  ls -ld {shlex.quote(str(path.parent))}",
-        )
 
 
 def sync_folder(path: Path) -> None:

@@ -57,10 +57,10 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.zeros(0, device=device).device
-        if found.type == "cuda":
-            torch.cuda.set_device(found)
-        return found
+        chosen = torch.zeros(0, device=device).device
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        return chosen
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}",
@@ -80,8 +80,8 @@ def moved(device: torch.device, *parts: Tensor) -> tuple[Tensor, ...]:
     if device.type == "cuda":
         flat = flat.pin_memory()
     flat = flat.to(device, non_blocking=device.type == "cuda")
-    found = torch.split(flat, [part.numel() for part in parts])
-    return tuple(one.view(part.shape) for one, part in zip(found, parts))
+    pieces = torch.split(flat, [part.numel() for part in parts])
+    return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts))
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

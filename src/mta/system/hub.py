@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,8 @@ def local_folder(name: str, weights: bool = True) -> str:
         folder = snapshot(place, _SMALL, ignore=[ADAPTER])
         # Single files first: if a repository has both, transformers loads the single file, not the shards.
         for wanted in (_single_files, _all_files) if weights else ():
-            lacking = [file for file in wanted(folder, name) if not file.exists()]
-            if lacking:
-                snapshot(place, [os.path.relpath(file, folder) for file in lacking], folder.name)
+            if lacking := [os.path.relpath(file, folder) for file in wanted(folder, name) if not file.exists()]:
+                snapshot(place, lacking, folder.name)
     except HubError as error:
         raise AssetError(
             f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and not available on the hub: "
@@ -96,55 +95,42 @@ def snapshot(
         return Path(snapshot_download(repo, revision=revision, token=token, **which))
 
 
-@dataclass(frozen=True, slots=True)
-class Repository:
-    """A writable model repository on the hub."""
+def send(
+    upload: Upload,
+    repo: str,
+    message: str,
+    before: Callable[[str], None],
+    *,
+    private: bool = True,
+    token: str | None = None,
+    ours: Sequence[str] = (),
+) -> str:
+    """Commit the files of ``upload`` to a repository, which is created if missing, and return its web address.
 
-    name: str
-    host: str
-    _api: Any
+    Calls ``before`` with the address, then sends. Deletes other files in the repository whose names are in ``ours``.
+    Raises HubError, also for a repository of the other visibility; then no file has changed on the hub.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    @classmethod
-    def begin(cls, name: str, *, private: bool = True, token: str | None = None) -> Repository:
-        """Open or create a repository. Raises HubError, also for one of the other visibility."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with _hub_errors(name):
-            api.create_repo(name, private=private, exist_ok=True)
-            found = api.repo_info(name)
-        if private and not found.private:
-            raise HubError(
-                f"{name} exists and is public, expected a private repository; nothing was sent",
-                hint="Give --public (private=False), or make it private in its settings on the hub first.",
-            )
-        if not private and found.private:
-            raise HubError(
-                f"{name} exists and is private, expected a public repository; nothing was sent",
-                hint="Give --private (private=True), or make it public in its settings on the hub first.",
-            )
-        return cls(name, api.endpoint, api)
-
-    @property
-    def url(self) -> str:
-        """Web address of the repository."""
-        return f"{self.host}/{self.name}"
-
-    def send(self, upload: Upload, message: str, ours: Sequence[str] = ()) -> None:
-        """Commit the files of ``upload``, and delete other files whose names are in ``ours``.
-
-        Raises HubError; then nothing has changed on the hub.
-        """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        with _hub_errors(self.name):
-            there = self._api.list_repo_files(self.name)
-            changes: list[Any] = [
-                CommitOperationAdd(name, file if isinstance(file, bytes) else str(file))
-                for name, file in upload.files.items()
-            ]
-            changes += [CommitOperationDelete(name) for name in there if name in ours and name not in upload.files]
-            self._api.create_commit(self.name, changes, commit_message=message)
+    api = HfApi(token=token)
+    with _hub_errors(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        is_private = api.repo_info(repo).private
+    if is_private != private:
+        kind, expected = ("private", "public") if is_private else ("public", "private")
+        raise HubError(
+            f"{repo} exists and is {kind}, expected a {expected} repository; nothing was sent",
+            hint=f"Give --{kind} (private={is_private}), or make it {expected} in its settings on the hub first.",
+        )
+    before(url := f"{api.endpoint}/{repo}")
+    with _hub_errors(repo):
+        there = api.list_repo_files(repo)
+        changes: list[Any] = [
+            CommitOperationDelete(name) for name in there if name in ours and name not in upload.files
+        ]
+        changes += [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in upload.files.items()]
+        api.create_commit(repo, changes, commit_message=message)
+    return url
 
 
 @contextlib.contextmanager
@@ -152,8 +138,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
     """Raise errors of the hub's client in the block as HubError. The client raises many types of errors."""
     try:
         yield
-    except HubError:
-        raise
     except Exception as error:
         raise _hub_error(repo, error) from None
 

@@ -45,11 +45,14 @@ def give_back_memory(keep: int) -> None:
     """
     if not _keeps:
         return
-    # Not every kernel has all files and fields:
-    with contextlib.suppress(OSError, AttributeError, ValueError, KeyError):
+    with contextlib.suppress(
+        OSError, AttributeError, ValueError, KeyError
+    ):  # not every kernel has all files and fields
         libc = ctypes.CDLL("libc.so.6")
         libc.mallinfo2.restype = _Mallinfo
-        if _resident() - libc.mallinfo2().used > keep:
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        resident = dict(line.split(":", 1) for line in status)["RssAnon"]  # in kB, without files
+        if (int(resident.split()[0]) << 10) - libc.mallinfo2().used > keep:
             libc.malloc_trim(0)
             _reserve_in_huge_pages(libc)
 
@@ -58,12 +61,6 @@ class _Mallinfo(ctypes.Structure):
     """Result of glibc's mallinfo2: ten sizes; the eighth is the bytes in use."""
 
     _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
-
-
-def _resident() -> int:
-    """Return the resident bytes of this process that belong to no file."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return int(fields["RssAnon"].split()[0]) << 10
 
 
 def _reserve_in_huge_pages(libc: Any) -> None:

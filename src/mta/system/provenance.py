@@ -31,8 +31,8 @@ def commit(*beside: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of mta, torch, transformers and Python."""
-    found = {name: version_of(name) or "unknown" for name in ("merge-then-adapt", "torch", "transformers")}
-    return found | {"python": platform.python_version()}
+    packages = {name: version_of(name) or "unknown" for name in ("merge-then-adapt", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}
 
 
 def version_of(package: str) -> str | None:

@@ -14,19 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from fsspec import AbstractFileSystem
+from filelock import FileLock
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mta.errors import StoreError
-from mta.system.atomic import SHARED, is_shared, owner_only, replacing, sync_folder
+from mta.system.atomic import SHARED, file_mode, is_shared, owner_only, replacing, sync_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
 _TOGETHER = 16  # requests at once, because remote storage answers slowly
 _REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
-_WITH_PREFIXES = {"s3", "gs"}  # protocols whose find() asks for names that begin with a prefix
+_WAIT = 60.0  # seconds for the lock: each holder reads and writes one small file
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+LOCK = ".lock"  # an empty file in the root of local storage
 
 
 def in_threads(work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
@@ -36,14 +37,6 @@ def in_threads(work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
             yield from pool.map(work, values[start : start + 16 * _TOGETHER])
 
 
-def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a URL and the path in it, without a cache of listings: other processes write too."""
-    try:
-        return url_to_fs(url, use_listings_cache=False)
-    except TypeError:  # it has no such cache, and passes all settings on to its server (sftp)
-        return url_to_fs(url)
-
-
 class Storage:
     """File operations of a store, by names relative to its root. Failures become StoreError."""
 
@@ -51,19 +44,20 @@ class Storage:
         if not str(url).strip():
             raise StoreError("the store's address is empty", hint="Name a folder, or a URL:  --store people/")
         try:
-            self.fs, root = _file_system(str(url))
-        except ImportError as error:  # fsspec names the package
-            raise StoreError(f"the store cannot be opened: {error}", hint="pip install that package.") from error
-        except ValueError as error:
-            hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
-            raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
+            try:  # without a cache of listings: other processes write too
+                self.fs, root = url_to_fs(str(url), use_listings_cache=False)
+            except TypeError:  # it has no such cache, and passes all settings on to its server (sftp)
+                self.fs, root = url_to_fs(str(url))
         except Exception as error:  # some file systems connect at once, with errors of their own
-            found, hint = str(error) or type(error).__name__, "Check address, login, and network."
-            raise StoreError(f"the store cannot be opened: {found}", hint=hint) from error
+            hint = "Check address, login, and network."
+            if isinstance(error, ImportError):  # fsspec names the package
+                hint = "pip install that package."
+            elif isinstance(error, ValueError):
+                hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
+            reason = str(error) or type(error).__name__
+            raise StoreError(f"the store cannot be opened: {reason}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
-        protocol = self.fs.protocol
-        self.by_prefix = not _WITH_PREFIXES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
         # Absolute, because the working directory may change.
         self.url = str(Path(self.root).resolve()) if self.local else str(url)
 
@@ -88,40 +82,28 @@ class Storage:
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] != "directory"}
         return {}
 
-    def names(self, folder: str, prefix: str = "") -> list[str]:
-        """Return the names in a folder that begin with ``prefix``. S3 and Google Cloud list no others.
-
-        Sizes would take a request each on a local disk.
-        """
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files and folders in a folder; none if it does not exist."""
         place = self.at(folder)
         with self._reported(place), contextlib.suppress(FileNotFoundError):
-            if self.local:
-                return [name for name in os.listdir(place) if name.startswith(prefix)]
-            # Elsewhere find() has no prefix, and may hide errors.
-            listing = self.fs.find(place, prefix=prefix) if self.by_prefix else self.fs.ls(place, detail=False)
-            return [name for path in listing if (name := str(path).rsplit("/", 1)[-1]).startswith(prefix)]
+            listing = os.listdir(place) if self.local else self.fs.ls(place, detail=False)
+            return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listing]
         return []
 
-    def folders(self, name: str) -> list[str]:
-        """Return the names of the folders in a folder; none if it does not exist."""
-        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = self.fs.ls(self.at(name), detail=True)
-            return [Path(one["name"]).name for one in found if one["type"] == "directory"]
-        return []
-
-    def find(self, depth: int | None = None) -> dict[str, int]:
-        """Return names and sizes (bytes) of all files, down to ``depth`` levels."""
+    def find(self) -> dict[str, int]:
+        """Return names and sizes (bytes) of all files."""
         with self._reported(self.root):
             if self.local:
-                return dict(_find_local(Path(self.root), depth))
-            found = self.fs.find(self.root, maxdepth=depth, detail=True)
-            return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in found.items()}
+                return dict(_find_local(Path(self.root)))
+            infos = self.fs.find(self.root, detail=True)
+            return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in infos.items()}
 
-    def age(self, name: str) -> float:
-        """Return the seconds since a file was written; 0 if it does not exist."""
+    def time(self, name: str) -> datetime | None:
+        """Return when a file was written, in UTC; None if it does not exist."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            return (datetime.now(UTC) - self.fs.modified(self.at(name)).astimezone(UTC)).total_seconds()
-        return 0.0
+            written: datetime = self.fs.modified(self.at(name))
+            return written.astimezone(UTC)
+        return None
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists, with one request. A local removal is on disk when the call returns."""
@@ -220,6 +202,31 @@ class Storage:
         return Path(self.at(name))
 
     @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of local storage within the block, for a file that is read, changed, and written again.
+
+        The lock does not nest. Storage without its folder, or that is not local, has no lock: of two simultaneous
+        changes of one file, only the later may be kept. Raises StoreError.
+        """
+        if not self.local or not Path(self.root).is_dir():
+            yield
+            return
+        path = Path(self.at(LOCK))
+        try:
+            open(path, "ab", opener=owner_only).close()
+            lock = FileLock(path, timeout=_WAIT, mode=file_mode())
+            lock.acquire()
+        except OSError as error:  # includes filelock's Timeout
+            hint = "Check the store's permissions and free space, and that no stopped process holds the lock."
+            if error.errno == errno.ENOLCK:  # NFS without a lock daemon
+                hint = "This file system cannot lock files. Put the store on a local disk."
+            raise StoreError(f"{path} cannot be locked: {error.strerror or error}", hint) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
     def _reported(self, path: str) -> Iterator[None]:
         try:
             yield
@@ -242,26 +249,19 @@ def _link(temporary: Path, path: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
-            try:
-                file.write(temporary.read_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:  # such as a full disk
-                path.unlink()
-                raise
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:
+def _find_local(root: Path) -> Iterator[tuple[str, int]]:
     """Yield all files below a folder. Raises OSError for an unreadable folder, which fsspec would skip silently."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # removed meanwhile
             raise error
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        place = Path(folder).relative_to(root)
-        if depth is not None and len(place.parts) + 1 >= depth:
-            folders.clear()
-        for name in names:
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for path in (Path(folder, name) for name in names):
             with contextlib.suppress(FileNotFoundError):
-                yield (place / name).as_posix(), Path(folder, name).lstat().st_size
+                yield path.relative_to(root).as_posix(), path.lstat().st_size
