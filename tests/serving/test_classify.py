@@ -67,7 +67,7 @@ def test_a_person_key_gets_more_inputs_than_it_may_have_answers_at_once(world):
 
 
 def test_a_key_over_its_limit_is_refused_before_its_inputs_are_tokenized(world, monkeypatch):
-    monkeypatch.setattr("mta.serving.api.classify._ask", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("mta.serving.api.classify._tokenized", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setitem(world.service.answers.used, "ann", 1)
     assert ask(world, "ann", model="person:ann", input=prompts(world)).status_code == 429
 

@@ -115,10 +115,9 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
         return made
 
     monkeypatch.setattr(Stages, "states", slow)
-    jobs = gateway.service.jobs
-    with jobs._changed:  # both in one job
-        for id in ("eve", "bob"):
-            jobs.put(replace(people_of(1, items=4, seed=9)[0], id=id))
+    for id in ("eve", "bob"):
+        http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
+        assert http.post(f"/v1/people/{id}/personalize").status_code == 202
     assert begun.wait(600)
     gateway.forget()
     going_on.set()
@@ -200,19 +199,15 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
         done = update(personal, *args, **how)
         forget_person("eve", Store(gateway.store.files.url))
         if swept:
-            gateway.service.jobs.drop_forgotten()
+            asyncio.run(gateway.service.jobs.drop_forgotten())
             assert gateway.service.jobs.status("eve") is None
         return done
 
     monkeypatch.setattr(Personalizer, "update", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
-
-    def idle():
-        with gateway.service.jobs._changed:
-            return not (gateway.service.jobs._running or gateway.service.jobs._waiting())
-
-    until(idle)
+    jobs = gateway.service.jobs
+    until(lambda: not (jobs._running or jobs._waiting()))
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 

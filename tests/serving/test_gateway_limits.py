@@ -6,23 +6,20 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
 import openai
-from conftest import people_of
 from fastapi import HTTPException
 from served import served, stepped, waited
 from tiny import endless
 
 from mta.serving import launch
-from mta.serving.api import completions, limits
+from mta.serving.api import limits
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.service import Service
 from mta.store import Store
-from mta.store.lock import locked
 from mta.store.tombstones import LIFETIME
 
 
@@ -87,31 +84,6 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
         assert row.count < 10
 
 
-def test_a_person_keys_prompts_are_tokenized_one_at_a_time(tiny, tmp_path, monkeypatch):
-    """Others need these threads: a key may send many long prompts at once."""
-    now, most, lock, both = [], [], threading.Lock(), threading.Barrier(2)
-    tokenize = completions._ask
-
-    def slow(service, request, who, key):
-        with lock:
-            now.append(1)
-            most.append(len(now))
-        both.wait(60) if key.name == "serve" else time.sleep(0.05)
-        with lock:
-            now.pop()
-        return tokenize(service, request, who, key)
-
-    monkeypatch.setattr(completions, "_ask", slow)
-    with served(*tiny, tmp_path, limits=Limits(own=8)) as here, ThreadPoolExecutor(6) as pool:
-        for name in ("ann", "serve"):
-            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
-            body = {"model": "task", "prompt": "x", "max_tokens": 1}
-            post = partial(httpx2.post, f"{here.url}/v1/completions", json=body, headers=headers, timeout=60)
-            most.clear()
-            assert [one.result().status_code for one in [pool.submit(post) for _ in range(6)]] == [200] * 6
-            assert (max(most) > 1) == (name == "serve")
-
-
 def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "_PATIENCE", 0.2)
     monkeypatch.setattr(limits, "_LINGER", 0.2)
@@ -138,36 +110,6 @@ def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
-
-
-def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path, monkeypatch):
-    with served(*tiny, tmp_path) as here:
-        here.service.store.identity(write=True)
-        headers = {name: {"Authorization": f"Bearer {secret}"} for name, secret in here.secrets.items()}
-        item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
-
-        entered, append = threading.Semaphore(0), here.service.histories.append
-
-        def appended(*given):
-            entered.release()
-            return append(*given)
-
-        def keep(n):
-            url, body = f"{here.url}/v1/people/team/{n}/history", {"items": [item], "keep": True}
-            return client.post(url, json=body, headers=headers["team"]).status_code
-
-        monkeypatch.setattr(here.service.histories, "append", appended)
-        with ThreadPoolExecutor(50) as callers, httpx2.Client(timeout=30) as client:
-            with locked(here.service.store.files):
-                kept = [callers.submit(keep, n) for n in range(50)]  # more than the server has threads
-                assert entered.acquire(timeout=60)
-                while entered.acquire(timeout=2):  # until no more threads wait for the lock
-                    pass
-                url, messages = f"{here.url}/v1/chat/completions", [{"role": "user", "content": "Film 7"}]
-                asked = client.post(url, json={"model": "person:x", "messages": messages}, headers=headers["serve"])
-                assert asked.status_code == 404  # after a look into the store
-                assert not any(one.done() for one in kept)
-            assert {one.result() for one in kept} == {200}
 
 
 def test_no_minute_has_more_requests_than_the_rate(monkeypatch):

@@ -113,7 +113,7 @@ def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, t
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalize(people_of(3), NOTHING, fewer=False)
+        found = jobs._personalize(people_of(3), NOTHING)
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count

@@ -10,12 +10,10 @@ import httpx2
 import pytest
 
 from mta.errors import ConfigError
-from mta.lora.peft import WEIGHTS
 from mta.serving.api.completions import _event
 from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version
 from mta.serving.launch import remote_of
 from mta.serving.model_names import wire_name
-from mta.serving.vllm.adapters import folder_of
 from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import VllmSettings
@@ -97,26 +95,6 @@ def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
 
     assert asyncio.run(go()) == 1
     assert "an idle adapter was not unloaded: EngineGone" in caplog.text
-
-
-def test_idle_adapters_make_room_for_another(tmp_path, monkeypatch):
-    people, unloaded, free = [Version(f"p{n}", 1, seal="a" * 16) for n in range(3)], [], [250, 150, 50]
-
-    def answer(request):
-        unloaded.append(json.loads(request.content)["lora_name"])
-        return httpx2.Response(200)
-
-    async def go():
-        async with registry_of(tmp_path, answer, count=8) as registry:
-            for left, who in zip(free, people):  # each adapter has 100 bytes
-                monkeypatch.setattr("shutil.disk_usage", lambda _, left=left: SimpleNamespace(free=left))
-                async with registry.held(who) as name:
-                    (tmp_path / folder_of(name)).mkdir()
-                    (tmp_path / folder_of(name) / WEIGHTS).write_bytes(b"x" * 100)
-            await registry.unloads_ended()
-
-    asyncio.run(go())
-    assert unloaded == [wire_name(people[0])]
 
 
 def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):

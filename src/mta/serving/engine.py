@@ -1,4 +1,4 @@
-"""The base class of engines: the gateway passes an ``Ask`` and receives the answer as a stream of ``AnswerPiece``."""
+"""The base class of engines: the gateway passes an ``EngineRequest`` and receives a stream of ``AnswerPiece``."""
 
 from __future__ import annotations
 
@@ -58,11 +58,12 @@ class EngineGone(MtaError):
 class Version:
     """One version of a person: merge and stack, or the merge alone if ``stacked`` is false.
 
-    ``seal`` identifies the content: after forgetting, the same number may name other content (``Store.seal``).
+    ``number`` 0 is the newest version, in requests only. ``seal`` identifies the content: after forgetting, the same
+    number may name other content (``Store.seal``).
     """
 
     person: str
-    number: int
+    number: int = 0
     stacked: bool = True
     seal: str = ""
 
@@ -149,19 +150,19 @@ class Engine(ABC):
         self._open: dict[Any, Pieces] = {}  # answers in progress
         self._closing = False  # no new request is accepted
 
-    async def answer(self, ask: EngineRequest) -> AsyncIterator[AnswerPiece]:
+    async def answer(self, request: EngineRequest) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer; closing the iterator cancels the answer.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, ModelRemoved,
         EngineGone.
         """
-        ask.check(self.length)
+        request.check(self.length)
         if self._closing:
             raise EngineGone("the engine has stopped", hint=LATER)
         if len(self._open) >= self.most:
             raise QueueFull(f"{self.most} requests are running or waiting already", hint="Retry a little later.")
         pieces: Pieces = asyncio.Queue()
-        cancel = self._begin(ask, pieces)
+        cancel = self._begin(request, pieces)
         try:
             while True:
                 piece = await pieces.get()
@@ -174,7 +175,7 @@ class Engine(ABC):
             cancel()
 
     @abstractmethod
-    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], object]:
+    def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], object]:
         """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from mta.personalize.adapters import BASE, TASK, SharedModel
-from mta.serving.engine import Version
+from mta.serving.engine import ServedModel, Version
 
 _PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<merged>#merged)?", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A person as named in a request; ``version`` None means the latest."""
-
-    person: str
-    version: int | None = None
-    stacked: bool = True
-
-
-def named(model: str, base: str) -> Named | SharedModel | None:
+def named(model: str, base: str) -> ServedModel | None:
     """Parse a model name; return None if it is neither a person, the pooled model, nor the base.
 
     Ids are percent-decoded. Callers that build names from arbitrary ids must encode the ids, as ``person_name`` does,
@@ -31,9 +22,8 @@ def named(model: str, base: str) -> Named | SharedModel | None:
         return BASE
     if model == TASK.value:
         return TASK
-    if found := _PERSON.fullmatch(model):
-        version = found["version"]
-        return Named(unquote(found["id"]), int(version) if version else None, found["merged"] is None)
+    if parts := _PERSON.fullmatch(model):
+        return Version(unquote(parts["id"]), int(parts["version"] or 0), parts["merged"] is None)
     return None
 
 
@@ -52,7 +42,7 @@ def model_name(who: Version) -> str:
     return f"{person_name(who.person)}@v{who.number}" + "#merged" * (not who.stacked)
 
 
-def wire_name(who: Version | SharedModel) -> str:
+def wire_name(who: ServedModel) -> str:
     """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
 
     The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
@@ -63,12 +53,12 @@ def wire_name(who: Version | SharedModel) -> str:
     return who.value if isinstance(who, SharedModel) else f"{model_name(who)}~{who.seal[:_SEAL]}"
 
 
-def from_wire(name: str) -> Version | SharedModel | None:
+def from_wire(name: str) -> ServedModel | None:
     """Inverse of ``wire_name``; None if ``name`` is not such a name."""
     if name == _ZERO:
         return BASE
-    found = _WIRE.fullmatch(name)
-    who = named(found["model"] if found else name, BASE.value)
-    if found and isinstance(who, Named) and who.version:
-        return Version(who.person, who.version, who.stacked, found["seal"])
-    return who if isinstance(who, SharedModel) and not found else None
+    sealed = _WIRE.fullmatch(name)
+    who = named(sealed["model"] if sealed else name, BASE.value)
+    if isinstance(who, Version):
+        return replace(who, seal=sealed["seal"]) if sealed and who.number else None
+    return None if sealed else who

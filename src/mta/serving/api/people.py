@@ -6,7 +6,6 @@ Only a key that owns a person may use these routes; unauthorized and unknown per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -29,13 +28,13 @@ from mta.serving.engine import Refused
 from mta.store import Store
 
 
-def _refuse_final_line_break(http: HttpRequest) -> None:
+def _refuse_line_break(http: HttpRequest) -> None:
     """Raises UnknownOrForbidden for a path that ends with a line break: routes would find the path without it."""
     if http.scope["path"].endswith("\n"):
         raise _unknown()
 
 
-router = APIRouter(prefix="/v1/people", dependencies=[Depends(_refuse_final_line_break)])
+router = APIRouter(prefix="/v1/people", dependencies=[Depends(_refuse_line_break)])
 
 
 class NewItem(BaseModel, extra="forbid"):
@@ -58,20 +57,19 @@ class Personalize(BaseModel, extra="forbid"):
     latest: Annotated[int | None, Field(ge=1)] = None
 
 
-@router.post("/{id:whole}/history")
+@router.post("/{id:path}/history")
 async def history(service: Gateway, id: str, body: History, key: Caller) -> dict[str, Any]:
     """Append items to a person's history."""
     _own(key, id)
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
-    async with service.checking(key):
-        await service.apart_from_store(_check_lengths, service, new)
-    async with service.lock(id), service.writing if body.keep else nullcontext():
+    await service.apart_from_store(_check_lengths, service, new)
+    async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}
 
 
-@router.post("/{id:whole}/personalize", status_code=202)
+@router.post("/{id:path}/personalize", status_code=202)
 async def personalize(service: Gateway, id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
     """Start stages 2 and 3 in the background."""
     _own(key, id)
@@ -85,10 +83,10 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
         if latest is None:
             await run_in_threadpool(_check_not_fewer, service.store, person)
         chosen = person.latest(latest) if latest else person
-        return _status_body(await run_in_threadpool(service.jobs.put, chosen, key, since, fewer=latest is not None))
+        return _status_body(service.jobs.put(chosen, key, since))
 
 
-@router.get("/{id:whole}/personalize")
+@router.get("/{id:path}/personalize")
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
@@ -101,7 +99,7 @@ async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     return _status_body(found)
 
 
-@router.get("/{id:whole}")
+@router.get("/{id:path}")
 def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the stored data of a person: opaque anchor numbers, coefficients, versions, bytes."""
     _own(key, id)
@@ -118,7 +116,7 @@ def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     return report
 
 
-@router.delete("/{id:whole}")
+@router.delete("/{id:path}")
 async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Delete all stored data of a person; name the task LoRA and banks that must be rebuilt without the person."""
     _own(key, id)

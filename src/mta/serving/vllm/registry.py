@@ -19,7 +19,6 @@ from typing import Any
 
 import httpx2 as httpx
 
-from mta.lora.peft import WEIGHTS
 from mta.personalize.adapters import SharedModel
 from mta.serving.engine import EngineGone, ModelRemoved, Version
 from mta.serving.model_names import from_wire, wire_name
@@ -40,7 +39,7 @@ class Loaded:
 
 
 class AdapterRegistry:
-    """The adapters of one server; at most ``count`` idle ones stay loaded, and fewer where their folder is full."""
+    """The adapters of one server; at most ``count`` idle ones stay loaded."""
 
     def __init__(self, client: httpx.AsyncClient, folder: Path, count: int) -> None:
         self.client, self.folder, self.count = client, folder, count
@@ -82,8 +81,7 @@ class AdapterRegistry:
         finally:
             entry.answers.discard(task)
             idle = [name for name, one in self._of().items() if not one.answers and not one.unloading]
-            kept = min(self.count, len(idle) if self._has_room() else len(idle) - 1)
-            for name in idle[: max(len(idle) - kept, 0)]:
+            for name in idle[: max(len(idle) - self.count, 0)]:
                 self._start_unloading(name).add_done_callback(_note_failure)
 
     async def drop(self, matches: Callable[[Version], bool], end: Callable[[asyncio.Task[None]], None]) -> None:
@@ -128,17 +126,6 @@ class AdapterRegistry:
     def answers(self, matches: Callable[[Version], bool]) -> list[asyncio.Task[None]]:
         """Return the running answers of the versions that match."""
         return [task for entry in self._of(matches).values() for task in entry.answers]
-
-    def _has_room(self) -> bool:
-        """Return whether another adapter as large as the largest loaded one fits into the folder's file system."""
-        largest = 0
-        for name in self._loaded:
-            with suppress(OSError):  # vLLM may still build one
-                largest = max(largest, (self.folder / folder_of(name) / WEIGHTS).stat().st_size)
-        try:
-            return shutil.disk_usage(self.folder).free > largest
-        except OSError:
-            return True
 
     def _of(self, matches: Callable[[Version], bool] = lambda _: True) -> dict[str, Loaded]:
         """Return the adapters of the versions that match, or of all people, by name."""
