@@ -337,15 +337,6 @@ def test_cached_token_counts_do_not_reveal_another_callers_prompts(world):
     assert cached[2] > 10
 
 
-def test_token_offsets_continue_from_piece_to_piece(world):
-    stream = world.client("serve").completions.create(
-        model="person:bob", prompt="hello", max_tokens=6, temperature=0, logprobs=1, stream=True
-    )
-    places = [at for c in stream for one in c.choices if one.logprobs for at in one.logprobs.text_offset]
-    assert len(places) == 6
-    assert places == sorted(set(places))
-
-
 def test_a_person_key_has_a_limit_of_answers_at_once(world):
     for _ in range(2):  # what was refused holds nothing
         with pytest.raises(openai.BadRequestError, match="at most 8 at once"):  # waiting would not help

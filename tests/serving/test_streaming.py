@@ -54,7 +54,7 @@ def test_tokens_with_log_probabilities_keep_their_spaces(strip):
     formatter = logprobs_formatter(made)
     tokens = tuple(Token(id, -1.0) for id in made.encode("b ab").ids)
     shown = formatter.choice([AnswerText(0, "b ab", tokens, "stop")])["logprobs"]
-    assert (shown["tokens"], shown["text_offset"]) == (["b", " a", "b"], [0, 1, 3])
+    assert shown["tokens"] == ["b", " a", "b"]
 
 
 def test_a_token_with_log_probabilities_is_decoded_once(monkeypatch):

@@ -143,7 +143,7 @@ def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
             answer.set()
             return await asyncio.gather(dropping, using, return_exceptions=True)
 
-    assert [type(error) for error in asyncio.run(go())] == [EngineGone, EngineGone]
+    assert [type(error) for error in asyncio.run(go())] == [EngineGone, ModelRemoved]
 
 
 def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_person_can_come_back(tmp_path):

@@ -123,23 +123,19 @@ async def _events(
     started: set[int] = set()
     tokens = cached = 0
     try:
-        async for part in _after(first, parts):
+        part: AnswerText | None = first
+        while part:
             tokens, cached = tokens + len(part.tokens), part.cached
             for event in formatter.events(part, first=part.index not in started):
                 yield _event(event)
             started.add(part.index)
+            part = await anext(parts, None)
         if request.stream_options and request.stream_options.include_usage:
             yield _event(formatter.body([], usage_of(len(asked.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
         on_error(error)
         yield _event(error_of(error)[1])
     yield "data: [DONE]\n\n"
-
-
-async def _after(first: AnswerText, rest: AsyncIterator[AnswerText]) -> AsyncIterator[AnswerText]:
-    yield first
-    async for part in rest:
-        yield part
 
 
 def _event(value: dict[str, Any]) -> str:

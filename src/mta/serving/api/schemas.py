@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -147,7 +145,6 @@ class ResponseFormatter:
         kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
-        self._offsets = Counter[int]()  # by answer: characters of the tokens with log probabilities so far
 
     def body(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return a complete answer, or one event of a stream."""
@@ -156,7 +153,7 @@ class ResponseFormatter:
     def choice(self, parts: Sequence[AnswerText]) -> dict[str, Any]:
         """Return the complete choice that consists of ``parts``."""
         text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message = {"role": "assistant", "content": text}
         return self._choice(parts[-1].index, {"message": message}, text, tokens, parts[-1].finish)
 
     def events(self, part: AnswerText, first: bool) -> list[dict[str, Any]]:
@@ -171,9 +168,9 @@ class ResponseFormatter:
         self, index: int, chat: dict[str, Any], text: str, tokens: Sequence[Token], finish: Finish | None
     ) -> dict[str, Any]:
         body = chat if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+        return {"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         scored = [token for token in tokens if token.logprob is not None]
         if not scored:
             return None
@@ -181,19 +178,14 @@ class ResponseFormatter:
             content = [
                 self._one(t.id, t.logprob) | {"top_logprobs": [self._one(id, p) for id, p in t.top]} for t in scored
             ]
-            return {"content": content, "refusal": None}
-        texts = [self._text(t.id) for t in scored]
-        *starts, self._offsets[index] = accumulate(map(len, texts), initial=self._offsets[index])
+            return {"content": content}
         # Of tokens with the same text, the likeliest counts; ``top`` begins with it.
         top = [{self._text(id): p for id, p in reversed(t.top)} for t in scored]
-        logprobs = [t.logprob for t in scored]
-        found = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
-        return found | {"text_offset": starts}
+        texts, logprobs = [self._text(t.id) for t in scored], [t.logprob for t in scored]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
 
     def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(id)
-        partial = "\N{REPLACEMENT CHARACTER}" in text  # part of a character, whose bytes decode() does not give
-        return {"token": text, "logprob": logprob, "bytes": None if partial or self._ids else list(text.encode())}
+        return {"token": self._text(id), "logprob": logprob}
 
     def _text(self, id: int) -> str:
         if self._ids:

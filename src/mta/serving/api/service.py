@@ -201,15 +201,11 @@ class Service:
 
     async def keep_sweeping(self) -> None:
         """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
-        failed = False
         while True:
             try:
                 await self.drop_forgotten_elsewhere()
-                failed = False
             except Exception as error:  # no error may end the loop
-                if not failed:
-                    log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
-                failed = True
+                log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
             await asyncio.sleep(self.sweep)
 
     async def drop_forgotten_elsewhere(self) -> None:
