@@ -20,9 +20,8 @@ from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
 from mta.serving.embedded.adapter_slots import AdapterSlots
-from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Scheduler
+from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Sampler, Scheduler
 from mta.serving.engine import AnswerLost
-from mta.serving.sampling import Sampler
 from mta.store.state import State
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")

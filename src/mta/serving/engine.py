@@ -20,6 +20,7 @@ Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
 QUEUED = 256  # answers that may wait, beside those that run
+COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 
@@ -200,9 +201,9 @@ class Engine(ABC):
         """Return the person versions in memory: running answers, adapters, keys and values."""
 
     @property
-    @abstractmethod
     def ready(self) -> bool:
-        """Whether requests would be answered now."""
+        """Whether requests would be answered now, as far as the gateway knows."""
+        return not self._closing and self.alive
 
     @property
     @abstractmethod

@@ -180,14 +180,12 @@ def _check_lengths(service: Service, items: Sequence[Item]) -> None:
 
 def _item(task: Task, item: NewItem, longest: int) -> Item:
     needed, given = task.fields(), item.fields
-    missing, extra = [name for name in needed if name not in given], sorted(given.keys() - set(needed))
-    if missing or extra:
-        found, do, name = ("no", "Add", missing[0]) if missing else ("an unknown", "Remove", extra[0])
+    if extra := sorted(given.keys() - set(needed)):
         raise Refused(
-            f"an item has {found} field {name!r}; items of this task have {', '.join(needed)}",
-            hint=f"{do} the field  {name}.",
+            f"an item has an unknown field {extra[0]!r}; items of this task have {', '.join(needed)}",
+            hint=f"Remove the field  {extra[0]}.",
         )
-    if max(map(len, given.values())) > longest:
+    if any(len(text) > longest for text in given.values()):
         raise Refused(
             f"a field of an item has more than {longest} characters", hint=f"Send at most {longest} characters."
         )

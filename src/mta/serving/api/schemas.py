@@ -53,10 +53,17 @@ class StreamOptions(_Request):
     include_usage: bool = False
 
 
-class Common(_Request):
-    """Fields of both kinds of request."""
+class ModelRequest(_Request):
+    """Fields of all requests to a model. ``fallback`` is an extension: the model that answers for an unknown person."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
+    user: str | None = None
+    fallback: Literal["task", "base"] | None = None
+
+
+class Common(ModelRequest):
+    """Fields of both kinds of request for text."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -65,8 +72,6 @@ class Common(_Request):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    fallback: Literal["task", "base"] | None = None  # extension: the model that answers for an unknown person
     return_tokens_as_token_ids: bool = False  # as vLLM's: log probabilities name tokens "token_id:17"
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -109,13 +114,10 @@ class CompletionRequest(Common):
         return prompt[0]
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(ModelRequest):
     """``POST /v1/classify``: one text or several, each worded as the task's prompt."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
     input: ValidText | Annotated[list[ValidText], Field(min_length=1, max_length=64)]
-    user: str | None = None
-    fallback: Literal["task", "base"] | None = None
 
 
 Request = ChatRequest | CompletionRequest

@@ -32,7 +32,7 @@ from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
-from mta.serving.api.schemas import ClassifyRequest, Request
+from mta.serving.api.schemas import ModelRequest
 from mta.serving.engine import TOO_LONG, Engine, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import named
 from mta.store import Store
@@ -107,7 +107,7 @@ class Service:
     async def with_fallback(
         self,
         kind: str,
-        request: Request | ClassifyRequest,
+        request: ModelRequest,
         key: Key,
         answer: Callable[[ServedModel], Awaitable[Response]],
     ) -> Response:

@@ -19,9 +19,8 @@ from mta.model.base import BaseModel
 from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
-from mta.serving.embedded.scheduler import AnswerRow, Scheduler
+from mta.serving.embedded.scheduler import AnswerRow, Sampler, Scheduler
 from mta.serving.engine import LATER, QUEUED, Engine, EngineGone, EngineRequest, Pieces, ServedModel, Version
-from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, run_in_short_thread
 
@@ -68,18 +67,13 @@ class EmbeddedEngine(Engine):
     # -- from any thread -----------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> bool:
-        """Whether requests would be answered now."""
-        return not self._closing and not self.scheduler.stuck
-
-    @property
     def alive(self) -> bool:
         """False if the thread died, and while every step fails; true after ``close``."""
         return not self.died and not self.scheduler.stuck
 
-    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], None]:
+    def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
-        row = AnswerRow(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
+        row = AnswerRow(request, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(request))
         self._put(partial(self._enter, row))
         self._open[row] = pieces
 
@@ -99,7 +93,9 @@ class EmbeddedEngine(Engine):
 
             for who in list(filter(dropped, self.activated)):
                 del self.activated[who]
-            for row in [row for rows in self._loading.values() for row in rows if ends(row.ask.who, row.ask.asker)]:
+            for row in [
+                row for rows in self._loading.values() for row in rows if ends(row.request.who, row.request.asker)
+            ]:
                 row.send(error)
                 row.cancelled = True
             for who in list(filter(dropped, self._loading)):
@@ -207,15 +203,15 @@ class EmbeddedEngine(Engine):
 
     def _enter(self, row: AnswerRow) -> None:
         """Queue a row for a slot, at once if its adapter is cached; else once it is loaded, for all rows together."""
-        if adapter := self.activated.get(row.ask.who):
-            self.activated.move_to_end(row.ask.who)
+        if adapter := self.activated.get(row.request.who):
+            self.activated.move_to_end(row.request.who)
             row.adapter = adapter
             self.scheduler.waiting.append(row)
-        elif waiting := self._loading.get(row.ask.who):
+        elif waiting := self._loading.get(row.request.who):
             waiting.append(row)
         else:
-            rows = self._loading[row.ask.who] = [row]
-            self._loaders.submit(self._load, row.ask.who, rows)
+            rows = self._loading[row.request.who] = [row]
+            self._loaders.submit(self._load, row.request.who, rows)
 
     def _enter_loaded(self, who: ServedModel, rows: Sequence[AnswerRow], adapter: RowAdapter | Exception) -> None:
         """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""
