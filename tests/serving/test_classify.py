@@ -1,6 +1,5 @@
 """``/v1/classify``: probabilities of all labels, with the models' names and rights of other routes."""
 
-import httpx2
 import pytest
 from served import served
 from tiny import base_of, random_loras
@@ -27,8 +26,8 @@ def world(tiny_bank_folder, tmp_path_factory):
 
 
 def ask(world, name, **body):
-    headers = {"Authorization": f"Bearer {world.secrets[name]}"}
-    return httpx2.post(f"{world.url}/v1/classify", json=body, headers=headers, timeout=60)
+    with world.http(name) as http:
+        return http.post("/v1/classify", json=body)
 
 
 def prompts(world):

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, endless, random_loras
 
-from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, QueueFull, Refused, Version
+from mta.serving.engine import EngineRequest, ModelRemoved, Refused, Version
 from mta.store.state import State
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -343,27 +342,6 @@ def test_two_conversations_of_one_caller_both_stay_warm():
     answers, cached = asyncio.run(go())
     assert cached == [0, 0, len(one) - 1, len(other) - 1, len(one)]
     assert answers[:4] == [one_by_one(base, bank, models[2], prompt, 4) for prompt in (one, other, one, other)]
-
-
-def test_oversized_and_late_requests_are_refused():
-    base, bank, models = world()
-
-    async def go():
-        engine = engine_of(base, bank, models, slots=1, waiting=2)
-        ask = ask_of(2, [5] * 10, 50)
-        with pytest.raises(InputError, match="more than 64"):
-            await tokens_of(engine, ask_of(2, [5] * 10, 60))
-        with pytest.raises(InputError, match="empty"):
-            await tokens_of(engine, ask_of(2, [], 4))
-        found = await asyncio.gather(*(tokens_of(engine, ask) for _ in range(8)), return_exceptions=True)
-        assert [len(one) for one in found[:3]] == [50] * 3
-        assert all(isinstance(one, QueueFull) for one in found[3:])
-        await engine.close()
-        assert not engine.ready
-        with pytest.raises(EngineGone):
-            await tokens_of(engine, ask)
-
-    asyncio.run(go())
 
 
 def test_logits_of_labels_are_not_rounded(monkeypatch):

@@ -1,7 +1,6 @@
 """Failed steps: rows of the step get an error, others get their answers, and no half-written data is reused."""
 
 import asyncio
-import threading
 from functools import cache
 from types import SimpleNamespace
 
@@ -10,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import served
 from test_embedded import ask_of, engine_of, one_by_one, prompts_of, tokens_of, world
-from test_faults import asked, state_of
-from tiny import base_of, endless, random_loras
+from test_faults import asked
+from test_faults import here as here  # the fixture
+from tiny import random_loras
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
 from mta.serving.embedded.adapter_slots import AdapterSlots
@@ -256,17 +254,6 @@ def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
     assert not scheduler.stuck
 
 
-@pytest.fixture
-def here(tiny_bank_folder, tmp_path):
-    base = endless(base_of())
-    bank = Bank.open(tiny_bank_folder, base)
-    with served(base, bank, tmp_path) as running:
-        running.service.store.save("ann", state_of(base, bank, 0))
-        running.headers = {"Authorization": f"Bearer {running.secrets['admin']}"}
-        running.base = base
-        yield running
-
-
 def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     before = asked(here, temperature=0).json()["choices"]
     handle = fail_in_layer(here.base, lambda _: True)
@@ -283,25 +270,3 @@ def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     assert "mta_engine_failed_steps 1.0" in metrics
     assert "mta_engine_lost 1.0" in metrics
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dying_engine_is_unhealthy_before_its_requests_get_their_errors(here):
-    scheduler, go_on = here.service.engine.scheduler, threading.Event()
-    end = scheduler.end
-
-    def broken():
-        raise MemoryError
-
-    def ends_slowly(*args):
-        end(*args)
-        assert go_on.wait(60)  # the requests are answered, the thread lives
-
-    scheduler.step, scheduler.end = broken, ends_slowly
-    try:
-        assert asked(here).status_code == 503
-        assert here.service.engine._thread.is_alive()
-        for path in ("healthz", "readyz"):
-            assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
-    finally:
-        go_on.set()
