@@ -20,7 +20,6 @@ from contract import PYTHON, WITH_VLLM, Lent, World, collect, prompt_of, vllm_se
 from served import served
 
 from mta.errors import ConfigError
-from mta.personalize.adapters import TASK
 from mta.personalize.forgetting import forget_person
 from mta.serving.engine import EngineGone, EngineRequest
 from mta.serving.launch import remote_of
@@ -219,29 +218,6 @@ def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, ser
     made = server.folder / folder_of(wire_name(who))
     assert not any(name.startswith("person:before") for name in asyncio.run(go()))
     assert not made.exists()
-
-
-def test_concurrent_first_requests_build_one_adapter(world, server):
-    who = world.renew("crowd", 60)
-
-    async def go():
-        engine = world.vllm(Lent(server))
-        asks = [EngineRequest(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
-        found = await asyncio.gather(*(collect(engine, ask) for ask in asks))
-        await engine.close()
-        return [tokens for tokens, _ in found] == [expected(world, ask) for ask in asks]
-
-    assert asyncio.run(go())
-
-
-def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
-    async def go():
-        engine = world.vllm(Lent(server))
-        found = await collect(engine, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
-        await engine.close()
-        return found[0]
-
-    assert asyncio.run(go()) == expected(world, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
 
 
 def test_the_command_line_starts_and_stops_vllm(world):
