@@ -129,23 +129,21 @@ async def busy(most=256):
         await jobs.close()
 
 
-def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
-    async def go():
-        async with busy(most=8) as (jobs, *_):
-            for owner in range(1, 4):
-                for n in range(2):
-                    jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
-                with pytest.raises(QueueFull):
-                    jobs.put(Person.of(f"team{owner}/2", [item()]), team(owner))
-            with pytest.raises(QueueFull):
-                jobs.put(Person.of("team4/0", [item()]), team(4))
-            jobs.put(Person.of("team1/1", [item()]), team(1))  # who waits already is only given newer items
+@pytest.mark.anyio
+async def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
+    async with busy(most=8) as (jobs, *_):
+        for owner in range(1, 4):
             for n in range(2):
-                jobs.put(Person.of(f"other/{n}", [item()]))
+                jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
             with pytest.raises(QueueFull):
-                jobs.put(Person.of("other/2", [item()]))
-
-    asyncio.run(go())
+                jobs.put(Person.of(f"team{owner}/2", [item()]), team(owner))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("team4/0", [item()]), team(4))
+        jobs.put(Person.of("team1/1", [item()]), team(1))  # who waits already is only given newer items
+        for n in range(2):
+            jobs.put(Person.of(f"other/{n}", [item()]))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("other/2", [item()]))
 
 
 def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
@@ -161,69 +159,61 @@ def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
     assert answers.fits("d", 1)
 
 
-def test_keys_take_turns_and_a_job_has_few_items():
-    async def go():
-        async with busy() as (jobs, *_):
-            for n in range(5):
-                jobs.put(Person.of(f"team1/{n}", [item()] * 100), team(1))
-            jobs.put(Person.of("team2/0", [item()] * 50), team(2))
-            jobs.put(Person.of("other", [item()] * 300))
-            assert list(jobs._next()) == ["team1/0", "team2/0"]  # more than 256 items with the next in turn
-            for id in ("team1/0", "team2/0", "team1/1", "team1/2"):
-                await jobs.forget(id)
-            jobs.put(Person.of("team1/3", [item()] * 400), team(1))
-            assert list(jobs._next()) == ["team1/3"]  # one person at least
-
-    asyncio.run(go())
+@pytest.mark.anyio
+async def test_keys_take_turns_and_a_job_has_few_items():
+    async with busy() as (jobs, *_):
+        for n in range(5):
+            jobs.put(Person.of(f"team1/{n}", [item()] * 100), team(1))
+        jobs.put(Person.of("team2/0", [item()] * 50), team(2))
+        jobs.put(Person.of("other", [item()] * 300))
+        assert list(jobs._next()) == ["team1/0", "team2/0"]  # more than 256 items with the next in turn
+        for id in ("team1/0", "team2/0", "team1/1", "team1/2"):
+            await jobs.forget(id)
+        jobs.put(Person.of("team1/3", [item()] * 400), team(1))
+        assert list(jobs._next()) == ["team1/3"]  # one person at least
 
 
-def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
+@pytest.mark.anyio
+async def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
     monkeypatch.setattr("mta.serving.api.jobs.ROOM", ROOM)
 
-    async def go():
-        async with busy() as (jobs, *_):
-            jobs.put(Person.of("team1/0", [item(36_000)]), team(1))
-            with pytest.raises(QueueFull):
-                jobs.put(Person.of("team1/1", [item(8000)]), team(1))
-            jobs.put(Person.of("team1/0", [item(38_000)]), team(1))  # in place of the items before
-            jobs.put(Person.of("team2/0", [item(8000)]), team(2))
-            jobs.put(Person.of("other", [item(110_000)]))
-            with pytest.raises(QueueFull):
-                jobs.put(Person.of("another", [item(8000)]))
-
-    asyncio.run(go())
+    async with busy() as (jobs, *_):
+        jobs.put(Person.of("team1/0", [item(36_000)]), team(1))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("team1/1", [item(8000)]), team(1))
+        jobs.put(Person.of("team1/0", [item(38_000)]), team(1))  # in place of the items before
+        jobs.put(Person.of("team2/0", [item(8000)]), team(2))
+        jobs.put(Person.of("other", [item(110_000)]))
+        with pytest.raises(QueueFull):
+            jobs.put(Person.of("another", [item(8000)]))
 
 
-def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
-    async def go():
-        async with busy() as (jobs, forgotten, going_on):
-            jobs.put(Person.of("other", [item()]))
-            assert await jobs.forget("other") == "other"
-            assert forgotten == ["other"]
-            waiting = asyncio.create_task(jobs.forget("first"))
-            while forgotten != ["other", "first"]:  # at once; and again when the job has ended
-                await asyncio.sleep(0.01)
-            assert not waiting.done()
-            assert jobs.status("first") is None
-            going_on.set()
-            await waiting
-            assert forgotten == ["other", "first", "first"]
-            assert jobs.status("first") is None
-
-    asyncio.run(go())
+@pytest.mark.anyio
+async def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
+    async with busy() as (jobs, forgotten, going_on):
+        jobs.put(Person.of("other", [item()]))
+        assert await jobs.forget("other") == "other"
+        assert forgotten == ["other"]
+        waiting = asyncio.create_task(jobs.forget("first"))
+        while forgotten != ["other", "first"]:  # at once; and again when the job has ended
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        assert jobs.status("first") is None
+        going_on.set()
+        await waiting
+        assert forgotten == ["other", "first", "first"]
+        assert jobs.status("first") is None
 
 
-def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
-    async def go():
-        async with busy() as (jobs, forgotten, going_on):
-            forgetting = asyncio.create_task(jobs.forget("first"))
-            await asyncio.sleep(0.05)
-            await jobs.close(patience=0.2)
-            await forgetting
-            assert forgotten == ["first", "first"]
-            assert not going_on.is_set()  # the job was still running
-
-    asyncio.run(go())
+@pytest.mark.anyio
+async def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
+    async with busy() as (jobs, forgotten, going_on):
+        forgetting = asyncio.create_task(jobs.forget("first"))
+        await asyncio.sleep(0.05)
+        await jobs.close(patience=0.2)
+        await forgetting
+        assert forgotten == ["first", "first"]
+        assert not going_on.is_set()  # the job was still running
 
 
 def test_items_that_came_by_a_file_too_count_once(tmp_path):
