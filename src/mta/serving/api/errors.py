@@ -19,33 +19,21 @@ class UnknownOrForbidden(PersonNotFound):
     """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
-# Status, code, seconds after which to retry, and what callers may read; None: the error's own message and hint.
+_OF_OTHER_BANK = "the person's state was made with another bank. Personalize the person again, or send fallback: task"
+_FORGOTTEN = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
+_NO_STORE = "the store of people's models does not answer. Send the request again in a few seconds"
 _Answer = tuple[int, str | None, int | None, str | None]
+# Status, code, seconds after which to retry, and what callers may read; None: the error's own message and hint.
 _ANSWERS: dict[type[MtaError], _Answer] = {
     UnknownOrForbidden: (404, "model_not_found", None, None),
     PersonNotFound: (404, "model_not_found", None, "the person no longer exists"),
-    PersonForgotten: (
-        409,
-        "person_forgotten",
-        None,
-        "the person was forgotten during this request: nothing was saved. Send the request again if wanted",
-    ),
+    PersonForgotten: (409, "person_forgotten", None, _FORGOTTEN),
     QueueFull: (429, "queue_full", 1, None),
-    OtherBank: (
-        503,
-        "other_bank",
-        None,
-        "the person's state was made with another bank. Personalize the person again, or send fallback: task",
-    ),
+    OtherBank: (503, "other_bank", None, _OF_OTHER_BANK),
     NeedsRebuild: (503, "needs_rebuild", None, None),
     StoreConflict: (500, "StoreConflict", None, "a newer state of the person was saved meanwhile"),
     StateCorrupt: (500, "StateCorrupt", None, "the stored state could not be read or saved"),
-    StoreError: (
-        503,
-        "store_unavailable",
-        5,
-        "the store of people's models does not answer. Send the request again in a few seconds",
-    ),
+    StoreError: (503, "store_unavailable", 5, _NO_STORE),
     ModelRemoved: (409, "model_removed", None, None),
     EngineGone: (503, "engine_gone", 5, None),
     AnswerLost: (500, "answer_lost", None, None),

@@ -90,13 +90,13 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
-    found = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
-    if found is None:
+    progress = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
+    if progress is None:
         raise UnknownOrForbidden(
             "no personalization of this person was asked for since the server started",
             hint="What is stored: GET /v1/people/…   To start: POST …/personalize",
         )
-    return _status_body(found)
+    return _status_body(progress)
 
 
 @router.get("/{id:path}")
@@ -125,16 +125,16 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     async with service.lock(id):
         held = service.histories.forget(id)
         try:
-            found = await service.jobs.forget(id)
-            service.is_stale |= bool(found.needs_rebuild)
+            forgotten = await service.jobs.forget(id)
+            service.is_stale |= bool(forgotten.needs_rebuild)
         finally:
             await service.engine.forget(id, service.keys_of(id))
-        if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
+        if forgotten.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
-    report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
-    report |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
-    named = {"exports": found.exports_left, "banks": found.unmarked, "published": found.published}
-    named |= {"unknown": found.unknown}
+    report = {"removed": forgotten.states_removed or held, "needs_rebuild": forgotten.needs_rebuild}
+    report |= {"exports_left": len(forgotten.exports_left), "banks_unmarked": len(forgotten.unmarked)}
+    named = {"exports": forgotten.exports_left, "banks": forgotten.unmarked, "published": forgotten.published}
+    named |= {"unknown": forgotten.unknown}
     return report | {name: left for name, left in named.items() if left and key.rights == "admin"}
 
 

@@ -56,9 +56,9 @@ class Detokenizer:
 
     def _give(self, held: int) -> str:
         places = [(self._pending.find(stop), len(stop)) for stop in self.stops]
-        found = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
-        self.stopped = bool(found)
-        until = min(found)[1] if found else max(len(self._pending) - held, 0)
+        ends = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
+        self.stopped = bool(ends)
+        until = min(ends)[1] if ends else max(len(self._pending) - held, 0)
         piece, self._pending = self._pending[:until], self._pending[until:]
         return piece
 

@@ -106,14 +106,9 @@ class EmbeddedEngine(Engine):
 
     async def versions(self) -> set[Version]:
         """Return the person versions in memory: rows, warm slots, and cached adapters."""
-        found = set[Version]()
-
-        def work() -> None:
-            known = (*self.activated, *self.scheduler.known())
-            found.update(who for who in known if isinstance(who, Version))
-
-        await self._in_thread(work)
-        return found
+        known = set[ServedModel]()
+        await self._in_thread(lambda: known.update(self.activated, self.scheduler.known()))
+        return {who for who in known if isinstance(who, Version)}
 
     async def _in_thread(self, call: Callable[[], None]) -> None:
         """Run a call in the engine's thread and wait for it; do nothing if the engine has stopped."""

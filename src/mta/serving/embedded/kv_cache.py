@@ -50,13 +50,13 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         states = key_states, value_states
         if layer_idx == len(self.kept):
             self.kept.append([x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in states])
-        found = []
+        seen = []
         for kept, new in zip(self.kept[layer_idx], states):
             own = kept[self.rows]
             row = torch.arange(len(own), device=own.device)[:, None]
             own[row, :, self.positions] = new.transpose(1, 2)
-            found.append(own[:, :, : self.seen])
-        return found[0], found[1]
+            seen.append(own[:, :, : self.seen])
+        return seen[0], seen[1]
 
     def exchange(self, one: int, other: int, tokens: int) -> None:
         """Swap two slots; only their first ``tokens`` positions are moved."""

@@ -147,11 +147,11 @@ class VllmEngine(Engine):
         probabilities of prompts fail together with adapters, in vLLM 0.32.)
         """
         steps = sorted({(label[:count], label[count]) for label in request.labels for count in range(len(label))})
-        found = {
+        logprobs = {
             steps[0]: await self._forced(request, name, *steps[0])
         }  # first, so that the others find a cached prompt
-        found |= dict(zip(steps[1:], await together(self._forced(request, name, *step) for step in steps[1:])))
-        scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in request.labels)
+        logprobs |= dict(zip(steps[1:], await together(self._forced(request, name, *step) for step in steps[1:])))
+        scores = (sum(logprobs[label[:count], label[count]] for count in range(len(label))) for label in request.labels)
         queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
     async def _forced(self, request: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
