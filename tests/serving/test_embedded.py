@@ -17,6 +17,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.embedded.scheduler import LabelWalk
 from mta.serving.engine import EngineRequest, ModelRemoved, Refused, Version
 from mta.store.state import State
 
@@ -320,3 +321,26 @@ async def test_prompt_and_answer_never_exceed_the_length_of_the_base():
         assert len(await tokens_of(engine, request_of(0, [5] * 30, 2))) == 2
         with pytest.raises(Refused, match="more than 32"):
             await tokens_of(engine, request_of(0, [5] * 30, 3))
+
+
+VOCABULARY = 5
+LABELS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+def logits_after(tokens):
+    """Logits that depend on all tokens."""
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31))
+
+
+@given(LABELS)
+def test_scores_equal_those_of_each_label_alone_and_no_beginning_is_computed_twice(labels):
+    walk, held, computed = LabelWalk(labels), [], [()]
+    while step := walk.next(logits_after(held)):
+        keep, token = step
+        held = [*held[:keep], token]
+        computed.append(tuple(held))
+    alone = [
+        sum(float(logits_after(label[:n]).log_softmax(-1)[token]) for n, token in enumerate(label)) for label in labels
+    ]
+    assert walk.scores == pytest.approx(alone, abs=1e-5)
+    assert len(set(computed)) == len(computed) == len({tuple(la[:n]) for la in labels for n in range(len(la))})

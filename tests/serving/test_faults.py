@@ -15,8 +15,7 @@ from tiny import base_of, endless, random_loras
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import EngineRequest, Version
-from mta.serving.model_names import wire_name
+from mta.serving.engine import EngineRequest, Version, wire_name
 from mta.serving.vllm.adapters import AdapterFolders
 from mta.store import Store
 from mta.store.state import State

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mta.serving.api.schemas import AnswerText, CompletionRequest, ResponseFormatter
 from mta.serving.api.streaming import Detokenizer
-from mta.serving.engine import Token, Version
-from mta.serving.model_names import named
+from mta.serving.engine import Token, Version, named
 
 
 def byte_fallback_tokenizer(strip=False):

@@ -21,9 +21,8 @@ from served import served
 
 from mta.errors import ConfigError
 from mta.personalize.forgetting import forget_person
-from mta.serving.engine import EngineGone, EngineRequest
+from mta.serving.engine import EngineGone, EngineRequest, wire_name
 from mta.serving.launch import remote_of
-from mta.serving.model_names import wire_name
 from mta.serving.vllm.adapters import folder_of
 from mta.serving.vllm.server import VllmNotStarted, VllmServer
 

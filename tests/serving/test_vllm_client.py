@@ -11,9 +11,8 @@ import pytest
 
 from mta.errors import ConfigError
 from mta.serving.api.completions import _event
-from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version
+from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version, wire_name
 from mta.serving.launch import remote_of
-from mta.serving.model_names import wire_name
 from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import VllmSettings

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote, unquote
 
 from mta.errors import InputError, MtaError
-from mta.personalize.adapters import SharedModel
+from mta.personalize.adapters import BASE, TASK, SharedModel
 
 log = logging.getLogger("mta")
 T = TypeVar("T")
@@ -21,6 +23,10 @@ LOST = "this answer could not be computed"
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
 QUEUED = 256  # answers that may wait, beside those that run
 COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
+_ZERO = "zero"
+_SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same version number
+_PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<merged>#merged)?", re.DOTALL)
+_WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 
@@ -70,6 +76,53 @@ class Version:
 
 
 ServedModel = Version | SharedModel
+
+
+def named(model: str, base: str) -> ServedModel | None:
+    """Parse a model name: ``person:ann``, ``person:ann@v3``, ``person:ann#merged``, ``task``, or the base's name.
+
+    Returns None for other names. Ids are percent-decoded. Callers that build names from arbitrary ids must encode the
+    ids, as ``person_name`` does, because an id may end like a version.
+    """
+    if model == base:
+        return BASE
+    if model == TASK.value:
+        return TASK
+    if parts := _PERSON.fullmatch(model):
+        return Version(unquote(parts["id"]), int(parts["version"] or 0), parts["merged"] is None)
+    return None
+
+
+def person_name(id: str) -> str:
+    """Return the name of a person's newest version in requests."""
+    return f"person:{quote(id, safe='')}"
+
+
+def model_name(who: Version) -> str:
+    """Return the name of a version in requests: the inverse of ``named``."""
+    return f"{person_name(who.person)}@v{who.number}" + "#merged" * (not who.stacked)
+
+
+def wire_name(who: ServedModel) -> str:
+    """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
+
+    The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
+    the adapter in its last slot.
+    """
+    if who is BASE:
+        return _ZERO
+    return who.value if isinstance(who, SharedModel) else f"{model_name(who)}~{who.seal[:_SEAL]}"
+
+
+def from_wire(name: str) -> ServedModel | None:
+    """Inverse of ``wire_name``; None if ``name`` is not such a name."""
+    if name == _ZERO:
+        return BASE
+    sealed = _WIRE.fullmatch(name)
+    who = named(sealed["model"] if sealed else name, BASE.value)
+    if isinstance(who, Version):
+        return replace(who, seal=sealed["seal"]) if sealed and who.number else None
+    return None if sealed else who
 
 
 @dataclass(frozen=True, slots=True)

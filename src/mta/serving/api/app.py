@@ -24,7 +24,7 @@ from mta.serving.api.errors import error_of
 from mta.serving.api.limits import Guard
 from mta.serving.api.schemas import error_body
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.model_names import model_name
+from mta.serving.engine import model_name
 
 router = APIRouter()
 

@@ -20,8 +20,7 @@ from mta.serving.api.errors import error_of
 from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.api.streaming import stream_answers, until_disconnect
-from mta.serving.engine import EngineRequest, Refused, ServedModel
-from mta.serving.model_names import person_name
+from mta.serving.engine import EngineRequest, Refused, ServedModel, person_name
 
 router = APIRouter()
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once

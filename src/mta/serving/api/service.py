@@ -33,8 +33,7 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ModelRequest
-from mta.serving.engine import TOO_LONG, Engine, QueueFull, Refused, ServedModel, Version
-from mta.serving.model_names import named
+from mta.serving.engine import TOO_LONG, Engine, QueueFull, Refused, ServedModel, Version, named
 from mta.store import Store
 from mta.system.atomic import read_json
 

@@ -25,8 +25,7 @@ from mta.lora.batch import Factors, LoraBatch, even, join, shared_ranks
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
 from mta.personalize.adapters import BASE, SharedModel, adapter_parts
-from mta.serving.engine import Version
-from mta.serving.model_names import from_wire
+from mta.serving.engine import Version, from_wire
 from mta.store import Store
 from mta.store.state import State
 from mta.system.atomic import write_json

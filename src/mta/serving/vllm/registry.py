@@ -19,8 +19,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, together
-from mta.serving.model_names import from_wire, wire_name
+from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, from_wire, together, wire_name
 from mta.serving.vllm.adapters import CUT, folder_of
 
 log = logging.getLogger("mta")
