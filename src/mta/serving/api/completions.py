@@ -129,7 +129,7 @@ async def _events(
                 yield _event(event)
             started.add(part.index)
             part = await anext(parts, None)
-        if request.stream_options and request.stream_options.include_usage:
+        if (request.stream_options or {}).get("include_usage"):
             yield _event(formatter.body([], usage_of(len(asked.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
         on_error(error)

@@ -47,12 +47,6 @@ class Message(_Request):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Request):
-    """Options for the end of a stream."""
-
-    include_usage: bool = False
-
-
 class ModelRequest(_Request):
     """Fields of all requests to a model. ``fallback`` is an extension: the model that answers for an unknown person."""
 
@@ -71,7 +65,7 @@ class Common(ModelRequest):
     stop: ValidText | Annotated[list[ValidText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     return_tokens_as_token_ids: bool = False  # as vLLM's: log probabilities name tokens "token_id:17"
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
