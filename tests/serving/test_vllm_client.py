@@ -93,7 +93,7 @@ async def used(registry, who, until=None, begun=None):
 async def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
     server = Server(PERSON, Version("ann", 2, seal="b" * 16))
     async with server.registry(tmp_path) as registry:
-        await registry.drop({PERSON}.__contains__, asyncio.Task.cancel)
+        await registry.drop({PERSON}.__contains__, list)
     assert server.unloaded == [wire_name(PERSON)]
 
 
@@ -123,7 +123,7 @@ async def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
     server = Server(PERSON, statuses=[500])
     server.may_unload.clear()
     async with server.registry(tmp_path) as registry:
-        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, lambda answer: None))
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, list))
         await server.unloading.wait()
         using = asyncio.create_task(used(registry, PERSON))
         await asyncio.sleep(0)
@@ -137,7 +137,7 @@ async def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its
     server = Server(PERSON, statuses=[500])
     async with server.registry(tmp_path) as registry:
         with pytest.raises(EngineGone):
-            await registry.drop({PERSON}.__contains__, lambda answer: None)
+            await registry.drop({PERSON}.__contains__, list)
         await registry.versions()  # as every sweep asks
         await registry.unloads_ended()
         await used(registry, PERSON)
@@ -157,7 +157,7 @@ async def test_an_adapter_that_is_being_unloaded_is_loaded_again_for_a_request(t
         assert not begun.is_set()
         server.may_unload.set()
         await asyncio.wait_for(begun.wait(), 5)
-        assert len(registry.answers({PERSON}.__contains__)) == 1
+        assert registry._loaded[wire_name(PERSON)].answers == 1
         until.set()
         await using
         await registry.unloads_ended()
@@ -170,7 +170,7 @@ async def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tm
     async with Server(PERSON).registry(tmp_path) as registry:
         using = asyncio.create_task(used(registry, PERSON, may_end, begun))
         await begun.wait()
-        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, lambda answer: None))
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, lambda: [] if using.done() else [using]))
         while not registry._loaded[wire_name(PERSON)].dropped:
             await asyncio.sleep(0)
         with pytest.raises(ModelRemoved):
@@ -184,13 +184,21 @@ async def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_
     server, begun = Server(), asyncio.Event()
     server.may_list.clear()
     async with server.registry(tmp_path) as registry:
-        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, asyncio.Task.cancel))
+        using = []
+
+        def end():
+            running = [task for task in using if not task.done()]
+            for task in running:
+                task.cancel()
+            return running
+
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, end))
         await server.listing.wait()
-        using = asyncio.create_task(used(registry, PERSON, asyncio.Event(), begun))  # an answer that would never end
+        using.append(asyncio.create_task(used(registry, PERSON, asyncio.Event(), begun)))  # it would never end
         await begun.wait()
         server.may_list.set()
         await asyncio.wait_for(dropping, 5)
-        assert using.cancelled()
+        assert using[0].cancelled()
         assert len(registry) == 0
 
 

@@ -201,7 +201,7 @@ class Engine(ABC):
 
     def __init__(self, length: int, most: int) -> None:
         self.length, self.most = length, most
-        self._open: dict[Any, Pieces] = {}  # answers in progress
+        self._open: dict[Any, Any] = {}  # answers in progress
         self._closing = False  # no new request is accepted
 
     async def answer(self, request: EngineRequest) -> AsyncIterator[AnswerPiece]:

@@ -75,7 +75,7 @@ class EmbeddedEngine(Engine):
         loop = asyncio.get_running_loop()
         row = AnswerRow(request, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(request))
         self._put(partial(self._enter, row))
-        self._open[row] = pieces
+        self._open[row] = None
 
         def cancel() -> None:
             row.cancelled = True

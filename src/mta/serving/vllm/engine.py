@@ -68,7 +68,7 @@ class VllmEngine(Engine):
         self.bank, self.has_task_lora = bank, has_task_lora
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
-        self._askers: dict[asyncio.Task[None], str] = {}  # of the open answers
+        self._open: dict[asyncio.Task[None], tuple[EngineRequest, Pieces]] = {}
         self._salt = secrets.token_bytes(32)
         self._forcing = asyncio.Semaphore(_AT_ONCE)
 
@@ -79,9 +79,8 @@ class VllmEngine(Engine):
 
     def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], object]:
         task = asyncio.create_task(self._forward(request, pieces))
-        self._open[task], self._askers[task] = pieces, request.asker
+        self._open[task] = request, pieces
         task.add_done_callback(self._open.pop)
-        task.add_done_callback(self._askers.pop)
         return task.cancel
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
@@ -92,12 +91,15 @@ class VllmEngine(Engine):
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
         """Unload the adapters, too, and delete their files; vLLM's cache of prompts stays. Raises EngineGone."""
 
-        def end(answer: asyncio.Task[None]) -> None:
-            self._open[answer].put_nowait(error)
-            answer.cancel()
+        def end() -> list[asyncio.Task[None]]:
+            ending = []
+            for task, (request, pieces) in self._open.items():
+                if request.asker in askers or (isinstance(request.who, Version) and matches(request.who)):
+                    pieces.put_nowait(error)
+                    task.cancel()
+                    ending.append(task)
+            return ending
 
-        for answer in [answer for answer, asker in self._askers.items() if asker in askers]:
-            end(answer)
         await self.adapters.drop(matches, end)
 
     async def versions(self) -> set[Version]:

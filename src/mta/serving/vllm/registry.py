@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,10 @@ _RETRY = "Forget the person again in a few seconds; forgetting is complete once 
 
 @dataclass(slots=True, eq=False)
 class Loaded:
-    """An adapter that vLLM may have loaded, and the answers that use it."""
+    """An adapter that vLLM may have loaded, and the number of answers that use it."""
 
     who: ServedModel
-    answers: set[asyncio.Task[None]] = field(default_factory=set)
+    answers: int = 0
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while the adapter is unloaded
     dropped: bool = False  # as of a forgotten person: no further answer may use it
 
@@ -58,12 +58,8 @@ class AdapterRegistry:
 
     @asynccontextmanager
     async def held(self, who: ServedModel) -> AsyncIterator[str]:
-        """Keep an adapter loaded within the block, which needs its own task; vLLM loads it at the first request.
-
-        Raises ModelRemoved for a dropped one.
-        """
-        name, task = wire_name(who), asyncio.current_task()
-        assert task is not None
+        """Keep an adapter loaded within the block; vLLM loads it at the first request. Raises ModelRemoved."""
+        name = wire_name(who)
         while True:
             entry = self._loaded.setdefault(name, Loaded(who))
             async with entry.changing:
@@ -72,28 +68,26 @@ class AdapterRegistry:
                 if self._loaded.get(name) is entry:  # else it was unloaded meanwhile
                     break
         self._loaded.move_to_end(name)
-        entry.answers.add(task)
+        entry.answers += 1
         try:
             yield name
         finally:
-            entry.answers.discard(task)
+            entry.answers -= 1
             idle = [name for name, one in self._of().items() if not one.answers and not one.changing.locked()]
             for name in idle[: max(len(idle) - self.count, 0)]:
                 self._start_unloading(name)
 
-    async def drop(self, matches: Callable[[Version], bool], end: Callable[[asyncio.Task[None]], None]) -> None:
-        """``end`` all answers that use these adapters, unload them, and delete their files. Raises EngineGone.
+    async def drop(self, matches: Callable[[Version], bool], end: Callable[[], Collection[asyncio.Task[None]]]) -> None:
+        """Unload these adapters and delete their files, after all answers that use them. Raises EngineGone.
 
-        Also covers adapters that vLLM loaded before this gateway started, and answers that begin meanwhile.
+        ``end`` ends these answers, and returns those that are not done. Also covers adapters that vLLM loaded before
+        this gateway started, and answers that begin meanwhile.
         """
-        for answer in self.answers(matches):
-            end(answer)
+        end()
         await self._add_listed()
         for entry in self._of(matches).values():
             entry.dropped = True
-        while answers := self.answers(matches):
-            for answer in answers:
-                end(answer)
+        while answers := end():
             await asyncio.wait(answers)
         await together(self._unload(name) for name in self._of(matches))
 
@@ -112,10 +106,6 @@ class AdapterRegistry:
     async def unloads_ended(self) -> None:
         """Wait until all idle adapters that are being unloaded are unloaded."""
         await asyncio.gather(*self._unloads)
-
-    def answers(self, matches: Callable[[Version], bool]) -> list[asyncio.Task[None]]:
-        """Return the running answers of the versions that match."""
-        return [task for entry in self._of(matches).values() for task in entry.answers]
 
     def _of(self, matches: Callable[[Version], bool] = lambda _: True) -> dict[str, Loaded]:
         """Return the adapters of the versions that match, or of all people, by name."""
