@@ -147,9 +147,7 @@ async def _counted_parts(
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
-    before = (
-        () if isinstance(request, ChatRequest) else asked.prompt[-1:]
-    )  # a turn begins a text, a completion does not
+    before = asked.prompt[-1:] if isinstance(request, CompletionRequest) else ()  # a turn begins a text
     with service.counted(kind, key, request.n):
         async for part in stream_answers(service.engine, asked, service.base.tokenizer, request.n, stops, before):
             now = time.monotonic()

@@ -69,12 +69,10 @@ class Sampler:
         return Token(id, float(logprobs[id]), tuple(zip(top.indices.tolist(), top.values.tolist())))
 
     def _drawn(self, logits: Tensor) -> int:
-        probabilities = (logits.float() / self.request.temperature).softmax(-1).cpu()
-        if self.request.top_p < 1:
+        probabilities, top_p = (logits.float() / self.request.temperature).softmax(-1).cpu(), self.request.top_p
+        if top_p < 1:
             ordered, ids = probabilities.sort(descending=True)
-            ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= self.request.top_p] = (
-                0  # the likeliest token always stays
-            )
+            ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= top_p] = 0  # the likeliest token always stays
             return int(ids[torch.multinomial(ordered, 1, generator=self._generator)])
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 

@@ -149,22 +149,23 @@ class VllmEngine(Engine):
         probabilities of prompts fail together with adapters, in vLLM 0.32.)
         """
         steps = sorted({(label[:count], label[count]) for label in request.labels for count in range(len(label))})
-        logprobs = {
-            steps[0]: await self._forced(request, name, *steps[0])
-        }  # first, so that the others find a cached prompt
-        logprobs |= dict(zip(steps[1:], await together(self._forced(request, name, *step) for step in steps[1:])))
+        first = await self._forced(request, name, *steps[0])  # so that the others find a cached prompt
+        logprobs = {steps[0]: first} | dict(
+            zip(steps[1:], await together(self._forced(request, name, *step) for step in steps[1:]))
+        )
         scores = (sum(logprobs[label[:count], label[count]] for count in range(len(label))) for label in request.labels)
         queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
     async def _forced(self, request: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
         """Return the log probability of a token behind the prompt and the beginning of a label."""
-        body = {
-            "model": name,
-            "prompt": [*request.prompt, *start],
-            "max_tokens": 1,
+        body = {"model": name, "prompt": [*request.prompt, *start], "max_tokens": 1}
+        body |= {
             "cache_salt": self._salted(request),
+            "allowed_token_ids": [token],
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "logprobs": 0,
         }
-        body |= {"allowed_token_ids": [token], "ignore_eos": True, "temperature": 0.0, "logprobs": 0}
         async with self._forcing, self._asked(request, body) as response:
             (choice,) = json.loads(await response.aread())["choices"]
         return float(choice["logprobs"]["token_logprobs"][0])
