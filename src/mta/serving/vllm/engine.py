@@ -150,9 +150,8 @@ class VllmEngine(Engine):
         """
         steps = sorted({(label[:count], label[count]) for label in request.labels for count in range(len(label))})
         first = await self._forced(request, name, *steps[0])  # so that the others find a cached prompt
-        logprobs = {steps[0]: first} | dict(
-            zip(steps[1:], await together(self._forced(request, name, *step) for step in steps[1:]))
-        )
+        others = await together(self._forced(request, name, *step) for step in steps[1:])
+        logprobs = dict(zip(steps, [first, *others]))
         scores = (sum(logprobs[label[:count], label[count]] for count in range(len(label))) for label in request.labels)
         queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
