@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -87,19 +88,17 @@ class EmbeddedEngine(Engine):
         def dropped(who: ServedModel) -> bool:
             return isinstance(who, Version) and matches(who)
 
-        def work() -> None:
-            def ends(who: ServedModel, asker: str) -> bool:
-                return dropped(who) or asker in askers
+        def ends(who: ServedModel, asker: str) -> bool:
+            return dropped(who) or asker in askers
 
-            for who in list(filter(dropped, self.activated)):
-                del self.activated[who]
-            for row in [
-                row for rows in self._loading.values() for row in rows if ends(row.request.who, row.request.asker)
-            ]:
-                row.send(error)
-                row.cancelled = True
-            for who in list(filter(dropped, self._loading)):
-                del self._loading[who]  # what is loaded for them is not used
+        def work() -> None:
+            for row in chain(*self._loading.values()):
+                if ends(row.request.who, row.request.asker):
+                    row.send(error)
+                    row.cancelled = True
+            for kept in (self.activated, self._loading):  # what is being loaded for them is not used
+                for who in list(filter(dropped, kept)):
+                    del kept[who]
             self.scheduler.end(error, lambda owner: ends(*owner))
 
         await self._in_thread(work)
@@ -156,12 +155,9 @@ class EmbeddedEngine(Engine):
     def _load(self, who: ServedModel, rows: Sequence[AnswerRow]) -> None:
         """Load the adapter of ``rows`` from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception
-        adapters = self.scheduler.adapters
         try:
-            if isinstance(who, SharedModel):
-                adapter = adapters.adapter_of(who)
-            else:
-                adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
+            owner = self.store.load(who.person, who.number) if isinstance(who, Version) else who
+            adapter = self.scheduler.adapters.adapter_of(owner, isinstance(who, SharedModel) or who.stacked)
         except Exception as error:
             adapter = error
         try:
