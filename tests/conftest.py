@@ -117,6 +117,12 @@ TINY_RUN = Run(
 )
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """What tests that are coroutines (``pytest.mark.anyio``) run in."""
+    return "asyncio"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kernels():
     """Load the kernels from the user's cache: tests with their own cache would compile them again."""

@@ -8,6 +8,8 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import httpx2
+import openai
 import uvicorn
 from conftest import personalizer
 
@@ -22,7 +24,10 @@ from mta.store import Store
 
 @contextmanager
 def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store=None, strict=None, sweep=600.0, **how):
-    """Yields url, service, and secrets of four keys: admin, serve, ann (a person), team (a prefix)."""
+    """Yields url, service, and secrets of four keys: admin, serve, ann (a person), team (a prefix).
+
+    ``http(name)`` and ``client(name)`` are clients with a key: of HTTP, and OpenAI's.
+    """
     store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
     secrets = {name: add_key(keys, name, rights, of) for name, (rights, of) in given.items()}
@@ -38,8 +43,13 @@ def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    here = SimpleNamespace(url=url, service=service, secrets=secrets, server=server, thread=thread)
+    here.client = lambda name: openai.OpenAI(base_url=f"{url}/v1", api_key=secrets[name], max_retries=0)
+    here.http = lambda name="": httpx2.Client(
+        base_url=url, timeout=60, headers={"Authorization": f"Bearer {secrets[name]}"} if name else {}
+    )
     try:
-        yield SimpleNamespace(url=url, service=service, secrets=secrets, server=server, thread=thread)
+        yield here
     finally:
         server.should_exit = True
         thread.join()

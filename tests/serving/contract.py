@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,12 @@ from mta.bank.build import build_bank
 from mta.bank.context import Build
 from mta.data.tasks import load_task
 from mta.data.tasks.prompt import Example
+from mta.lora.layers import Adapters
 from mta.model.base import BaseModel
 from mta.model.generate import generate
 from mta.personalize.adapters import SharedModel, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import EngineRequest, Version
+from mta.serving.engine import AnswerPiece, EngineRequest, ServedModel, Version
 from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
@@ -71,23 +72,25 @@ class World:
         """The version as the gateway passes it to an engine."""
         return Version(person, number, stacked, self.store.seal(person, number) or "")
 
-    def expected(self, ask: EngineRequest) -> tuple[list[int], str]:
+    def expected(self, request: EngineRequest) -> tuple[list[int], str]:
         """The tokens that the plain model answers with, and why the answer ends."""
-        tokens = self.alone(ask.who, list(ask.prompt), ask.max_tokens)
-        return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
+        tokens = self.alone(request.who, list(request.prompt), request.max_tokens)
+        return tokens, "length" if len(tokens) == request.max_tokens else "stop"
 
-    def alone(self, who: Version | SharedModel, prompt: list[int], count: int) -> list[int]:
+    def adapters(self, who: ServedModel) -> list[Adapters]:
+        """The adapters of one row."""
+        state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
+        return row_adapters(self.base, self.bank, [state], isinstance(who, SharedModel) or who.stacked)
+
+    def alone(self, who: ServedModel, prompt: list[int], count: int) -> list[int]:
         """The answer of one row, computed without any engine code."""
-        state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [state], isinstance(who, SharedModel) or who.stacked)
-        return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
+        return generate(self.base, [prompt], [0], self.adapters(who), max_new_tokens=count)[0]
 
-    def scored(self, who: Version | SharedModel, prompt: list[int], labels: list[tuple[int, ...]]) -> list[float]:
+    def scored(self, request: EngineRequest) -> list[float]:
         """The log probability of each label, computed without any engine code."""
-        state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [state], isinstance(who, SharedModel) or who.stacked)
-        jobs = [[Example((*prompt, *label), len(prompt)) for label in labels]]
-        return log_likelihood(self.base, jobs, adapters, owners=[0])[0].tolist()
+        prompt = request.prompt
+        jobs = [[Example((*prompt, *label), len(prompt)) for label in request.labels]]
+        return log_likelihood(self.base, jobs, self.adapters(request.who), owners=[0])[0].tolist()
 
     def embedded(self, **how: int) -> EmbeddedEngine:
         """An embedded engine with its own modules, so that ``alone`` can run meanwhile."""
@@ -159,10 +162,26 @@ async def begun(engine: object, step: Callable[[], None], tasks: list[asyncio.Ta
         await asyncio.sleep(0.005)
 
 
-async def collect(engine: object, ask: EngineRequest) -> tuple[list[int], str]:
+@asynccontextmanager
+async def closing(engine: object) -> AsyncIterator[object]:
+    """Close the engine after the block."""
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def pieces_of(engine: object, request: EngineRequest) -> list[AnswerPiece]:
+    """All pieces of an answer."""
+    return [piece async for piece in engine.answer(request)]
+
+
+async def tokens_of(engine: object, request: EngineRequest) -> list[int]:
+    """The tokens of an answer."""
+    return [piece.token.id for piece in await pieces_of(engine, request) if piece.token]
+
+
+async def collect(engine: object, request: EngineRequest) -> tuple[list[int], str]:
     """The tokens of an answer, and its finish reason."""
-    tokens, finish = [], ""
-    async for piece in engine.answer(ask):
-        tokens += [piece.token.id] if piece.token else []
-        finish = piece.finish or finish
-    return tokens, finish
+    *pieces, end = await pieces_of(engine, request)
+    return [piece.token.id for piece in pieces], end.finish

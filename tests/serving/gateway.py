@@ -1,7 +1,5 @@
 """A running gateway with three people, and questions to it."""
 
-import httpx2
-import openai
 import pytest
 from served import served
 from tiny import base_of, endless, random_loras
@@ -24,10 +22,6 @@ def world(tiny_bank_folder, tmp_path_factory):
             stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
             state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
             here.service.store.save(id, state)
-        here.client = lambda name: openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets[name], max_retries=0)
-        here.http = lambda name: httpx2.Client(
-            timeout=60, base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
-        )
         yield here
 
 

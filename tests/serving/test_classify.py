@@ -1,43 +1,25 @@
 """``/v1/classify``: probabilities of all labels, with the models' names and rights of other routes."""
 
-import httpx2
 import pytest
-from served import served
-from tiny import base_of, random_loras
+from gateway import world as world  # the fixture
 
-from mta.bank.bank import Bank
 from mta.personalize.adapters import BASE, TASK
-from mta.serving.api.limits import Limits
-from mta.store.state import State
 
 FIELDS = [{"title": f"Film {n}", "genres": "Drama"} for n in range(11)]
 
 
-@pytest.fixture(scope="module")
-def world(tiny_bank_folder, tmp_path_factory):
-    base = base_of()
-    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("classified")
-    with served(base, bank, folder, limits=Limits(own=2)) as here:
-        for n, id in enumerate(("ann", "bob")):
-            stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
-            state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
-            here.service.store.save(id, state)
-        here.bank = bank
-        yield here
-
-
 def ask(world, name, **body):
-    headers = {"Authorization": f"Bearer {world.secrets[name]}"}
-    return httpx2.post(f"{world.url}/v1/classify", json=body, headers=headers, timeout=60)
+    with world.http(name) as http:
+        return http.post("/v1/classify", json=body)
 
 
 def prompts(world):
-    task = world.bank.task
+    task = world.service.task
     return [task.prompt(task.asked(fields)) for fields in FIELDS]
 
 
 def test_probabilities_equal_those_of_the_library(world):
-    texts, labels = prompts(world), list(world.bank.task.labels)
+    texts, labels = prompts(world), list(world.service.task.labels)
     personal = world.service.jobs.personal
     models = {"person:ann": ("ann", True), "person:bob#merged": ("bob", False), "task": (TASK, True)}
     models[world.service.base.name] = BASE, True
@@ -54,7 +36,7 @@ def test_probabilities_equal_those_of_the_library(world):
 def test_prompt_and_longest_label_may_fill_the_length(world, monkeypatch):
     """As those of shortened items do."""
     (text, *_), base = prompts(world), world.service.base
-    examples = base.prompts.answered(text, world.bank.task.labels)
+    examples = base.prompts.answered(text, world.service.task.labels)
     for length, status in ((max(len(example.tokens) for example in examples), 200), (len(examples[0].prompt) + 1, 400)):
         monkeypatch.setattr(world.service, "length", length)
         found = ask(world, "serve", model="task", input=text)
@@ -67,7 +49,7 @@ def test_a_person_key_gets_more_inputs_than_it_may_have_answers_at_once(world):
 
 
 def test_a_key_over_its_limit_is_refused_before_its_inputs_are_tokenized(world, monkeypatch):
-    monkeypatch.setattr("mta.serving.api.classify._ask", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("mta.serving.api.classify._tokenized", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setitem(world.service.answers.used, "ann", 1)
     assert ask(world, "ann", model="person:ann", input=prompts(world)).status_code == 429
 

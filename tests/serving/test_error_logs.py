@@ -8,7 +8,7 @@ import pytest
 from mta.errors import BankCorrupt, MtaError, StoreError
 from mta.personalize.adapters import TASK
 from mta.serving.api.errors import error_of
-from mta.serving.api.limits import Unexpected
+from mta.serving.api.limits import Guard
 from mta.serving.api.service import Service
 from mta.serving.embedded.scheduler import Scheduler
 from mta.serving.engine import AnswerLost
@@ -68,7 +68,10 @@ def test_of_an_endpoint(caplog):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Unexpected(app)({"type": "http"}, None, send))
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    asyncio.run(Guard(app, 99)({"type": "http", "headers": []}, receive, send))
     assert sent[0]["status"] == 500
     assert "Xylograd" not in str(sent)
     check(caplog)

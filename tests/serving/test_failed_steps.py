@@ -1,28 +1,26 @@
 """Failed steps: rows of the step get an error, others get their answers, and no half-written data is reused."""
 
 import asyncio
-import threading
 from functools import cache
 from types import SimpleNamespace
 
 import httpx2
 import pytest
 import torch
+from contract import closing, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import served
-from test_embedded import ask_of, engine_of, one_by_one, prompts_of, tokens_of, world
-from test_faults import asked, state_of
-from tiny import base_of, endless, random_loras
+from test_embedded import engine_of, kept, one_by_one, prompts_of, request_of, world
+from test_faults import asked
+from test_faults import here as here  # the fixture
+from tiny import random_loras
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
 from mta.serving.embedded.adapter_slots import AdapterSlots
-from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Scheduler
+from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Sampler, Scheduler
 from mta.serving.engine import AnswerLost
-from mta.serving.sampling import Sampler
 from mta.store.state import State
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -84,7 +82,7 @@ def answered(scheduler, models, asks, mode=None):
 def asks_of(count):
     """Requests for six owners (people, base, pooled model) in a new world, and the expected answers."""
     base, bank, models = world()
-    asks = [ask_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
+    asks = [request_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
     right = [one_by_one(base, bank, models[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
     return base, bank, models, asks, right
 
@@ -107,13 +105,7 @@ def test_a_lost_row_leaves_its_slots_zeroed():
     handle = fail_in_layer(base, lambda _: True)
     assert all(isinstance(one, AnswerLost) for one in answered(scheduler, models, asks))
     handle.remove()
-    cache, adapters = scheduler.slots.cache, scheduler.adapters
-    kept = [
-        adapters._gates,
-        *(part for own in adapters._own.values() for part in own),
-        *(part for pair in cache.kept for part in pair),
-    ]
-    assert not any(part.any() for part in kept)
+    assert not any(part.any() for part in kept(scheduler))
 
 
 def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
@@ -123,7 +115,7 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
     long = [8] * 7
     rows = []
     for who, prompt in ((2, [9] * 5), (3, long), (4, [7] * 4)):
-        ask = ask_of(who, prompt, 20)
+        ask = request_of(who, prompt, 20)
         row = AnswerRow(ask, lambda _: None, Sampler(ask))
         row.adapter = scheduler.adapters.adapter_of(models[who])
         scheduler.waiting.append(row)
@@ -138,41 +130,32 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
     assert not any(part[place].any() for pair in cache.kept for part in pair)
 
 
-def test_a_failed_prefill_ends_only_its_own_row():
+@pytest.mark.anyio
+async def test_a_failed_prefill_ends_only_its_own_row():
     base, bank, models = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
-
-    async def go():
-        engine = engine_of(base, bank, models, slots=3)
-        asks = [ask_of(2, [9] * 5, 20), ask_of(3, [8] * 7, 4), ask_of(4, [7] * 4, 20)]
-        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
-        ready, facts = engine.ready and engine.alive, engine.facts()
-        await engine.close()
-        return asks, found, ready, facts
-
-    asks, found, ready, facts = asyncio.run(go())
+    async with closing(engine_of(base, bank, models, slots=3)) as engine:
+        requests = [request_of(2, [9] * 5, 20), request_of(3, [8] * 7, 4), request_of(4, [7] * 4, 20)]
+        first, lost, last = await asyncio.gather(*(tokens_of(engine, one) for one in requests), return_exceptions=True)
+        facts = engine.facts()
+        assert engine.ready
+        assert engine.alive
     handle.remove()
-    assert isinstance(found[1], AnswerLost)
-    assert [found[0], found[2]] == [one_by_one(base, bank, models[n], asks[n - 2].prompt, 20) for n in (2, 4)]
-    assert ready
+    assert isinstance(lost, AnswerLost)
+    assert [first, last] == [one_by_one(base, bank, models[n], requests[n - 2].prompt, 20) for n in (2, 4)]
     assert (facts["failed_steps"][0], facts["lost"][0]) == (1, 1)
 
 
-def test_an_adapter_that_does_not_fit_fails_only_its_request():
+@pytest.mark.anyio
+async def test_an_adapter_that_does_not_fit_fails_only_its_request():
     base, bank, models = world()
     wrong = random_loras(base, 1, rank=1, seed=9)
     name = list(wrong.factors)[-1]
     wrong = LoraBatch(wrong.factors | {name: Factors(wrong.factors[name].a[..., :-1], wrong.factors[name].b)})
     models.append(State("bank", (0,), (1.0,), "fixed", "", "w", 0, wrong))
-
-    async def go():
-        engine = engine_of(base, bank, models, slots=2)
-        asks = [ask_of(n, [5, 6, 7], 6) for n in (2, 6, 3, 6, 4)]
-        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
-        await engine.close()
-        return found
-
-    found = asyncio.run(go())
+    async with closing(engine_of(base, bank, models, slots=2)) as engine:
+        requests = [request_of(n, [5, 6, 7], 6) for n in (2, 6, 3, 6, 4)]
+        found = await asyncio.gather(*(tokens_of(engine, one) for one in requests), return_exceptions=True)
     assert [isinstance(one, AnswerLost) for one in found] == [False, True, False, True, False]
     assert found[::2] == [one_by_one(base, bank, models[n], [5, 6, 7], 6) for n in (2, 3, 4)]
 
@@ -194,51 +177,36 @@ def test_adapter_slots_are_unchanged_after_a_failed_growth(number):
     assert len({factor.shape[1] for factors in adapters._own.values() for factor in factors}) == 1
 
 
-def test_a_failed_adapter_load_ends_only_its_request():
+@pytest.mark.anyio
+async def test_a_failed_adapter_load_ends_only_its_request():
     base, bank, models = world()
 
     class Broken:
         def __getattr__(self, name):
             raise NO_MEMORY
 
-    async def go():
-        engine = engine_of(base, bank, [*models, Broken()])
-        found = await asyncio.gather(
-            *(tokens_of(engine, ask_of(n, [5, 6, 7], 3)) for n in (6, 2)), return_exceptions=True
-        )
-        failed = engine.facts()["failed_steps"][0]
-        await engine.close()
-        return found, failed
-
-    found, failed = asyncio.run(go())
-    assert isinstance(found[0], AnswerLost)
-    assert found[1] == one_by_one(base, bank, models[2], [5, 6, 7], 3)
-    assert failed == 1
+    async with closing(engine_of(base, bank, [*models, Broken()])) as engine:
+        requests = [request_of(n, [5, 6, 7], 3) for n in (6, 2)]
+        lost, answer = await asyncio.gather(*(tokens_of(engine, one) for one in requests), return_exceptions=True)
+        assert engine.facts()["failed_steps"][0] == 1
+    assert isinstance(lost, AnswerLost)
+    assert answer == one_by_one(base, bank, models[2], [5, 6, 7], 3)
 
 
-def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds():
+@pytest.mark.anyio
+async def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds():
     base, bank, models = world()
-
-    async def go():
-        engine = engine_of(base, bank, models)
+    request = request_of(2, [5, 6, 7], 3)
+    async with closing(engine_of(base, bank, models)) as engine:
         handle = fail_in_layer(base, lambda _: True)
-        health = []
         for _ in range(PATIENCE):
-            health.append((engine.ready, engine.alive))
+            assert (engine.ready, engine.alive) == (True, True)
             with pytest.raises(AnswerLost):
-                await tokens_of(engine, ask_of(2, [5, 6, 7], 3))
-        sick = engine.ready, engine.alive
+                await tokens_of(engine, request)
+        assert (engine.ready, engine.alive) == (False, False)
         handle.remove()
-        tokens = await tokens_of(engine, ask_of(2, [5, 6, 7], 3))
-        well = engine.ready, engine.alive
-        await engine.close()
-        return health, sick, tokens, well
-
-    health, sick, tokens, well = asyncio.run(go())
-    assert set(health) == {(True, True)}
-    assert sick == (False, False)
-    assert tokens == one_by_one(base, bank, models[2], [5, 6, 7], 3)
-    assert well == (True, True)
+        assert await tokens_of(engine, request) == one_by_one(base, bank, models[2], [5, 6, 7], 3)
+        assert (engine.ready, engine.alive) == (True, True)
 
 
 def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
@@ -246,7 +214,7 @@ def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
     slots = 2 * PATIENCE
     scheduler = Scheduler(base, AdapterSlots(base, bank, slots), slots, 64, 64)  # all in one pass
     for _ in range(slots):
-        ask = ask_of(2, [5, 6, 7], 3)
+        ask = request_of(2, [5, 6, 7], 3)
         row = AnswerRow(ask, lambda _: None, SimpleNamespace(token=None))  # choosing a token fails
         row.adapter = scheduler.adapters.adapter_of(models[2])
         scheduler.waiting.append(row)
@@ -255,17 +223,6 @@ def test_rows_that_fail_after_a_pass_do_not_make_the_engine_unhealthy():
             scheduler.step()
     assert scheduler.lost == slots
     assert not scheduler.stuck
-
-
-@pytest.fixture
-def here(tiny_bank_folder, tmp_path):
-    base = endless(base_of())
-    bank = Bank.open(tiny_bank_folder, base)
-    with served(base, bank, tmp_path) as running:
-        running.service.store.save("ann", state_of(base, bank, 0))
-        running.headers = {"Authorization": f"Bearer {running.secrets['admin']}"}
-        running.base = base
-        yield running
 
 
 def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
@@ -284,25 +241,3 @@ def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     assert "mta_engine_failed_steps 1.0" in metrics
     assert "mta_engine_lost 1.0" in metrics
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dying_engine_is_unhealthy_before_its_requests_get_their_errors(here):
-    scheduler, go_on = here.service.engine.scheduler, threading.Event()
-    end = scheduler.end
-
-    def broken():
-        raise MemoryError
-
-    def ends_slowly(*args):
-        end(*args)
-        assert go_on.wait(60)  # the requests are answered, the thread lives
-
-    scheduler.step, scheduler.end = broken, ends_slowly
-    try:
-        assert asked(here).status_code == 503
-        assert here.service.engine._thread.is_alive()
-        for path in ("healthz", "readyz"):
-            assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
-    finally:
-        go_on.set()

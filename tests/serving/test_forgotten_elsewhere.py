@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2
 import pytest
 from conftest import people_of
 from served import served
@@ -21,9 +20,7 @@ from mta.personalize import Personalizer, forget_person
 from mta.personalize.adapters import TASK
 from mta.personalize.stages import Stages
 from mta.serving.api.auth import Key, Keys
-from mta.serving.api.errors import NeedsRebuild
 from mta.serving.api.histories import Histories
-from mta.serving.api.service import Service
 from mta.serving.engine import EngineRequest
 from mta.store import Store
 from mta.store.maintenance import collect
@@ -47,9 +44,8 @@ def gateway(tiny_bank_folder, tmp_path, cache, request):
     """A gateway with an admin client; ``forget`` runs the command line in another process."""
     base = endless(base_of())
     with served(base, Bank.open(tiny_bank_folder, base), tmp_path, sweep=getattr(request, "param", 600.0)) as here:
-        key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         here.service.store.identity(write=True)  # mta serve asks for a store that is there
-        with httpx2.Client(base_url=here.url, headers=key, timeout=60) as http:
+        with here.http("admin") as http:
 
             def forget():
                 words = ["forget", "eve", "--bank", str(tiny_bank_folder), "--store", str(tmp_path / "people")]
@@ -59,7 +55,8 @@ def gateway(tiny_bank_folder, tmp_path, cache, request):
             yield SimpleNamespace(http=http, service=here.service, store=here.service.store, forget=forget)
 
 
-def personalized(http):
+def personalized(http, items=ITEMS):
+    http.post(f"{EVE}/history", json={"items": items})
     assert http.post(f"{EVE}/personalize").status_code == 202
     until(lambda: http.get(f"{EVE}/personalize").json()["status"] not in ("waiting", "running"))
     return http.get(f"{EVE}/personalize").json()["status"]
@@ -72,8 +69,7 @@ def test_items_from_before_a_tombstone_are_dropped_and_new_items_are_used(gatewa
     assert http.post(f"{EVE}/personalize").status_code == 400  # nothing is known of this person
     assert http.get(EVE).status_code == 404
     assert "eve" not in gateway.store
-    assert http.post(f"{EVE}/history", json={"items": ITEMS[3:]}).json()["items"] == 1
-    assert personalized(http) == "done"
+    assert personalized(http, ITEMS[3:]) == "done"
     assert http.get(EVE).json()["items_held"] == 1
     assert gateway.store.load("eve").history == people_of(1, items=4, seed=9)[0].latest(1).digest()
 
@@ -90,7 +86,6 @@ def test_what_a_person_asked_other_models_leaves_memory_when_forgotten_elsewhere
     def owners():
         return {slot.owner for slot in service.engine.scheduler.slots._slots}
 
-    http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
     asyncio.run(asked())
     asyncio.run(service.drop_forgotten_elsewhere())
@@ -115,10 +110,9 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
         return made
 
     monkeypatch.setattr(Stages, "states", slow)
-    jobs = gateway.service.jobs
-    with jobs._changed:  # both in one job
-        for id in ("eve", "bob"):
-            jobs.put(replace(people_of(1, items=4, seed=9)[0], id=id))
+    for id in ("eve", "bob"):
+        http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
+        assert http.post(f"/v1/people/{id}/personalize").status_code == 202
     assert begun.wait(600)
     gateway.forget()
     going_on.set()
@@ -128,12 +122,16 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
     assert not Path(gateway.store.files.at(gateway.store._path("eve"))).exists()
 
 
+def answered(http):
+    found = http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2})
+    return found.status_code == 200
+
+
 @pytest.mark.parametrize("gateway", [0.02], indirect=True)
 def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     http, service = gateway.http, gateway.service
-    http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
-    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    assert answered(http)
     http.post("/v1/people/bob/history", json={"items": ITEMS})
     assert service.jobs.status("eve")
     gateway.forget()
@@ -146,11 +144,10 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
 
 def test_a_person_loaded_between_tombstone_and_removal_is_dropped_by_a_later_sweep(gateway):
     http, service, store = gateway.http, gateway.service, gateway.store
-    http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
     store.tombstones.add("eve")
     asyncio.run(service.drop_forgotten_elsewhere())
-    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    assert answered(http)
     asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == {"eve"}  # her states are still there
     store.remove("eve")
@@ -160,9 +157,8 @@ def test_a_person_loaded_between_tombstone_and_removal_is_dropped_by_a_later_swe
 
 def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
     http, service, store = gateway.http, gateway.service, gateway.store
-    http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
-    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    assert answered(http)
     state = store.load("eve")
     asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == {"eve"}
@@ -175,12 +171,11 @@ def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
 def test_a_sweep_drops_a_version_that_is_gone_and_keeps_the_persons_newer_one(gateway):
     """As after ``mta store gc``, or for a person who was forgotten and is personalized again."""
     http, service, store = gateway.http, gateway.service, gateway.store
-    http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
-    state, ask = store.load("eve"), {"model": "person:eve", "prompt": "x", "max_tokens": 2}
-    assert http.post("/v1/completions", json=ask).status_code == 200
+    state = store.load("eve")
+    assert answered(http)
     assert store.save("eve", replace(state, w=tuple(-w for w in state.w), work="other")) == 2
-    assert http.post("/v1/completions", json=ask).status_code == 200
+    assert answered(http)
     store.tombstones.add("eve")
     collect(store, keep=1)
     asyncio.run(service.drop_forgotten_elsewhere())
@@ -200,19 +195,15 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
         done = update(personal, *args, **how)
         forget_person("eve", Store(gateway.store.files.url))
         if swept:
-            gateway.service.jobs.drop_forgotten()
+            asyncio.run(gateway.service.jobs.drop_forgotten())
             assert gateway.service.jobs.status("eve") is None
         return done
 
     monkeypatch.setattr(Personalizer, "update", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
-
-    def idle():
-        with gateway.service.jobs._changed:
-            return not (gateway.service.jobs._running or gateway.service.jobs._waiting())
-
-    until(idle)
+    jobs = gateway.service.jobs
+    until(lambda: not (jobs._running or jobs._waiting()))
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 
@@ -220,23 +211,11 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here:
-        key = {"Authorization": f"Bearer {here.secrets['admin']}"}
+    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here, here.http("admin") as http:
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
-        done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
+        done = http.delete("/v1/people/t0").json()
         assert (done["needs_rebuild"], done["banks_unmarked"], list(done["banks"])) == (["task LoRA"], 1, [str(folder)])
         assert here.service.is_stale
-
-
-def test_a_bank_found_stale_by_one_request_stays_stale_for_another_that_began_before(tiny_bank_folder):
-    async def fresh(*_):  # the bank could not be marked, and the other request ends while this one looks
-        service.is_stale = True
-        return True
-
-    service = SimpleNamespace(strict_bank=(tiny_bank_folder, "hash"), is_stale=False, apart_from_store=fresh)
-    with pytest.raises(NeedsRebuild, match="the bank must be rebuilt: a forgotten person"):
-        asyncio.run(Service.check_fresh(service))
-    assert service.is_stale
 
 
 def test_items_appended_while_the_person_is_forgotten_are_not_stored(gateway, monkeypatch):

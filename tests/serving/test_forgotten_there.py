@@ -3,7 +3,6 @@
 import time
 from urllib.parse import quote
 
-import httpx2
 from served import served
 from tiny import base_of, endless
 from traces import spellings, traces
@@ -22,8 +21,8 @@ def test_a_person_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, ca
     bank, where = Bank.open(tiny_bank_folder, base), f"/v1/people/{quote(EVE.id, safe='')}"
     items = [{"fields": dict(item.fields), "time": item.time} for item in EVE.items]
     with served(base, bank, tmp_path) as here:
-        store, key = here.service.store, {"Authorization": f"Bearer {here.secrets['admin']}"}
-        with httpx2.Client(base_url=here.url, headers=key, timeout=60) as http:
+        store = here.service.store
+        with here.http("admin") as http:
             for keep, part in ((True, items[:2]), (False, items[2:])):
                 assert http.post(f"{where}/history", json={"items": part, "keep": keep}).status_code == 200
             assert http.post(f"{where}/personalize").status_code == 202

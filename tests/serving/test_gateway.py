@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx2
@@ -30,15 +31,8 @@ def test_each_person_is_answered_by_their_own_model_streaming_or_not(world):
     whole = {model: said(client, model) for model in models}
     assert len(set(whole.values())) == len(models)
     for model in models:
-        stream = client.chat.completions.create(
-            model=model,
-            messages=ASKED,
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        chunks = list(stream)
+        how = {"max_tokens": 12, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        chunks = list(client.chat.completions.create(model=model, messages=ASKED, **how))
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole[model]
         assert chunks[-2].choices[0].finish_reason in ("length", "stop")
         assert chunks[-1].usage.completion_tokens <= 12
@@ -140,56 +134,55 @@ def test_fallback_answers_for_unknown_and_forbidden_people(world, model, fallbac
     assert (own.model, own.choices[0].message.content) == ("person:ann", said(client, "person:ann"))
 
 
-def test_strict_refuses_a_bank_that_contains_a_forgotten_person(tiny_bank_folder, tmp_path):
-    base = endless(base_of())
-    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
-    bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here:
-        here.service.store.save("ann", State(bank.hash, (0,), (1.0,), "fixed", "", "work", 0))
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+@pytest.fixture
+def banked(tiny_bank_folder, tmp_path):
+    """A server over a bank of its own, for ``strict`` or not, and a person of the bank's anchors."""
+
+    @contextmanager
+    def of(strict):
+        base, folder = endless(base_of()), shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+        bank = Bank.open(folder, base)
+        with served(base, bank, tmp_path, strict=(folder, bank.hash) if strict else None) as here:
+            here.service.store.save("ann", State(bank.hash, (0,), (1.0,), "fixed", "", "work", 0))
+            here.anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.parts_of(p.id))
+            here.folder, here.base = folder, base.name
+            yield here
+
+    return of
+
+
+def test_strict_refuses_a_bank_that_contains_a_forgotten_person(banked):
+    with banked(strict=True) as here, here.http("admin") as http:
+        client = here.client("admin")
         assert said(client, "person:ann")
         assert said(client, "task")
-        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.parts_of(p.id))
-        admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
-        with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
-            assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
-            for model in ("person:ann", "task"):
-                with pytest.raises(openai.InternalServerError, match="rebuilt"):
-                    said(client, model)
-            assert said(client, base.name)
-            assert http.post("/v1/people/ann/personalize").status_code == 503
-            shutil.rmtree(folder)  # rebuilding does not change what this server has in memory
+        assert http.delete(f"/v1/people/{here.anchor}").json()["needs_rebuild"]
+        for model in ("person:ann", "task"):
             with pytest.raises(openai.InternalServerError, match="rebuilt"):
-                said(client, "task")
+                said(client, model)
+        assert said(client, here.base)
+        assert http.post("/v1/people/ann/personalize").status_code == 503
+        shutil.rmtree(here.folder)  # rebuilding does not change what this server has in memory
+        with pytest.raises(openai.InternalServerError, match="rebuilt"):
+            said(client, "task")
 
 
-def test_strict_refuses_a_bank_whose_folder_was_replaced_meanwhile(tiny_bank_folder, tmp_path):
+def test_strict_refuses_a_bank_whose_folder_was_replaced_meanwhile(banked):
     """The rebuilt bank has no note of the forgotten person, whom the one in memory may still contain."""
-    base = endless(base_of())
-    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
-    bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict=(folder, bank.hash)) as here:
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+    with banked(strict=True) as here:
+        client = here.client("admin")
         assert said(client, "task")
-        info = read_info(folder)
-        write_info(folder, with_hash(info.model_copy(update={"work": "another"})))
+        write_info(here.folder, with_hash(read_info(here.folder).model_copy(update={"work": "another"})))
         with pytest.raises(openai.InternalServerError, match="its folder holds another bank by now"):
             said(client, "task")
-        assert said(client, base.name)
+        assert said(client, here.base)
 
 
-def test_without_strict_a_stale_bank_is_served(tiny_bank_folder, tmp_path):
-    base = endless(base_of())
-    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
-    bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path) as here:
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
-        before = said(client, "task")
-        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.parts_of(p.id))
-        admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
-        with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
-            assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
-        assert said(client, "task") == before
+def test_without_strict_a_stale_bank_is_served(banked):
+    with banked(strict=False) as here, here.http("admin") as http:
+        before = said(here.client("admin"), "task")
+        assert http.delete(f"/v1/people/{here.anchor}").json()["needs_rebuild"]
+        assert said(here.client("admin"), "task") == before
 
 
 @pytest.mark.parametrize("path", ["", "/personalize"])
@@ -211,18 +204,8 @@ def test_a_line_break_in_a_path_leads_to_nobody_else(world, method, ending):
     with world.http("admin") as http:
         body = {"items": [item]} if ending == "/history" else None
         found = http.request(method, f"/v1/people/bob{ending}%0A", json=body if method == "POST" else None)
-        assert http.get("/v1/models/person:bob%0A").status_code == 404
     assert found.status_code in (404, 405)
     assert (world.service.store.latest("bob"), world.service.histories.held("bob")) == (1, 0)
-
-
-def test_a_person_with_a_line_break_can_be_read_and_forgotten(world):
-    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
-    with world.http("admin") as http:
-        assert http.post("/v1/people/a%0Ab/history", json={"items": [item], "keep": True}).status_code == 200
-        assert http.get("/v1/people/a%0Ab").json()["items_kept"] == 1
-        assert http.delete("/v1/people/a%0Ab").json()["removed"]
-    assert world.service.store.history("a\nb") is None
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -254,11 +237,6 @@ def test_requests_without_a_valid_key_are_refused(world, shown):
         found = httpx2.request(method, world.url + path, headers=shown, json=body, timeout=60)
         assert found.status_code == 401
         assert found.json()["error"]["code"] == "invalid_api_key"
-    assert (
-        httpx2.get(f"{world.url}/healthz", timeout=60).status_code
-        == httpx2.get(f"{world.url}/readyz", timeout=60).status_code
-        == 200
-    )
 
 
 @pytest.mark.parametrize(
@@ -345,15 +323,6 @@ def test_cached_token_counts_do_not_reveal_another_callers_prompts(world):
     ]
     assert cached[:2] == [0, 0]
     assert cached[2] > 10
-
-
-def test_token_offsets_continue_from_piece_to_piece(world):
-    stream = world.client("serve").completions.create(
-        model="person:bob", prompt="hello", max_tokens=6, temperature=0, logprobs=1, stream=True
-    )
-    places = [at for c in stream for one in c.choices if one.logprobs for at in one.logprobs.text_offset]
-    assert len(places) == 6
-    assert places == sorted(set(places))
 
 
 def test_a_person_key_has_a_limit_of_answers_at_once(world):

@@ -6,23 +6,22 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
-import openai
-from conftest import people_of
 from fastapi import HTTPException
 from served import served, stepped, waited
 from tiny import endless
 
 from mta.serving import launch
-from mta.serving.api import completions, limits
+from mta.serving.api import limits
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.service import Service
 from mta.store import Store
 from mta.store.tombstones import LIFETIME
+
+ASK = {"model": "task", "prompt": "x", "max_tokens": 3}
 
 
 def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
@@ -45,11 +44,10 @@ def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path,
 
     with served(base, bank, tmp_path, strict=(bank.folder, bank.hash)) as here:
         monkeypatch.setattr(Store, "latest", latest)
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
 
         def ask(model):
-            body = {"model": model, "prompt": "x", "max_tokens": 2}
-            return httpx2.post(f"{here.url}/v1/completions", json=body, headers=headers, timeout=60).status_code
+            with here.http("serve") as http:
+                return http.post("/v1/completions", json=ASK | {"model": model}).status_code
 
         with ThreadPoolExecutor(50) as callers:
             waiting = [callers.submit(ask, f"person:x{n}") for n in range(50)]
@@ -64,15 +62,13 @@ def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path,
 def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
     base, bank = tiny
     with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 400, "temperature": 0}
         scheduler = here.service.engine.scheduler
         scheduler.stops = frozenset()  # random weights may choose any token
         with stepped(scheduler) as steps:
             address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
             with socket.create_connection(address) as caller:
-                data = json.dumps(body)
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+                data = json.dumps(ASK | {"max_tokens": 400, "temperature": 0})
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {here.secrets['serve']}\r\n"
                 caller.sendall(
                     f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
                 )
@@ -81,34 +77,9 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
             (row,) = scheduler.rows  # the engine stands still: it is not done
             waited(lambda: {"status": "done" if row.cancelled else "running"})
             assert row.count < 10
-        found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
-        assert found.status_code == 200
+        with here.http("serve") as http:
+            assert http.post("/v1/completions", json=ASK).status_code == 200
         assert row.count < 10
-
-
-def test_a_person_keys_prompts_are_tokenized_one_at_a_time(tiny, tmp_path, monkeypatch):
-    """Others need these threads: a key may send many long prompts at once."""
-    now, most, lock, both = [], [], threading.Lock(), threading.Barrier(2)
-    tokenize = completions._ask
-
-    def slow(service, request, who, key):
-        with lock:
-            now.append(1)
-            most.append(len(now))
-        both.wait(60) if key.name == "serve" else time.sleep(0.05)
-        with lock:
-            now.pop()
-        return tokenize(service, request, who, key)
-
-    monkeypatch.setattr(completions, "_ask", slow)
-    with served(*tiny, tmp_path, limits=Limits(own=8)) as here, ThreadPoolExecutor(6) as pool:
-        for name in ("ann", "serve"):
-            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
-            body = {"model": "task", "prompt": "x", "max_tokens": 1}
-            post = partial(httpx2.post, f"{here.url}/v1/completions", json=body, headers=headers, timeout=60)
-            most.clear()
-            assert [one.result().status_code for one in [pool.submit(post) for _ in range(6)]] == [200] * 6
-            assert (max(most) > 1) == (name == "serve")
 
 
 def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
@@ -127,46 +98,12 @@ def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
 
 def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
     base, bank = tiny
-    with served(base, bank, tmp_path, slots=1, waiting=1) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "messages": [{"role": "user", "content": "Film 7"}], "max_tokens": 60, "n": 6}
-        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    with served(base, bank, tmp_path, slots=1, waiting=1) as here, here.http("serve") as http:
+        found = http.post("/v1/completions", json=ASK | {"n": 6})
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert int(found.headers["Retry-After"]) >= 1
-    with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
-        assert codes == [200, 200, 429]
-
-
-def test_items_that_wait_for_the_stores_lock_stop_no_answer(tiny, tmp_path, monkeypatch):
-    with served(*tiny, tmp_path) as here:
-        here.service.store.identity(write=True)
-        headers = {name: {"Authorization": f"Bearer {secret}"} for name, secret in here.secrets.items()}
-        item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
-
-        entered, append = threading.Semaphore(0), here.service.histories.append
-
-        def appended(*given):
-            entered.release()
-            return append(*given)
-
-        def keep(n):
-            url, body = f"{here.url}/v1/people/team/{n}/history", {"items": [item], "keep": True}
-            return client.post(url, json=body, headers=headers["team"]).status_code
-
-        monkeypatch.setattr(here.service.histories, "append", appended)
-        with ThreadPoolExecutor(50) as callers, httpx2.Client(timeout=30) as client:
-            with here.service.store.files.locked():
-                kept = [callers.submit(keep, n) for n in range(50)]  # more than the server has threads
-                assert entered.acquire(timeout=60)
-                while entered.acquire(timeout=2):  # until no more threads wait for the lock
-                    pass
-                url, messages = f"{here.url}/v1/chat/completions", [{"role": "user", "content": "Film 7"}]
-                asked = client.post(url, json={"model": "person:x", "messages": messages}, headers=headers["serve"])
-                assert asked.status_code == 404  # after a look into the store
-                assert not any(one.done() for one in kept)
-            assert {one.result() for one in kept} == {200}
+    with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here, here.http("serve") as http:
+        assert [http.get("/v1/models").status_code for _ in range(3)] == [200, 200, 429]
 
 
 def test_no_minute_has_more_requests_than_the_rate(monkeypatch):
@@ -203,8 +140,8 @@ def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_opera
         store.identity(write=True)
 
         def forget(name, person):
-            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
-            return httpx2.delete(f"{here.url}/v1/people/{person}", headers=headers, timeout=60)
+            with here.http(name) as http:
+                return http.delete(f"/v1/people/{person}")
 
         assert [forget("ann", "ann").status_code for _ in range(2)] == [200, 200]
         noted = store.tombstones.of("ann")
@@ -219,24 +156,20 @@ def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_opera
 
 def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
     base, bank = tiny
-    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 400, "stream": True, "temperature": 0}
+    with served(endless(base), bank, tmp_path, slots=1, length=500) as here, here.http("serve") as http:
         here.service.engine.scheduler.stops = frozenset()  # random weights may choose any token
-        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
+        body = ASK | {"max_tokens": 400, "stream": True, "temperature": 0}
+        with http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
         waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
-        found = httpx2.post(
-            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers, timeout=60
-        )
-        assert found.json()["usage"]["completion_tokens"] <= 3
+        assert http.post("/v1/completions", json=ASK).json()["usage"]["completion_tokens"] <= 3
 
 
 def test_a_stopping_server_finishes_running_answers(tiny, tmp_path):
     base, bank = tiny
     with served(endless(base), bank, tmp_path) as here:
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
-        stream = client.completions.create(model="task", prompt="x", max_tokens=150, temperature=0, stream=True)
+        how = {"max_tokens": 150, "temperature": 0, "stream": True}
+        stream = here.client("serve").completions.create(model="task", prompt="x", **how)
         next(iter(stream))
         here.server.should_exit = True
         chunks = list(stream)

@@ -2,7 +2,6 @@
 
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from gateway import world as world  # the fixture
 from served import waited
 from traces import spellings
 
-from mta.distributed.executor import LocalExecutor
 from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
-from mta.personalize import Personalizer, forget_person, stages
+from mta.personalize import forget_person, stages
 from mta.personalize.outcomes import Updated
 from mta.personalize.shots import shots_of
 from mta.store.state import State
@@ -81,17 +79,6 @@ def test_a_history_in_two_places_has_one_limit(world):
             assert refused.status_code == 400
             assert "at most 512 items, this one would have 800" in refused.json()["error"]["message"]
             http.delete(where)
-
-
-def test_items_that_a_file_brings_too_count_once(world):
-    person = replace(people_of(1, items=301)[0], id="team/twice")
-    items = [{"fields": dict(item.fields), "time": item.time} for item in person.items]
-    where = f"/v1/people/{person.id}"
-    with world.http("team") as http:
-        assert http.post(f"{where}/history", json={"items": items[:300]}).status_code == 200
-        world.service.store.save_history(person.first(300))
-        assert http.post(f"{where}/history", json={"items": items[300:]}).status_code == 200
-        http.delete(where)
 
 
 def test_a_long_history_of_a_file_grows_in_memory_and_keeps_its_queries(world):
@@ -174,32 +161,6 @@ def test_a_state_of_as_many_other_items_is_not_replaced(world):
         http.delete(where)
 
 
-@pytest.mark.parametrize("running", [False, True])
-def test_a_state_of_more_items_that_another_process_saves_meanwhile_stays(world, monkeypatch, running):
-    """It is saved while the person waits in the queue, or while the job runs."""
-    jobs, store = world.service.jobs, world.service.store
-    (person,) = people_of(1, items=2, prefix=f"meanwhile-{running}")
-    newer = State(jobs.personal.bank.hash, (0,), (1.0,), "posterior", "", "work", 0, shots=8)
-    where, name = (LocalExecutor, "run") if running else (Personalizer, "update")
-    original = getattr(where, name)
-
-    def late(*given, **how):
-        store.save(person.id, newer)
-        return original(*given, **how)
-
-    monkeypatch.setattr(where, name, late)
-    jobs.put(person)
-    waited(lambda: {"status": jobs.status(person.id).state})
-    assert jobs.status(person.id).state == "failed"
-    assert "meanwhile" in jobs.status(person.id).message
-    assert store.load(person.id) == newer
-    frame, kept = sys._current_frames()[jobs._thread.ident], dict[str, object]()
-    while frame:
-        kept |= {name: value for name, value in frame.f_locals.items() if frame.f_code.co_filename.endswith("jobs.py")}
-        frame = frame.f_back
-    assert set(kept) == {"self"}  # while the thread waits for the next job, it keeps nobody's items
-
-
 @pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])
 def test_a_remaining_export_is_named_to_the_operator_and_stays_recorded_for_other_keys(world, tmp_path, key, named):
     personal, store, id = world.service.jobs.personal, world.service.store, "team/exported"
@@ -230,8 +191,17 @@ def test_a_person_key_lists_its_model_while_the_model_exists(world):
     assert "person:ann" in listed()
 
 
+def personalized(world, person):
+    """The status of a person who was personalized from all items over HTTP."""
+    where, items = f"/v1/people/{person.id}", [{"fields": dict(one.fields), "time": one.time} for one in person.items]
+    with world.http("admin") as http:
+        http.post(f"{where}/history", json={"items": items})
+        assert http.post(f"{where}/personalize").status_code == 202
+        return waited(lambda: http.get(f"{where}/personalize").json())
+
+
 def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
-    jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
+    people = people_of(2, items=3, prefix="astray")
     key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
     measured = stages.mean_nll
     nan = float("nan")
@@ -241,17 +211,16 @@ def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
             nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
         ],
     )
-    for person in people:
-        jobs.put(person)
-    for person, state in zip(people, ("failed", "done")):
-        assert waited(lambda: {"status": jobs.status(person.id).state})["status"] == state  # noqa: B023
-    assert "diverged" in jobs.status(people[0].id).message
+    with ThreadPoolExecutor(2) as pool:
+        failed, done = pool.map(lambda person: personalized(world, person), people)
+    assert (failed["status"], done["status"]) == ("failed", "done")
+    assert "diverged" in failed["message"]
 
 
 @pytest.mark.parametrize("kind", [StateCorrupt, StoreConflict, PersonNotFound, StoreError, BankCorrupt])
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_status_shows_no_path_and_no_other_id(world, monkeypatch, kind, raises):
-    jobs, (person,) = world.service.jobs, people_of(1, items=2, prefix="broken")
+    jobs, (person,) = world.service.jobs, people_of(1, items=2, prefix=f"broken-{kind.__name__}-{raises}-")
     error = kind(f"{world.service.store.files.root}/ab/1.safetensors of 'bob' is damaged", hint="Remove bob.")
 
     def update(people, fewer, session):
@@ -260,22 +229,19 @@ def test_a_status_shows_no_path_and_no_other_id(world, monkeypatch, kind, raises
         return Updated(0, 0, 0, 0, 0, failed={person.id: error})
 
     monkeypatch.setattr(jobs.personal, "update", update)
-    jobs.put(person)
-    waited(lambda: {"status": jobs.status(person.id).state})
-    found = jobs.status(person.id)
-    assert found.state == "failed"
-    assert len(found.message.split()) > 3
-    assert "bob" not in found.message
-    assert "safetensors" not in found.message
+    status = personalized(world, person)
+    assert status["status"] == "failed"
+    assert len(status["message"].split()) > 3
+    assert "bob" not in status["message"]
+    assert "safetensors" not in status["message"]
 
 
 def test_only_the_last_finished_statuses_are_kept(world, monkeypatch):
     monkeypatch.setattr("mta.serving.api.jobs.REMEMBERED", 1)
-    jobs, people = world.service.jobs, people_of(3, items=2, prefix="many")
-    for person in people:
-        jobs.put(person)
-        waited(lambda: {"status": jobs.status(person.id).state})  # noqa: B023
-    assert [jobs.status(person.id) and jobs.status(person.id).state for person in people] == [None, None, "done"]
+    people = people_of(3, items=2, prefix="many")
+    assert [personalized(world, person)["status"] for person in people] == ["done"] * 3
+    left = [world.service.jobs.status(person.id) for person in people]
+    assert [status and status.state for status in left] == [None, None, "done"]
 
 
 def test_forgetting_during_other_requests_leaves_nothing(world):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx2
 import pytest
 from served import served
 
@@ -80,9 +79,9 @@ def test_the_health_command_reports_the_engines_health(tiny, tmp_path):
         port = int(running.url.rpartition(":")[2])
         assert health(port) == 0
         running.service.engine.scheduler.step = broken
-        bearer = {"Authorization": f"Bearer {running.secrets['admin']}"}
-        body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
-        assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer, timeout=60).status_code == 503
+        with running.http("admin") as http:
+            body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
+            assert http.post("/v1/completions", json=body).status_code == 503
         assert health(port) == 1
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens there, and nobody can meanwhile

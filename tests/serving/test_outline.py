@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -66,28 +65,23 @@ def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slot
     assert service.limits.own == own
 
 
-def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
+@pytest.mark.anyio
+async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
     remote = Remote("http://127.0.0.1:9", tmp_path)
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote)
-    (ann,) = people_of(1, prefix="ann")
-
-    async def go():
-        assert materialized(service.base) == materialized(service.jobs.personal.base) == []
-        await service.jobs.forget("nobody")  # needs none
-        assert service.jobs._trainer is None
-        service.jobs._load = with_encoder(service.jobs._load)
-        service.jobs.put(ann)
-        until = time.monotonic() + 120
-        while service.jobs.status(ann.id).state in ("waiting", "running") and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        assert service.jobs.status(ann.id).state == "done", service.jobs.status(ann.id)
-        assert materialized(service.base) == []
-        await service.jobs.close()
-        await service.engine.close()
-
-    asyncio.run(go())
+    jobs, (ann,) = service.jobs, people_of(1, prefix="ann")
+    assert materialized(service.base) == materialized(jobs.personal.base) == []
+    await jobs.forget("nobody")  # needs none
+    assert jobs._trainer is None
+    jobs._load = with_encoder(jobs._load)
+    jobs.put(ann)
+    await asyncio.wait_for(jobs._working, 120)
+    assert jobs.status(ann.id).state == "done", jobs.status(ann.id)
+    assert materialized(service.base) == []
+    await jobs.close()
+    await service.engine.close()
     state = service.store.load(ann.id)
     assert state.bank == bank.hash
     assert all(part.device.type == "cpu" for pair in state.stack.factors.values() for part in pair)
@@ -113,7 +107,7 @@ def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, t
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalize(people_of(3), NOTHING, fewer=False)
+        found = jobs._personalize(people_of(3), NOTHING)
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count

@@ -2,9 +2,8 @@
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories, size_of
-from mta.serving.api.jobs import TOGETHER, Jobs
+from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
@@ -56,16 +55,6 @@ def test_no_key_exceeds_its_share_and_new_items_are_always_held(tmp_path, append
         assert sum(each[n] for n in range(1, 7)) <= ROOM * 3 // 4
 
 
-def test_prefix_keys_never_displace_the_operators_quarter(tmp_path):
-    histories = Histories(Store(tmp_path), 50, ROOM)
-    for n in range(ROOM // 4 // size()):
-        histories.append(f"{n}", [item()], False)
-    for n in range(400):
-        for owner in range(1, 7):
-            histories.append(f"team{owner}/{n}", [item()], False, team(owner))
-    assert all(histories.held(f"{n}") for n in range(ROOM // 4 // size()))
-
-
 def test_keys_of_one_person_fill_three_quarters_together_and_leave_the_operators_quarter(tmp_path):
     histories = Histories(Store(tmp_path), 50, ROOM)
     mine = [f"{n}" for n in range(ROOM // 4 // size())]
@@ -91,16 +80,6 @@ def test_a_person_larger_than_the_keys_share_is_refused_and_displaces_nobody(tmp
     with pytest.raises(Refused, match="bytes in memory"):
         histories.append("greedy", [item(3900)], False, greedy)
     assert all(histories.held(id) == 1 for id in ["mine", *(key.scope for key in small)])
-
-
-def test_characters_of_other_scripts_take_their_bytes(tmp_path):
-    """A text with one emoji takes four bytes for each of its characters."""
-    histories = Histories(Store(tmp_path), 500, ROOM)
-    mine = Key(name="mine", sha256="0" * 64, rights="person", scope="mine")
-    histories.append("mine", [item(ROOM // 8)], False, mine)
-    histories.forget("mine")
-    with pytest.raises(Refused, match="bytes in memory"):
-        histories.append("mine", [Item({"text": "\N{GRINNING FACE}" + "x" * (ROOM // 8)})], False, mine)
 
 
 def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):
@@ -130,8 +109,29 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
     assert histories._shares.used.total() == 8 * 20 * size(9, 10)
 
 
-def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
-    with busy(most=8) as (jobs, *_):
+@asynccontextmanager
+async def busy(most=256):
+    """Jobs whose running one, of the person "first", goes on until the block ends or ``going_on`` is set."""
+    going_on, forgotten = threading.Event(), []
+    personal = SimpleNamespace(
+        update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()),
+        store=None,
+        forget=lambda person, **how: forgotten.append(person) or person,
+    )
+    jobs = Jobs(personal, most)
+    jobs.put(Person.of("first", [item()]))
+    while jobs._waiting():
+        await asyncio.sleep(0.01)
+    try:
+        yield jobs, forgotten, going_on
+    finally:
+        going_on.set()
+        await jobs.close()
+
+
+@pytest.mark.anyio
+async def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
+    async with busy(most=8) as (jobs, *_):
         for owner in range(1, 4):
             for n in range(2):
                 jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
@@ -159,46 +159,25 @@ def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
     assert answers.fits("d", 1)
 
 
-@contextmanager
-def busy(*people, most=256):
-    """Jobs whose running one, of the person "first" or of ``people``, goes on until the block ends."""
-    going_on, forgotten = threading.Event(), []
-    personal = SimpleNamespace(
-        update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
-        store=None,
-        forget=lambda person, **how: forgotten.append(person) or person,
-    )
-    jobs = Jobs(personal, most)
-    try:
-        with jobs._changed:
-            for id in people or ["first"]:
-                jobs.put(Person.of(id, [item()]))
-        while jobs._waiting():
-            time.sleep(0.01)
-        yield jobs, forgotten, going_on
-    finally:
-        going_on.set()
-        asyncio.run(jobs.close())
-
-
-def test_keys_take_turns_and_a_job_has_few_items():
-    with busy() as (jobs, *_):
+@pytest.mark.anyio
+async def test_keys_take_turns_and_a_job_has_few_items():
+    async with busy() as (jobs, *_):
         for n in range(5):
             jobs.put(Person.of(f"team1/{n}", [item()] * 100), team(1))
         jobs.put(Person.of("team2/0", [item()] * 50), team(2))
         jobs.put(Person.of("other", [item()] * 300))
         assert list(jobs._next()) == ["team1/0", "team2/0"]  # more than 256 items with the next in turn
-        asyncio.run(jobs.forget("team1/0"))
-        asyncio.run(jobs.forget("team2/0"))
-        asyncio.run(jobs.forget("team1/1"))
-        asyncio.run(jobs.forget("team1/2"))
+        for id in ("team1/0", "team2/0", "team1/1", "team1/2"):
+            await jobs.forget(id)
         jobs.put(Person.of("team1/3", [item()] * 400), team(1))
         assert list(jobs._next()) == ["team1/3"]  # one person at least
 
 
-def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
+@pytest.mark.anyio
+async def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
     monkeypatch.setattr("mta.serving.api.jobs.ROOM", ROOM)
-    with busy() as (jobs, *_):
+
+    async with busy() as (jobs, *_):
         jobs.put(Person.of("team1/0", [item(36_000)]), team(1))
         with pytest.raises(QueueFull):
             jobs.put(Person.of("team1/1", [item(8000)]), team(1))
@@ -209,58 +188,32 @@ def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
             jobs.put(Person.of("another", [item(8000)]))
 
 
-def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
-    with busy() as (jobs, forgotten, going_on):
+@pytest.mark.anyio
+async def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
+    async with busy() as (jobs, forgotten, going_on):
         jobs.put(Person.of("other", [item()]))
-        assert asyncio.run(jobs.forget("other")) == "other"
+        assert await jobs.forget("other") == "other"
         assert forgotten == ["other"]
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(jobs._forget, "first")
-            while forgotten != ["other", "first"]:  # at once; and again when the job has ended
-                time.sleep(0.01)
-            assert not waiting.done()
-            going_on.set()
-            waiting.result(30)
+        waiting = asyncio.create_task(jobs.forget("first"))
+        while forgotten != ["other", "first"]:  # at once; and again when the job has ended
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        assert jobs.status("first") is None
+        going_on.set()
+        await waiting
         assert forgotten == ["other", "first", "first"]
+        assert jobs.status("first") is None
 
 
-def test_people_of_a_running_job_do_not_delay_the_forgetting_of_others():
-    several = [f"first{n}" for n in range(TOGETHER)]
-    with busy(*several) as (jobs, forgotten, going_on):
-
-        async def forget():
-            waiting = [asyncio.create_task(jobs.forget(id)) for id in several]
-            while len(forgotten) < len(several):
-                await asyncio.sleep(0.01)
-            assert await asyncio.wait_for(jobs.forget("other"), 20) == "other"
-            going_on.set()
-            assert await asyncio.gather(*waiting) == several
-
-        asyncio.run(forget())
-
-
-def test_a_job_starts_while_others_are_forgotten():
-    removed = threading.Event()
-    personal = SimpleNamespace(
-        update=lambda people, **how: SimpleNamespace(failed={}, forgotten=(), ahead=()),
-        store=None,
-        forget=lambda person, **how: removed.wait(30),
-    )
-    jobs = Jobs(personal)
-    with ThreadPoolExecutor(1) as pool:
-        forgetting = pool.submit(jobs._forget, "other")
-        while not forgetting.running():
-            time.sleep(0.01)
-        time.sleep(0.05)
-        jobs.put(Person.of("ann", [item()]))
-        for _ in range(1000):
-            if jobs.status("ann").state == "done":
-                break
-            time.sleep(0.01)
-        assert jobs.status("ann").state == "done"
-        removed.set()
-        assert forgetting.result(30)
-    asyncio.run(jobs.close())
+@pytest.mark.anyio
+async def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
+    async with busy() as (jobs, forgotten, going_on):
+        forgetting = asyncio.create_task(jobs.forget("first"))
+        await asyncio.sleep(0.05)
+        await jobs.close(patience=0.2)
+        await forgetting
+        assert forgotten == ["first", "first"]
+        assert not going_on.is_set()  # the job was still running
 
 
 def test_items_that_came_by_a_file_too_count_once(tmp_path):
@@ -274,29 +227,3 @@ def test_items_that_came_by_a_file_too_count_once(tmp_path):
     assert histories.of("ann", frozenset()).items == (one, two, two, three)  # sent twice, kept once
     store.save_history(Person.of("ann", [one, two, two, three]))
     assert histories.of("ann", frozenset()).items == (one, two, two, three)
-
-
-def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
-    going_on, forgotten = threading.Event(), []
-    personal = SimpleNamespace(
-        update=lambda people, **how: going_on.wait(60) and SimpleNamespace(failed={}, forgotten=(), ahead=()),
-        forget=lambda person, keep_exports: forgotten.append(person),
-        store=None,
-    )
-
-    async def stopped() -> None:
-        jobs.put(Person.of("first", [item()]))
-        while jobs.status("first").state == "waiting":
-            await asyncio.sleep(0.01)
-        forgetting = asyncio.create_task(jobs.forget("first"))
-        await asyncio.sleep(0.05)
-        await jobs.close(patience=0.2)
-        await forgetting
-
-    jobs = Jobs(personal)
-    try:
-        asyncio.run(stopped())
-        assert forgotten == ["first", "first"]
-        assert not going_on.is_set()  # the job was still running
-    finally:
-        going_on.set()

@@ -16,15 +16,13 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from contract import PYTHON, WITH_VLLM, Lent, World, collect, prompt_of, vllm_server
+from contract import PYTHON, WITH_VLLM, Lent, World, closing, collect, prompt_of, vllm_server
 from served import served
 
 from mta.errors import ConfigError
-from mta.personalize.adapters import TASK
 from mta.personalize.forgetting import forget_person
-from mta.serving.engine import EngineGone, EngineRequest
+from mta.serving.engine import EngineGone, EngineRequest, wire_name
 from mta.serving.launch import remote_of
-from mta.serving.model_names import wire_name
 from mta.serving.vllm.adapters import folder_of
 from mta.serving.vllm.server import VllmNotStarted, VllmServer
 
@@ -46,33 +44,25 @@ def server(world):
         yield running
 
 
-def ask_of(world, n, count=COUNT):
+def request_of(world, n, count=COUNT):
     return EngineRequest(tuple(prompt_of(n)), world.version(str(n), 1), count)
 
 
-def expected(world, ask):
-    return world.alone(ask.who, list(ask.prompt), ask.max_tokens)
+async def listed(engine):
+    """The names that vLLM knows."""
+    return [model["id"] for model in (await engine.client.get("/v1/models")).json()["data"]]
 
 
-def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
+@pytest.mark.anyio
+async def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
     """More people than vLLM keeps loaded: it reads an adapter again after dropping it."""
-
-    async def go():
-        engine = world.vllm(Lent(server), activated=3)
-        wrong = []
+    async with closing(world.vllm(Lent(server), activated=3)) as engine:
         for n in [*range(24), *range(24), 0, 5, 0]:
-            ask = ask_of(world, n)
-            tokens, _ = await collect(engine, ask)
-            wrong += [n] if tokens != expected(world, ask) else []
+            request = request_of(world, n)
+            assert await collect(engine, request) == world.expected(request), n
         await engine.adapters.unloads_ended()
-        listed = (await engine.client.get("/v1/models")).json()["data"]
+        assert len(await listed(engine)) <= 1 + 3
         facts = engine.facts()
-        await engine.close()
-        return wrong, listed, facts
-
-    wrong, listed, facts = asyncio.run(go())
-    assert wrong == []
-    assert len(listed) <= 1 + 3
     assert facts["activated"][0] <= 3
     assert facts["unloaded"][0] >= 24 + 20
     assert facts["cut_error_max"][0] < 1e-5
@@ -80,29 +70,24 @@ def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
     assert server.up
 
 
-def test_the_server_folder_is_private_and_reveals_no_id(world, server):
-    world.renew("somebody", 50)
-
-    async def go():
-        engine = world.vllm(Lent(server))
-        await collect(engine, EngineRequest(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
-        await engine.close()
-
-    asyncio.run(go())
+@pytest.mark.anyio
+async def test_the_server_folder_is_private_and_reveals_no_id(world, server):
+    who = world.renew("somebody", 50)
+    async with closing(world.vllm(Lent(server))) as engine:
+        await collect(engine, EngineRequest(tuple(prompt_of(1)), who, COUNT))
     assert server.folder.stat().st_mode & 0o077 == 0
     assert not any("somebody" in str(path) for path in server.folder.rglob("*"))
 
 
-def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
+@pytest.mark.anyio
+async def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
     with vllm_server(world.settings()) as server:
-
-        async def go():
-            engine = world.vllm(Lent(server))
+        async with closing(world.vllm(Lent(server))) as engine:
             engine.stops = frozenset()  # so that answers are long
-            rows = [asyncio.create_task(collect(engine, ask_of(world, n, 230))) for n in range(1, 5)]
+            rows = [asyncio.create_task(collect(engine, request_of(world, n, 230))) for n in range(1, 5)]
             await asyncio.wait(rows, return_when=asyncio.FIRST_COMPLETED)
             os.killpg(server._process.pid, signal.SIGSTOP)  # from now on, it finishes no answer
-            rows.append(asyncio.create_task(collect(engine, ask_of(world, 5, 230))))
+            rows.append(asyncio.create_task(collect(engine, request_of(world, 5, 230))))
             await asyncio.sleep(0.2)
             os.killpg(server._process.pid, signal.SIGKILL)
             await asyncio.to_thread(server._process.wait)
@@ -110,14 +95,10 @@ def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
             assert isinstance(ended[-1], EngineGone)
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
             with pytest.raises(EngineGone, match=r"the vLLM server ended \(exit status -9\)"):
-                await collect(engine, ask_of(world, 2))
+                await collect(engine, request_of(world, 2))
             assert not engine.ready
             assert not engine.alive
-            await engine.close()
-
-        asyncio.run(go())
-        folder = server.folder
-    assert not folder.exists()
+    assert not server.folder.exists()
 
 
 def test_a_server_that_cannot_start_reports_why_and_leaves_nothing(world):
@@ -167,7 +148,7 @@ def test_registering_the_plugin_imports_nothing_heavy(world, tmp_path):
 def test_openais_client_reaches_vllm_only_through_the_gateway(world, server, tmp_path):
     engine = world.vllm(Lent(server))
     with served(world.base, world.bank, tmp_path, engine=engine, store=world.store) as here:
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
+        client = here.client("serve")
         text = "Film 7"
         asked = {"model": "person:3", "prompt": text, "max_tokens": COUNT, "temperature": 0}
         whole = client.completions.create(**asked, logprobs=2)
@@ -181,67 +162,32 @@ def test_openais_client_reaches_vllm_only_through_the_gateway(world, server, tmp
         with pytest.raises(openai.NotFoundError):
             client.completions.create(**asked | {"model": "person:nobody"})
         assert {model.id for model in client.models.list()} == {world.base.name, "task"}
-        headers = {"Authorization": f"Bearer {here.secrets['admin']}"}
-        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/v1/tokenize", "/tokenize"):
-            assert httpx2.post(here.url + path, json={}, headers=headers).status_code in (404, 405)
-        assert "person" not in httpx2.get(f"{here.url}/metrics").text.partition("mta_engine")[2]
+        with here.http("admin") as http:
+            for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/v1/tokenize", "/tokenize"):
+                assert http.post(path, json={}).status_code in (404, 405)
+            assert "person" not in http.get("/metrics").text.partition("mta_engine")[2]
 
 
-def test_a_gateway_can_use_a_running_server(world, server):
-    remote = remote_of(f"unix:{server.socket}", server.folder)
-
-    async def go():
-        engine = world.vllm(remote)
-        found = await collect(engine, ask_of(world, 7))
-        await engine.close()
-        return found[0]
-
-    assert asyncio.run(go()) == expected(world, ask_of(world, 7))
+@pytest.mark.anyio
+async def test_a_gateway_can_use_a_running_server(world, server):
+    request = request_of(world, 7)
+    async with closing(world.vllm(remote_of(f"unix:{server.socket}", server.folder))) as engine:
+        assert await collect(engine, request) == world.expected(request)
     assert server.up
     with pytest.raises(ConfigError, match="vllm-folder"):
         remote_of("http://127.0.0.1:1", None)
 
 
-def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, server):
+@pytest.mark.anyio
+async def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, server):
     who = world.renew("before", 70)
-
-    async def go():
-        earlier = world.vllm(Lent(server))
+    async with closing(world.vllm(Lent(server))) as earlier:
         await collect(earlier, EngineRequest(tuple(prompt_of(1)), who, COUNT))
-        await earlier.close()
-        engine = world.vllm(Lent(server))
+    async with closing(world.vllm(Lent(server))) as engine:
         forget_person("before", world.store)
         await engine.forget("before")
-        listed = (await engine.client.get("/v1/models")).json()["data"]
-        await engine.close()
-        return [model["id"] for model in listed]
-
-    made = server.folder / folder_of(wire_name(who))
-    assert not any(name.startswith("person:before") for name in asyncio.run(go()))
-    assert not made.exists()
-
-
-def test_concurrent_first_requests_build_one_adapter(world, server):
-    who = world.renew("crowd", 60)
-
-    async def go():
-        engine = world.vllm(Lent(server))
-        asks = [EngineRequest(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
-        found = await asyncio.gather(*(collect(engine, ask) for ask in asks))
-        await engine.close()
-        return [tokens for tokens, _ in found] == [expected(world, ask) for ask in asks]
-
-    assert asyncio.run(go())
-
-
-def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
-    async def go():
-        engine = world.vllm(Lent(server))
-        found = await collect(engine, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
-        await engine.close()
-        return found[0]
-
-    assert asyncio.run(go()) == expected(world, EngineRequest(tuple(prompt_of(3)), TASK, COUNT))
+        assert not any(name.startswith("person:before") for name in await listed(engine))
+    assert not (server.folder / folder_of(wire_name(who))).exists()
 
 
 def test_the_command_line_starts_and_stops_vllm(world):

@@ -17,9 +17,8 @@ from mta.lora.peft import read_peft, write_peft
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
 from mta.personalize.merge import Merge, merge_loras
-from mta.serving.engine import Version
+from mta.serving.engine import Version, from_wire, named, wire_name
 from mta.serving.launch import vllm_settings
-from mta.serving.model_names import from_wire, named, wire_name
 from mta.serving.vllm.adapters import CUT, AdapterFolders, LoraExporter, folder_of
 from mta.store import Store
 from mta.store.state import State

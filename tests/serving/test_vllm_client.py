@@ -10,12 +10,9 @@ import httpx2
 import pytest
 
 from mta.errors import ConfigError
-from mta.lora.peft import WEIGHTS
 from mta.serving.api.completions import _event
-from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version
+from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version, wire_name
 from mta.serving.launch import remote_of
-from mta.serving.model_names import wire_name
-from mta.serving.vllm.adapters import folder_of
 from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import VllmSettings
@@ -50,145 +47,159 @@ def test_an_event_of_the_gateway_is_one_line_for_every_client():
     assert json.loads(event.removeprefix("data: ")) == {"text": ODD}
 
 
-@asynccontextmanager
-async def registry_of(folder, answer, count=4):
-    """A registry of a server that ``answer`` stands in for."""
-    async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
-        yield AdapterRegistry(client, folder, count)
+PERSON = Version("ann", 1, seal="a" * 16)
 
 
-def models_of(*names):
-    """What vLLM answers when asked for its models."""
-    return httpx2.Response(200, json={"data": [{"id": name} for name in names]})
+class Server:
+    """Stands in for vLLM: lists ``models``, and unloads them with the ``statuses`` in turn, then with 200."""
 
+    def __init__(self, *models, statuses=()):
+        self.models, self.statuses, self.unloaded = [wire_name(one) for one in models], list(statuses), []
+        self.listing, self.unloading = asyncio.Event(), asyncio.Event()  # a request has come
+        self.may_list, self.may_unload = asyncio.Event(), asyncio.Event()
+        self.may_list.set()
+        self.may_unload.set()
 
-def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
-    old, new = Version("ann", 1, seal="a" * 16), Version("ann", 2, seal="b" * 16)
-    names, unloaded = [wire_name(who) for who in (old, new)], []
-
-    def answer(request):
+    async def answer(self, request):
         if request.method == "GET":
-            return models_of(*names)
-        unloaded.append(json.loads(request.content)["lora_name"])
-        return httpx2.Response(200)
+            self.listing.set()
+            await self.may_list.wait()
+            return httpx2.Response(200, json={"data": [{"id": name} for name in ("base", *self.models)]})
+        self.unloading.set()
+        await self.may_unload.wait()
+        status, name = self.statuses.pop(0) if self.statuses else 200, json.loads(request.content)["lora_name"]
+        if status == 200:
+            self.unloaded.append(name)
+            self.models = [one for one in self.models if one != name]
+        return httpx2.Response(status)
 
-    async def go():
-        async with registry_of(tmp_path, answer) as registry:
-            await registry.drop({old}.__contains__, asyncio.Task.cancel)
+    @asynccontextmanager
+    async def registry(self, folder, count=4):
+        transport = httpx2.MockTransport(self.answer)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://vllm") as client:
+            yield AdapterRegistry(client, folder, count)
 
-    asyncio.run(go())
-    assert unloaded == names[:1]
+
+async def used(registry, who, until=None, begun=None):
+    """Use an adapter until an event."""
+    async with registry.held(who):
+        if begun:
+            begun.set()
+        if until:
+            await until.wait()
 
 
-def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
+@pytest.mark.anyio
+async def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
+    server = Server(PERSON, Version("ann", 2, seal="b" * 16))
+    async with server.registry(tmp_path) as registry:
+        await registry.drop({PERSON}.__contains__, list)
+    assert server.unloaded == [wire_name(PERSON)]
+
+
+@pytest.mark.anyio
+async def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
     """Nobody who asks is told to forget a person again, and the log says what failed."""
-    asked = Version("ann", 1, seal="a" * 16)
-
-    async def go():
-        # With a count of 0, an idle adapter is unloaded at once.
-        async with registry_of(tmp_path, lambda request: httpx2.Response(500), count=0) as registry:
-            async with registry.held(asked) as name:
-                pass
-            async with registry.held(asked) as again:
-                assert again == name
-            await registry.unloads_ended()
-            await asyncio.sleep(0)
-            return len(registry)
-
-    assert asyncio.run(go()) == 1
+    async with Server(statuses=[500, 500]).registry(tmp_path, count=0) as registry:  # idle ones are unloaded at once
+        for _ in range(2):
+            await used(registry, PERSON)
+        await registry.unloads_ended()
+        assert len(registry) == 1
     assert "an idle adapter was not unloaded: EngineGone" in caplog.text
 
 
-def test_idle_adapters_make_room_for_another(tmp_path, monkeypatch):
-    people, unloaded, free = [Version(f"p{n}", 1, seal="a" * 16) for n in range(3)], [], [250, 150, 50]
-
-    def answer(request):
-        unloaded.append(json.loads(request.content)["lora_name"])
-        return httpx2.Response(200)
-
-    async def go():
-        async with registry_of(tmp_path, answer, count=8) as registry:
-            for left, who in zip(free, people):  # each adapter has 100 bytes
-                monkeypatch.setattr("shutil.disk_usage", lambda _, left=left: SimpleNamespace(free=left))
-                async with registry.held(who) as name:
-                    (tmp_path / folder_of(name)).mkdir()
-                    (tmp_path / folder_of(name) / WEIGHTS).write_bytes(b"x" * 100)
-            await registry.unloads_ended()
-
-    asyncio.run(go())
-    assert unloaded == [wire_name(people[0])]
+@pytest.mark.anyio
+async def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
+    server = Server(PERSON)
+    async with server.registry(tmp_path, count=1) as registry:
+        assert await registry.versions() == {PERSON}
+        await used(registry, Version("new", 1, seal="a" * 16))
+        await registry.unloads_ended()
+    assert server.unloaded == [wire_name(PERSON)]
 
 
-def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
-    earlier, person = Version("old", 1, seal="a" * 16), Version("new", 1, seal="a" * 16)
-    unloaded = []
-
-    def answer(request):
-        if request.method == "GET":
-            return models_of("base", wire_name(earlier))
-        unloaded.append(json.loads(request.content)["lora_name"])
-        return httpx2.Response(200)
-
-    async def go():
-        async with registry_of(tmp_path, answer, count=1) as registry:
-            assert await registry.versions() == {earlier}
-            async with registry.held(person):
-                pass
-            await registry.unloads_ended()
-
-    asyncio.run(go())
-    assert unloaded == [wire_name(earlier)]
+@pytest.mark.anyio
+async def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
+    server = Server(PERSON, statuses=[500])
+    server.may_unload.clear()
+    async with server.registry(tmp_path) as registry:
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, list))
+        await server.unloading.wait()
+        using = asyncio.create_task(used(registry, PERSON))
+        await asyncio.sleep(0)
+        server.may_unload.set()
+        ended = await asyncio.gather(dropping, using, return_exceptions=True)
+    assert [type(error) for error in ended] == [EngineGone, ModelRemoved]
 
 
-def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
-    person, starts = Version("ann", 1, seal="a" * 16), asyncio.Event
+@pytest.mark.anyio
+async def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_person_can_come_back(tmp_path):
+    server = Server(PERSON, statuses=[500])
+    async with server.registry(tmp_path) as registry:
+        with pytest.raises(EngineGone):
+            await registry.drop({PERSON}.__contains__, list)
+        await registry.versions()  # as every sweep asks
+        await registry.unloads_ended()
+        await used(registry, PERSON)
+    assert server.unloaded == [wire_name(PERSON)]
 
-    async def go():
-        asked, answer = starts(), starts()
 
-        async def refuse(request):
-            if request.method == "GET":
-                return models_of(wire_name(person))
-            asked.set()
-            await answer.wait()
-            return httpx2.Response(500)
+@pytest.mark.anyio
+async def test_an_adapter_that_is_being_unloaded_is_loaded_again_for_a_request(tmp_path):
+    server = Server()
+    server.may_unload.clear()
+    async with server.registry(tmp_path, count=0) as registry:
+        await used(registry, PERSON)
+        await server.unloading.wait()
+        begun, until = asyncio.Event(), asyncio.Event()
+        using = asyncio.create_task(used(registry, PERSON, until, begun))
+        await asyncio.sleep(0)
+        assert not begun.is_set()
+        server.may_unload.set()
+        await asyncio.wait_for(begun.wait(), 5)
+        assert registry._loaded[wire_name(PERSON)].answers == 1
+        until.set()
+        await using
+        await registry.unloads_ended()
+    assert server.unloaded == [wire_name(PERSON)] * 2
 
-        async def use():
-            async with registry.held(person):
-                raise AssertionError("a dropped adapter was used")
 
-        async with registry_of(tmp_path, refuse) as registry:
-            dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
-            await asked.wait()
-            using = asyncio.create_task(use())
+@pytest.mark.anyio
+async def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path):
+    begun, may_end = asyncio.Event(), asyncio.Event()
+    async with Server(PERSON).registry(tmp_path) as registry:
+        using = asyncio.create_task(used(registry, PERSON, may_end, begun))
+        await begun.wait()
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, lambda: [] if using.done() else [using]))
+        while not registry._loaded[wire_name(PERSON)].dropped:
             await asyncio.sleep(0)
-            answer.set()
-            return await asyncio.gather(dropping, using, return_exceptions=True)
+        with pytest.raises(ModelRemoved):
+            await asyncio.wait_for(asyncio.create_task(used(registry, PERSON)), 5)
+        may_end.set()
+        await asyncio.gather(using, dropping)
 
-    assert [type(error) for error in asyncio.run(go())] == [EngineGone, EngineGone]
 
+@pytest.mark.anyio
+async def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_path):
+    server, begun = Server(), asyncio.Event()
+    server.may_list.clear()
+    async with server.registry(tmp_path) as registry:
+        using = []
 
-def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_person_can_come_back(tmp_path):
-    person, loaded = Version("ann", 1, seal="a" * 16), {wire_name(Version("ann", 1, seal="a" * 16))}
-    answers = [500, 200]
+        def end():
+            running = [task for task in using if not task.done()]
+            for task in running:
+                task.cancel()
+            return running
 
-    def answer(request):
-        if request.method == "GET":
-            return models_of(*loaded)
-        status = answers.pop(0)
-        loaded.difference_update(loaded if status == 200 else ())
-        return httpx2.Response(status)
-
-    async def go():
-        async with registry_of(tmp_path, answer) as registry:
-            with pytest.raises(EngineGone):
-                await registry.drop({person}.__contains__, lambda answer: None)
-            await registry.versions()  # as every sweep asks
-            await registry.unloads_ended()
-            async with registry.held(person) as name:
-                return name
-
-    assert asyncio.run(go()) == wire_name(person)
+        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, end))
+        await server.listing.wait()
+        using.append(asyncio.create_task(used(registry, PERSON, asyncio.Event(), begun)))  # it would never end
+        await begun.wait()
+        server.may_list.set()
+        await asyncio.wait_for(dropping, 5)
+        assert using[0].cancelled()
+        assert len(registry) == 0
 
 
 @pytest.mark.parametrize("seed", [None, 0, -1, -2, 2**63 - 1, 2**63])
@@ -198,63 +209,6 @@ def test_every_seed_is_one_that_vllm_takes(seed):
     sent = VllmEngine._body(engine, EngineRequest((1,), Version("ann", 1), 4, seed=seed), "ann")["seed"]
     assert (sent is None) == (seed is None)
     assert sent is None or 0 <= sent < 2**63
-
-
-def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path):
-    person = Version("ann", 1, seal="a" * 16)
-
-    def answer(request):
-        return models_of(wire_name(person))
-
-    async def go():
-        begun, may_end = asyncio.Event(), asyncio.Event()
-
-        async def use():
-            async with registry.held(person):
-                begun.set()
-                await may_end.wait()
-
-        async with registry_of(tmp_path, answer) as registry:
-            using = asyncio.create_task(use())
-            await begun.wait()
-            dropping = asyncio.create_task(registry.drop({person}.__contains__, lambda answer: None))
-            while not registry._loaded[wire_name(person)].dropped:
-                await asyncio.sleep(0)
-            with pytest.raises(ModelRemoved):
-                await asyncio.wait_for(asyncio.create_task(use()), 5)
-            may_end.set()
-            await asyncio.gather(using, dropping)
-
-    asyncio.run(go())
-
-
-def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_path):
-    person = Version("ann", 1, seal="a" * 16)
-
-    async def go():
-        listing, may_list, begun = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-        async def answer(request):
-            if request.method == "GET":
-                listing.set()
-                await may_list.wait()
-            return models_of()
-
-        async def use():
-            async with registry.held(person):
-                begun.set()
-                await asyncio.Event().wait()  # an answer that would never end
-
-        async with registry_of(tmp_path, answer) as registry:
-            dropping = asyncio.create_task(registry.drop({person}.__contains__, asyncio.Task.cancel))
-            await listing.wait()
-            using = asyncio.create_task(use())
-            await begun.wait()
-            may_list.set()
-            await asyncio.wait_for(dropping, 5)
-            return using.cancelled(), len(registry)
-
-    assert asyncio.run(go()) == (True, 0)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "http://127.0.0.1:80x0", "http://", "unix:socket"])

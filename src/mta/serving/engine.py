@@ -1,18 +1,20 @@
-"""The base class of engines: the gateway passes an ``Ask`` and receives the answer as a stream of ``AnswerPiece``."""
+"""The base class of engines: the gateway passes an ``EngineRequest`` and receives a stream of ``AnswerPiece``."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote, unquote
 
 from mta.errors import InputError, MtaError
-from mta.personalize.adapters import SharedModel
+from mta.personalize.adapters import BASE, TASK, SharedModel
 
 log = logging.getLogger("mta")
 T = TypeVar("T")
@@ -20,6 +22,11 @@ Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
 QUEUED = 256  # answers that may wait, beside those that run
+COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
+_ZERO = "zero"
+_SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same version number
+_PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<merged>#merged)?", re.DOTALL)
+_WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 
@@ -58,16 +65,64 @@ class EngineGone(MtaError):
 class Version:
     """One version of a person: merge and stack, or the merge alone if ``stacked`` is false.
 
-    ``seal`` identifies the content: after forgetting, the same number may name other content (``Store.seal``).
+    ``number`` 0 is the newest version, in requests only. ``seal`` identifies the content: after forgetting, the same
+    number may name other content (``Store.seal``).
     """
 
     person: str
-    number: int
+    number: int = 0
     stacked: bool = True
     seal: str = ""
 
 
 ServedModel = Version | SharedModel
+
+
+def named(model: str, base: str) -> ServedModel | None:
+    """Parse a model name: ``person:ann``, ``person:ann@v3``, ``person:ann#merged``, ``task``, or the base's name.
+
+    Returns None for other names. Ids are percent-decoded. Callers that build names from arbitrary ids must encode the
+    ids, as ``person_name`` does, because an id may end like a version.
+    """
+    if model == base:
+        return BASE
+    if model == TASK.value:
+        return TASK
+    if parts := _PERSON.fullmatch(model):
+        return Version(unquote(parts["id"]), int(parts["version"] or 0), parts["merged"] is None)
+    return None
+
+
+def person_name(id: str) -> str:
+    """Return the name of a person's newest version in requests."""
+    return f"person:{quote(id, safe='')}"
+
+
+def model_name(who: Version) -> str:
+    """Return the name of a version in requests: the inverse of ``named``."""
+    return f"{person_name(who.person)}@v{who.number}" + "#merged" * (not who.stacked)
+
+
+def wire_name(who: ServedModel) -> str:
+    """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
+
+    The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
+    the adapter in its last slot.
+    """
+    if who is BASE:
+        return _ZERO
+    return who.value if isinstance(who, SharedModel) else f"{model_name(who)}~{who.seal[:_SEAL]}"
+
+
+def from_wire(name: str) -> ServedModel | None:
+    """Inverse of ``wire_name``; None if ``name`` is not such a name."""
+    if name == _ZERO:
+        return BASE
+    sealed = _WIRE.fullmatch(name)
+    who = named(sealed["model"] if sealed else name, BASE.value)
+    if isinstance(who, Version):
+        return replace(who, seal=sealed["seal"]) if sealed and who.number else None
+    return None if sealed else who
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +201,22 @@ class Engine(ABC):
 
     def __init__(self, length: int, most: int) -> None:
         self.length, self.most = length, most
-        self._open: dict[Any, Pieces] = {}  # answers in progress
+        self._open: dict[Any, Any] = {}  # answers in progress
         self._closing = False  # no new request is accepted
 
-    async def answer(self, ask: EngineRequest) -> AsyncIterator[AnswerPiece]:
+    async def answer(self, request: EngineRequest) -> AsyncIterator[AnswerPiece]:
         """Stream the tokens of an answer; closing the iterator cancels the answer.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, ModelRemoved,
         EngineGone.
         """
-        ask.check(self.length)
+        request.check(self.length)
         if self._closing:
             raise EngineGone("the engine has stopped", hint=LATER)
         if len(self._open) >= self.most:
             raise QueueFull(f"{self.most} requests are running or waiting already", hint="Retry a little later.")
         pieces: Pieces = asyncio.Queue()
-        cancel = self._begin(ask, pieces)
+        cancel = self._begin(request, pieces)
         try:
             while True:
                 piece = await pieces.get()
@@ -174,7 +229,7 @@ class Engine(ABC):
             cancel()
 
     @abstractmethod
-    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], object]:
+    def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], object]:
         """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
@@ -199,9 +254,9 @@ class Engine(ABC):
         """Return the person versions in memory: running answers, adapters, keys and values."""
 
     @property
-    @abstractmethod
     def ready(self) -> bool:
-        """Whether requests would be answered now."""
+        """Whether requests would be answered now, as far as the gateway knows."""
+        return not self._closing and self.alive
 
     @property
     @abstractmethod

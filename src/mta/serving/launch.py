@@ -191,8 +191,8 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
 
 def _is_http(url: str) -> bool:
     try:
-        found = urlsplit(url)
-        return found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of a port that is no number
         return False
 

@@ -16,7 +16,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel, row_adapters
-from mta.serving.model_names import person_name
+from mta.serving.engine import person_name
 from mta.store.state import State
 from mta.tools.doctor import Finding
 from mta.training.scoring import log_likelihood

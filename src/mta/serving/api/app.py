@@ -21,10 +21,10 @@ from mta.data.tasks.task import Form
 from mta.errors import MtaError
 from mta.serving.api import classify, completions, people
 from mta.serving.api.errors import error_of
-from mta.serving.api.limits import BodyLimit, Unexpected
+from mta.serving.api.limits import Guard
 from mta.serving.api.schemas import error_body
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.model_names import model_name
+from mta.serving.engine import model_name
 
 router = APIRouter()
 
@@ -44,8 +44,7 @@ def create_app(service: Service) -> FastAPI:
     how: dict[str, Any] = {"lifespan": lifespan, "exception_handlers": handlers, "docs_url": None, "redoc_url": None}
     app = FastAPI(title="mta", summary=__doc__, **how)
     app.state.service = service
-    app.add_middleware(BodyLimit, most=service.limits.body)
-    app.add_middleware(Unexpected)
+    app.add_middleware(Guard, most=service.limits.body)
     for part in (router, completions.router, classify.router, people.router):
         app.include_router(part)
     return app
@@ -71,16 +70,16 @@ async def metrics(service: Gateway) -> Response:
 
 
 @router.get("/v1/task")
-async def task(service: Gateway, key: Caller) -> dict[str, Any]:
+async def describe_task(service: Gateway, key: Caller) -> dict[str, Any]:
     """Return the prompt template, fields, and labels of a question, and the fields of an item of a history."""
-    found, base = service.task, service.base.name
+    task, base = service.task, service.base.name
 
     def fields(form: Form) -> dict[str, Any]:
         return {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
 
-    item = fields(found.item) | {"labels": found.labels if found.labelled else None}
-    question = fields(found.query or found.item) | {"labels": found.labels, "examples": found.examples}
-    return {"name": found.name, "description": found.description, **question, "item": item, "base": base}
+    item = fields(task.item) | {"labels": task.labels if task.labelled else None}
+    question = fields(task.query or task.item) | {"labels": task.labels, "examples": task.examples}
+    return {"name": task.name, "description": task.description, **question, "item": item, "base": base}
 
 
 @router.get("/v1/adapters")

@@ -18,17 +18,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from filelock import FileLock
 from pydantic import Field, model_validator
 
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.errors import ConfigError
-from mta.system.atomic import file_mode, make_folder, write_text
+from mta.system.atomic import make_folder, write_text
 
 ENV = "MTA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
 _LEAST = 24  # characters of a key from the environment
-_WAIT = 10.0  # seconds to wait for another process that adds a key
 Rights = Literal["admin", "serve", "person", "prefix"]
 
 
@@ -85,16 +83,16 @@ class Keys(Settings):
                 hint=f'Set a random one:  export {ENV}="$(openssl rand -base64 32)"',
             )
         try:
-            found = checked(cls, read_yaml(path), str(path)).keys if path else ()
+            in_file = checked(cls, read_yaml(path), str(path)).keys if path else ()
         except ConfigError as error:
             there = path and path.exists()
             what = "Correct that file, or make another one:" if there else "This command creates a key file:"
             hint = f"{what}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        if from_env and ENV in {key.name for key in found}:
+        if from_env and ENV in {key.name for key in in_file}:
             raise ConfigError(f"{path}: {ENV} is the name of the key in the environment", hint="Rename this key.")
-        return cls(keys=(*found, *from_env))
+        return cls(keys=(*in_file, *from_env))
 
     def of(self, secret: str) -> Key | None:
         """Return the key that matches a secret, or None. Compares with every key, so the time reveals nothing."""
@@ -104,27 +102,20 @@ class Keys(Settings):
 
 
 def add_key(path: Path, name: str, rights: str, scope: str = "") -> str:
-    """Add a new key to a key file; return the secret, which is stored nowhere. Raises ConfigError.
-
-    Concurrent calls from threads and processes wait for each other.
-    """
+    """Add a new key to a key file; return the secret, which is stored nowhere. Raises ConfigError."""
     secret = f"mta-{secrets.token_urlsafe(32)}"
     values = {"name": name, "sha256": _hash(secret), "rights": rights, "scope": scope}
     new = checked(Key, values, "the new key", hint="For example:  --rights person --scope ann")
     try:
         make_folder(path.parent)
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=file_mode()):
-            before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
-            if new.name in {key.name for key in before}:
-                raise ConfigError(
-                    f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
-                )
-            write_text(path, dump_yaml(Keys(keys=(*before, new))))
-    except OSError as error:  # a lock timeout is an OSError too
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="Check the permissions, or wait until another process has added its key, and repeat the command.",
-        ) from None
+        before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
+        if new.name in {key.name for key in before}:
+            raise ConfigError(
+                f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
+            )
+        write_text(path, dump_yaml(Keys(keys=(*before, new))))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}", hint="Check the permissions.") from None
     return secret
 
 

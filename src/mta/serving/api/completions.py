@@ -17,12 +17,10 @@ from mta.errors import MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.errors import error_of
-from mta.serving.api.requests import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.api.streaming import stream_answers
-from mta.serving.engine import EngineRequest, Refused, ServedModel
-from mta.serving.model_names import person_name
+from mta.serving.api.streaming import stream_answers, until_disconnect
+from mta.serving.engine import EngineRequest, Refused, ServedModel, person_name
 
 router = APIRouter()
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
@@ -36,7 +34,7 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     return {"object": "list", "data": [_model(name) for name in names]}
 
 
-@router.get("/v1/models/{name:whole}")
+@router.get("/v1/models/{name:path}")
 async def model(service: Gateway, name: str, key: Caller) -> dict[str, Any]:
     """Return a model that the key may use: the base, the pooled model, or a person's."""
     await service.resolve_model(name, key)
@@ -64,24 +62,23 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 
 
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
-    async with service.checking(key):
-        ask = await service.apart_from_store(_ask, service, request, who, key)  # long prompts take long to tokenize
-    formatter = ResponseFormatter(request, name_of(who, service, request.model), service.base.tokenizer)
-    parts = _counted_parts(service, kind, ask, request, key)
+    asked = await service.apart_from_store(_tokenized, service, request, who, key)  # takes long for long prompts
+    formatter = ResponseFormatter(request, service.name_of(who, request.model), service.base.tokenizer)
+    parts = _counted_parts(service, kind, asked, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
-        events = _events(formatter, ask, request, first, parts, partial(service.count_error, kind))
+        events = _events(formatter, asked, request, first, parts, partial(service.count_error, kind))
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
     complete: list[list[AnswerText]] = [[] for _ in range(request.n)]
     async for part in parts:
         complete[part.index].append(part)
     tokens = sum(len(part.tokens) for answer in complete for part in answer)
-    usage = usage_of(len(ask.prompt), tokens, complete[0][-1].cached)
+    usage = usage_of(len(asked.prompt), tokens, complete[0][-1].cached)
     choices = await service.apart_from_store(lambda: [formatter.choice(answer) for answer in complete])
     return JSONResponse(formatter.body(choices, usage))
 
 
-def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> EngineRequest:
+def _tokenized(service: Service, request: Request, who: ServedModel, key: Key) -> EngineRequest:
     """Tokenize a request. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
@@ -94,12 +91,12 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Engi
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
         letters, most, top = len(request.prompt), request.max_tokens or 16, request.logprobs  # 16 is OpenAI's default
-    refuse_long(letters, length)
+    service.refuse_long(letters)
     if (most or 0) > limit:
         raise Refused(
             f"max_tokens is {most}; an answer may have at most {limit} tokens", hint=f"Send max_tokens: {limit}"
         )
-    prompt = chat_tokens(service, turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
+    prompt = service.chat_tokens(turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
     usual = limit if who is BASE else prompts.answer_tokens(service.task)
     return EngineRequest(
         prompt,
@@ -115,7 +112,7 @@ def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Engi
 
 async def _events(
     formatter: ResponseFormatter,
-    ask: EngineRequest,
+    asked: EngineRequest,
     request: Request,
     first: AnswerText,
     parts: AsyncIterator[AnswerText],
@@ -125,23 +122,19 @@ async def _events(
     started: set[int] = set()
     tokens = cached = 0
     try:
-        async for part in _after(first, parts):
+        part: AnswerText | None = first
+        while part:
             tokens, cached = tokens + len(part.tokens), part.cached
             for event in formatter.events(part, first=part.index not in started):
                 yield _event(event)
             started.add(part.index)
-        if request.stream_options and request.stream_options.include_usage:
-            yield _event(formatter.body([], usage_of(len(ask.prompt), tokens, cached)))
+            part = await anext(parts, None)
+        if (request.stream_options or {}).get("include_usage"):
+            yield _event(formatter.body([], usage_of(len(asked.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
         on_error(error)
         yield _event(error_of(error)[1])
     yield "data: [DONE]\n\n"
-
-
-async def _after(first: AnswerText, rest: AsyncIterator[AnswerText]) -> AsyncIterator[AnswerText]:
-    yield first
-    async for part in rest:
-        yield part
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -149,18 +142,18 @@ def _event(value: dict[str, Any]) -> str:
 
 
 async def _counted_parts(
-    service: Service, kind: str, ask: EngineRequest, request: Request, key: Key
+    service: Service, kind: str, asked: EngineRequest, request: Request, key: Key
 ) -> AsyncIterator[AnswerText]:
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
-    before = () if isinstance(request, ChatRequest) else ask.prompt[-1:]  # a turn begins a text, a completion does not
+    before = asked.prompt[-1:] if isinstance(request, CompletionRequest) else ()  # a turn begins a text
     with service.counted(kind, key, request.n):
-        async for part in stream_answers(service.engine, ask, service.base.tokenizer, request.n, stops, before):
+        async for part in stream_answers(service.engine, asked, service.base.tokenizer, request.n, stops, before):
             now = time.monotonic()
             if part.index not in last:
                 count.first_token.observe(now - start)
-                count.prompt_tokens.inc(len(ask.prompt))
+                count.prompt_tokens.inc(len(asked.prompt))
             elif part.tokens:
                 count.token_gap.observe((now - last[part.index]) / len(part.tokens))
             last[part.index] = now

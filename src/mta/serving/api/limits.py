@@ -1,4 +1,4 @@
-"""Limits per caller: shares, body size, answer length, history size, request rate; plus the catch-all for errors."""
+"""Limits per caller: shares, body size, answer length, history size, request rate; and the guard of all routes."""
 
 from __future__ import annotations
 
@@ -87,8 +87,11 @@ class Rate:
         latest.append(now)
 
 
-class BodyLimit:
-    """Refuses a body of more than ``most`` bytes without reading it all, and drops callers that send too slowly."""
+class Guard:
+    """Refuses bodies that are longer than ``most`` bytes or arrive too slowly, and hides unexpected exceptions.
+
+    Callers get a 500 without details, and the log gets only the exception's type: its message may hold user data.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -96,56 +99,20 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.most:
-            return await self._refuse(413, scope, receive, send)
-        body = b""
         try:
-            async with asyncio.timeout(_PATIENCE):
-                async for chunk in Request(scope, receive).stream():
-                    body += chunk
-                    if len(body) > self.most:
-                        break
+            body = await self._body(scope, receive)
         except TimeoutError:
-            return await self._refuse(408, scope, receive, send)
+            slow = f"the request did not arrive within {_PATIENCE:.0f} seconds"
+            return await _refuse(408, slow, scope, receive, send)
         except ClientDisconnect:
             return None
-        if len(body) > self.most:
-            return await self._refuse(413, scope, receive, send)
+        if body is None:
+            return await _refuse(413, f"the request is longer than {self.most} bytes", scope, receive, send)
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        started = False
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
-
-        return await self.app(scope, replay, send)
-
-    async def _refuse(self, status: int, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the refusal, then read and drop the rest of the body for a while.
-
-        Closing a connection with unread bytes resets it, and the caller would lose the refusal.
-        """
-
-        async def unfinished(message: Message) -> None:
-            await send({**message, "more_body": True})
-
-        slow = f"the request did not arrive within {_PATIENCE:.0f} seconds"
-        message = slow if status == 408 else f"the request is longer than {self.most} bytes"
-        await JSONResponse(error_body(message, "invalid_request_error"), status, _CLOSE)(scope, receive, unfinished)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b""})
-
-
-class Unexpected:
-    """Turns an unexpected exception into a 500 without details; logs only the exception's type."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
 
         async def watched(message: Message) -> None:
             nonlocal started
@@ -153,10 +120,39 @@ class Unexpected:
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
-        except Exception as error:  # the message may hold user data
+            await self.app(scope, replay, watched)
+        except Exception as error:
             log.error("a request failed: %s", type(error).__name__)
-            if scope["type"] == "http" and not started:
-                await JSONResponse(error_body("internal server error", "server_error"), 500, _CLOSE)(
-                    scope, receive, send
-                )
+            if not started:
+                failed = JSONResponse(error_body("internal server error", "server_error"), 500, _CLOSE)
+                await failed(scope, receive, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Return the body, or None as soon as it is too long. Raises TimeoutError, ClientDisconnect."""
+        declared, body = dict(scope["headers"]).get(b"content-length", b"0"), b""
+        if not declared.isdigit() or int(declared) > self.most:
+            return None
+        async with asyncio.timeout(_PATIENCE):
+            async for chunk in Request(scope, receive).stream():
+                body += chunk
+                if len(body) > self.most:
+                    return None
+        return body
+
+
+async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a refusal, then read and drop the rest of the body for a while.
+
+    Closing a connection with unread bytes resets it, and the caller would lose the refusal.
+    """
+
+    async def unfinished(message: Message) -> None:
+        await send({**message, "more_body": True})
+
+    refusal = JSONResponse(error_body(message, "invalid_request_error"), status, _CLOSE)
+    await refusal(scope, receive, unfinished)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while (await receive()).get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b""})

@@ -6,7 +6,6 @@ Only a key that owns a person may use these routes; unauthorized and unknown per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -29,13 +28,13 @@ from mta.serving.engine import Refused
 from mta.store import Store
 
 
-def _refuse_final_line_break(http: HttpRequest) -> None:
+def _refuse_line_break(http: HttpRequest) -> None:
     """Raises UnknownOrForbidden for a path that ends with a line break: routes would find the path without it."""
     if http.scope["path"].endswith("\n"):
         raise _unknown()
 
 
-router = APIRouter(prefix="/v1/people", dependencies=[Depends(_refuse_final_line_break)])
+router = APIRouter(prefix="/v1/people", dependencies=[Depends(_refuse_line_break)])
 
 
 class NewItem(BaseModel, extra="forbid"):
@@ -58,20 +57,19 @@ class Personalize(BaseModel, extra="forbid"):
     latest: Annotated[int | None, Field(ge=1)] = None
 
 
-@router.post("/{id:whole}/history")
+@router.post("/{id:path}/history")
 async def history(service: Gateway, id: str, body: History, key: Caller) -> dict[str, Any]:
     """Append items to a person's history."""
     _own(key, id)
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
-    async with service.checking(key):
-        await service.apart_from_store(_check_lengths, service, new)
-    async with service.lock(id), service.writing if body.keep else nullcontext():
+    await service.apart_from_store(_check_lengths, service, new)
+    async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}
 
 
-@router.post("/{id:whole}/personalize", status_code=202)
+@router.post("/{id:path}/personalize", status_code=202)
 async def personalize(service: Gateway, id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
     """Start stages 2 and 3 in the background."""
     _own(key, id)
@@ -85,23 +83,23 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
         if latest is None:
             await run_in_threadpool(_check_not_fewer, service.store, person)
         chosen = person.latest(latest) if latest else person
-        return _status_body(await run_in_threadpool(service.jobs.put, chosen, key, since, fewer=latest is not None))
+        return _status_body(service.jobs.put(chosen, key, since))
 
 
-@router.get("/{id:whole}/personalize")
+@router.get("/{id:path}/personalize")
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
-    found = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
-    if found is None:
+    progress = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
+    if progress is None:
         raise UnknownOrForbidden(
             "no personalization of this person was asked for since the server started",
             hint="What is stored: GET /v1/people/…   To start: POST …/personalize",
         )
-    return _status_body(found)
+    return _status_body(progress)
 
 
-@router.get("/{id:whole}")
+@router.get("/{id:path}")
 def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the stored data of a person: opaque anchor numbers, coefficients, versions, bytes."""
     _own(key, id)
@@ -118,7 +116,7 @@ def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     return report
 
 
-@router.delete("/{id:whole}")
+@router.delete("/{id:path}")
 async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Delete all stored data of a person; name the task LoRA and banks that must be rebuilt without the person."""
     _own(key, id)
@@ -127,16 +125,16 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     async with service.lock(id):
         held = service.histories.forget(id)
         try:
-            found = await service.jobs.forget(id)
-            service.is_stale |= bool(found.needs_rebuild)
+            forgotten = await service.jobs.forget(id)
+            service.is_stale |= bool(forgotten.needs_rebuild)
         finally:
             await service.engine.forget(id, service.keys_of(id))
-        if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
+        if forgotten.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
-    report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
-    report |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
-    named = {"exports": found.exports_left, "banks": found.unmarked, "published": found.published}
-    named |= {"unknown": found.unknown}
+    report = {"removed": forgotten.states_removed or held, "needs_rebuild": forgotten.needs_rebuild}
+    report |= {"exports_left": len(forgotten.exports_left), "banks_unmarked": len(forgotten.unmarked)}
+    named = {"exports": forgotten.exports_left, "banks": forgotten.unmarked, "published": forgotten.published}
+    named |= {"unknown": forgotten.unknown}
     return report | {name: left for name, left in named.items() if left and key.rights == "admin"}
 
 
@@ -182,14 +180,12 @@ def _check_lengths(service: Service, items: Sequence[Item]) -> None:
 
 def _item(task: Task, item: NewItem, longest: int) -> Item:
     needed, given = task.fields(), item.fields
-    missing, extra = [name for name in needed if name not in given], sorted(given.keys() - set(needed))
-    if missing or extra:
-        found, do, name = ("no", "Add", missing[0]) if missing else ("an unknown", "Remove", extra[0])
+    if extra := sorted(given.keys() - set(needed)):
         raise Refused(
-            f"an item has {found} field {name!r}; items of this task have {', '.join(needed)}",
-            hint=f"{do} the field  {name}.",
+            f"an item has an unknown field {extra[0]!r}; items of this task have {', '.join(needed)}",
+            hint=f"Remove the field  {extra[0]}.",
         )
-    if max(map(len, given.values())) > longest:
+    if any(len(text) > longest for text in given.values()):
         raise Refused(
             f"a field of an item has more than {longest} characters", hint=f"Send at most {longest} characters."
         )

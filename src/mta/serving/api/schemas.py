@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -49,16 +47,17 @@ class Message(_Request):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Request):
-    """Options for the end of a stream."""
-
-    include_usage: bool = False
-
-
-class Common(_Request):
-    """Fields of both kinds of request."""
+class ModelRequest(_Request):
+    """Fields of all requests to a model. ``fallback`` is an extension: the model that answers for an unknown person."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
+    user: str | None = None
+    fallback: Literal["task", "base"] | None = None
+
+
+class Common(ModelRequest):
+    """Fields of both kinds of request for text."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -66,9 +65,7 @@ class Common(_Request):
     stop: ValidText | Annotated[list[ValidText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    fallback: Literal["task", "base"] | None = None  # extension: the model that answers for an unknown person
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     return_tokens_as_token_ids: bool = False  # as vLLM's: log probabilities name tokens "token_id:17"
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -111,13 +108,10 @@ class CompletionRequest(Common):
         return prompt[0]
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(ModelRequest):
     """``POST /v1/classify``: one text or several, each worded as the task's prompt."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
     input: ValidText | Annotated[list[ValidText], Field(min_length=1, max_length=64)]
-    user: str | None = None
-    fallback: Literal["task", "base"] | None = None
 
 
 Request = ChatRequest | CompletionRequest
@@ -147,7 +141,6 @@ class ResponseFormatter:
         kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
-        self._offsets = Counter[int]()  # by answer: characters of the tokens with log probabilities so far
 
     def body(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return a complete answer, or one event of a stream."""
@@ -156,7 +149,7 @@ class ResponseFormatter:
     def choice(self, parts: Sequence[AnswerText]) -> dict[str, Any]:
         """Return the complete choice that consists of ``parts``."""
         text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message = {"role": "assistant", "content": text}
         return self._choice(parts[-1].index, {"message": message}, text, tokens, parts[-1].finish)
 
     def events(self, part: AnswerText, first: bool) -> list[dict[str, Any]]:
@@ -171,9 +164,9 @@ class ResponseFormatter:
         self, index: int, chat: dict[str, Any], text: str, tokens: Sequence[Token], finish: Finish | None
     ) -> dict[str, Any]:
         body = chat if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+        return {"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         scored = [token for token in tokens if token.logprob is not None]
         if not scored:
             return None
@@ -181,19 +174,14 @@ class ResponseFormatter:
             content = [
                 self._one(t.id, t.logprob) | {"top_logprobs": [self._one(id, p) for id, p in t.top]} for t in scored
             ]
-            return {"content": content, "refusal": None}
-        texts = [self._text(t.id) for t in scored]
-        *starts, self._offsets[index] = accumulate(map(len, texts), initial=self._offsets[index])
+            return {"content": content}
         # Of tokens with the same text, the likeliest counts; ``top`` begins with it.
         top = [{self._text(id): p for id, p in reversed(t.top)} for t in scored]
-        logprobs = [t.logprob for t in scored]
-        found = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
-        return found | {"text_offset": starts}
+        texts, logprobs = [self._text(t.id) for t in scored], [t.logprob for t in scored]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
 
     def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(id)
-        partial = "\N{REPLACEMENT CHARACTER}" in text  # part of a character, whose bytes decode() does not give
-        return {"token": text, "logprob": logprob, "bytes": None if partial or self._ids else list(text.encode())}
+        return {"token": self._text(id), "logprob": logprob}
 
     def _text(self, id: int) -> str:
         if self._ids:

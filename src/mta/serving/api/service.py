@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, ParamSpec, TypeVar
@@ -23,18 +23,17 @@ from starlette.exceptions import HTTPException
 from mta.bank.format import INFO
 from mta.bank.notes import parts_to_rebuild
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, OtherBank
+from mta.errors import DataError, MtaError, OtherBank
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, SharedModel
+from mta.personalize.adapters import BASE, TASK, SharedModel
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
 from mta.serving.api.errors import NeedsRebuild, UnknownOrForbidden, error_of
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
-from mta.serving.api.schemas import ClassifyRequest, Request
-from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version
-from mta.serving.model_names import Named, named
+from mta.serving.api.schemas import ModelRequest
+from mta.serving.engine import TOO_LONG, Engine, QueueFull, Refused, ServedModel, Version, named
 from mta.store import Store
 from mta.system.atomic import read_json
 
@@ -42,7 +41,7 @@ log = logging.getLogger("mta")
 P = ParamSpec("P")
 T = TypeVar("T")
 _WORKERS = 4  # threads that tokenize and format
-_WRITERS = 4  # threads that wait for the store's lock at once: others look up people meanwhile
+_LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 
 
 @dataclass
@@ -70,9 +69,7 @@ class Service:
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
     _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
-    writing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_WRITERS), init=False)
     answers: Shares = field(init=False)  # open ones
-    _checking: dict[str, asyncio.Semaphore] = field(default_factory=dict, init=False)
     _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
@@ -88,22 +85,16 @@ class Service:
         """
         return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._workers)
 
-    def checking(self, key: Key) -> AbstractAsyncContextManager[object]:
-        """Return a context for checks that tokenize: a person or prefix key makes one at a time."""
-        return self._checking.setdefault(key.share, asyncio.Semaphore(1)) if key.share else nullcontext()
-
     async def resolve_model(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
 
         The store is read each time, so a person forgotten by another process is not served from memory. If the person
         does not exist, ``fallback`` answers, if given. Raises UnknownOrForbidden, NeedsRebuild.
         """
-        found = named(model, self.base.name)
-        if isinstance(found, Named):
-            version = await run_in_threadpool(self._version, found) if key.may_ask(found.person) else None
-            who = version or (SharedModel(fallback) if fallback else None)
-        else:
-            who = found
+        who = named(model, self.base.name)
+        if isinstance(who, Version):
+            stored = await run_in_threadpool(self._stored, who) if key.may_ask(who.person) else None
+            who = stored or (SharedModel(fallback) if fallback else None)
         if who is not None:
             await self.check_fresh(who)
             return who
@@ -115,7 +106,7 @@ class Service:
     async def with_fallback(
         self,
         kind: str,
-        request: Request | ClassifyRequest,
+        request: ModelRequest,
         key: Key,
         answer: Callable[[ServedModel], Awaitable[Response]],
     ) -> Response:
@@ -144,10 +135,32 @@ class Service:
                 hint="Start the server again with the rebuilt bank. Ask the base meanwhile.",
             )
 
-    def _version(self, found: Named) -> Version | None:
-        number = found.version or self.store.latest(found.person)
-        seal = self.store.seal(found.person, number) if number else None
-        return None if seal is None or not number else Version(found.person, number, found.stacked, seal)
+    def _stored(self, who: Version) -> Version | None:
+        number = who.number or self.store.latest(who.person)
+        seal = self.store.seal(who.person, number) if number else None
+        return None if seal is None or not number else replace(who, number=number, seal=seal)
+
+    def name_of(self, who: ServedModel, requested: str) -> str:
+        """Return the name of the model that answers, which is another one after a fallback."""
+        names: dict[ServedModel, str] = {TASK: TASK.value, BASE: self.base.name}
+        return names.get(who, requested)
+
+    def refuse_long(self, letters: int) -> None:
+        """Raises Refused for a text that cannot fit, without tokenizing it."""
+        length = self.length
+        if letters > length * _LETTERS:
+            raise Refused(
+                f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
+                hint=f"Send at most {length * _LETTERS} characters.",
+                code=TOO_LONG,
+            )
+
+    def chat_tokens(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a conversation. Raises Refused for messages that the base's chat template rejects."""
+        try:
+            return self.base.prompts.chat(turns)
+        except DataError as error:
+            raise Refused(error.message, hint="Send other messages.") from None
 
     def lock(self, person: str) -> asyncio.Lock:
         """Return the lock for changes to a person's data, so that forgetting never interleaves with another change."""
@@ -187,15 +200,11 @@ class Service:
 
     async def keep_sweeping(self) -> None:
         """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
-        failed = False
         while True:
             try:
                 await self.drop_forgotten_elsewhere()
-                failed = False
             except Exception as error:  # no error may end the loop
-                if not failed:
-                    log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
-                failed = True
+                log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
             await asyncio.sleep(self.sweep)
 
     async def drop_forgotten_elsewhere(self) -> None:
@@ -206,7 +215,7 @@ class Service:
         EngineGone.
         """
         await run_in_threadpool(self.histories.drop_forgotten)
-        await run_in_threadpool(self.jobs.drop_forgotten)
+        await self.jobs.drop_forgotten()
         owners = {key.scope for key in self.keys.keys if key.rights == "person"}
         before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
         removed = await run_in_threadpool(self._removed, await self.engine.versions())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
+
+from fastapi import Request, Response
 
 from mta.serving.api.schemas import AnswerText
 from mta.serving.engine import Engine, EngineRequest, Finish, Token
@@ -54,9 +56,9 @@ class Detokenizer:
 
     def _give(self, held: int) -> str:
         places = [(self._pending.find(stop), len(stop)) for stop in self.stops]
-        found = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
-        self.stopped = bool(found)
-        until = min(found)[1] if found else max(len(self._pending) - held, 0)
+        ends = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
+        self.stopped = bool(ends)
+        until = min(ends)[1] if ends else max(len(self._pending) - held, 0)
         piece, self._pending = self._pending[:until], self._pending[until:]
         return piece
 
@@ -65,7 +67,7 @@ class Detokenizer:
 
 
 async def stream_answers(
-    engine: Engine, ask: EngineRequest, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
+    engine: Engine, request: EngineRequest, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
 ) -> AsyncIterator[AnswerText]:
     """Stream the parts of ``count`` answers, which continue ``before``, each until its first stop text.
 
@@ -74,7 +76,7 @@ async def stream_answers(
     parts: asyncio.Queue[AnswerText | BaseException] = asyncio.Queue()
 
     async def stream_one(index: int) -> None:
-        seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
+        seeded = request if request.seed is None else replace(request, seed=request.seed + index)
         text = Detokenizer(tokenizer, stops, before)
         held: list[Token] = []  # tokens with text that is still held back
         try:
@@ -105,3 +107,20 @@ async def stream_answers(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_disconnect(http: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the response of ``work``; cancel ``work`` when the caller disconnects, so that its slot is freed."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=499)
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)

@@ -145,8 +145,8 @@ class _Adapted:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, O), or both flat as (B * T, ...)."""
-        if self.kernel and (found := self.kernel(x)) is not None:
-            return found.view(*x.shape[:-1], found.shape[-1])
+        if self.kernel and (computed := self.kernel(x)) is not None:
+            return computed.view(*x.shape[:-1], computed.shape[-1])
         y = self.plain(x)
         h = product(x, self.a).view(len(self.gates), -1, len(self.a)).mul_(self.gates[:, None])
         if y.dtype == torch.bfloat16:  # in place: rounds once

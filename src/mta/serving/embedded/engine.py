@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -19,9 +20,8 @@ from mta.model.base import BaseModel
 from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
-from mta.serving.embedded.scheduler import AnswerRow, Scheduler
+from mta.serving.embedded.scheduler import AnswerRow, Sampler, Scheduler
 from mta.serving.engine import LATER, QUEUED, Engine, EngineGone, EngineRequest, Pieces, ServedModel, Version
-from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, run_in_short_thread
 
@@ -68,20 +68,15 @@ class EmbeddedEngine(Engine):
     # -- from any thread -----------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> bool:
-        """Whether requests would be answered now."""
-        return not self._closing and not self.scheduler.stuck
-
-    @property
     def alive(self) -> bool:
         """False if the thread died, and while every step fails; true after ``close``."""
         return not self.died and not self.scheduler.stuck
 
-    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], None]:
+    def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
-        row = AnswerRow(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
+        row = AnswerRow(request, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(request))
         self._put(partial(self._enter, row))
-        self._open[row] = pieces
+        self._open[row] = None
 
         def cancel() -> None:
             row.cancelled = True
@@ -93,31 +88,26 @@ class EmbeddedEngine(Engine):
         def dropped(who: ServedModel) -> bool:
             return isinstance(who, Version) and matches(who)
 
-        def work() -> None:
-            def ends(who: ServedModel, asker: str) -> bool:
-                return dropped(who) or asker in askers
+        def ends(who: ServedModel, asker: str) -> bool:
+            return dropped(who) or asker in askers
 
-            for who in list(filter(dropped, self.activated)):
-                del self.activated[who]
-            for row in [row for rows in self._loading.values() for row in rows if ends(row.ask.who, row.ask.asker)]:
-                row.send(error)
-                row.cancelled = True
-            for who in list(filter(dropped, self._loading)):
-                del self._loading[who]  # what is loaded for them is not used
+        def work() -> None:
+            for row in chain(*self._loading.values()):
+                if ends(row.request.who, row.request.asker):
+                    row.send(error)
+                    row.cancelled = True
+            for kept in (self.activated, self._loading):  # what is being loaded for them is not used
+                for who in list(filter(dropped, kept)):
+                    del kept[who]
             self.scheduler.end(error, lambda owner: ends(*owner))
 
         await self._in_thread(work)
 
     async def versions(self) -> set[Version]:
         """Return the person versions in memory: rows, warm slots, and cached adapters."""
-        found = set[Version]()
-
-        def work() -> None:
-            known = (*self.activated, *self.scheduler.known())
-            found.update(who for who in known if isinstance(who, Version))
-
-        await self._in_thread(work)
-        return found
+        known = set[ServedModel]()
+        await self._in_thread(lambda: known.update(self.activated, self.scheduler.known()))
+        return {who for who in known if isinstance(who, Version)}
 
     async def _in_thread(self, call: Callable[[], None]) -> None:
         """Run a call in the engine's thread and wait for it; do nothing if the engine has stopped."""
@@ -165,12 +155,9 @@ class EmbeddedEngine(Engine):
     def _load(self, who: ServedModel, rows: Sequence[AnswerRow]) -> None:
         """Load the adapter of ``rows`` from bank and store, in a thread of the pool: the store may be slow."""
         adapter: RowAdapter | Exception
-        adapters = self.scheduler.adapters
         try:
-            if isinstance(who, SharedModel):
-                adapter = adapters.adapter_of(who)
-            else:
-                adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
+            owner = self.store.load(who.person, who.number) if isinstance(who, Version) else who
+            adapter = self.scheduler.adapters.adapter_of(owner, isinstance(who, SharedModel) or who.stacked)
         except Exception as error:
             adapter = error
         try:
@@ -207,15 +194,15 @@ class EmbeddedEngine(Engine):
 
     def _enter(self, row: AnswerRow) -> None:
         """Queue a row for a slot, at once if its adapter is cached; else once it is loaded, for all rows together."""
-        if adapter := self.activated.get(row.ask.who):
-            self.activated.move_to_end(row.ask.who)
+        if adapter := self.activated.get(row.request.who):
+            self.activated.move_to_end(row.request.who)
             row.adapter = adapter
             self.scheduler.waiting.append(row)
-        elif waiting := self._loading.get(row.ask.who):
+        elif waiting := self._loading.get(row.request.who):
             waiting.append(row)
         else:
-            rows = self._loading[row.ask.who] = [row]
-            self._loaders.submit(self._load, row.ask.who, rows)
+            rows = self._loading[row.request.who] = [row]
+            self._loaders.submit(self._load, row.request.who, rows)
 
     def _enter_loaded(self, who: ServedModel, rows: Sequence[AnswerRow], adapter: RowAdapter | Exception) -> None:
         """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""

@@ -5,8 +5,8 @@
 
 Slots in use are contiguous, so a pass reads a slice of memory and gathers nothing. When a row leaves, the last slot in
 use is swapped into its place. Only the same *owner* (person, version, mode, and caller) can reuse a warm slot: nothing
-computed for one owner is visible to another. A prompt that shares little with a slot gets a copy of the shared prefix,
-so that two conversations of one owner both stay warm.
+computed for one owner is visible to another. A prompt reuses a slot only if it keeps at least half of its tokens, so
+that two conversations of one owner both stay warm.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         states = key_states, value_states
         if layer_idx == len(self.kept):
             self.kept.append([x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in states])
-        found = []
+        seen = []
         for kept, new in zip(self.kept[layer_idx], states):
             own = kept[self.rows]
             row = torch.arange(len(own), device=own.device)[:, None]
             own[row, :, self.positions] = new.transpose(1, 2)
-            found.append(own[:, :, : self.seen])
-        return found[0], found[1]
+            seen.append(own[:, :, : self.seen])
+        return seen[0], seen[1]
 
     def exchange(self, one: int, other: int, tokens: int) -> None:
         """Swap two slots; only their first ``tokens`` positions are moved."""
@@ -66,11 +66,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         crossed = pair.flip(0)
         for kept in chain(*self.kept):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
-
-    def copy(self, one: int, other: int, tokens: int) -> None:
-        """Copy the first ``tokens`` positions of a slot to another one."""
-        for kept in chain(*self.kept):
-            kept[other, :, :tokens] = kept[one, :, :tokens]
 
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros."""
@@ -124,23 +119,16 @@ class Slots:
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """Take a slot for a row of ``owner``; return its index and the number of reused prompt tokens (never all)."""
         place, slots = self.used, self._slots
-        shared = {n: self._shared(n, owner, prompt) for n in range(place, len(self))}
-        best = chosen = max(shared, key=lambda n: (shared[n], -slots[n].last_used))
-        reused = shared[best]
-        if 2 * reused < len(slots[best].tokens):  # most of it would be lost
-            chosen = min(shared, key=lambda n: slots[n].last_used)
+        reusable = {n: self._reusable(slots[n], owner, prompt) for n in range(place, len(self))}
+        chosen = max(reusable, key=lambda n: (reusable[n], -slots[n].last_used))
         self.exchange(chosen, place)
         self.used += 1
-        source = {chosen: place, place: chosen}.get(best, best)  # where the exchange left it
         slot = slots[place]
         if slot.owner not in (None, owner):
             self.cache.clear(place)  # even masked data of one owner must not stay in another owner's slot
             slot.written = 0
-        if source != place:
-            self.cache.copy(source, place, reused)
-            slot.written = max(slot.written, reused)
-        slot.owner, slot.tokens = owner, slots[source].tokens[:reused]
-        return place, reused
+        slot.owner, slot.tokens = owner, slot.tokens[: reusable[chosen]]
+        return place, reusable[chosen]
 
     def rewind(self, place: int, tokens: int) -> None:
         """Keep only the first ``tokens`` tokens of a row."""
@@ -198,12 +186,12 @@ class Slots:
             slot.tokens.extend(row)
         return logits
 
-    def _shared(self, place: int, owner: Owner, prompt: Sequence[int]) -> int:
-        """Return the length of the prompt prefix that the slot holds for this owner."""
-        slot = self._slots[place]
+    def _reusable(self, slot: Slot, owner: Owner, prompt: Sequence[int]) -> int:
+        """Return the length of the prompt prefix that the slot holds for this owner; 0 if most of it would be lost."""
         if slot.owner != owner:
             return 0
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(slot.tokens, prompt[:-1])))
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(slot.tokens, prompt[:-1])))
+        return shared if 2 * shared >= len(slot.tokens) else 0
 
     def exchange(self, one: int, other: int) -> None:
         """Swap two slots."""

@@ -29,19 +29,98 @@ from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Owner, Slots
-from mta.serving.embedded.label_walk import LabelWalk
-from mta.serving.engine import LATER, LOST, AnswerLost, AnswerPiece, EngineRequest, Finish, ServedModel, log_failure
-from mta.serving.sampling import Sampler
+from mta.serving.engine import (
+    COLDEST,
+    LATER,
+    LOST,
+    AnswerLost,
+    AnswerPiece,
+    EngineRequest,
+    Finish,
+    ServedModel,
+    Token,
+    log_failure,
+)
+from mta.system.device import moved
 
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
 log = logging.getLogger("mta")
+
+
+class Sampler:
+    """Samples the tokens of one answer with its own random generator, so that other rows have no influence."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self._generator = torch.Generator()
+        if request.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(request.seed)
+
+    def token(self, logits: Tensor, likeliest: int) -> Token:
+        """Return the token that follows ``logits`` (V,); ``likeliest`` is the index of the largest logit."""
+        request = self.request
+        id = likeliest if request.temperature < COLDEST else self._drawn(logits)
+        if request.top_logprobs is None:
+            return Token(id)
+        logprobs = logits.float().log_softmax(-1)
+        top = logprobs.topk(request.top_logprobs)
+        return Token(id, float(logprobs[id]), tuple(zip(top.indices.tolist(), top.values.tolist())))
+
+    def _drawn(self, logits: Tensor) -> int:
+        probabilities, top_p = (logits.float() / self.request.temperature).softmax(-1).cpu(), self.request.top_p
+        if top_p < 1:
+            ordered, ids = probabilities.sort(descending=True)
+            ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= top_p] = 0  # the likeliest token always stays
+            return int(ids[torch.multinomial(ordered, 1, generator=self._generator)])
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+class LabelWalk:
+    """Scores a fixed set of answers: log p over the tokens of each label, along the tree of the labels' beginnings.
+
+    A label "1, end" and a label "12, end" share the beginning "1". Beginnings are visited depth first, so an engine
+    with one row of keys and values can go back to a shared beginning and continue from there.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[int]]) -> None:
+        self.labels = [tuple(label) for label in labels]
+        self.scores = [0.0] * len(self.labels)
+        # In lexicographic order, a beginning comes right before everything that continues it: depth first.
+        self._left = sorted({label[:count] for label in self.labels for count in range(len(label))}, reverse=True)
+
+    @property
+    def wanted(self) -> list[int]:
+        """The tokens whose log p is needed behind the current beginning, which is empty at first."""
+        return [token for _, token in self._after()]
+
+    def _after(self) -> list[tuple[int, int]]:
+        """Return the number and the next token of each label that continues the current beginning."""
+        start = self._left[-1]
+        longer = [(n, label) for n, label in enumerate(self.labels) if len(label) > len(start)]
+        return [(n, label[len(start)]) for n, label in longer if label[: len(start)] == start]
+
+    def next(self, logits: Tensor) -> tuple[int, int] | None:
+        """Take the logits (V,) behind the current beginning.
+
+        Returns how many tokens of it to keep, and the token to continue with; None when all labels are scored.
+        """
+        after, _ = self._after(), self._left.pop()
+        (tokens,) = moved(logits.device, torch.tensor([token for _, token in after]))
+        logprobs = logits.float().log_softmax(-1)[tokens].tolist()  # a GPU sends only these
+        for (number, _), logprob in zip(after, logprobs):
+            self.scores[number] += logprob
+        if not self._left:
+            return None
+        return len(self._left[-1]) - 1, self._left[-1][-1]
 
 
 @dataclass(slots=True, eq=False)
 class AnswerRow:
     """One answer in progress: ``left`` holds tokens that are not processed yet, ``count`` counts generated tokens."""
 
-    ask: EngineRequest
+    request: EngineRequest
     send: Callable[[AnswerPiece | MtaError], None]
     sampler: Sampler
     adapter: RowAdapter = field(init=False)  # set before the row waits for a slot
@@ -53,7 +132,7 @@ class AnswerRow:
     walk: LabelWalk = field(init=False)  # of a request with labels
 
     def __post_init__(self) -> None:
-        self.walk = LabelWalk(self.ask.labels)
+        self.walk = LabelWalk(self.request.labels)
 
 
 class Scheduler:
@@ -77,7 +156,7 @@ class Scheduler:
 
     def known(self) -> list[ServedModel]:
         """Return the owners of waiting rows and of all slots, in use or warm."""
-        return [*(row.ask.who for row in self.waiting), *self.slots.known()]
+        return [*(row.request.who for row in self.waiting), *self.slots.known()]
 
     @property
     def stuck(self) -> bool:
@@ -102,7 +181,7 @@ class Scheduler:
     @torch.inference_mode()
     def end(self, error: MtaError, matches: Callable[[Owner], bool] = lambda _: True) -> None:
         """End the rows whose owner ``matches``, and empty their warm slots."""
-        for row in [row for row in (*self.rows, *self.waiting) if matches((row.ask.who, row.ask.asker))]:
+        for row in [row for row in (*self.rows, *self.waiting) if matches((row.request.who, row.request.asker))]:
             row.send(error)
             row.cancelled = True
         try:
@@ -144,13 +223,13 @@ class Scheduler:
         while self.waiting and len(self.rows) < len(self.slots):
             row = self.waiting.popleft()
             try:
-                place, row.cached = self.slots.take((row.ask.who, row.ask.asker), row.ask.prompt)
+                place, row.cached = self.slots.take((row.request.who, row.request.asker), row.request.prompt)
                 self.adapters.take(place, row.adapter)
             except Exception as error:
                 self.fail([row], error, "an admission")
                 self.slots.empty_from(len(self.rows))  # slots in use were not touched
                 continue
-            row.left = list(row.ask.prompt[row.cached :])
+            row.left = list(row.request.prompt[row.cached :])
             self.rows.append(row)
 
     def _prefill(self) -> None:
@@ -172,7 +251,7 @@ class Scheduler:
         """
         rows, filling = self.rows[places], places.start == self.running
         try:
-            wanted = [row.walk.wanted if row.ask.labels and len(row.left) <= width else [] for row in rows]
+            wanted = [row.walk.wanted if row.request.labels and len(row.left) <= width else [] for row in rows]
             with self.adapters.opened(places):
                 logits = self.slots.logits(places, [row.left[:width] for row in rows], wanted)
             likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
@@ -187,7 +266,7 @@ class Scheduler:
                 self._exchange(self.rows.index(rows[n]), self.running)
                 self.running += 1
         for n in ready:
-            if rows[n].ask.labels:
+            if rows[n].request.labels:
                 self._next_label(rows[n], logits[n])
             else:
                 self._next(rows[n], logits[n], likeliest[n])
@@ -204,7 +283,7 @@ class Scheduler:
         else:
             row.left, row.count = [token.id], row.count + 1
             row.send(AnswerPiece(token, cached=row.cached))
-            if row.count >= row.ask.max_tokens:
+            if row.count >= row.request.max_tokens:
                 finish = "length"
         if finish:
             row.send(AnswerPiece(finish=finish, cached=row.cached))
@@ -219,7 +298,7 @@ class Scheduler:
             return self._lose([row], error)
         if step:
             keep, token = step
-            self.slots.rewind(self.rows.index(row), len(row.ask.prompt) + keep)
+            self.slots.rewind(self.rows.index(row), len(row.request.prompt) + keep)
             row.left = [token]
         else:
             row.send(AnswerPiece(finish="stop", cached=row.cached, scores=tuple(row.walk.scores)))

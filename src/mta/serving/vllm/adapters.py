@@ -23,10 +23,9 @@ from mta.bank.format import read_adapters, read_info, verify
 from mta.errors import InputError, MtaError, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, even, join, shared_ranks
 from mta.lora.merge import truncate
-from mta.lora.peft import read_peft, write_peft
+from mta.lora.peft import write_peft
 from mta.personalize.adapters import BASE, SharedModel, adapter_parts
-from mta.serving.engine import Version
-from mta.serving.model_names import from_wire
+from mta.serving.engine import ServedModel, Version, from_wire
 from mta.store import Store
 from mta.store.state import State
 from mta.system.atomic import write_json
@@ -75,38 +74,33 @@ class AdapterFolders:
 
     def path(self, name: str) -> Path | None:
         """Return the folder of an adapter; None if the name is unknown or the adapter cannot be built."""
-        who = from_wire(name)
+        who, folder = from_wire(name), self.folder / folder_of(name)
         if who is None or name == BASE.value:
             return None
         try:
-            return self._path(who, self.folder / folder_of(name))
+            if self._is_stored(who) and (folder.exists() or self._build(who, folder)) and self._is_stored(who):
+                return folder
+            shutil.rmtree(folder, ignore_errors=True)  # forgotten, perhaps meanwhile
         except (MtaError, OSError) as error:  # OSError: for example a full disk
             log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
-            return None
-
-    def _path(self, who: Version | SharedModel, folder: Path) -> Path | None:
-        if not folder.exists():
-            if isinstance(who, SharedModel):
-                adapter, error = self._exporter.adapter(who)
-            elif self._is_stored(who):
-                state = self.store.load(who.person, who.number)
-                try:
-                    adapter, error = self._exporter.adapter(state, who.stacked)
-                except InputError as unfit:  # does not know whose state it is
-                    log.warning("an adapter could not be built: %s", unfit)
-                    return None
-            else:
-                return None
-            write_peft(folder, adapter, "", whole=True)
-            write_json(folder / CUT, {"error": error})
-        read_peft(folder)  # never give vLLM an unreadable adapter
-        if isinstance(who, SharedModel) or self._is_stored(who):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)  # forgotten meanwhile
         return None
 
-    def _is_stored(self, who: Version) -> bool:
-        """Whether the store holds that version with the same content."""
+    def _build(self, who: ServedModel, folder: Path) -> bool:
+        """Write an adapter; return whether its parts fit a slot."""
+        owner = self.store.load(who.person, who.number) if isinstance(who, Version) else who
+        try:
+            adapter, error = self._exporter.adapter(owner, isinstance(who, SharedModel) or who.stacked)
+        except InputError as unfit:  # does not know whose state it is
+            log.warning("an adapter could not be built: %s", unfit)
+            return False
+        write_peft(folder, adapter, "", whole=True)
+        write_json(folder / CUT, {"error": error})
+        return True
+
+    def _is_stored(self, who: ServedModel) -> bool:
+        """Whether the store holds that version with the same content; the models without a person always exist."""
+        if isinstance(who, SharedModel):
+            return True
         seal = self.store.seal(who.person, who.number)
         return seal is not None and seal.startswith(who.seal)
 

@@ -14,8 +14,9 @@ from typing import Any, get_args
 import httpx2 as httpx
 
 from mta.errors import MtaError
-from mta.personalize.adapters import BASE, TASK, SharedModel, check_bank
+from mta.personalize.adapters import BASE, TASK, check_bank
 from mta.serving.engine import (
+    COLDEST,
     LATER,
     LOST,
     QUEUED,
@@ -26,12 +27,12 @@ from mta.serving.engine import (
     EngineRequest,
     Finish,
     Pieces,
+    ServedModel,
     Token,
     Version,
     log_failure,
     together,
 )
-from mta.serving.sampling import COLDEST
 from mta.serving.vllm.adapters import remove_all
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import Remote
@@ -67,25 +68,19 @@ class VllmEngine(Engine):
         self.bank, self.has_task_lora = bank, has_task_lora
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
-        self._askers: dict[asyncio.Task[None], str] = {}  # of the open answers
+        self._open: dict[asyncio.Task[None], tuple[EngineRequest, Pieces]] = {}
         self._salt = secrets.token_bytes(32)
         self._forcing = asyncio.Semaphore(_AT_ONCE)
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests would be answered now, as far as the gateway knows."""
-        return not self._closing and self.server.up
 
     @property
     def alive(self) -> bool:
         """False once a server that this gateway started has ended: the gateway does not restart it."""
         return self.server.up
 
-    def _begin(self, ask: EngineRequest, pieces: Pieces) -> Callable[[], object]:
-        task = asyncio.create_task(self._forward(ask, pieces))
-        self._open[task], self._askers[task] = pieces, ask.asker
+    def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], object]:
+        task = asyncio.create_task(self._forward(request, pieces))
+        self._open[task] = request, pieces
         task.add_done_callback(self._open.pop)
-        task.add_done_callback(self._askers.pop)
         return task.cancel
 
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
@@ -96,12 +91,15 @@ class VllmEngine(Engine):
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
         """Unload the adapters, too, and delete their files; vLLM's cache of prompts stays. Raises EngineGone."""
 
-        def end(answer: asyncio.Task[None]) -> None:
-            self._open[answer].put_nowait(error)
-            answer.cancel()
+        def end() -> list[asyncio.Task[None]]:
+            ending = []
+            for task, (request, pieces) in self._open.items():
+                if request.asker in askers or (isinstance(request.who, Version) and matches(request.who)):
+                    pieces.put_nowait(error)
+                    task.cancel()
+                    ending.append(task)
+            return ending
 
-        for answer in [answer for answer, asker in self._askers.items() if asker in askers]:
-            end(answer)
         await self.adapters.drop(matches, end)
 
     async def versions(self) -> set[Version]:
@@ -125,12 +123,12 @@ class VllmEngine(Engine):
         await self.client.aclose()
         await asyncio.to_thread(self.server.stop)
 
-    async def _forward(self, ask: EngineRequest, queue: Pieces) -> None:
+    async def _forward(self, request: EngineRequest, queue: Pieces) -> None:
         """Put the pieces of an answer, or its error, into the queue."""
         try:
-            who = BASE if ask.who is TASK and not self.has_task_lora else ask.who
+            who = BASE if request.who is TASK and not self.has_task_lora else request.who
             async with self.adapters.held(who) as name:
-                await (self._score if ask.labels else self._stream)(ask, name, queue)
+                await (self._score if request.labels else self._stream)(request, name, queue)
         except MtaError as error:
             queue.put_nowait(error)
         except httpx.HTTPError:
@@ -139,62 +137,69 @@ class VllmEngine(Engine):
             log_failure("an answer of vLLM", error)
             queue.put_nowait(AnswerLost(LOST, hint=LATER))
 
-    async def _stream(self, ask: EngineRequest, name: str, queue: Pieces) -> None:
-        async with self._asked(ask, self._body(ask, name)) as response:
-            async for piece in _read(response, self.stops, ask.top_logprobs or 0):
+    async def _stream(self, request: EngineRequest, name: str, queue: Pieces) -> None:
+        async with self._asked(request, self._body(request, name)) as response:
+            async for piece in _read(response, self.stops, request.top_logprobs or 0):
                 queue.put_nowait(piece)
 
-    async def _score(self, ask: EngineRequest, name: str, queue: Pieces) -> None:
+    async def _score(self, request: EngineRequest, name: str, queue: Pieces) -> None:
         """Score every label, with one request for each of its tokens that no other label shares.
 
         Such a request may choose one token only, and vLLM returns the log probability from before this choice. (Its log
         probabilities of prompts fail together with adapters, in vLLM 0.32.)
         """
-        steps = sorted({(label[:count], label[count]) for label in ask.labels for count in range(len(label))})
-        found = {steps[0]: await self._forced(ask, name, *steps[0])}  # first, so that the others find a cached prompt
-        found |= dict(zip(steps[1:], await together(self._forced(ask, name, *step) for step in steps[1:])))
-        scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in ask.labels)
+        steps = sorted({(label[:count], label[count]) for label in request.labels for count in range(len(label))})
+        first = await self._forced(request, name, *steps[0])  # so that the others find a cached prompt
+        others = await together(self._forced(request, name, *step) for step in steps[1:])
+        logprobs = dict(zip(steps, [first, *others]))
+        scores = (sum(logprobs[label[:count], label[count]] for count in range(len(label))) for label in request.labels)
         queue.put_nowait(AnswerPiece(finish="stop", scores=tuple(scores)))
 
-    async def _forced(self, ask: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
+    async def _forced(self, request: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
         """Return the log probability of a token behind the prompt and the beginning of a label."""
-        body = {"model": name, "prompt": [*ask.prompt, *start], "max_tokens": 1, "cache_salt": self._salted(ask)}
-        body |= {"allowed_token_ids": [token], "ignore_eos": True, "temperature": 0.0, "logprobs": 0}
-        async with self._forcing, self._asked(ask, body) as response:
+        body = {"model": name, "prompt": [*request.prompt, *start], "max_tokens": 1}
+        body |= {
+            "cache_salt": self._salted(request),
+            "allowed_token_ids": [token],
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "logprobs": 0,
+        }
+        async with self._forcing, self._asked(request, body) as response:
             (choice,) = json.loads(await response.aread())["choices"]
         return float(choice["logprobs"]["token_logprobs"][0])
 
     @asynccontextmanager
-    async def _asked(self, ask: EngineRequest, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
-        request = self.client.build_request("POST", "/v1/completions", json=body, timeout=_TIMEOUT)
-        async with aclosing(await _opened(asyncio.create_task(self.client.send(request, stream=True)))) as response:
+    async def _asked(self, request: EngineRequest, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        sent = self.client.build_request("POST", "/v1/completions", json=body, timeout=_TIMEOUT)
+        async with aclosing(await _opened(asyncio.create_task(self.client.send(sent, stream=True)))) as response:
             if response.status_code != 200:
-                raise await asyncio.to_thread(self._error_of, ask.who, response.status_code)
+                raise await asyncio.to_thread(self._error_of, request.who, response.status_code)
             yield response
 
-    def _salted(self, ask: EngineRequest) -> str:
+    def _salted(self, request: EngineRequest) -> str:
         """Return the caller's salt: vLLM separates cached prefixes by adapter and by salt."""
-        return hmac.new(self._salt, ask.asker.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._salt, request.asker.encode(), hashlib.sha256).hexdigest()
 
-    def _body(self, ask: EngineRequest, name: str) -> dict[str, Any]:
+    def _body(self, request: EngineRequest, name: str) -> dict[str, Any]:
         return {
             "model": name,
-            "prompt": list(ask.prompt),
-            "max_tokens": ask.max_tokens,
+            "prompt": list(request.prompt),
+            "max_tokens": request.max_tokens,
             "stream": True,
             "ignore_eos": True,  # only our stop tokens end an answer
             "stop_token_ids": sorted(self.stops),
-            "temperature": ask.temperature if ask.temperature >= COLDEST else 0.0,
-            "top_p": ask.top_p,
-            "seed": None if ask.seed is None else ask.seed % 2**63,  # vLLM takes -1 for no seed
-            "logprobs": ask.top_logprobs,
+            "temperature": request.temperature if request.temperature >= COLDEST else 0.0,
+            "top_p": request.top_p,
+            "seed": None if request.seed is None else request.seed % 2**63,  # vLLM takes -1 for no seed
+            "logprobs": request.top_logprobs,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "stream_options": {"include_usage": True},
-            "cache_salt": self._salted(ask),
+            "cache_salt": self._salted(request),
         }
 
-    def _error_of(self, who: Version | SharedModel, status: int) -> MtaError:
+    def _error_of(self, who: ServedModel, status: int) -> MtaError:
         """Return the error for a vLLM status; read the state here, because vLLM does not say what is wrong with it."""
         if isinstance(who, Version) and status in (400, 404):
             try:

@@ -194,5 +194,5 @@ def _new_folder() -> tuple[Path, FileLock]:
 def _reason(log: Path) -> str:
     """Return the first error in the log, which usually causes the later ones, or the end of the log."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    found = _ERROR.search(text)
-    return found[0] if found else text[-500:].strip() or "the log is empty"
+    first = _ERROR.search(text)
+    return first[0] if first else text[-500:].strip() or "the log is empty"
