@@ -27,7 +27,7 @@ def describe(people: Sequence[Person]) -> dict[str, float]:
 
 
 def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
-    """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
+    """Return what a set offers an evaluation: people with enough items, people with times, and label shares.
 
     ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
     items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
@@ -39,7 +39,6 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
         return sum(has_enough_items(task, person, shots, queries, ask) for person in people)
 
     times = [[item.time for item in person.items] for person in people]
-    known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
         "asked": queries,
@@ -51,7 +50,5 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
             "people": able(default.shots, default.queries, "next"),
         },
         "people with times": sum(None not in each for each in times),
-        "oldest": min(known, default=None),
-        "newest": max(known, default=None),
         "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},
     }

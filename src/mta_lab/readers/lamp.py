@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mta.data.history import Item
-from mta.data.readers.formats import Records
-from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
 from mta.data.readers.rows import RecordPart, as_label, id_in, item_in, list_in, text_in
 from mta.data.readers.stream import array_elements, object_in, objects, only_file, opened
 from mta.data.tasks.task import Task
@@ -76,7 +75,7 @@ def outputs_name(questions: Path) -> Path:
 
 
 def lamp_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects, answers: bool = True
+    records: Records, questions: Path, task: Task, rejects: Rejects, answers: bool = True
 ) -> Iterator[RecordPart]:
     """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
@@ -102,9 +101,7 @@ def lamp_parts(
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
 
 
-def perpcs_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects, answers: bool = True
-) -> Iterator[RecordPart]:
+def perpcs_parts(records: Records, task: Task, rejects: Rejects, answers: bool = True) -> Iterator[RecordPart]:
     """Yield one person per record, with any number of questions and, with ``answers``, the gold ones where known."""
     answer = partial(_answer, golds=None) if answers else _no_answer
     seen: set[str] = set()

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mta.config import plugins
-from mta.data.readers.rejects import Place, Rejects
+from mta.data.readers.rejects import Records, Rejects
 from mta.data.readers.rows import RecordPart
 from mta.data.tasks.task import Task
-
-Records = Iterator[tuple[Place, dict[str, Any]]]
 
 
 class Format(Protocol):

@@ -65,22 +65,16 @@ def read_people(
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     if questions:
-        return _asked(people, source, task)
+        if asked := [person for person in people if person.queries]:
+            return People(asked, task)
+        hint = "Give rows with person and input, or LaMP's or Per-Pcs's questions."
+        raise DataError(f"{source} holds no questions", hint=hint)
     if copies := repeated(people):
         log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
     people, shared = connected(people, task)
     if shared.people:
         log.warning("%s: %s; splits keep a group together", source, shared)
     return People(people, task)
-
-
-def _asked(people: Sequence[Person], source: Path, task: Task) -> People:
-    """Return the people who have questions. Raises DataError if there are none."""
-    if asked := [person for person in people if person.queries]:
-        return People(asked, task)
-    raise DataError(
-        f"{source} holds no questions", hint="Give rows with person and input, or LaMP's or Per-Pcs's questions."
-    )
 
 
 def iter_parts(
@@ -117,21 +111,19 @@ class _Gathered:
         self.records = 0
         self.items: list[Item] = []
         self.queries: list[Item] = []
-        self.ids: set[str] = set()
+        self.ids: set[str | None] = set()
 
     def take(self, part: RecordPart, rejects: Rejects) -> None:
         """Add a part. An item id may occur again only in another part, and only if parts repeat items."""
-        here: set[str] = set()
+        taken: set[str | None] = set() if part.repeats else self.ids  # LaMP may reuse an id in another record
         new: list[Item] = []
         for item in part.items:
-            if item.id in (here if part.repeats else self.ids):  # LaMP may reuse an id in another record
+            if item.id is not None and item.id in taken:
                 reason = f"duplicate item id {item.id!r} of person {part.person!r}; rename a field that names no items"
                 rejects.add(part.place, "id", reason, dict(item.fields))
-                continue
-            if item.id is not None:
-                self.ids.add(item.id)
-                here.add(item.id)
-            new.append(item)
+            else:
+                taken.add(item.id)
+                new.append(item)
         self.add(new, part.queries, repeats=part.repeats)
 
     def add(self, items: Sequence[Item], queries: Sequence[Item], *, repeats: bool) -> None:
@@ -165,13 +157,16 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
     if skip_bad is None:
         return None
-    path = Path(os.path.expanduser(skip_bad))
-    is_input = is_read(path, source)
-    is_foreign = path.exists() and not path.is_dir() and not (path.is_file() and is_rejects(path))  # devices, too
-    if is_input or is_foreign or path.is_dir():
-        found = "an input file" if is_input else "another file" if is_foreign else "a folder"
+    path, kind = Path(os.path.expanduser(skip_bad)), ""
+    if is_read(path, source):
+        kind = "an input file"
+    elif path.is_dir():
+        kind = "a folder"
+    elif path.exists() and not (path.is_file() and is_rejects(path)):  # devices, too
+        kind = "another file"
+    if kind:
         raise InputError(
-            f"bad rows cannot be written to {path}: it is {found}; expected the name of a file",
+            f"bad rows cannot be written to {path}: it is {kind}; expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path
@@ -179,8 +174,7 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
 
 def is_read(path: Path, source: Path) -> bool:
     """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
-    inside = files_in(source) if source.is_dir() else ()
-    files = [file for file in inside if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
-    files = files if source.is_dir() else [source]
-    read = [*files, *(other for one in formats() for file in files for other in one.beside(file))]
-    return any(path.resolve() == file.resolve() for file in read)
+    inside = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
+    files = inside if source.is_dir() else [source]
+    beside = [other for one in formats() for file in files for other in one.beside(file)]
+    return path.resolve() in {file.resolve() for file in (*files, *beside)}
