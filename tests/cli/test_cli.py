@@ -360,7 +360,7 @@ def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_b
     assert f"not marked as needing a rebuild: {tmp_path}/bank (no bank at {tmp_path}/bank: bank.json is missing)" in (
         said.out
     )
-    assert f"mta forget {MEMBER} --store {tmp_path}/people --bank {tmp_path}/bank" in said.err
+    assert f"mta forget {MEMBER} --bank {tmp_path}/bank --store {tmp_path}/people" in said.err
     said = run("forget", ANN, *at, "--json")
     assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, [f"{tmp_path}/bank"])
     (tmp_path / "moved").rename(tmp_path / "bank")

@@ -13,7 +13,6 @@ import typer
 
 from mta import __version__
 from mta.cli import bank, compare, data, demo, machine, person, personalize, predict, serve, store
-from mta.cli.options import Interrupted
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
@@ -83,7 +82,7 @@ def run(app: typer.Typer) -> None:
         os.kill(os.getpid(), end.number)
         raise  # the first process of a container survives its own signal
     except SystemExit as end:
-        if end.code == 130 and not isinstance(end, Interrupted):  # typer's exit code for Ctrl-C
+        if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
 

@@ -98,10 +98,6 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
-class Interrupted(SystemExit):
-    """The end by Ctrl-C of a command that has said what to do next."""
-
-
 class Stdin(PosixPath):
     """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
 

@@ -212,12 +212,8 @@ def forget(
     show_json(asdict(done)) if json else _tell(done, missing)
     if done.complete:
         return
-    named = [word for one in banks for word in ("--bank", str(one))]
-    options_given = ["--store", store, *(named or ["--no-bank"])]
-    id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
-    words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
-    typer.echo(f"{said}. Correct that, and repeat:  {options.without_passwords(shlex.join(words))}", err=True)
+    typer.echo(f"{said}. Correct that, and repeat:  {options.command_line()}", err=True)
     raise typer.Exit(INCOMPLETE)
 
 
