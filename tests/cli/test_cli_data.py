@@ -19,7 +19,7 @@ def test_data_describe_counts(world):
 def test_data_describe_counts_in_json(world):
     found = mta("data", "describe", world.new, *TASK, "--json").json
     assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
-    splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
+    splits = mta("data", "describe", world.new, *TASK, "--json").json["splits"]
     assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
     assert splits["people with times"] == 4
     assert splits["anchors"] == {"items": 11, "people": 0}
@@ -28,9 +28,9 @@ def test_data_describe_counts_in_json(world):
 
 
 def test_data_describe_counts_people_with_enough_items(world):
-    said = mta("data", "describe", world.new, *TASK, "--queries", 2).out
-    assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
-    assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
+    said = mta("data", "describe", world.new, *TASK).out
+    assert "last 4 items as queries, the 1 before them as shots: 4 people" in said
+    assert "last 4 items as queries, the 4 before them as shots: 0 people" in said
     assert "people with a time on every item: 4" in said
 
 
@@ -107,15 +107,6 @@ def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
         os.mkfifo(pipe)
         threading.Thread(target=pipe.write_bytes, args=[path.read_bytes()], daemon=True).start()
     assert mta("score", pipes[1], "--true", pipes[0], "--task", "lamp3").out.startswith("MAE 2.0000")
-
-
-def test_data_show_prints_questions_without_answers(world, tmp_path):
-    path = tmp_path / "questions.csv"
-    path.write_text("person,title,genres\nann,Zorblax,Drama\n")
-    said = mta("data", "show", path, "--questions", *world.settings)
-    assert "Zorblax" in said.out
-    assert "⟦" not in said.out
-    assert "0 in the target" in said.out
 
 
 def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):

@@ -34,10 +34,6 @@ MISTAKES = {
         "evaluate lamp3 --data {new} --out {root}/e run.seed=3",
         "InputError: run.seed has no",
     ),
-    "a temperature where labels are scored": (
-        "generate {question} --bank {bank} --store {store} --temperature 0.5",
-        "InputError: --temperature has no effect: task 'movielens-rating' has labels",
-    ),
     "a length where labels are scored": (
         "predict {new} --bank {bank} --store {store} --max-new-tokens 5",
         "InputError: --max-new-tokens has no effect: task 'movielens-rating' has labels",

@@ -137,14 +137,6 @@ def test_states_of_another_bank_are_refused_before_anything_is_computed_or_fall_
     assert [one["model"] for one in lines(mta("predict", path, *at, "--fallback", "base").out)] == ["base", "person"]
 
 
-def test_equal_questions_get_samples_of_their_own(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "TOGETHER", 4)
-    path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn")] * 8)
-    words = ["--write", "--temperature", 5, "--max-new-tokens", 9]
-    answers = [one["answer"] for one in lines(mta("predict", path, *world.at, *words).out)]
-    assert answers[:4] != answers[4:]
-
-
 def test_a_terminal_without_unicode_gets_escaped_json(world, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.cli.predict.speaks_unicode", lambda: False)
     path = written(tmp_path / "questions.jsonl", [question(ANN, "😀")])

@@ -86,4 +86,4 @@ def test_a_person_whose_own_question_is_asked_needs_no_items_for_it():
     asked = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[2]"}, is_query=True)
     items = tuple(Item({"title": f"T{n}", "abstract": "We."}) for n in range(8))
     people = [Person("ann", items, (asked,)), Person("bob", items)]
-    assert describe_for_evaluation(people, task, 4)["shots"] == {1: 1, 4: 1, 8: 1, 16: 0}
+    assert describe_for_evaluation(people, task)["shots"] == {1: 1, 4: 1, 8: 1, 16: 0}

@@ -9,8 +9,7 @@ from conftest import people_of, personalizer
 
 from mta.config import MergeSettings
 from mta.errors import BankNotFound, PersonNotFound
-from mta.store.state import Losses
-from mta.tools.inspect import SavedVersion, gains, summarize, versions_of
+from mta.tools.inspect import SavedVersion, summarize, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -91,12 +90,3 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
         SavedVersion(2, 4, None, None, False),
         SavedVersion(3, store.sizes("x0")[3], "b" * 64, "fixed", True),
     ]
-
-
-def test_gains_are_explained_in_plain_words():
-    better, worse = "predicts their shots better by", "predicts their shots worse by"
-    assert gains(Losses(1.0, 0.88, 0.9, 3)) == [
-        f"the merge {better} 0.120 nats per token than the pooled model",
-        f"merge and stack {worse} 0.020 nats per token than the merge alone",
-    ]
-    assert gains(Losses(1.0, 1.0, None, 3)) == [f"the merge {better} 0.000 nats per token than the pooled model"]

@@ -136,7 +136,6 @@ def size(
     shared: Annotated[float, Option(min=0, help="How many of --tokens are a prefix that all items share.")] = 0,
     targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
     shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
-    context: Annotated[int, Option(min=1, help="Tokens per served conversation.")] = 1024,
     on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
     picture: Annotated[
         Path | None, Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")
@@ -152,7 +151,7 @@ def size(
 
     given = {"base": base, "bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = override(Run(base="llama-3-8b"), [*(words or []), *options.as_words(**given)], config)
-    load = sizing.DataSizes(tokens, targets, shots, context, shared)
+    load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if picture:

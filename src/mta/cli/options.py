@@ -207,12 +207,11 @@ def executor_at(
         yield LocalExecutor()
 
 
-def check_written(task: TaskType, write: bool, max_new_tokens: int | None, temperature: float) -> None:
-    """Raise InputError for options of generated answers where labels are scored."""
-    if task.labels and not write and (max_new_tokens or temperature):
-        name = "--max-new-tokens" if max_new_tokens else "--temperature"
+def check_written(task: TaskType, write: bool, max_new_tokens: int | None) -> None:
+    """Raise InputError for the length of generated answers where labels are scored."""
+    if task.labels and not write and max_new_tokens:
         raise InputError(
-            f"{name} has no effect: task {task.name!r} has labels, which are scored",
+            f"--max-new-tokens has no effect: task {task.name!r} has labels, which are scored",
             hint="Leave it out, or generate text instead:  --write",
         )
 

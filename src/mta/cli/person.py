@@ -82,8 +82,6 @@ def _chart(found: Summary) -> Table:
 
 
 def _facts(found: Summary) -> list[str]:
-    from mta.tools.inspect import gains
-
     stack, losses = found.stack, found.losses
     lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
     if losses:
@@ -91,7 +89,12 @@ def _facts(found: Summary) -> list[str]:
         models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in models.items() if loss is not None)
         lines.append(f"nats per token on their shots ({losses.tokens} target tokens): {each}")
-        lines += [f"  {gain}" for gain in gains(losses)]
+        gains = [("the merge", losses.pooled - losses.merged, "the pooled model")]
+        if losses.stacked is not None:
+            gains.append(("merge and stack", losses.merged - losses.stacked, "the merge alone"))
+        for part, gain, other in gains:
+            word = "better" if gain >= 0 else "worse"
+            lines.append(f"  {part} predicts their shots {word} by {abs(gain):.3f} nats per token than {other}")
     else:
         lines.append("losses on their shots: not recorded (personalize again to record them)")
     lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")

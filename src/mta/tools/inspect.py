@@ -109,15 +109,3 @@ def versions_of(id: str, store: Store) -> list[SavedVersion]:
             content = state.work, state.policy
         found.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
     return found
-
-
-def gains(losses: Losses) -> list[str]:
-    """Return sentences on how much merge and stack change the losses on the person's own shots."""
-    sentences = [f"the merge {_compared(losses.pooled - losses.merged)} than the pooled model"]
-    if losses.stacked is not None:
-        sentences.append(f"merge and stack {_compared(losses.merged - losses.stacked)} than the merge alone")
-    return sentences
-
-
-def _compared(gain: float) -> str:
-    return f"predicts their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
