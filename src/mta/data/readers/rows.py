@@ -121,33 +121,21 @@ def _iso(text: str) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
-@dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The fields that a row must have: those of an item, or those of a question, which needs no answer."""
+    """The fields that a row must have: those of an item, or those of a question, which needs no answer.
 
-    task: Task
-    questions: bool = False
+    ``aliases``: field -> its name for any task: ``output``, and ``input`` if it is one field. ``others``: the same in
+    files, where the name of another field of the task does not stand for this one.
+    """
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        form = self.task.query if self.questions and self.task.query else self.task.item
-        return form.inputs
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return self.inputs if self.questions else self.task.fields()
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """The fields -> their names for any task: ``output``, and ``input`` if it is one field."""
-        output = {} if self.questions else {self.task.item.target: "output"}
-        return output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
-
-    @property
-    def others(self) -> dict[str, str]:
-        """The aliases in files, where the name of another field of the task does not stand for this one."""
-        own = {*self.task.fields(), *self.fields}
-        return {name: other for name, other in self.aliases.items() if other == name or other not in own}
+    def __init__(self, task: Task, questions: bool = False) -> None:
+        form = task.query if questions and task.query else task.item
+        self.task, self.questions, self.inputs = task, questions, form.inputs
+        self.fields = form.inputs if questions else task.fields()
+        self.aliases = {} if questions else {task.item.target: "output"}
+        self.aliases |= {form.inputs[0]: "input"} if len(form.inputs) == 1 else {}
+        own = {*task.fields(), *self.fields}
+        self.others = {name: other for name, other in self.aliases.items() if other == name or other not in own}
 
     def keys(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the fields -> their columns in a row. Raises Bad for a missing one."""
@@ -265,12 +253,9 @@ def item_parts(
                 column, other = named.get(field, bad.field), wanted.others.get(field)
                 hint = bad.hint
                 if not ({column, other} - replaced) & seen:  # no row of the file had the field so far
-                    these = (
-                        "a column of the file to person"
-                        if field == "person"
-                        else "the columns of the file to these names"
-                    )
-                    hint = f"Rename {these}, or name its column:  --columns {other or field}=NAME"
+                    to = "person" if field == "person" else "these names"
+                    what = "a column" if field == "person" else "the columns"
+                    hint = f"Rename {what} of the file to {to}, or name its column:  --columns {other or field}=NAME"
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
