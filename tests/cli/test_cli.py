@@ -15,7 +15,6 @@ from mta.bank.format import seal
 from mta.cli import options
 from mta.cli.options import executor_at, open_bank
 from mta.data.history import Person
-from mta.data.tasks import Task
 from mta.personalize import Personalizer
 
 # bank
@@ -25,14 +24,6 @@ def test_bank_build_reports_the_bank(world):
     assert world.built.json["anchors"] == 2
     assert "task LoRA: 8/8 examples" in world.built.err
     assert set(world.built.json["seconds"]) == {"task LoRA", "anchors", "calibration"}
-
-
-def test_a_finished_build_is_not_changed(world):
-    before = tree(world.bank)
-    said = mta(*world.build)
-    assert world.built.json["hash"][:12] in said.out
-    assert "examples" not in said.err
-    assert tree(world.bank) == before
 
 
 def test_settings_come_from_a_file_then_words(world, tmp_path):
@@ -167,11 +158,6 @@ def test_personalizing_again_changes_nothing(world):
     assert tree(world.store) == before
 
 
-def test_people_with_other_shots_are_trained_again(world, tmp_path):
-    at = world.copy(tmp_path)
-    assert mta("personalize", world.new, *at, "--latest", 3, "--json").json["trained"] == 4
-
-
 def test_a_bank_built_on_a_gpu_works_on_a_machine_without_that_gpu(world, tmp_path):
     at = world.copy(tmp_path)
     path = tmp_path / "bank" / "bank.json"
@@ -191,13 +177,6 @@ def test_generate_answers_for_each_person_and_without_a_person(world):
     assert answers[0]["shares"] != answers[1]["shares"]
 
 
-def test_generate_scores_labels_that_only_questions_have(world, monkeypatch):
-    """As LaMP-1's."""
-    monkeypatch.setattr(Task, "labelled", property(lambda task: False))
-    (answer,) = mta("generate", QUESTION, "--person", ANN, *world.at, "--json").json
-    assert sum(answer["shares"].values()) == pytest.approx(1)
-
-
 def test_generate_write_generates_text(world):
     asked = [QUESTION, "--person", BOB, "--person", ANN, "--shared", "--max-new-tokens", 3, "--write"]
     answers = mta("generate", *asked, *world.at, "--json").json
@@ -207,11 +186,6 @@ def test_generate_write_generates_text(world):
 def test_generate_prints_a_line_for_each(world):
     said = mta("generate", QUESTION, "--person", ANN, *world.at).out
     assert re.match(rf"{ANN}: [1-5]   ([1-5] \d+%  ){{4}}[1-5] \d+%\n", said)
-
-
-def test_generate_without_a_person_asks_the_task_lora_and_the_base(world):
-    answers = mta("generate", QUESTION, *world.at, "--json").json
-    assert [answer["person"] for answer in answers] == ["(task)", "(base)"]
 
 
 def test_export_writes_a_peft_folder(world, tmp_path):
@@ -381,17 +355,6 @@ def test_forget_with_an_unknown_hub_id_still_removes_the_person(world, tmp_path)
     at = world.copy(tmp_path)
     said = run("forget", ANN, "--store", at[3], "--bank", "nobody/nothing", "--json")
     assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, ["nobody/nothing"])
-
-
-def test_export_replaces_no_adapter_that_took_the_place_of_its_own(world, tmp_path):
-    at, here = world.copy(tmp_path), tmp_path / "here"
-    mta("export", ANN, "--out", here, *at)
-    here.rename(tmp_path / "moved")
-    mta("export", BOB, "--out", here, *at)
-    before = tree(here)
-    said = run("export", ANN, "--out", here, *at)
-    assert (said.code, tree(here)) == (1, before)
-    assert f"InputError: {here} holds another adapter" in said.err
 
 
 def test_people_whose_items_are_all_asked_are_left_out(world, tmp_path, monkeypatch):

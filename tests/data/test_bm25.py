@@ -77,11 +77,6 @@ def test_copies_are_found_below_the_earlier_items_that_they_show():
     assert len(kept) == len(plain) == 1
 
 
-def test_without_earlier_items_the_prompt_has_no_profile():
-    item = with_profile(LAMP4, EARLIER[0], [], 3)
-    assert LAMP4.profiled().prompt(item) == LAMP4.prompt(EARLIER[0])
-
-
 def test_a_query_keeps_its_own_wording():
     task = load_task("lamp1")
     query = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[1]"}, id="7", is_query=True)
