@@ -31,7 +31,6 @@ def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        ([2009, "2009-05"], "'2009-05' is a date, and '2009' a number"),
         (["20090531", "2009-05-31"], "'2009-05-31' is a date, and '20090531' a number"),
         (["2009-05", 3], "'2009-05' is a date, and '3' a number"),
     ],

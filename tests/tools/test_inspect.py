@@ -62,12 +62,6 @@ def test_the_parts_of_a_bank_trained_on_a_person_are_named(known):
     assert summarize("t0", known.store, known.bank.folder).trained == ["task LoRA"]
 
 
-def test_a_state_of_another_bank_is_recognized(known):
-    known.store.save("x0", replace(known.state("x0"), bank="f" * 64, work="0" * 64))
-    found = summarize("x0", known.store, known.bank.folder)
-    assert (found.bank, found.bank_here) == ("f" * 64, known.bank.hash)
-
-
 def test_who_is_not_there(known, tmp_path):
     for look in (lambda: summarize("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
         with pytest.raises(PersonNotFound, match="no state of 'eve'"):
