@@ -53,34 +53,32 @@ def generate(
     personal = mta.Personalizer(base, opened, store, run=run)
     people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
-    names = [who if isinstance(who, str) else f"({who.value})" for who in people]
     options.check_written(opened.task, write, max_new_tokens)
+    shares: list[dict[str, float]] = [{} for _ in rows]
     if opened.task.labels and not write:
         shares = personal.shares(rows)
         answers = [next(iter(own)) for own in shares]
-        details = ["   " + "  ".join(f"{label} {share:.0%}" for label, share in own.items()) for own in shares]
-        more: list[dict[str, object]] = [{"shares": own} for own in shares]
     else:
         answers = personal.generate(rows, max_new_tokens=max_new_tokens)
-        details, more = [""] * len(rows), [{}] * len(rows)
+    said = []
+    for who, answer, own in zip(people, answers, shares):
+        name, kind = (who, "person") if isinstance(who, str) else (f"({who.value})", who.value)
+        said.append({"person": name, "model": kind, "answer": answer} | ({"shares": own} if own else {}))
+        if not json:
+            detail = "  ".join(f"{label} {share:.0%}" for label, share in own.items())
+            typer.echo(f"{name}: {answer}" + (f"   {detail}" if own else ""))
     if json:
-        kinds = ["person" if isinstance(who, str) else who.value for who in people]
-        rows_said = zip(names, kinds, answers, more)
-        return show_json([{"person": name, "model": kind, "answer": one, **new} for name, kind, one, new in rows_said])
-    for name, answer, detail in zip(names, answers, details):
-        typer.echo(f"{name}: {answer}{detail}")
+        show_json(said)
 
 
 def _fields(question: str) -> Question:
     """Return the fields of a question that is a JSON object; another text unchanged. Raises DataError."""
-    fields: dict[str, object] | None = None
+    fields: dict[str, object] = {}
     if question.lstrip().startswith("{"):
         with suppress(ValueError):
             fields = loads(question)
     try:
-        if fields is None:
-            return text_in({"question": question}, "question")
-        return {name: text_in(fields, name) for name in fields}
+        return {name: text_in(fields, name) for name in fields} or text_in({"question": question}, "question")
     except Bad as bad:
         raise DataError(
             f"the question's field {bad.field!r}: {bad.reason}",

@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
+from mta.config import plugins
 from mta.data.history import Item, People, Person
-from mta.data.readers.formats import formats
-from mta.data.readers.rejects import Rejects, data_error, is_rejects
+from mta.data.readers.rejects import Records, Rejects, data_error, is_rejects
 from mta.data.readers.rows import NO_TIME, RecordPart, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
@@ -26,6 +27,36 @@ FORMATS = (
     "RecBole folder (*.inter, *.item)."
 )
 log = logging.getLogger("mta")
+
+
+class Format(Protocol):
+    """A format of people's items that another package reads; ``mta_lab.readers`` has examples.
+
+    An entry point of the group ``mta.readers`` names an object with these methods.
+    """
+
+    def opens(self, path: Path) -> bool:
+        """Return whether a path has this format, by names of files alone."""
+
+    def knows(self, record: Mapping[str, Any]) -> bool:
+        """Return whether the first record of a JSON file has this format."""
+
+    def parts(
+        self, path: Path, records: Records | None, task: Task, rejects: Rejects, answers: bool
+    ) -> Iterator[RecordPart]:
+        """Yield people's items; a person may come in many parts. Raises DataError.
+
+        ``records`` are those of a file that it ``knows``; None for a path that it ``opens``. Without ``answers``,
+        questions need none.
+        """
+
+    def beside(self, file: Path) -> list[Path]:
+        """Return the files that are read together with a file, whether or not they exist."""
+
+
+def formats() -> list[Format]:
+    """Return the formats of all installed packages."""
+    return [plugins.load("mta.readers", name) for name in plugins.names("mta.readers")]
 
 
 def read_people(
