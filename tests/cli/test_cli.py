@@ -26,20 +26,16 @@ def test_bank_build_reports_the_bank(world):
     assert set(world.built.json["seconds"]) == {"task LoRA", "anchors", "calibration"}
 
 
-def test_settings_come_from_a_file_then_words(world, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("seed: 4\nbank: {anchors: 9}\n")
-    mta("bank", "build", world.members, *world.settings, "--config", config, "--out", tmp_path / "bank")
-    run = mta("bank", "show", tmp_path / "bank", "--json").json["run"]
-    assert (run["seed"], run["bank"]["anchors"], run["bank"]["max_items"]) == (4, 2, 4)
-
-
-def test_options_override_words(world, tmp_path):
+def test_settings_come_from_a_file_then_words_then_options(world, tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 4\nbank: {anchors: 9, max_items: 9}\n")
     shutil.copytree(world.base, tmp_path / "2024")
+    given = [*world.settings, "seed=5", "--config", "run.yaml", "--base", "2024", "--seed", 6, "--out", "bank"]
     with contextlib.chdir(tmp_path):
-        mta("bank", "build", world.members, *world.settings, "--base", "2024", "--seed", 5, "--out", "bank", "seed=4")
+        mta("bank", "build", world.members, *given)
         shown = mta("bank", "show", "bank", "--json").json
-    assert (shown["base"], shown["run"]["seed"]) == ("2024", 5)
+    settings = shown["run"]
+    assert (shown["base"], settings["seed"]) == ("2024", 6)
+    assert (settings["bank"]["anchors"], settings["bank"]["max_items"]) == (2, 4)
 
 
 def test_bank_calibrate_gives_a_finished_bank_another_calibration(world, tmp_path):

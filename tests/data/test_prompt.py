@@ -211,20 +211,6 @@ def test_the_longest_field_is_cut_first():
     assert "A: " + "a" * 30 + " B: " + "b" * 35 + " C:" in made
 
 
-def test_the_next_field_is_cut_when_the_longest_is_empty():
-    made = form(120).example(PAIR, pair(a="a" * 300, b="b" * 299))
-    assert len(made.tokens) == 120
-    assert made.cut == len(form().example(PAIR, pair(a="a" * 300, b="b" * 299)).tokens) - 120
-
-
-def test_all_tokens_of_a_cut_character_are_counted(task):
-    item = Item({"title": "é" * 40, "genres": "Crime", "rating": "4"})
-    whole = form().example(task, item)
-    made = form(len(whole.tokens) - 5).example(task, item)  # two tokens a character
-    assert made.cut == 6
-    assert len(made.tokens) == len(whole.tokens) - 6
-
-
 def test_a_prompt_that_cannot_fit_is_refused_with_the_needed_length():
     needed = len(form().example(PAIR, pair(a="", b="")).tokens)
     with pytest.raises(DataError) as caught:

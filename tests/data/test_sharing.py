@@ -75,14 +75,6 @@ def test_a_merged_person_does_not_depend_on_the_order_of_the_file(tmp_path) -> N
     assert found == other[::-1]
 
 
-def test_a_generic_review_does_not_merge_two_users(tmp_path) -> None:
-    records = [user(100)[0], user(200)[0]]
-    for record in records:
-        record["profile"].append({"id": "9", "text": "Great product", "score": "5"})
-    found = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [(person.id, person.group) for person in found] == [("1000", ""), ("2000", "")]
-
-
 def test_equal_item_ids_do_not_merge_records(tmp_path) -> None:
     records = [user(100)[0], user(200)[0]]
     for record in records:
@@ -99,11 +91,6 @@ def test_records_of_one_user_differ_at_most_by_their_own_questions() -> None:
     assert same_users([items[:7], items[2:9]]) == [[0], [1]]
     assert same_users([items[:5], items[:5], items[:6]]) == [[0, 1, 2]]
     assert same_users([items[:4], items[:4], items[:5], items[1:6]]) == [[0], [1], [2], [3]]  # too few items
-
-
-def test_one_user_with_hundreds_of_questions_is_found() -> None:
-    items = [Item({"text": str(n)}) for n in range(401)]
-    assert len(same_users([[*items[:asked], *items[asked + 1 :]] for asked in range(400)])) == 1
 
 
 def test_questions_with_one_user_id_do_not_repeat_items_under_new_ids(tmp_path) -> None:

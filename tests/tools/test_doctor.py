@@ -1,6 +1,5 @@
 """What the doctor finds: on a machine as it is, and on one that lacks something."""
 
-import io
 import json
 import os
 import subprocess
@@ -12,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import people_of
-from rich.console import Console
 
-from mta.cli.machine import _findings
 from mta.store import Store
 from mta.system import assets
 from mta.tools import doctor
-from mta.tools.doctor import BASE, Finding, examine
+from mta.tools.doctor import BASE, examine
 
 GIB = 1 << 30
 
@@ -222,11 +219,3 @@ def test_the_command_ends_with_0_where_a_demo_could_run_and_with_1_and_the_probl
     kernels = found("compiled", [namedtuple("finding", one)(**one) for one in reported["findings"]])
     assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
     assert {one["verdict"] for one in reported["findings"]} <= {"ok", "warning", "problem"}
-
-
-def test_findings_are_shown_beside_a_long_path():
-    path, found = "/data/" + "folder/" * 12, "opens in two seconds"
-    for width in (60, 80):
-        shown = Console(width=width, record=True, file=io.StringIO())
-        shown.print(_findings([Finding("bank", path, "ok", found, "Nothing to do.")]))
-        assert {*found.split(), "ok", "Nothing"} <= set(shown.export_text().split())
