@@ -1,4 +1,4 @@
-"""Find records of one user, and people who hold copies of the same items.
+"""Find people who hold copies of the same items.
 
 Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 """
@@ -66,9 +66,6 @@ class Sets:
         return list(groups.values())
 
 
-# -- records of one user -----------------------------------------------------------------------------------------------
-
-
 def sameness(item: Item) -> tuple[object, ...]:
     """Return a key that copies of an item share: all fields and the time, but not the id.
 
@@ -85,22 +82,6 @@ def repeated(people: Iterable[Person]) -> int:
     return sum(len(one.items) - len(set(map(sameness, one.items))) for one in people)
 
 
-def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
-    """Group the numbers of records that belong to one user: each profile lacks at most one item of the other.
-
-    LaMP takes the question's own item out of the profile. Profiles must have ``SAME_ITEMS`` items in common.
-    """
-    sets, first = Sets(len(records)), dict[int, int]()
-    for n, items in enumerate(records):
-        digests = [int.from_bytes(_digest([repr(key)])) for key in set(map(sameness, items))]
-        whole = sum(digests)  # the same for any order of the items
-        equal = [whole] if len(digests) >= SAME_ITEMS else []
-        but_one = [whole - digest for digest in digests] if len(digests) > SAME_ITEMS else []
-        for key in equal + but_one:
-            sets.join((first.setdefault(key, n), n))
-    return sets.groups()
-
-
 def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
     """Return the items that ``known`` does not hold as often as ``items`` does."""
     left = Counter(map(sameness, known))
@@ -111,31 +92,6 @@ def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
         else:
             missing.append(item)
     return missing
-
-
-def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
-    """Return the items that are not one of the queries.
-
-    LaMP removes a question's own item from the profile of that record, but not from the user's other records.
-    """
-    asked = {question for query in queries if (question := _question(task, query))}
-    return [item for item in items if _question(task, item) not in asked]
-
-
-def _question(task: Task, item: Item) -> tuple[str, ...]:
-    """Return a key that an item and a query about the same text share: the inputs or, without inputs, the target."""
-    names = task.item.inputs
-    if names:
-        return tuple(item.fields[name] for name in names) if _like_items(task, item) else ()
-    return (task.target(item),) if task.has_target(item) else ()
-
-
-def _like_items(task: Task, item: Item) -> bool:
-    """Return whether this is an item of the history, or a query with the same fields."""
-    return not item.is_query or (task.asks_as_items and task.form(item).inputs == task.item.inputs)
-
-
-# -- people who share items --------------------------------------------------------------------------------------------
 
 
 class Copies:
@@ -197,12 +153,12 @@ class Copies:
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
-        names = [name for name in task.item.inputs if name != PROFILE] if _like_items(task, item) else []
+        names = [name for name in task.item.inputs if name != PROFILE] if task.asks_like_items(item) else []
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
-        return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
+        return (digest(inputs), digest([target])) if task.labelled else (digest([*inputs, target]), b"")
 
 
 def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], SharedItems]:
@@ -246,5 +202,6 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _digest(texts: Sequence[str]) -> bytes:
+def digest(texts: Sequence[str]) -> bytes:
+    """Return a short hash of texts."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from mta.config import plugins
 from mta.data.history import Item, People, Person
 from mta.data.readers.rejects import Records, Rejects, data_error, is_rejects
-from mta.data.readers.rows import NO_TIME, RecordPart, item_parts
+from mta.data.readers.rows import NO_TIME, RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
-from mta.data.sharing import connected, missing_from, repeated, same_users, without_answers
+from mta.data.sharing import connected, repeated
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
@@ -82,16 +82,18 @@ def read_people(
         path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
     source, task = path, load_task(task)
     rejects_file = _rejects_path(skip_bad, source)
-    gathered: dict[str, _Gathered] = {}
+    gathered: dict[str, tuple[list[Item], list[Item], set[str]]] = {}  # person -> items, queries, ids of items
     with Rejects.to(rejects_file) as rejects:
         for part in iter_parts(source, task, rejects, columns, questions):
-            gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
+            items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
+            items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
+            queries += part.queries
     for id in (id for id in gathered if id.lower() in NO_TIME):
-        count = len(gathered[id].items)
+        count = len(gathered[id][0])
         log.warning("%s: %d items belong to person %r; if their person is unknown, leave them out", source, count, id)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
-    people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]
+    people = [Person.of(id, items, queries) for id, (items, queries, _) in gathered.items()]
     if not people:
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
@@ -132,56 +134,6 @@ def iter_parts(
             if table:  # as all its rows
                 raise data_error(place, None, reason, hint=FORMATS)
             rejects.add(place, None, reason, record, hint=FORMATS)
-
-
-class _Gathered:
-    """The items and queries of one person read so far; ``records`` counts the parts with items that may repeat."""
-
-    def __init__(self, named: bool) -> None:
-        self.named = named
-        self.records = 0
-        self.items: list[Item] = []
-        self.queries: list[Item] = []
-        self.ids: set[str | None] = set()
-
-    def take(self, part: RecordPart, rejects: Rejects) -> None:
-        """Add a part. An item id may occur again only in another part, and only if parts repeat items."""
-        taken: set[str | None] = set() if part.repeats else self.ids  # LaMP may reuse an id in another record
-        new: list[Item] = []
-        for item in part.items:
-            if item.id is not None and item.id in taken:
-                reason = f"duplicate item id {item.id!r} of person {part.person!r}; rename a field that names no items"
-                rejects.add(part.place, "id", reason, dict(item.fields))
-            else:
-                taken.add(item.id)
-                new.append(item)
-        self.add(new, part.queries, repeats=part.repeats)
-
-    def add(self, items: Sequence[Item], queries: Sequence[Item], *, repeats: bool) -> None:
-        """Add items and queries. With ``repeats``, an item that is already known is not added again."""
-        self.items += missing_from(self.items, items) if repeats and self.items else items
-        self.queries += queries
-        self.records += repeats
-
-    def person(self, id: str, task: Task) -> Person:
-        """Return the person, without items from other records that answer the person's own queries."""
-        items = without_answers(task, self.items, self.queries) if self.records > 1 else self.items
-        return Person.of(id, items, self.queries)
-
-
-def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathered]:
-    """Merge the records without ``user_id`` that belong to one user, in the order of their question ids."""
-    ids = [id for id, one in gathered.items() if not one.named]
-    users = same_users([gathered[id].items for id in ids])
-    merged: dict[str, str] = {}
-    for user in users:
-        first, *others = sorted((ids[n] for n in user), key=lambda id: (len(id), id))
-        merged |= {id: first for id in (first, *others)}
-        for id in others:
-            gathered[first].add(gathered[id].items, gathered[id].queries, repeats=True)
-    if len(users) < len(ids):
-        log.warning("%s: %d questions without user_id belong to %d people", source, len(ids), len(users))
-    return {name: gathered[name] for name in dict.fromkeys(merged.get(id, id) for id in gathered)}
 
 
 def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:

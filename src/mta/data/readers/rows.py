@@ -29,16 +29,14 @@ NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pand
 class RecordPart:
     """The items and queries of one person in one record of a file.
 
-    ``repeats``: another record may hold the same items again, as the records of one LaMP user do.
-    ``named`` is False if the record names no user: then ``person`` is the id of its question.
+    ``checked``: the ids of the items have been checked, or may repeat.
     """
 
     person: str
     items: tuple[Item, ...]
     place: Place
     queries: tuple[Item, ...] = ()
-    repeats: bool = False
-    named: bool = True
+    checked: bool = False
 
 
 def text_in(row: Mapping[str, Any], field: str) -> str:
@@ -59,6 +57,20 @@ def text_in(row: Mapping[str, Any], field: str) -> str:
 def id_in(row: Mapping[str, Any], field: str) -> str:
     """Return an id without spaces around it: ``ann`` and `` ann`` are one person. Raises Bad."""
     return text_in(row, field).strip()
+
+
+def distinct(items: Sequence[Item], known: set[str], person: str, place: Place, rejects: Rejects) -> tuple[Item, ...]:
+    """Return the items with new ids, or without one, and add their ids to ``known``; the others are bad rows."""
+    new = []
+    for item in items:
+        if item.id is not None and item.id in known:
+            reason = f"duplicate item id {item.id!r} of person {person!r}; rename a field that names no items"
+            rejects.add(place, "id", reason, dict(item.fields))
+            continue
+        new.append(item)
+        if item.id is not None:
+            known.add(item.id)
+    return tuple(new)
 
 
 def list_in(row: Mapping[str, Any], field: str) -> list[Any]:

@@ -190,6 +190,10 @@ class Task(Settings):
         """Whether a query has the same target field as an item of the history; in LaMP-1 and LaMP-7 it has not."""
         return self.query is None or self.query.target == self.item.target
 
+    def asks_like_items(self, item: Item) -> bool:
+        """Return whether this is an item of the history, or a query with the same fields."""
+        return not item.is_query or (self.asks_as_items and self.form(item).inputs == self.item.inputs)
+
     @property
     def labelled(self) -> bool:
         """Whether the targets of history items are labels."""
