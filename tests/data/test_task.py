@@ -8,6 +8,7 @@ import yaml
 from mta.data.history import Item
 from mta.data.tasks import Task, load_task, task_names
 from mta.errors import DataError, TaskError
+from mta_lab.readers.lamp import parse_query
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
@@ -85,7 +86,7 @@ def test_task_names_ignore_case_and_separators_and_have_aliases() -> None:
 def test_questions_of_the_benchmark_are_parsed_and_worded_alike(name: str) -> None:
     question, fields = QUESTIONS[name]
     task = load_task(name)
-    query = task.parse_query(question, id="7")
+    query = parse_query(task, question, id="7")
     assert (dict(query.fields), query.id, query.is_query) == (fields, "7", True)
     assert task.prompt(query) == question
     assert task.wrong(query) is None
@@ -101,7 +102,7 @@ def test_wording_equals_real_questions(name: str, folder: str) -> None:
         pytest.skip(f"no data at {path}")
     task = load_task(name)
     for question in json.loads(path.read_text(encoding="utf-8")):
-        assert task.prompt(task.parse_query(question["input"])) == question["input"]
+        assert task.prompt(parse_query(task, question["input"])) == question["input"]
 
 
 def test_prompts_do_not_contain_the_target() -> None:
@@ -127,7 +128,7 @@ def test_labels_belong_to_the_benchmarks_question() -> None:
 
 def test_a_queries_text_is_its_own() -> None:
     task = load_task("lamp1")
-    assert task.text_of(task.parse_query(QUESTIONS["lamp1"][0])) == "A {brace} B"
+    assert task.text_of(parse_query(task, QUESTIONS["lamp1"][0])) == "A {brace} B"
     lamp3 = load_task("lamp3")
     assert lamp3.text_of(Item({"text": "Good.", "score": "5"}), with_target=True) == "Good.\n5"
     tweet = Item({"text": "hi"})
@@ -149,14 +150,14 @@ def test_an_invalid_item_is_reported_with_its_field(fields: dict[str, str], wron
 
 def test_unknown_targets_and_foreign_questions_are_errors() -> None:
     task = load_task("lamp3")
-    query = task.parse_query(QUESTIONS["lamp3"][0], id="q")
+    query = parse_query(task, QUESTIONS["lamp3"][0], id="q")
     with pytest.raises(DataError, match=r"query 'q' has no field 'score'; task 'lamp3' needs it"):
         task.target(query)
     with pytest.raises(DataError, match=r"not a question of task 'lamp3': 'Generate .*'; expected 'What is the score"):
-        task.parse_query(QUESTIONS["lamp4"][0])
+        parse_query(task, QUESTIONS["lamp4"][0])
     with pytest.raises(DataError, match=r"not a question of task 'movielens-rating': 'Toy Story'; expected 'How"):
-        load_task("movielens-rating").parse_query("Toy Story")
-    assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
+        parse_query(load_task("movielens-rating"), "Toy Story")
+    assert parse_query(load_task("text"), "hi", "ho").fields == {"input": "hi", "output": "ho"}
 
 
 def test_a_custom_task_is_loaded_from_a_file(tmp_path: Path) -> None:

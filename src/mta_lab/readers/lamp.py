@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
-from mta.data.readers.rows import RecordPart, as_label, distinct, id_in, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, object_in, objects, only_file, opened
+from mta.data.readers.rows import RecordPart, as_label, distinct, id_in, item_in, text_in
+from mta.data.readers.stream import array_elements, kind_of, object_in, objects, opened
 from mta.data.sharing import SAME_ITEMS, Sets, digest, missing_from, sameness
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import Task, short
 from mta.errors import DataError
+from mta_lab.readers import only_file
 
 log = logging.getLogger("mta")
 
@@ -185,6 +186,15 @@ def perpcs_parts(records: Records, task: Task, rejects: Rejects, answers: bool =
             yield RecordPart(person, items, place, _queries(questions, answer, task, place, rejects))
 
 
+def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
+    """Return a required field that must be a list. Raises Bad."""
+    if field not in row:
+        raise Bad(field, "missing")
+    if not isinstance(row[field], list):
+        raise Bad(field, f"expected a list, got {kind_of(row[field])}")
+    return list(row[field])
+
+
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
     id = id_in(row, field)
     if id in known:
@@ -221,7 +231,7 @@ def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
     if output is not None and task.labels:
         output = as_label(output, task.labels)
     try:
-        query = task.parse_query(text_in(row, "input"), output, id)
+        query = parse_query(task, text_in(row, "input"), output, id)
     except DataError as error:
         raise Bad("input", error.message) from None
     if found := task.wrong(query):
@@ -229,6 +239,23 @@ def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
             raise Bad("output" if place else "gold", found[1], place)
         raise Bad("input", f"{found[0]} is {found[1]}")
     return query
+
+
+def parse_query(task: Task, input: str, output: str | None = None, id: str | None = None) -> Item:
+    """Return a benchmark's ready-made question, and its gold answer where known, as a query.
+
+    Raises DataError if the question does not match the task's wording.
+    """
+    form = task.query or task.item
+    fields = form.parsed(input)
+    if fields is None:
+        raise DataError(
+            f"not a question of task {task.name!r}: {short(input)}; expected {short(form.prompt)}",
+            hint="Give the task of these questions, the task's fields, or a task with a pattern, as lamp3.yaml.",
+        )
+    if output is not None:
+        fields[form.target] = output
+    return Item(fields, id=id, is_query=True)
 
 
 def _answer(row: dict[str, Any], id: str, *, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:

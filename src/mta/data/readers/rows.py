@@ -73,15 +73,6 @@ def distinct(items: Sequence[Item], known: set[str], person: str, place: Place, 
     return tuple(new)
 
 
-def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
-    """Return a required field that must be a list. Raises Bad."""
-    if field not in row:
-        raise Bad(field, "missing")
-    if not isinstance(row[field], list):
-        raise Bad(field, f"expected a list, got {kind_of(row[field])}")
-    return list(row[field])
-
-
 def time_in(row: Mapping[str, Any], field: str) -> float | None:
     """Return seconds, or any number that grows with time; None without a time. An ISO date without a zone is UTC.
 

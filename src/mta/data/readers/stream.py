@@ -59,15 +59,6 @@ def opened(path: Path) -> BinaryIO:
         ) from None
 
 
-def only_file(folder: Path, pattern: str, hint: str) -> Path:
-    """Return the file of a folder that matches ``pattern``. Raises DataError if there are several or none."""
-    files = sorted(folder.glob(pattern))
-    if len(files) != 1:
-        names = ", ".join(path.name for path in files) or "none"
-        raise DataError(f"{folder}: expected one file {pattern}, got {names}", hint=hint)
-    return files[0]
-
-
 def text_lines(path: Path, rejects: Rejects | None = None) -> Iterator[tuple[int, str]]:
     """Yield numbered lines without line ends. A line that is not UTF-8 is a bad row, or without rejects an error."""
     with opened(path) as file:

@@ -262,22 +262,6 @@ class Task(Settings):
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"
         return None
 
-    def parse_query(self, input: str, output: str | None = None, id: str | None = None) -> Item:
-        """Return a benchmark's ready-made question, and its gold answer where known, as a query.
-
-        Raises DataError if the question does not match the task's wording.
-        """
-        form = self.query or self.item
-        fields = form.parsed(input)
-        if fields is None:
-            raise DataError(
-                f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
-                hint="Give the task of these questions, the task's fields, or a task with a pattern, as lamp3.yaml.",
-            )
-        if output is not None:
-            fields[form.target] = output
-        return Item(fields, id=id, is_query=True)
-
     def outputs(self, answers: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """Return (question id, answer) in LaMP's format of outputs, which LaMP's own script scores."""
         return {"task": self.lamp or self.name, "golds": [{"id": id, "output": text} for id, text in answers]}
