@@ -53,14 +53,10 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
 
     With a ``device``, this device is checked, and not what only a demo needs.
     """
-    found = [*_versions(), *_machine(device or "auto"), _kernels()]
+    findings = [*_versions(), *_machine(device or "auto"), _kernels()]
     if device is None:
-        found += [_memory(), *_assets(), *_extras()]
-    if bank:
-        found.append(_bank(bank))
-    if store:
-        found.append(_store(store))
-    return found
+        findings += [_memory(), *_assets(), *_extras()]
+    return findings + ([_bank(bank)] if bank else []) + ([_store(store)] if store else [])
 
 
 def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "", note: str = "") -> Finding:
@@ -73,24 +69,21 @@ def _judged(about: str, name: str, found: str, *, problem: str = "", warning: st
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", sys.version.split()[0])
     yield Finding("versions", "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
-    wanted = {"torch": "0", "transformers": "0"} | dict(_required())
-    for name, least in wanted.items():
+    lines: list[str] = []
+    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
+        lines = [
+            line.replace(" ", "") for line in metadata.requires("merge-then-adapt") or () if "extra ==" not in line
+        ]
+    required = dict(re.findall(r"(?m)^([\w.-]+)>=([\d.]+)", "\n".join(lines)))
+    for name, least in ({"torch": "0", "transformers": "0"} | required).items():
         installed = version_of(name)
         if installed is None:
             yield Finding("versions", name, "problem", "not installed", f"pip install '{name}>={least}'")
         elif _numbers(installed) < _numbers(least):
-            found = f"{installed}; expected {least} or newer"
-            yield Finding("versions", name, "problem", found, f"pip install -U {name}")
+            expected = f"{installed}; expected {least} or newer"
+            yield Finding("versions", name, "problem", expected, f"pip install -U {name}")
         elif name in ("torch", "transformers"):
             yield Finding("versions", name, "ok", installed)
-
-
-def _required() -> Iterator[tuple[str, str]]:
-    """Yield the packages that mta requires, with their lowest versions."""
-    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
-        for line in metadata.requires("merge-then-adapt") or []:
-            if "extra ==" not in line and (parts := re.match(r"([\w.-]+)>=([\d.]+)", line.replace(" ", ""))):
-                yield parts[1], parts[2]
 
 
 def _numbers(version: str) -> list[int]:
@@ -146,12 +139,12 @@ def _free_memory() -> int | None:
 
 def _kernels() -> Finding:
     """Return whether kernels work here; compile them if needed, as a run would."""
-    off, slower = switched_off(), "mta uses torch's operations, which are slower."
+    off, slower = switched_off(), "mta uses torch's operations, which are slower"
     if off == frozenset(FAMILIES):
-        return _judged("kernels", "compiled", f"off: {obstacle()}", warning=f"{slower[:-1]}:  unset MTA_KERNELS")
+        return _judged("kernels", "compiled", f"off: {obstacle()}", warning=f"{slower}:  unset MTA_KERNELS")
     if why := obstacle() or failure():
-        found = f"not supported here: {why}" if obstacle() else f"failed: {why}"
-        return _judged("kernels", "compiled", found, warning=f"{slower} Kernels need g++ 12 or newer, on Linux.")
+        state = f"not supported here: {why}" if obstacle() else f"failed: {why}"
+        return _judged("kernels", "compiled", state, warning=f"{slower}. Kernels need g++ 12 or newer, on Linux.")
     without = f"; MTA_KERNELS switches off {', '.join(sorted(off))}" if off else ""
     return _judged("kernels", "compiled", f"yes, for this processor{without}")
 
