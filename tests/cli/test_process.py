@@ -48,20 +48,6 @@ def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_process_that_survives_its_own_signal_exits_as_a_shell_would_say(monkeypatch):
-    """As the first process of a container does."""
-    before, sent = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr("sys.argv", ["mta", "--version"])
-    monkeypatch.setattr("mta.cli.app.app", lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("os.kill", lambda _, number: sent.append(number))
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (end.value.code, sent) == (128 + signal.SIGTERM, [signal.SIGTERM])
-
-
 def test_windows_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["mta", "--version"])
     monkeypatch.setattr("sys.platform", "win32")

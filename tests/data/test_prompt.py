@@ -111,14 +111,6 @@ def test_labels_share_the_prompt(task):
     assert [words(form(), example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
 
 
-def test_a_prompt_that_fits_is_tokenized_once_for_all_its_labels(task, monkeypatch):
-    prompts, calls = form(), []
-    plain = type(prompts.tokenizer).__call__
-    monkeypatch.setattr(type(prompts.tokenizer), "__call__", lambda *a, **how: calls.append(1) or plain(*a, **how))
-    assert len(prompts.examples(task, RATING, task.labels)) == 5
-    assert len(calls) <= 1 + 2 * 5  # a label at most alone and after its prompt
-
-
 def test_the_prompt_is_cut_equally_for_labels_of_different_length():
     made = form(150).examples(PAIR, pair(a="x" * 200), PAIR.labels)
     assert made[0].prompt == made[1].prompt

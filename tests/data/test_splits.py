@@ -132,14 +132,6 @@ def test_people_of_a_group_are_in_one_part_whatever_the_order(sizes, seed, test,
     assert sorted(id for part in PARTS for id in getattr(splits, part)) == sorted(person.id for person in people)
 
 
-@given(ids=IDS, seed=st.integers(), sizes=st.tuples(*[st.integers(0, 2)] * 4))
-def test_groups_of_one_person_are_drawn_like_single_people(ids, seed, sizes) -> None:
-    people = [Person(id, (Item({}),)) for id in ids]
-    asked = dict(zip(("task", "development", "test", "candidates"), sizes))
-    named = [Person(person.id, person.items, group=person.id) for person in people]
-    assert draw(named, seed, **asked) == draw(people, seed, **asked, together=False) == draw(people, seed, **asked)
-
-
 def test_a_large_group_is_drawn_only_among_the_candidates(caplog) -> None:
     people = grouped(40, alone=60)
     splits = draw(people, 0, task=20, development=10, test=30)

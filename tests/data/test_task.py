@@ -174,9 +174,7 @@ WRONG = [
     ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
     ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
     ({"labels": ["1", "b"]}, "metric mae needs labels that are all numbers"),
-    ({"labels": None}, "metric mae needs labels"),
     ({"text": "{score}"}, "text contains the target {score}; leave it out, mta adds the target where known"),
-    ({"text": "{title}"}, "text has the fields ['title']; the prompt has ['text']"),
     ({"text": "all"}, "text contains no field; the prompt has ['text']"),
     ({"text": "{text!r}"}, "{text} is not a field; write {name}, and literal braces as {{ and }}"),
     ({"query_text": "{text}"}, "query_text needs a query, and the task has no query"),
@@ -188,7 +186,6 @@ WRONG = [
         {"item": {**FORM, "prompt": "{text} {score}"}},
         "item: the prompt contains the target {score}, which would reveal the answer",
     ),
-    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is not a field; write {name}, and literal braces as {{ and }}"),
     (
         {"item": {**FORM, "prompt": "{text"}},
         "item: '{text': expected '}' before end of string; literal braces are written {{ and }}",

@@ -119,11 +119,6 @@ def test_a_server_that_gives_people_the_pooled_model_is_a_problem(world):
     assert "from the pooled model's" in found.found
 
 
-def test_our_names_encode_ids_and_others_do_not():
-    assert Server("").name_of("bob@v1") == "person:bob%40v1"
-    assert Server("", person="{}").name_of("bob@v1") == "bob@v1"
-
-
 def test_a_person_without_a_state_here_is_an_error(world):
     personal = personalizer(world.base, world.bank, world.service.store)
     with pytest.raises(PersonNotFound):
