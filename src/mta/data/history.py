@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import accumulate
 from numbers import Real
 from types import MappingProxyType
@@ -34,7 +35,7 @@ class Item:
 
     def __post_init__(self) -> None:
         if self.time is not None:
-            if not isinstance(self.time, Real) or not math.isfinite(self.time):
+            if not isinstance(self.time, Real | Decimal) or not math.isfinite(self.time):
                 hint = "Give a number, such as seconds since 1970, or None for an unknown time."
                 raise InputError(f"the time of an item is {self.time!r}", hint=hint)
             object.__setattr__(self, "time", float(self.time))  # equal items have equal digests, whatever the number
