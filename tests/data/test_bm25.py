@@ -11,7 +11,6 @@ from mta.data.bm25 import retrieve, with_profile, with_profiles
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.tasks import Task, load_task, task_names
-from mta.errors import TaskError
 
 LAMP4 = load_task("lamp4")
 
@@ -93,10 +92,3 @@ def test_every_built_in_task_has_a_profile_template(name):
     task = load_task(name)
     item = Item({field: f"<{field}>" for field in task.fields()})
     assert task.target(item) in task.sentence(item)
-
-
-def test_a_profile_names_fields_of_items_only(tmp_path):
-    path = tmp_path / "t.yaml"
-    path.write_text('name: t\nitem: {prompt: "{a}", target: b}\ntext: "{a}"\nprofile: "{c}"\nmetric: rouge\n')
-    with pytest.raises(TaskError, match=r"profile has the fields \['c'\]"):
-        load_task(path)

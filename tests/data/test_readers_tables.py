@@ -176,12 +176,6 @@ def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path):
     assert len(ann.items) == 1
 
 
-def test_a_file_that_is_one_line_is_no_table(tmp_path):
-    table = written(tmp_path / "a.csv", "person,input,output\rann,Fine.,3\r")
-    with pytest.raises(DataError, match=r"a\.csv:1: not a table: new-line character"):
-        read_people(table, "lamp3")
-
-
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
 
 

@@ -142,12 +142,6 @@ def test_a_large_group_is_drawn_only_among_the_candidates(caplog) -> None:
     assert "candidates: 40 people instead of 35, because people who share items stay together" in caplog.text
 
 
-def test_a_part_that_is_smaller_because_of_groups_is_reported(caplog) -> None:
-    splits = draw(grouped(*[2] * 10), 0, task=4, development=0, test=5)
-    assert len(splits.test) == 4
-    assert "test: 4 people instead of 5, because people who share items stay together" in caplog.text
-
-
 def test_a_giant_group_is_an_error_that_names_the_setting() -> None:
     people = grouped(50)
     with pytest.raises(InputError) as caught:

@@ -177,6 +177,7 @@ WRONG = [
     ({"text": "{score}"}, "text contains the target {score}; leave it out, mta adds the target where known"),
     ({"text": "all"}, "text contains no field; the prompt has ['text']"),
     ({"text": "{text!r}"}, "{text} is not a field; write {name}, and literal braces as {{ and }}"),
+    ({"profile": "{c}"}, "profile has the fields ['c']; items have ['score', 'text']"),
     ({"query_text": "{text}"}, "query_text needs a query, and the task has no query"),
     (
         {"query": {"prompt": "{tweet}", "target": "score"}},
