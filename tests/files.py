@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
+import string
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,3 +74,20 @@ def fails(path: Path, task: str, message: str, hint: str | None = None) -> None:
         read_people(path, task)
     assert caught.value.message == message
     assert hint is None or caught.value.hint == hint
+
+
+def prose(seed: int, words: int = 20) -> str:
+    """A text that nobody writes twice by coincidence."""
+    lots = random.Random(seed)
+    return " ".join("".join(lots.choices(string.ascii_lowercase, k=6)) for _ in range(words))
+
+
+def review(seed: int, score: str = "4") -> dict[str, str]:
+    return {"text": prose(seed), "score": score}
+
+
+def shared_data(name: str) -> Path:
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"no data at {path}")
+    return path

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from mta.cli import options, screen
 from mta.cli.app import run
-from mta.cli.compare import Arguments, Out, opened
+from mta.cli.compare import Out, opened
 from mta.cli.screen import Screen, show_json
 from mta.config import override
 from mta.data.tasks import load_task
@@ -137,9 +137,9 @@ def attack(
     from mta_lab.privacy.runner import privacy
 
     require("lab")  # before a model is loaded
-    given = Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
     command = options.command_line("mta-lab")
-    with opened(given, "privacy", AttackSettings) as session:
+    given = source, words, bank, out, config, seed, device, columns, skip_bad, track
+    with opened("privacy", AttackSettings, *given) as session:
         found = privacy(
             session.base,
             session.bank,

@@ -6,20 +6,14 @@ import re
 import threading
 
 import pytest
-from world import BOB, TASK, mta, ratings, run, written
+from world import BOB, TASK, mta, run
 from world import world as world  # the fixture
-
-from mta.data.tasks import load_task
-
-
-def test_data_describe_counts(world):
-    assert mta("data", "describe", world.new, *TASK).out.startswith("people 4  items 24  min 6  median 6")
 
 
 def test_data_describe_counts_in_json(world):
     found = mta("data", "describe", world.new, *TASK, "--json").json
     assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
-    splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
+    splits = mta("data", "describe", world.new, *TASK, "--json").json["splits"]
     assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
     assert splits["people with times"] == 4
     assert splits["anchors"] == {"items": 11, "people": 0}
@@ -28,20 +22,12 @@ def test_data_describe_counts_in_json(world):
 
 
 def test_data_describe_counts_people_with_enough_items(world):
-    said = mta("data", "describe", world.new, *TASK, "--queries", 2).out
-    assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
-    assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
+    said = mta("data", "describe", world.new, *TASK).out
+    assert said.startswith("people 4  items 24  min 6  median 6")
+    assert "last 4 items as queries, the 1 before them as shots: 4 people" in said
+    assert "last 4 items as queries, the 4 before them as shots: 0 people" in said
     assert "people with a time on every item: 4" in said
-
-
-def test_people_with_questions_of_a_benchmark_need_only_shots_to_be_compared(tmp_path):
-    profile = [{"id": f"{n}", "text": f"Review {n} of a lamp.", "score": "4"} for n in range(8)]
-    asked = {"id": "q", "input": load_task("lamp3").item.prompt.format(text="Bright."), "profile": profile}
-    (tmp_path / "dev_questions.json").write_text(json.dumps([asked]))
-    golds = [{"id": "q", "output": "5"}]
-    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
-    said = mta("data", "describe", tmp_path / "dev_questions.json", "--task", "lamp3").out
-    assert "enough for the 8 shots and 12 queries of mta compare: 1 people" in said
+    assert "shared items: none" in said
 
 
 def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
@@ -59,10 +45,6 @@ def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
     assert found == {"items": 1, "people": 2, "groups": 1, "largest": 2, "crowded": 0, "judged": 0}
 
 
-def test_data_describe_reports_that_no_items_are_shared(world):
-    assert "shared items: none" in mta("data", "describe", world.new, *TASK).out
-
-
 def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
     with monkeypatch.context() as patched:  # a prompt needs no weights
         patched.setattr("mta.model.base.BaseModel.of", None)
@@ -73,24 +55,11 @@ def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
     assert re.search(r"-- \d+ tokens, 2 in the target, 0 cut", said)
 
 
-def test_data_show_counts_the_cut_tokens(world):
-    said = mta("data", "show", world.new, *world.settings, "--items", 1, "max_tokens=125").out
-    assert "-- 125 tokens, 2 in the target, 4 cut" in said
-
-
 def test_data_show_gives_tokens_and_mask_in_json(world):
     shown = mta("data", "show", world.new, *world.settings, "--items", 2, "--json").json
     assert len(shown) == 2
     assert [mask for mask in shown[0]["target_mask"] if mask] == [1, 1]
     assert len(shown[0]["tokens"]) == len(shown[0]["target_mask"])
-
-
-def test_bad_rows_can_be_skipped(tmp_path):
-    rows = ratings("a", "b", 1)
-    path = written(tmp_path / "h.jsonl", [*rows, {**rows[0], "rating": "9"}])
-    said = mta("data", "describe", path, *TASK, "--skip-bad", tmp_path / "bad.jsonl", "--json")
-    assert said.json["items"] == 6
-    assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
 
 
 def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
@@ -107,15 +76,6 @@ def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
         os.mkfifo(pipe)
         threading.Thread(target=pipe.write_bytes, args=[path.read_bytes()], daemon=True).start()
     assert mta("score", pipes[1], "--true", pipes[0], "--task", "lamp3").out.startswith("MAE 2.0000")
-
-
-def test_data_show_prints_questions_without_answers(world, tmp_path):
-    path = tmp_path / "questions.csv"
-    path.write_text("person,title,genres\nann,Zorblax,Drama\n")
-    said = mta("data", "show", path, "--questions", *world.settings)
-    assert "Zorblax" in said.out
-    assert "⟦" not in said.out
-    assert "0 in the target" in said.out
 
 
 def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):

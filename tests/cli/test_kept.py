@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from world import mta, run
+from world import mta
 from world import world as world  # the fixture
-
-from mta.config import CompareSettings, Run, override
-from mta.config.loader import to_yaml
 
 pytestmark = pytest.mark.integration
 
@@ -58,23 +55,6 @@ def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(wor
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 
 
-def test_a_word_counts_after_the_settings_of_a_file(world, tmp_path):
-    """A training of the stack that is asked for replaces the calibrated one, and epochs replace steps."""
-    file, out = tmp_path / "config.yaml", tmp_path / "out"
-    file.write_text("shots: 2\nqueries: 2\nbrief: true\nstack: {calibrated: true, training: {steps: 8}}\n")
-    given = ["--config", file, "stack.training.epochs=1"]
-    mta("compare", world.new, "--bank", world.bank, *given, "--out", out)
-    stack = sitting(out)["settings"]["stack"]
-    assert (stack.get("calibrated", False), stack["training"]["steps"], stack["training"]["epochs"]) == (False, None, 1)
-
-
-def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
-    (tmp_path / "config.yaml").write_text("shotz: 2\nmerge: {policy: uniform}\n")
-    said = run("compare", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")
-    assert said.code == 1
-    assert f"ConfigError: {tmp_path}/config.yaml: shotz: " in said.err
-
-
 def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
     words = ["personalize", world.new, "--bank", world.bank, "--store", tmp_path / "people"]
     mta(*words, "--run", tmp_path / "run", "--track", "tensorboard")
@@ -108,27 +88,6 @@ def test_runs_of_every_kind_have_reports(world, compared, tmp_path):
         assert not any(word in path.read_text() for word in ("quispe", "hoxha", "Zorblax")), path
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (
-            ["compare", "{new}", "--bank", "{bank}", "--track", "wandb"],
-            "--track needs a folder for the run",
-        ),
-        (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track needs a folder"),
-        (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "unknown tracker 'mlflow'"),
-        (["personalize", "{new}", "--bank", "{bank}", "--run", "{new}"], "cannot be written"),
-    ],
-)
-def test_mistakes_are_reported_before_anything_is_written(world, tmp_path, words, expected):
-    names = {"new": world.new, "bank": world.bank, "out": tmp_path / "out"}
-    said = run(*(word.format(**names) for word in words))
-    assert said.code == 1
-    assert expected in said.err
-    assert "Traceback" not in said.err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_password_in_a_url_is_not_recorded(monkeypatch):
     from mta.cli.options import command_line
 
@@ -140,11 +99,3 @@ def test_a_password_in_a_url_is_not_recorded(monkeypatch):
     ):
         monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", given])
         assert command_line() == f"mta personalize x.jsonl --store {shown}"
-
-
-def test_a_path_with_any_characters_comes_back_from_a_file(tmp_path):
-    from mta.cli.compare import _settings
-
-    (tmp_path / "config.yaml").write_text(to_yaml({"base": "/x/😀", "shots": 3}))
-    settings, _, words = _settings(CompareSettings, tmp_path / "config.yaml", [])
-    assert (settings.shots, override(Run(), words).base) == (3, "/x/😀")

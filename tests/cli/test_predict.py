@@ -75,13 +75,6 @@ def test_an_interrupted_run_goes_on_with_the_same_answers(world, asked, tmp_path
     assert (out.read_text(), part.exists()) == (whole, False)
 
 
-def test_the_folder_of_the_answers_is_made_before_they_are_computed(world, asked, tmp_path):
-    out = tmp_path / "new" / "folder" / "answers.jsonl"
-    mta("predict", asked, *world.at, "--out", out)
-    assert len(out.read_text().splitlines()) == 6
-    assert stat.S_IMODE(out.parent.stat().st_mode) == 0o700
-
-
 def test_answers_of_an_older_model_are_not_taken_over(world, asked, tmp_path, monkeypatch):
     base, bank, settings = open_bank(world.bank)
     personal = Personalizer(base, bank, copytree(world.store, tmp_path / "store"), run=settings)
@@ -117,14 +110,15 @@ def test_people_without_a_model_are_refused_or_answered_by_the_pooled_model(worl
     said = run("predict", path, *world.at, "--out", tmp_path / "answers.jsonl")
     assert (said.code, "1 of 2 people have no model of this bank, 'eve' first" in said.err) == (1, True), said.err
     assert not (tmp_path / "answers.jsonl").exists()
-    words = ["--fallback", "task", "--out", tmp_path / "answers.jsonl", "--json"]
-    answered = mta("predict", path, *world.at, *words)
-    assert answered.json == {"out": str(tmp_path / "answers.jsonl"), "answers": 2, "people": 2, "fallback": 1}
+    out = tmp_path / "new" / "answers.jsonl"
+    answered = mta("predict", path, *world.at, "--fallback", "task", "--out", out, "--json")
+    assert stat.S_IMODE(out.parent.stat().st_mode) == 0o700
+    assert answered.json == {"out": str(out), "answers": 2, "people": 2, "fallback": 1}
     assert "1 of 2 people have no model of this bank: the pooled model answers" in answered.err
     missing = run("predict", path, "--bank", world.bank, "--store", tmp_path / "poeple", "--fallback", "task")
     assert (missing.code, "poeple" in missing.err) == (1, True), missing.err
-    assert [one["model"] for one in lines((tmp_path / "answers.jsonl").read_text())] == ["person", "task"]
-    assert stat.S_IMODE((tmp_path / "answers.jsonl").stat().st_mode) == 0o600  # it holds people's questions
+    assert [one["model"] for one in lines(out.read_text())] == ["person", "task"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600  # it holds people's questions
 
 
 def test_states_of_another_bank_are_refused_before_anything_is_computed_or_fall_back(world, tmp_path):
@@ -135,22 +129,6 @@ def test_states_of_another_bank_are_refused_before_anything_is_computed_or_fall_
     said = run("predict", path, *at)
     assert (said.code, "1 of 2 people have no model of this bank" in said.err) == (1, True), said.err
     assert [one["model"] for one in lines(mta("predict", path, *at, "--fallback", "base").out)] == ["base", "person"]
-
-
-def test_equal_questions_get_samples_of_their_own(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "TOGETHER", 4)
-    path = written(tmp_path / "questions.jsonl", [question(ANN, "Quorn")] * 8)
-    words = ["--write", "--temperature", 5, "--max-new-tokens", 9]
-    answers = [one["answer"] for one in lines(mta("predict", path, *world.at, *words).out)]
-    assert answers[:4] != answers[4:]
-
-
-def test_a_terminal_without_unicode_gets_escaped_json(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.cli.predict.speaks_unicode", lambda: False)
-    path = written(tmp_path / "questions.jsonl", [question(ANN, "😀")])
-    said = mta("predict", path, *world.at).out
-    assert said.isascii()
-    assert lines(said)[0]["question"]["title"] == "😀"
 
 
 def test_columns_and_written_answers(world, tmp_path):

@@ -13,19 +13,6 @@ import torch
 from mta.cli import main
 
 
-def test_a_pipe_of_an_experiment_is_read_once(tmp_path):
-    """It is refused for its people, who were read."""
-    rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
-    os.mkfifo(tmp_path / "pipe")
-    words = [sys.executable, "-m", "mta_lab", "evaluate", "smoke", "--data", str(tmp_path / "pipe")]
-    more = ["run.task=text", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "pipe", "w") as pipe:
-        pipe.write("\n".join(rows))
-    _, err = process.communicate(timeout=600)
-    assert "fewer than 2 people have 3 shots" in err
-
-
 def test_a_pipe_is_read_once(tmp_path):
     """A file can be opened several times, a pipe cannot."""
     rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
@@ -59,20 +46,6 @@ def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
     process.terminate()
     assert process.wait(60) == -signal.SIGTERM
     assert not any(tmp_path.iterdir())
-
-
-def test_a_process_that_survives_its_own_signal_exits_as_a_shell_would_say(monkeypatch):
-    """As the first process of a container does."""
-    before, sent = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr("sys.argv", ["mta", "--version"])
-    monkeypatch.setattr("mta.cli.app.app", lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("os.kill", lambda _, number: sent.append(number))
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (end.value.code, sent) == (128 + signal.SIGTERM, [signal.SIGTERM])
 
 
 def test_windows_is_refused_in_one_line(monkeypatch, capsys):

@@ -55,16 +55,6 @@ def test_each_cohort_has_its_own_rate(lines):
     assert "1.0 examples/s" in found[3]
 
 
-def test_each_row_on_a_terminal_has_one_time_left(monkeypatch):
-    wide = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(screen, "console", wide)
-    with Screen() as shown:
-        shown.step("stack", Step(1, 2, 10, 50, 0.5))
-        shown._progress.refresh()
-        (stage,) = (str(row).split() for row in _rows(shown))
-    assert (stage.count("left"), stage[-2:]) == (1, ["-:--:--", "left"])
-
-
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_time_left_stays_readable_on_a_narrow_terminal(monkeypatch, width):
     monkeypatch.setattr(screen, "console", terminal(width))
@@ -81,13 +71,6 @@ def _rows(shown, width=120):
     plain = Console(file=io.StringIO(), width=width)
     plain.print(shown._progress.get_renderable())
     return plain.file.getvalue().rstrip().splitlines()
-
-
-def test_a_terminal_without_a_cursor_gets_plain_lines(monkeypatch):
-    monkeypatch.setattr(screen, "console", dumb := terminal(80, "dumb"))
-    with Screen() as shown:
-        shown.step("stack", Step(1, 2, 3, 4))
-    assert "stack: 3/4 examples  2 people" in dumb.file.getvalue()
 
 
 def test_a_file_gets_no_bars_even_if_colours_are_forced():

@@ -177,11 +177,9 @@ def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
         ([], "no API key"),
         (["--insecure-local", "--host", "0.0.0.0"], "this machine only"),
         (["--new-key", "x"], "needs a file"),
-        (["--keys", "KEYS", "--new-key", "x", "--rights", "king"], "rights"),
         (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'scope' is required"),
         (["--insecure-local", "--store", "nowhere"], "no store"),
         (["--insecure-local", "--rights", "person", "--scope", "ann"], "--rights needs --new-key"),
-        (["--insecure-local", "--vllm-args", "--max-lora-rank 32"], "--vllm-args needs --vllm"),
         (["--insecure-local", "--vllm-folder", "FOLDER"], "--vllm-folder needs --vllm-url"),
     ],
 )

@@ -11,7 +11,6 @@ from mta.data.bm25 import retrieve, with_profile, with_profiles
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.tasks import Task, load_task, task_names
-from mta.errors import TaskError
 
 LAMP4 = load_task("lamp4")
 
@@ -77,11 +76,6 @@ def test_copies_are_found_below_the_earlier_items_that_they_show():
     assert len(kept) == len(plain) == 1
 
 
-def test_without_earlier_items_the_prompt_has_no_profile():
-    item = with_profile(LAMP4, EARLIER[0], [], 3)
-    assert LAMP4.profiled().prompt(item) == LAMP4.prompt(EARLIER[0])
-
-
 def test_a_query_keeps_its_own_wording():
     task = load_task("lamp1")
     query = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[1]"}, id="7", is_query=True)
@@ -98,10 +92,3 @@ def test_every_built_in_task_has_a_profile_template(name):
     task = load_task(name)
     item = Item({field: f"<{field}>" for field in task.fields()})
     assert task.target(item) in task.sentence(item)
-
-
-def test_a_profile_names_fields_of_items_only(tmp_path):
-    path = tmp_path / "t.yaml"
-    path.write_text('name: t\nitem: {prompt: "{a}", target: b}\ntext: "{a}"\nprofile: "{c}"\nmetric: rouge\n')
-    with pytest.raises(TaskError, match=r"profile has the fields \['c'\]"):
-        load_task(path)

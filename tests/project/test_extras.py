@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mta.cli.compare import compare
-from mta.cli.demo import demo
+from mta.cli.machine import demo
 from mta.cli.serve import serve
 from mta.data.bm25 import retrieve
 from mta.data.readers import read_people

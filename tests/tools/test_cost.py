@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
-from transformers import Gemma3Config, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3Config, Gemma3TextConfig
 from typer.testing import CliRunner
 
 from mta.bank.calibration.crossfit import Calibrator
@@ -18,11 +18,8 @@ from mta.data.tasks.prompt import Example
 from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
-from mta.model.adaptable import adapted_layers
-from mta.model.agreement import called_layers
 from mta.model.footprint import Footprint, LayerTotals, ParameterCounts, TextLengths
 from mta.store.state import Losses, State
-from mta.system.device import processor
 from mta.tools.cost import DataSizes, Shape, _scored, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
@@ -52,15 +49,6 @@ def test_a_shape_is_read_from_a_config_alone(kind, tmp_path):
     )
     head = base.model.get_output_embeddings()
     assert shape.head == head.weight.numel()
-
-
-def test_the_chosen_experts_of_a_token_count():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = MixtralConfig(vocab_size=50, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=4, **sizes)
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config)
-    layers = adapted_layers(model, called_layers(model), "mixtral")
-    assert LayerTotals.of(model, layers).experts == 3 * 2 * 3 * 16 * 24  # layers, experts, matrices
 
 
 def test_the_well_known_shapes_are_what_their_makers_say():
@@ -165,13 +153,6 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     assert alone["MTA"] == alone["merge alone"]
 
 
-def test_figures_of_the_cpu_do_not_carry_the_name_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert processor().endswith(", a GPU")
-    assert "a GPU" not in hardware("this").name
-
-
 def test_the_command_prints_tables_and_json(tmp_path):
     run = CliRunner().invoke
     found = json.loads(run(app, ["size", "--on", "h100", "--people", "1e6", "--json", "bank.anchors=50"]).stdout)
@@ -188,9 +169,6 @@ def test_the_command_prints_tables_and_json(tmp_path):
         Shape.of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 8}')
     with pytest.raises(ConfigError, match="not a model with attention layers only"):
-        Shape.of(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match="not a causal language model"):
         Shape.of(str(tmp_path))
     for tokens, targets, shared in ((16, 16, 100), (4, 16, 0), (16, 0, 0)):
         with pytest.raises(ConfigError, match="targets"):
@@ -216,11 +194,7 @@ def test_settings_change_what_is_counted():
 
 def test_the_command_sizes_the_base_of_its_settings(tmp_path):
     (tmp_path / "c.yaml").write_text("base: llama-2-7b")
-    for words, name in (
-        (["base=smollm2-135m-instruct"], "smollm2-135m-instruct"),
-        (["--config", str(tmp_path / "c.yaml")], "llama-2-7b"),
-        (["--config", str(tmp_path / "c.yaml"), "--base", "llama-3-8b"], "llama-3-8b"),
-        ([], "llama-3-8b"),
-    ):
-        found = CliRunner().invoke(app, ["size", "--on", "h100", "--json", *words])
+    words = ["--config", str(tmp_path / "c.yaml")]
+    for more, name in (([], "llama-2-7b"), (["--base", "llama-3-8b"], "llama-3-8b")):
+        found = CliRunner().invoke(app, ["size", "--on", "h100", "--json", *words, *more])
         assert json.loads(found.stdout)["base"]["name"] == name

@@ -1,9 +1,7 @@
 """What the doctor finds: on a machine as it is, and on one that lacks something."""
 
-import io
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import people_of
-from rich.console import Console
 
-from mta.cli.machine import _findings
 from mta.store import Store
 from mta.system import assets
 from mta.tools import doctor
-from mta.tools.doctor import BASE, Finding, examine
+from mta.tools.doctor import BASE, examine
 
 GIB = 1 << 30
 
@@ -98,25 +94,15 @@ def test_assets_that_are_there_need_no_network(cache, no_network, without_kernel
     assert not [one for one in findings if one.about == "network" and one.verdict != "ok"]
 
 
-def test_without_pip_what_is_missing_cannot_come(cache, monkeypatch):
-    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
-    base = found("default base", doctor._assets())
-    assert (base.verdict, base.hint) == ("problem", "This Python has no pip: python -m ensurepip")
-
-
-def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_and_a_full_disk_are_problems(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "file" / "cache"))
-    folder = found("folder", doctor._assets())
-    assert (folder.verdict, folder.hint) == ("problem", "Set MTA_CACHE to a writable folder.")
-
-
-def test_a_full_disk_is_a_problem(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(GIB, GIB, 0))
-    disk = found("disk free", doctor._assets())
-    assert disk.verdict == "problem"
-    assert disk.hint.startswith("A demo needs 3.2 GB")
+    findings = list(doctor._assets())
+    folder, disk = found("folder", findings), found("disk free", findings)
+    assert (folder.verdict, folder.hint) == ("problem", "Set MTA_CACHE to a writable folder.")
+    assert (disk.verdict, disk.hint[:19]) == ("problem", "A demo needs 3.2 GB")
 
 
 @pytest.mark.parametrize(
@@ -143,19 +129,6 @@ def test_files_that_the_kernel_caches_count_as_free_memory(monkeypatch, tmp_path
     assert doctor._free_memory() == 3500
     (tmp_path / "memory.max").write_text("max\n")
     assert doctor._free_memory() > 1 << 20
-
-
-def test_a_cache_in_a_closed_folder_is_reported_like_other_findings(monkeypatch, tmp_path):
-    """As with the HOME of another account."""
-
-    def closed(*_, **__):
-        raise PermissionError
-
-    monkeypatch.setattr(doctor, "is_present", lambda name: True)
-    monkeypatch.setattr(doctor, "cache_dir", lambda: tmp_path / "closed" / "cache")
-    for name in ("exists", "is_dir", "rglob"):
-        monkeypatch.setattr(Path, name, closed)
-    assert [one.name for one in doctor._assets()][:2] == ["folder", "disk free"]
 
 
 @pytest.mark.parametrize(
@@ -186,13 +159,6 @@ def test_a_device_that_computes_nothing_is_a_problem(monkeypatch):
     assert (device.verdict, device.found.split(";")[0]) == ("problem", "cpu: CUDA error: out of memory")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_gpu_that_is_asked_for_and_missing_is_a_problem():
-    device = found("device", doctor._machine("cuda"))
-    assert device.verdict == "problem"
-    assert device.found.startswith("device 'cuda' cannot be used: ")
-
-
 def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
     there = {"torch": "2.9.1+cpu", "typer": None}
     monkeypatch.setattr(doctor, "version_of", lambda name: there.get(name, "99.0"))
@@ -202,11 +168,6 @@ def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
     assert findings["typer"].found == "not installed"
     assert findings["typer"].hint.startswith("pip install 'typer>=")
     assert findings["transformers"].verdict == "ok"
-
-
-@pytest.mark.parametrize(("less", "more"), [("2.9", "2.13"), ("2.12.9+cpu", "2.13"), ("5", "5.1")])
-def test_versions_are_compared_as_numbers(less, more):
-    assert doctor._numbers(less) < doctor._numbers(more)
 
 
 def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, monkeypatch):
@@ -232,18 +193,11 @@ def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):
     assert doctor._store(str(tmp_path / "people")).verdict == "ok"
 
 
-def test_a_bank_is_opened(tiny):
+def test_a_bank_is_opened(tiny, tmp_path):
     _, bank = tiny
-    finding = doctor._bank(bank.folder)
+    finding, missing = doctor._bank(bank.folder), doctor._bank(tmp_path / "bank")
     assert (finding.verdict, finding.found) == ("ok", "3 anchors for movielens-rating, over tiny-llama")
-
-
-def test_a_bank_that_is_not_there_is_a_problem(tmp_path):
-    missing = doctor._bank(tmp_path / "bank")
-    assert (missing.verdict, missing.hint) == (
-        "problem",
-        "Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
-    )
+    assert (missing.verdict, missing.hint[:28]) == ("problem", "Give the folder of a bank (-")
 
 
 def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
@@ -253,7 +207,10 @@ def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.integration
-def test_the_command_ends_with_0_where_a_demo_could_run(cache):
+def test_the_command_ends_with_0_where_a_demo_could_run_and_with_1_and_the_problem_elsewhere(cache, tmp_path):
+    done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
+    assert (done.returncode, "Fix the problems first." in done.stdout) == (1, True)
+    assert f"there is no store at {tmp_path}/none" in done.stdout
     done = mta_doctor("--json", MTA_KERNELS="off")
     reported = json.loads(done.stdout)
     assert done.returncode == bool(reported["problems"]), done.stderr
@@ -262,21 +219,3 @@ def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     kernels = found("compiled", [namedtuple("finding", one)(**one) for one in reported["findings"]])
     assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
     assert {one["verdict"] for one in reported["findings"]} <= {"ok", "warning", "problem"}
-
-
-@pytest.mark.integration
-def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
-    done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
-    assert done.returncode == 1
-    assert f"there is no store at {tmp_path}/none" in done.stdout
-    assert "Give the store's address, or create a store:" in done.stdout
-    assert re.search(r"\d problems?, ", done.stdout)
-    assert "Fix the problems first." in done.stdout
-
-
-def test_findings_are_shown_beside_a_long_path():
-    path, found = "/data/" + "folder/" * 12, "opens in two seconds"
-    for width in (60, 80):
-        shown = Console(width=width, record=True, file=io.StringIO())
-        shown.print(_findings([Finding("bank", path, "ok", found, "Nothing to do.")]))
-        assert {*found.split(), "ok", "Nothing"} <= set(shown.export_text().split())

@@ -9,8 +9,7 @@ from conftest import people_of, personalizer
 
 from mta.config import MergeSettings
 from mta.errors import BankNotFound, PersonNotFound
-from mta.store.state import Losses
-from mta.tools.inspect import SavedVersion, gains, summarize, versions_of
+from mta.tools.inspect import SavedVersion, summarize, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -63,12 +62,6 @@ def test_the_parts_of_a_bank_trained_on_a_person_are_named(known):
     assert summarize("t0", known.store, known.bank.folder).trained == ["task LoRA"]
 
 
-def test_a_state_of_another_bank_is_recognized(known):
-    known.store.save("x0", replace(known.state("x0"), bank="f" * 64, work="0" * 64))
-    found = summarize("x0", known.store, known.bank.folder)
-    assert (found.bank, found.bank_here) == ("f" * 64, known.bank.hash)
-
-
 def test_who_is_not_there(known, tmp_path):
     for look in (lambda: summarize("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
         with pytest.raises(PersonNotFound, match="no state of 'eve'"):
@@ -91,12 +84,3 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
         SavedVersion(2, 4, None, None, False),
         SavedVersion(3, store.sizes("x0")[3], "b" * 64, "fixed", True),
     ]
-
-
-def test_gains_are_explained_in_plain_words():
-    better, worse = "predicts their shots better by", "predicts their shots worse by"
-    assert gains(Losses(1.0, 0.88, 0.9, 3)) == [
-        f"the merge {better} 0.120 nats per token than the pooled model",
-        f"merge and stack {worse} 0.020 nats per token than the merge alone",
-    ]
-    assert gains(Losses(1.0, 1.0, None, 3)) == [f"the merge {better} 0.000 nats per token than the pooled model"]

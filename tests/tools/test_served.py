@@ -52,25 +52,16 @@ def test_the_base_is_called_as_the_server_calls_it(world):
     assert base_at(Server("http://127.0.0.1:9"), "/elsewhere/base") == "/elsewhere/base"
 
 
-def test_a_check_of_no_person_is_a_warning_that_says_how_to_name_people(world):
-    task, people = check_served(server_of(world), personalizer(world.base, world.bank, world.service.store), [])
-    assert (task.verdict, people.name, people.verdict) == ("ok", "people", "warning")
-    assert (people.found, "--person ann" in people.hint) == ("no person's model was compared", True)
-
-
 def test_a_server_on_this_machine_is_not_asked_through_a_proxy(world, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     personal = personalizer(world.base, world.bank, world.service.store)
-    assert check_served(server_of(world), personal, [])[0].verdict == "ok"
+    task, people = check_served(server_of(world), personal, [])
+    assert (task.verdict, people.name, people.verdict) == ("ok", "people", "warning")
+    assert (people.found, "--person ann" in people.hint) == ("no person's model was compared", True)
     found = check_served(Server("http://example.invalid"), personal, [])[0]
     assert "Connection refused" in found.found  # by the proxy
-
-
-def test_the_address_may_end_in_v1():
-    with Server("http://127.0.0.1:8000/v1/").client() as client:
-        assert client.build_request("POST", "/v1/classify").url == "http://127.0.0.1:8000/v1/classify"
 
 
 def test_a_person_with_another_state_here_is_a_problem(world, tmp_path):
@@ -126,11 +117,6 @@ def test_a_server_that_gives_people_the_pooled_model_is_a_problem(world):
     (found,) = check_served(server_of(world, task="", person="{}"), personal, ["task"])
     assert found.verdict == "problem"
     assert "from the pooled model's" in found.found
-
-
-def test_our_names_encode_ids_and_others_do_not():
-    assert Server("").name_of("bob@v1") == "person:bob%40v1"
-    assert Server("", person="{}").name_of("bob@v1") == "bob@v1"
 
 
 def test_a_person_without_a_state_here_is_an_error(world):

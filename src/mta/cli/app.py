@@ -12,8 +12,7 @@ from types import FrameType
 import typer
 
 from mta import __version__
-from mta.cli import bank, compare, data, demo, machine, person, personalize, predict, serve, store
-from mta.cli.options import Interrupted
+from mta.cli import bank, compare, data, machine, person, personalize, predict, serve, store
 from mta.errors import MtaError
 from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
@@ -27,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 START, BUILD, MEASURE, MANAGE = "Start here", "Build and use", "Measure", "Manage"
-app.command(rich_help_panel=START)(demo.demo)
+app.command(rich_help_panel=START)(machine.demo)
 app.command(rich_help_panel=START)(machine.doctor)
 app.add_typer(data.app, name="data", rich_help_panel=BUILD)
 app.add_typer(bank.app, name="bank", rich_help_panel=BUILD)
@@ -83,7 +82,7 @@ def run(app: typer.Typer) -> None:
         os.kill(os.getpid(), end.number)
         raise  # the first process of a container survives its own signal
     except SystemExit as end:
-        if end.code == 130 and not isinstance(end, Interrupted):  # typer's exit code for Ctrl-C
+        if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
 

@@ -12,9 +12,8 @@ from typer import Argument, Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
-from mta.config import Run
 from mta.config.constants import ROUNDING_ONLY
-from mta.errors import InputError, MtaError
+from mta.errors import InputError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
@@ -104,26 +103,15 @@ def import_(
     read = options.people_in(people, run.task, columns, skip_bad) if people else []
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read, run, unrelated) if read and run.calibration.enabled else bank, json)
-
-
-def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run, unrelated: bool) -> mta.Bank:
-    """Return the bank, calibrated on those of the people who are not in it; if that is not possible, say why."""
-    go_on = (
-        f"The bank is written. Calibrate it with the same people:  mta bank calibrate {shlex.quote(str(bank.folder))} …"
-    )
-    try:
-        with Screen() as screen:
-            return bank.calibrate(base, people, run=run, unrelated=unrelated, on_step=screen.step)
-    except InputError as error:
-        typer.echo(f"The bank is not calibrated: {error.message}. {error.hint}", err=True)
-        return bank
-    except MtaError:
-        typer.echo(go_on, err=True)
-        raise
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. {go_on}", err=True)
-        raise options.Interrupted(130) from None
+    if read and run.calibration.enabled:
+        again = f"mta bank calibrate {shlex.quote(str(bank.folder))} …"
+        typer.echo(f"The bank is written. If its calibration is interrupted:  {again}", err=True)
+        try:
+            with Screen() as screen:
+                bank = bank.calibrate(model, read, run=run, unrelated=unrelated, on_step=screen.step)
+        except InputError as error:
+            typer.echo(f"The bank is not calibrated: {error.message}. {error.hint}", err=True)
+    _show(bank, json)
 
 
 @app.command()
@@ -170,7 +158,7 @@ def calibrate(
         machine=ROUNDING_ONLY | {"base"},
     )
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
-        found = opened.calibrate(
+        calibrated = opened.calibrate(
             base,
             people,
             out=out,
@@ -180,7 +168,7 @@ def calibrate(
             executor=executor,
             on_step=screen.step,
         )
-    _show(found, json)
+    _show(calibrated, json)
 
 
 def _show(bank: mta.Bank, json: bool) -> None:
@@ -188,10 +176,10 @@ def _show(bank: mta.Bank, json: bool) -> None:
 
     info = bank.info
     if json:
-        found = info.calibration and info.calibration.model_dump(mode="json")
         facts = {"anchors": len(bank), "task_lora": bank.task_lora is not None, "hash": bank.hash}
         facts |= {"seconds": info.seconds, "cut": info.cut}
-        return show_json({"folder": str(bank.folder), **facts, "calibration": found})
+        facts |= {"calibration": info.calibration and info.calibration.model_dump(mode="json")}
+        return show_json({"folder": str(bank.folder), **facts})
     task_lora = "yes" if bank.task_lora else "no"
     typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {task_lora}, hash {bank.hash[:12]}")
     if info.calibration:

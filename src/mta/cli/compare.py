@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
 import typer
 from typer import Option
@@ -54,20 +54,11 @@ def compare(
     Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
     """
     require("eval")  # before a model is loaded
-    given = Arguments(source, words or [], bank, out, config, seed, device, columns, skip_bad, track)
-    command = options.command_line()
-    with opened(given, "comparison", CompareSettings) as session:
-        step, say = session.folder.step, session.screen.say
-        report = mta.compare(
-            session.base,
-            session.bank,
-            session.people,
-            session.settings,
-            run=session.run,
-            limit=people,
-            on_step=step,
-            on_method=say,
-        )
+    command, given = options.command_line(), (source, words, bank, out, config, seed, device, columns, skip_bad, track)
+    with opened("comparison", CompareSettings, *given) as session:
+        measured, say = (session.base, session.bank, session.people, session.settings), session.screen.say
+        step = session.folder.step
+        report = mta.compare(*measured, run=session.run, limit=people, on_step=step, on_method=say)
         session.folder.outcome = report.outcome()
         if out:
             report.write(out, command)
@@ -79,21 +70,6 @@ def compare(
     tables.show(report.comparison, report.meta, screen.tables())
     if out:
         typer.echo(f"Report: {out / 'report.html'}; what follows from it: docs/how-to/decide.md", err=True)
-
-
-class Arguments(NamedTuple):
-    """The options of a command that measures a bank on people."""
-
-    source: str
-    words: list[str]
-    bank: Path
-    out: Path | None
-    config: Path | None
-    seed: int | None
-    device: str | None
-    columns: list[str] | None
-    skip_bad: Path | None
-    track: str | None
 
 
 @dataclass
@@ -110,21 +86,34 @@ class Session(Generic[Kind]):
 
 
 @contextmanager
-def opened(given: Arguments, name: str, kind: type[Kind]) -> Iterator[Session[Kind]]:
+def opened(
+    kind: str,
+    settings: type[Kind],
+    source: str,
+    words: list[str] | None,
+    bank_folder: Path,
+    out: Path | None,
+    config: Path | None,
+    seed: int | None,
+    device: str | None,
+    columns: list[str] | None,
+    skip_bad: Path | None,
+    track: str | None,
+) -> Iterator[Session[Kind]]:
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
-    tracker = options.tracker_for(given.track, given.out)
-    people = options.people_in(given.source, options.task_of(given.bank), given.columns, given.skip_bad)
-    chosen, run_words, file_words = _settings(kind, given.config, given.words)
+    tracker = options.tracker_for(track, out)
+    people = options.people_in(source, options.task_of(bank_folder), columns, skip_bad)
+    chosen, run_words, file_words = _settings(settings, config, words or [])
     base, bank, run = options.open_bank(
-        given.bank,
+        bank_folder,
         run_words,
-        seed=given.seed,
-        device=given.device,
+        seed=seed,
+        device=device,
         file_words=file_words,
         open_to=options.MERGE_AND_STACK,
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
-    with Screen() as screen, options.run_folder(name, given.out, base, bank, used, tracker, screen.step) as folder:
+    with Screen() as screen, options.run_folder(kind, out, base, bank, used, tracker, screen.step) as folder:
         yield Session(base, bank, run, people, chosen, screen, folder)
 
 

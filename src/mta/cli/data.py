@@ -10,7 +10,7 @@ from typer import Option
 
 from mta.cli import options
 from mta.cli.screen import show_json
-from mta.data import describe as counts
+from mta.data import describe as count
 from mta.data.history import Item
 from mta.data.sharing import CROWD, connected
 from mta.data.tasks import PromptFormat, load_task
@@ -25,31 +25,34 @@ app = typer.Typer(help="Count people's items, and print their prompts.", no_args
 def describe(
     source: options.Source,
     task: options.Task = None,
-    queries: Annotated[int, Option(min=1, help="Number of each person's last items to use as queries.")] = 4,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
     """Count people, items, queries, shared items, times and labels, and people with enough items for 1 to 16 shots.
 
-    Example:  mta data describe history.jsonl --task lamp3 --queries 4
+    Example:  mta data describe history.jsonl --task lamp3
     """
     loaded = load_task(task or "text")
     people = options.people_in(source, loaded, columns, skip_bad)
-    found, splits = counts.describe(people), counts.describe_for_evaluation(people, loaded, queries)
+    counts, splits = count.describe(people), count.describe_for_evaluation(people, loaded)
     shared = connected(people, loaded)[1]
     if json:
-        return show_json(found | {"splits": splits, "shared": asdict(shared)})
-    lines = ["  ".join(f"{name} {value:,.12g}" for name, value in found.items())]
+        return show_json(counts | {"splits": splits, "shared": asdict(shared)})
     able, compared = splits["anchors"], splits["compared"]
-    lines.append(f"with {able['items']} items or more, enough to become anchors of a bank: {able['people']} people")
-    asked = f"{compared['shots']} shots and {compared['queries']} queries"
-    lines.append(f"enough for the {asked} of mta compare: {compared['people']} people")
-    for shots, count in splits["shots"].items():
-        lines.append(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {count} people")
-    timed = splits["people with times"]
-    lines.append(f"people with a time on every item: {timed}; the others follow the newest item before them")
-    lines.append(f"shared items: {shared}")
+    lines = [
+        "  ".join(f"{name} {value:,.12g}" for name, value in counts.items()),
+        f"with {able['items']} items or more, enough to become anchors of a bank: {able['people']} people",
+        f"enough for the {compared['shots']} shots and {compared['queries']} queries of mta compare: "
+        f"{compared['people']} people",
+        *(
+            f"in a recipe, last {splits['asked']} items as queries, the {shots} before them as shots: {able} people"
+            for shots, able in splits["shots"].items()
+        ),
+        f"people with a time on every item: {splits['people with times']}; the others follow the newest item before "
+        "them",
+        f"shared items: {shared}",
+    ]
     if shared.crowded:
         lines.append(f"not counted as shared: {shared.crowded} items that more than {CROWD} people have")
     if shared.judged:
@@ -69,7 +72,6 @@ def show(
     config: options.Config = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    questions: Annotated[bool, Option("--questions", help="Rows are questions, which need no answer.")] = False,
     json: options.Json = False,
 ) -> None:
     """Print a person's exact prompts. The target, the tokens that count in the loss, is between ⟦ and ⟧.
@@ -77,7 +79,7 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     run = options.settings(config, words, task=task)
-    people = options.people_in(source, run.task, columns, skip_bad, questions)
+    people = options.people_in(source, run.task, columns, skip_bad)
     chosen = next((p for p in people if person in (None, p.id)), None)
     if chosen is None:
         raise PersonNotFound(
@@ -87,8 +89,7 @@ def show(
     from mta.model.base import prompts_of
 
     prompts = prompts_of(run)
-    shown = chosen.queries if questions else chosen.items + chosen.queries
-    examples = [_shown(prompts, load_task(run.task), item) for item in shown[:items]]
+    examples = [_shown(prompts, load_task(run.task), item) for item in (*chosen.items, *chosen.queries)[:items]]
     if json:
         return show_json([_as_json(prompts.tokenizer, example) for example in examples])
     decode = prompts.tokenizer.decode

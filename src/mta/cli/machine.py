@@ -1,4 +1,4 @@
-"""``mta doctor`` and ``mta size``: whether mta can run on this machine, and what many people need."""
+"""``mta demo``, ``mta doctor``, and ``mta size``: try mta, check this machine, and estimate what many people need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from typer import Option
 
 from mta.cli import options
-from mta.cli.screen import show_json
+from mta.cli.screen import Screen, show_json, tables
 from mta.config import Run, override
 from mta.errors import InputError
 from mta.system.extras import require
@@ -26,6 +26,36 @@ if TYPE_CHECKING:
     from mta.tools.doctor import Finding
 
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
+
+
+def demo(
+    words: options.RecipeWords = None,
+    out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
+    recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
+    full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
+    seed: options.Seed = None,
+    track: options.Track = None,
+    json: options.Json = False,
+) -> None:
+    """Build a bank from MovieLens, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
+
+    Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
+
+    Example:  mta demo --out demo/
+    """
+    from mta.evaluation.reports.glance import show_glance
+    from mta.evaluation.reports.html import to_json
+    from mta.tools import demo as tool
+
+    require("eval")  # before a bank is built
+    given = [*(words or []), *options.as_words(**{"run.seed": seed})]
+    chosen, tracker = tool.load_demo(recipe), options.tracker_for(track, out)
+    command = options.command_line()
+    with Screen() as screen:
+        report = tool.demo(out, chosen, command, given, full=full, on_step=screen.step, say=screen.say, track=tracker)
+    if json:
+        return show_json(to_json(report.comparison, **report.meta, command=command))
+    show_glance(report.comparison, report.samples, tool.next_commands(out, report), tables())
 
 
 def doctor(
@@ -62,21 +92,20 @@ def doctor(
     from mta.tools.served import PERSON
 
     if served:
-        found = _served(served, bank, store, person or [], served_as, key_file, base, device)
+        findings = _served(served, bank, store, person or [], served_as, key_file, base, device)
     elif person or key_file or base or served_as != PERSON:
         raise InputError("--person, --served-as, --key-file, and --base belong to --served", "Add  --served URL.")
     else:
-        found = examine(bank, store, device)
-    problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
+        findings = examine(bank, store, device)
+    problems, warnings = (sum(one.verdict == verdict for one in findings) for verdict in ("problem", "warning"))
     if json:
-        show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in found]})
+        show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in findings]})
     else:
         say = Console(highlight=False).print
-        say(_findings(found))
+        say(_findings(findings))
         start = "Ready." if bank or store or device else "Ready. Start with:  mta demo"
-        counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
         then = "" if served else " Fix the problems first." if problems else f" {start}"
-        say(f"{counted}.{then}")
+        say(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}.{then}")
     if problems:
         raise typer.Exit(1)
 
@@ -107,14 +136,14 @@ def _served(
     return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
-def _findings(found: Sequence[Finding]) -> Table:
+def _findings(findings: Sequence[Finding]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", max_width=max(24, Console().width // 3))  # paths may be long
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     about = ""
-    for one in found:
+    for one in findings:
         if one.about != about:
             table.add_section()
         shown, about = one.about if one.about != about else "", one.about
@@ -136,7 +165,6 @@ def size(
     shared: Annotated[float, Option(min=0, help="How many of --tokens are a prefix that all items share.")] = 0,
     targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
     shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
-    context: Annotated[int, Option(min=1, help="Tokens per served conversation.")] = 1024,
     on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
     picture: Annotated[
         Path | None, Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")
@@ -152,7 +180,7 @@ def size(
 
     given = {"base": base, "bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = override(Run(base="llama-3-8b"), [*(words or []), *options.as_words(**given)], config)
-    load = sizing.DataSizes(tokens, targets, shots, context, shared)
+    load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if picture:

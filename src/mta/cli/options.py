@@ -98,10 +98,6 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
-class Interrupted(SystemExit):
-    """The end by Ctrl-C of a command that has said what to do next."""
-
-
 class Stdin(PosixPath):
     """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
 
@@ -203,20 +199,19 @@ def executor_at(
     if cluster:
         from mta.distributed.ray import Cluster
 
-        with Cluster(cluster, workers=workers, most=together or 32, gpu=False if device == "cpu" else None) as found:
-            yield found
+        with Cluster(cluster, workers=workers, most=together or 32, gpu=False if device == "cpu" else None) as executor:
+            yield executor
     elif workers or together:
         raise InputError("--workers and --together need --cluster", hint="For example:  --cluster local --workers 4")
     else:
         yield LocalExecutor()
 
 
-def check_written(task: TaskType, write: bool, max_new_tokens: int | None, temperature: float) -> None:
-    """Raise InputError for options of generated answers where labels are scored."""
-    if task.labels and not write and (max_new_tokens or temperature):
-        name = "--max-new-tokens" if max_new_tokens else "--temperature"
+def check_written(task: TaskType, write: bool, max_new_tokens: int | None) -> None:
+    """Raise InputError for the length of generated answers where labels are scored."""
+    if task.labels and not write and max_new_tokens:
         raise InputError(
-            f"{name} has no effect: task {task.name!r} has labels, which are scored",
+            f"--max-new-tokens has no effect: task {task.name!r} has labels, which are scored",
             hint="Leave it out, or generate text instead:  --write",
         )
 

@@ -49,25 +49,25 @@ def show(
     from mta.tools.inspect import summarize
 
     try:
-        found = summarize(person, Store(store), bank)
+        summary = summarize(person, Store(store), bank)
     except PersonNotFound as error:
         raise _in_bank(error, person, bank, store) from None
     if json:
-        return show_json(asdict(found))
+        return show_json(asdict(summary))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
-    say(f"version {found.version}, of {found.versions} kept; saved {found.time or 'at an unknown time'}")
-    other = f"not the one at {bank} ({found.bank_here[:12]}): personalize again before asking"
-    say(f"bank {found.bank[:12]}, " + (f"the one at {bank}" if found.bank == found.bank_here else other))
-    say(f"merge: {found.policy}, {len(found.weights)} anchors, {found.mode}")
-    say(_chart(found))
-    say("\n".join(_facts(found)))
+    say(f"version {summary.version}, of {summary.versions} kept; saved {summary.time or 'at an unknown time'}")
+    other = f"not the one at {bank} ({summary.bank_here[:12]}): personalize again before asking"
+    say(f"bank {summary.bank[:12]}, " + (f"the one at {bank}" if summary.bank == summary.bank_here else other))
+    say(f"merge: {summary.policy}, {len(summary.weights)} anchors, {summary.mode}")
+    say(_chart(summary))
+    say("\n".join(_facts(summary)))
 
 
-def _chart(found: Summary) -> Table:
+def _chart(summary: Summary) -> Table:
     """Return a bar chart of the strongest anchors, largest coefficient first. Negative bars go left from zero."""
-    strongest = {one.anchor for one in sorted(found.weights, key=lambda one: -abs(one.w))[:SHOWN]}
-    shown = [one for one in found.weights if one.anchor in strongest]
-    rest = [one.w for one in found.weights if one.anchor not in strongest]
+    strongest = {one.anchor for one in sorted(summary.weights, key=lambda one: -abs(one.w))[:SHOWN]}
+    shown = [one for one in summary.weights if one.anchor in strongest]
+    rest = [one.w for one in summary.weights if one.anchor not in strongest]
     least, most = min([0.0, *(one.w for one in shown)]), max([0.0, *(one.w for one in shown)])
     scale = WIDTH / ((most - least) or 1.0)
     zero = round(-least * scale)  # the edge of a character
@@ -81,25 +81,30 @@ def _chart(found: Summary) -> Table:
     return table
 
 
-def _facts(found: Summary) -> list[str]:
-    from mta.tools.inspect import gains
-
-    stack, losses = found.stack, found.losses
+def _facts(summary: Summary) -> list[str]:
+    stack, losses = summary.stack, summary.losses
     lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
     if losses:
         names = "pooled model", "with the merge", "with merge and stack"
         models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in models.items() if loss is not None)
         lines.append(f"nats per token on their shots ({losses.tokens} target tokens): {each}")
-        lines += [f"  {gain}" for gain in gains(losses)]
+        gains = [("the merge", losses.pooled - losses.merged, "the pooled model")]
+        if losses.stacked is not None:
+            gains.append(("merge and stack", losses.merged - losses.stacked, "the merge alone"))
+        for part, gain, other in gains:
+            word = "better" if gain >= 0 else "worse"
+            lines.append(f"  {part} predicts their shots {word} by {abs(gain):.3f} nats per token than {other}")
     else:
         lines.append("losses on their shots: not recorded (personalize again to record them)")
-    lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")
-    for one in found.exports:
+    lines.append("history: not kept" if summary.history is None else f"history: {summary.history} items kept")
+    for one in summary.exports:
         lines.append(f"exported to {one.folder} on {one.host}{'' if one.sha256 else ' (interrupted)'}")
-    parts = "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "none"
+    parts = (
+        "not known, it came without its members" if summary.trained is None else ", ".join(summary.trained) or "none"
+    )
     lines.append(f"parts of the bank that were trained on them: {parts}")
-    lines.append(f"stored in total: {human_bytes(found.bytes)}")
+    lines.append(f"stored in total: {human_bytes(summary.bytes)}")
     return lines
 
 
@@ -112,10 +117,10 @@ def versions(person: options.PersonId, store: options.StoreUrl = "people", json:
     from mta.store import Store
     from mta.tools.inspect import versions_of
 
-    found = versions_of(person, Store(store))
+    saved = versions_of(person, Store(store))
     if json:
-        return show_json([asdict(one) for one in found])
-    for one in found:
+        return show_json([asdict(one) for one in saved])
+    for one in saved:
         what = f"work {one.work[:8]}  {one.policy}" if one.work else "damaged"
         typer.echo(f"{one.version}  {human_bytes(one.bytes)}  {what}{'  (latest)' if one.latest else ''}")
 
@@ -212,12 +217,8 @@ def forget(
     show_json(asdict(done)) if json else _tell(done, missing)
     if done.complete:
         return
-    named = [word for one in banks for word in ("--bank", str(one))]
-    options_given = ["--store", store, *(named or ["--no-bank"])]
-    id_last = [*options_given, "--", person]  # an id such as -x would be read as an option
-    words = ["mta", "forget", *(id_last if person.startswith("-") else [person, *options_given])]
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
-    typer.echo(f"{said}. Correct that, and repeat:  {options.without_passwords(shlex.join(words))}", err=True)
+    typer.echo(f"{said}. Correct that, and repeat:  {options.command_line()}", err=True)
     raise typer.Exit(INCOMPLETE)
 
 
@@ -228,10 +229,10 @@ def _in_bank(error: PersonNotFound, person: str, bank: Path, store: str) -> Pers
     parts = list[str]()
     with suppress(MtaError):  # there may be no bank
         parts += read_info(bank).members.parts_of(person)
-    found = f"{error.message}; the bank at {bank} was trained on them: {', '.join(parts)}"
+    message = f"{error.message}; the bank at {bank} was trained on them: {', '.join(parts)}"
     command = shlex.join(["mta", "forget", "--bank", str(bank), "--store", store, "--", person])
     hint = f"To forget them:  {options.without_passwords(command)}"
-    return PersonNotFound(found, hint=hint) if parts else error
+    return PersonNotFound(message, hint=hint) if parts else error
 
 
 def _reachable(bank: Path) -> Path:

@@ -97,8 +97,10 @@ def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
 
 
 def _warn_of_no_gain(bank: mta.Bank, run: mta.Run) -> None:
-    calibrated, found = bank.with_calibrated_settings(run), bank.calibration
-    keeps_pooled = found is not None and not found.personal and not found.mu.any() and not calibrated.stack.enabled
+    calibrated, measured = bank.with_calibrated_settings(run), bank.calibration
+    keeps_pooled = (
+        measured is not None and not measured.personal and not measured.mu.any() and not calibrated.stack.enabled
+    )
     if keeps_pooled and calibrated.merge.policy == "laplace":
         typer.echo("This bank's calibration found no gain: everybody keeps the pooled model (mta bank show).", err=True)
 

@@ -44,9 +44,7 @@ def predict(
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
-    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
     config: options.Config = None,
-    seed: options.Seed = None,
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
@@ -65,46 +63,39 @@ def predict(
     from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
-    if out and out.is_dir():
-        raise InputError(f"{out} is a folder", hint=_OTHER)
     if out:
+        if out.is_dir():
+            raise InputError(f"{out} is a folder", hint=_OTHER)
         check_ordinary(out)
-    if out and (is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve())):
-        raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
-    options.check_out(out and out.parent)
+        if is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve()):
+            raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
+        options.check_out(out.parent)
     task = options.task_of(bank)
-    options.check_written(task, write, max_new_tokens, temperature)
+    options.check_written(task, write, max_new_tokens)
     people = options.people_in(source, task, columns, skip_bad, questions=True)
     lamp = out is not None and out.suffix == ".json"
     if lamp:
         tool.check_ids(people)
-    base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
+    base, opened, run = options.open_bank(bank, words, device=device, config=config)
     personal = mta.Personalizer(base, opened, store, run=run)
     if out:
         make_folder(out.parent)
     kept = tool.Unfinished(out) if out else None
+    shared = fallback and SharedModel(fallback.value)
     with Screen("questions") as screen:
-        found = list(
-            tool.predict(
-                personal,
-                people,
-                kept=kept,
-                fallback=fallback and SharedModel(fallback.value),
-                write=write,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                on_step=screen.step,
-            )
-        )
-    lines = "".join(f"{dumps(one.as_json(), ensure_ascii=out is None and not speaks_unicode())}\n" for one in found)
+        answers = tool.predict(personal, people, shared, write, max_new_tokens, kept=kept, on_step=screen.step)
+        predictions = list(answers)
+    lines = "".join(
+        f"{dumps(one.as_json(), ensure_ascii=out is None and not speaks_unicode())}\n" for one in predictions
+    )
     if out is None:
         typer.echo(lines, nl=False)
     elif lamp:
-        write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in found))
+        write_json(out, opened.task.outputs((one.question.id or "", one.answer) for one in predictions))
     else:
         write_text(out, lines)
-    if kept:
+    if kept is not None:
         kept.remove()
-    shared = len({one.person for one in found if isinstance(one.model, SharedModel)})
+    fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
     if out and json:
-        show_json({"out": str(out), "answers": len(found), "people": len(people), "fallback": shared})
+        show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})

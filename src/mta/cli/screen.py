@@ -47,13 +47,6 @@ class _Stage:
     printed: float = -EVERY
 
 
-class _Left(TimeRemainingColumn):
-    """Time left of a row, by the progress so far."""
-
-    def render(self, task: Task) -> Text:
-        return super().render(task).append(" left")
-
-
 class _Note(ProgressColumn):
     """Note of a row: one line, cut where the terminal is too narrow for all columns."""
 
@@ -75,7 +68,8 @@ class Screen:
             BarColumn(bar_width=12),
             _Note(),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            _Left(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_interactive,
         )

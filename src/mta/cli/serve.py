@@ -34,12 +34,10 @@ def generate(
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
-    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
     shared: Annotated[
         bool, Option("--shared", help="Also ask the pooled model and the base, without any person.")
     ] = False,
     config: options.Config = None,
-    seed: options.Seed = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -51,38 +49,36 @@ def generate(
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --shared
     """
     asked = _fields(question)
-    base, opened, run = options.open_bank(bank, words, seed=seed, device=device, config=config)
+    base, opened, run = options.open_bank(bank, words, device=device, config=config)
     personal = mta.Personalizer(base, opened, store, run=run)
     people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
-    names = [who if isinstance(who, str) else f"({who.value})" for who in people]
-    options.check_written(opened.task, write, max_new_tokens, temperature)
+    options.check_written(opened.task, write, max_new_tokens)
+    shares: list[dict[str, float]] = [{} for _ in rows]
     if opened.task.labels and not write:
         shares = personal.shares(rows)
         answers = [next(iter(own)) for own in shares]
-        details = ["   " + "  ".join(f"{label} {share:.0%}" for label, share in own.items()) for own in shares]
-        more: list[dict[str, object]] = [{"shares": own} for own in shares]
     else:
-        answers = personal.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature)
-        details, more = [""] * len(rows), [{}] * len(rows)
+        answers = personal.generate(rows, max_new_tokens=max_new_tokens)
+    said = []
+    for who, answer, own in zip(people, answers, shares):
+        name, kind = (who, "person") if isinstance(who, str) else (f"({who.value})", who.value)
+        said.append({"person": name, "model": kind, "answer": answer} | ({"shares": own} if own else {}))
+        if not json:
+            detail = "  ".join(f"{label} {share:.0%}" for label, share in own.items())
+            typer.echo(f"{name}: {answer}" + (f"   {detail}" if own else ""))
     if json:
-        kinds = ["person" if isinstance(who, str) else who.value for who in people]
-        found = zip(names, kinds, answers, more)
-        return show_json([{"person": name, "model": kind, "answer": one, **added} for name, kind, one, added in found])
-    for name, answer, detail in zip(names, answers, details):
-        typer.echo(f"{name}: {answer}{detail}")
+        show_json(said)
 
 
 def _fields(question: str) -> Question:
     """Return the fields of a question that is a JSON object; another text unchanged. Raises DataError."""
-    fields: dict[str, object] | None = None
+    fields: dict[str, object] = {}
     if question.lstrip().startswith("{"):
         with suppress(ValueError):
             fields = loads(question)
     try:
-        if fields is None:
-            return text_in({"question": question}, "question")
-        return {name: text_in(fields, name) for name in fields}
+        return {name: text_in(fields, name) for name in fields} or text_in({"question": question}, "question")
     except Bad as bad:
         raise DataError(
             f"the question's field {bad.field!r}: {bad.reason}",

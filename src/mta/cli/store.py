@@ -27,23 +27,23 @@ def check(store: Url = "people", json: options.Json = False) -> None:
     from mta.store import Store, maintenance
 
     with Screen("files") as screen:
-        found = maintenance.check(Store(store), partial(screen.count, "check"))
+        report = maintenance.check(Store(store), partial(screen.count, "check"))
     if json:
-        show_json(asdict(found))
+        show_json(asdict(report))
     else:
-        exports = f", {found.exports} lists of exports" if found.exports else ""
-        lines = [f"{found.people} people, {found.states} states and {found.histories} histories{exports} read"]
-        if len(found.banks) > 1:
-            lines += [f"newest state of bank {bank[:8]}…: {count} people" for bank, count in found.banks.items()]
-        lines += [f"damaged: {name}: {wrong}" for name, wrong in found.damaged.items()]
-        lines += [f"not a file of a store: {name}" for name in found.strangers]
-        if found.leftovers:
+        exports = f", {report.exports} lists of exports" if report.exports else ""
+        lines = [f"{report.people} people, {report.states} states and {report.histories} histories{exports} read"]
+        if len(report.banks) > 1:
+            lines += [f"newest state of bank {bank[:8]}…: {count} people" for bank, count in report.banks.items()]
+        lines += [f"damaged: {name}: {wrong}" for name, wrong in report.damaged.items()]
+        lines += [f"not a file of a store: {name}" for name in report.strangers]
+        if report.leftovers:
             remove = f"mta store gc {quote(options.without_passwords(store))}"
-            lines.append(f"left by killed writers: {len(found.leftovers)} files ({remove})")
-        if found.exposed:
-            lines.append(f"others can read this store: {found.exposed}")
+            lines.append(f"left by killed writers: {len(report.leftovers)} files ({remove})")
+        if report.exposed:
+            lines.append(f"others can read this store: {report.exposed}")
         typer.echo("\n".join(lines))
-    if found.damaged:
+    if report.damaged:
         raise typer.Exit(1)
 
 
@@ -55,30 +55,29 @@ def stats(store: Url = "people", json: options.Json = False) -> None:
     """
     from mta.store import Store, maintenance
 
-    found = maintenance.stats(Store(store))
+    counts = maintenance.stats(Store(store))
     if json:
-        return show_json(asdict(found))
-    typer.echo(f"{found.people} people, {found.versions} versions, {found.histories} histories kept by opt-in")
-    each = f"{human_bytes(found.bytes_per_person)} a person (median {human_bytes(found.median_bytes)}"
-    typer.echo(f"{human_bytes(found.bytes)}: {each}, most {human_bytes(found.most_bytes)})")
+        return show_json(asdict(counts))
+    typer.echo(f"{counts.people} people, {counts.versions} versions, {counts.histories} histories kept by opt-in")
+    each = f"{human_bytes(counts.bytes_per_person)} a person (median {human_bytes(counts.median_bytes)}"
+    typer.echo(f"{human_bytes(counts.bytes)}: {each}, most {human_bytes(counts.most_bytes)})")
 
 
 @app.command()
 def gc(
     store: Url = "people",
     keep: Annotated[int | None, Option(min=1, help="Keep only this many newest versions of each person.")] = None,
-    older: Annotated[float, Option(min=0, help="Remove half-written files only after this many hours.")] = 1.0,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to remove, and remove nothing.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Remove half-written files of killed writers; with --keep also old versions, which cannot be restored.
+    """Remove files that a killed writer left an hour ago; with --keep also old versions, which cannot be restored.
 
     Example:  mta store gc people/ --keep 2 --dry-run
     """
     from mta.store import Store, maintenance
 
     with Screen("people") as screen:
-        gone = maintenance.collect(Store(store), keep, older * 3600, dry_run, partial(screen.count, "gc"))
+        gone = maintenance.collect(Store(store), keep, dry=dry_run, on_person=partial(screen.count, "gc"))
     if json:
         return show_json({"removed": not dry_run, "files": gone})
     for name in gone if dry_run else ():

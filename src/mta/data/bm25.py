@@ -29,8 +29,8 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # after its import, bm25s logs every index
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
-    found, _ = index.retrieve([query], k=min(k, len(earlier)), show_progress=False)
-    return [earlier[int(number)] for number in found[0]]
+    numbers, _ = index.retrieve([query], k=min(k, len(earlier)), show_progress=False)
+    return [earlier[int(number)] for number in numbers[0]]
 
 
 def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before: str = "") -> Item:

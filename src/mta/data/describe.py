@@ -12,6 +12,8 @@ from mta.data.history import Person
 from mta.data.shots_and_queries import QueryOrder, has_enough_items
 from mta.data.tasks.task import Task
 
+QUERIES = 4  # of a person in a recipe
+
 
 def describe(people: Sequence[Person]) -> dict[str, float]:
     """Return counts for a summary: people, items per person (min, median, max), and queries."""
@@ -26,10 +28,10 @@ def describe(people: Sequence[Person]) -> dict[str, float]:
     }
 
 
-def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
-    """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
+def describe_for_evaluation(people: Sequence[Person], task: Task) -> dict[str, Any]:
+    """Return what a set offers an evaluation: people with enough items, people with times, and label shares.
 
-    ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
+    ``shots``: m -> number of people with at least m + ``QUERIES`` items. A benchmark's own answered queries count as
     items if they are answered like the history; otherwise a person needs m items and one such query. ``anchors`` and
     ``compared``: people with enough items for an anchor of ``mta bank build``, and for ``mta compare``, by default.
     """
@@ -39,11 +41,10 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
         return sum(has_enough_items(task, person, shots, queries, ask) for person in people)
 
     times = [[item.time for item in person.items] for person in people]
-    known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
-        "asked": queries,
-        "shots": {m: able(m, queries, "last") for m in SHOTS},
+        "asked": QUERIES,
+        "shots": {m: able(m, QUERIES, "last") for m in SHOTS},
         "anchors": {"items": least, "people": sum(len(person.items) >= least for person in people)},
         "compared": {
             "shots": default.shots,
@@ -51,7 +52,5 @@ def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) 
             "people": able(default.shots, default.queries, "next"),
         },
         "people with times": sum(None not in each for each in times),
-        "oldest": min(known, default=None),
-        "newest": max(known, default=None),
         "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},
     }

@@ -12,10 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from itertools import accumulate
+from numbers import Real
 from types import MappingProxyType
-from typing import SupportsIndex, overload
+from typing import Any
 
 from mta.errors import InputError
 
@@ -33,11 +35,11 @@ class Item:
     is_query: bool = False
 
     def __post_init__(self) -> None:
-        if self.time is not None and not _is_finite(self.time):
-            hint = "Give a number, such as seconds since 1970, or None for an unknown time."
-            raise InputError(f"the time of an item is {self.time!r}", hint=hint)
-        if self.time is not None:  # equal items have equal digests, whatever the kind of number
-            object.__setattr__(self, "time", float(self.time))
+        if self.time is not None:
+            if not isinstance(self.time, Real | Decimal) or not math.isfinite(self.time):
+                hint = "Give a number, such as seconds since 1970, or None for an unknown time."
+                raise InputError(f"the time of an item is {self.time!r}", hint=hint)
+            object.__setattr__(self, "time", float(self.time))  # equal items have equal digests, whatever the number
         if other := next((name for name, value in self.fields.items() if not isinstance(value, str)), None):
             kind = type(self.fields[other]).__name__
             raise InputError(f"field {other!r} of an item is a value of type {kind}", hint="Give every field as text.")
@@ -45,13 +47,6 @@ class Item:
 
     def __reduce__(self) -> tuple[type[Item], tuple[dict[str, str], float | None, str | None, bool]]:
         return Item, (dict(self.fields), self.time, self.id, self.is_query)
-
-
-def _is_finite(time: object) -> bool:
-    try:
-        return math.isfinite(time)  # type: ignore[arg-type]
-    except TypeError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -81,15 +76,6 @@ class Person:
     def latest(self, n: int) -> Person:
         """Return the person with only the ``n`` most recent items."""
         return replace(self, items=self.items[-n:] if n else ())
-
-    def after(self, shots: int, n: int) -> tuple[Item, ...]:
-        """Return the ``n`` items after the first ``shots`` items, to be used as queries. Raises InputError."""
-        if len(self.items) < shots + n:
-            raise InputError(
-                f"a person has {len(self.items)} items; {shots} shots and {n} later queries need {shots + n}",
-                hint="Ask for fewer shots or queries, or leave this person out.",
-            )
-        return self.items[shots : shots + n]
 
     def digest(self) -> str:
         """Return the sha256 over the items in order. The same history gives the same digest in any process."""
@@ -130,14 +116,10 @@ class People(list[Person]):
         super().__init__(people)
         self.task = task
 
-    @overload
-    def __getitem__(self, place: SupportsIndex, /) -> Person: ...
-    @overload
-    def __getitem__(self, place: slice, /) -> People: ...
-    def __getitem__(self, place: SupportsIndex | slice, /) -> Person | People:
+    def __getitem__(self, place: Any, /) -> Any:
         """Return one person, or people of the same task: slices, unlike other lists made from people, keep the task."""
-        found = super().__getitem__(place)
-        return People(found, self.task) if isinstance(found, list) else found
+        chosen = super().__getitem__(place)
+        return People(chosen, self.task) if isinstance(chosen, list) else chosen
 
 
 def named_items(people: Iterable[Person], used: Container[int]) -> Iterator[tuple[str, Item]]:

@@ -1,4 +1,4 @@
-"""Find records of one user, and people who hold copies of the same items.
+"""Find people who hold copies of the same items.
 
 Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 """
@@ -6,12 +6,12 @@ Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
-from mta.data.tasks.task import PROFILE, Task, own_fields
+from mta.data.tasks.task import PROFILE, Task
 
 SAME_ITEMS = 5  # least number of items that two records of one user share: a few popular films are shared by chance
 LONG = 64  # characters: two people can write a shorter text by coincidence
@@ -23,8 +23,8 @@ Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 class SharedItems:
     """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
 
-    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold; and ``judged`` inputs, to which
-    holders have no majority answer, or which people answer independently of each other (films).
+    Not counted as shared: ``crowded`` items of more than ``CROWD`` people, and ``judged`` inputs, which people answer
+    differently.
     """
 
     items: int = 0
@@ -60,13 +60,10 @@ class Sets:
 
     def groups(self) -> list[list[int]]:
         """Return all sets, each in ascending order, sorted by their smallest number."""
-        found: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for n in range(len(self._above)):
-            found.setdefault(self.root(n), []).append(n)
-        return list(found.values())
-
-
-# -- records of one user -----------------------------------------------------------------------------------------------
+            groups.setdefault(self.root(n), []).append(n)
+        return list(groups.values())
 
 
 def sameness(item: Item) -> tuple[object, ...]:
@@ -85,22 +82,6 @@ def repeated(people: Iterable[Person]) -> int:
     return sum(len(one.items) - len(set(map(sameness, one.items))) for one in people)
 
 
-def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
-    """Group the numbers of records that belong to one user: each profile lacks at most one item of the other.
-
-    LaMP takes the question's own item out of the profile. Profiles must have ``SAME_ITEMS`` items in common.
-    """
-    sets, first = Sets(len(records)), dict[int, int]()
-    for n, items in enumerate(records):
-        digests = [int.from_bytes(_digest([repr(key)])) for key in set(map(sameness, items))]
-        whole = sum(digests)  # the same for any order of the items
-        equal = [whole] if len(digests) >= SAME_ITEMS else []
-        but_one = [whole - digest for digest in digests] if len(digests) > SAME_ITEMS else []
-        for key in equal + but_one:
-            sets.join((first.setdefault(key, n), n))
-    return sets.groups()
-
-
 def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
     """Return the items that ``known`` does not hold as often as ``items`` does."""
     left = Counter(map(sameness, known))
@@ -111,31 +92,6 @@ def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
         else:
             missing.append(item)
     return missing
-
-
-def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
-    """Return the items that are not one of the queries.
-
-    LaMP removes a question's own item from the profile of that record, but not from the user's other records.
-    """
-    asked = {question for query in queries if (question := _question(task, query))}
-    return [item for item in items if _question(task, item) not in asked]
-
-
-def _question(task: Task, item: Item) -> tuple[str, ...]:
-    """Return a key that an item and a query about the same text share: the inputs or, without inputs, the target."""
-    names = task.item.inputs
-    if names:
-        return tuple(item.fields[name] for name in names) if _like_items(task, item) else ()
-    return (task.target(item),) if task.has_target(item) else ()
-
-
-def _like_items(task: Task, item: Item) -> bool:
-    """Return whether this is an item of the history, or a query with the same fields."""
-    return not item.is_query or (task.asks_as_items and task.form(item).inputs == task.item.inputs)
-
-
-# -- people who share items --------------------------------------------------------------------------------------------
 
 
 class Copies:
@@ -149,7 +105,7 @@ class Copies:
         self.crowded = self.judged = 0
         self.holders: dict[Key, set[int]] = {}
         by_inputs = self._several(people)
-        if task.labelled and _independent(by_inputs.values(), _chance(people, task)):
+        if task.labelled and _independent(by_inputs.values(), people, task):
             self.judged = len(by_inputs)
             return
         for inputs, answers in by_inputs.items():
@@ -167,9 +123,10 @@ class Copies:
         known = {key for person in people for item in person.items if (key := self._key(item)) in self.holders}
         return sum(self._key(query) in known for query in queries)
 
-    def alone(self, items: Iterable[Item]) -> tuple[Item, ...]:
-        """Return the items that only one person holds."""
-        return tuple(item for item in items if self._key(item) not in self.holders)
+    def alone(self, person: Person) -> Person:
+        """Return a person with the items that no other holds; without items if these are less than half of theirs."""
+        items = tuple(item for item in person.items if self._key(item) not in self.holders)
+        return replace(person, items=items if 2 * len(items) >= len(person.items) else ())
 
     def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
         """Return inputs that several people hold -> answers -> numbers of the people who give them."""
@@ -178,11 +135,11 @@ class Copies:
         for number, (inputs, _) in self._keys(people):
             if first.setdefault(inputs, number) != number:
                 several.add(inputs)
-        found: dict[bytes, dict[bytes, set[int]]] = {}
+        holders: dict[bytes, dict[bytes, set[int]]] = {}
         for number, (inputs, answer) in self._keys(people) if several else ():
             if inputs in several:
-                found.setdefault(inputs, {}).setdefault(answer, set()).add(number)
-        return found
+                holders.setdefault(inputs, {}).setdefault(answer, set()).add(number)
+        return holders
 
     def _keys(self, people: Sequence[Person]) -> Iterator[tuple[int, Key]]:
         for number, person in enumerate(people):
@@ -196,12 +153,12 @@ class Copies:
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
-        names = [name for name in task.item.inputs if name != PROFILE] if _like_items(task, item) else []
+        names = [name for name in task.item.inputs if name != PROFILE] if task.asks_like_items(item) else []
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
-        return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
+        return (digest(inputs), digest([target])) if task.labelled else (digest([*inputs, target]), b"")
 
 
 def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], SharedItems]:
@@ -217,48 +174,21 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     names = {n: min(people[m].id for m in group) for group in groups for n in group}
     sizes = Counter(names.values())
     counts = {"people": len(names), "groups": len(sizes), "largest": max(sizes.values(), default=0)}
-    found = SharedItems(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
-    return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
+    shared = SharedItems(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
+    return [replace(person, group=names.get(n, person.group)) for n, person in enumerate(people)], shared
 
 
-def separated(people: Sequence[Person], task: Task) -> list[Person]:
-    """Return the people with the items that only they hold; without items if these are less than half of theirs."""
-    copies = Copies(people, task)
-    own = [copies.alone(person.items) for person in people]
-    return [
-        replace(person, items=items if 2 * len(items) >= len(person.items) else ())
-        for person, items in zip(people, own)
-    ]
+def _independent(inputs: Collection[Mapping[bytes, set[int]]], people: Sequence[Person], task: Task) -> bool:
+    """Return whether people answer common inputs independently.
 
-
-def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int]:
-    """Return the numbers of the people who hold at least half of one of the histories, and ``SAME_ITEMS`` of its items.
-
-    Unlike ``connected`` this finds a short excerpt of a long history, whatever the task.
+    Then two answers to one input differ over half as often as two answers drawn from all answers. Returns False for
+    fewer than ``SAME_ITEMS`` common inputs.
     """
-    contents, owners = [_contents(person) for person in histories], defaultdict[bytes, list[int]](list)
-    for number, held in enumerate(contents):
-        for item in held:
-            owners[item].append(number)
-    found = set()
-    for number, person in enumerate(people):
-        counts = Counter(owner for item in _contents(person) for owner in owners.get(item, ()))
-        if any(count >= max(SAME_ITEMS, len(contents[owner]) / 2) for owner, count in counts.items()):
-            found.add(number)
-    return found
-
-
-def _contents(person: Person) -> frozenset[bytes]:
-    """Return digests of the items of a person's history, without ids, times, and earlier items that they show."""
-    return frozenset(_digest([_plain(text) for pair in own_fields(one) for text in pair]) for one in person.items)
-
-
-def _independent(inputs: Collection[Mapping[bytes, set[int]]], chance: float) -> bool:
-    """Return whether people answer common inputs independently, so that answers differ over half as often as by chance.
-
-    Returns False for fewer than ``SAME_ITEMS`` common inputs.
-    """
-    return len(inputs) >= SAME_ITEMS and sum(map(_differing, inputs)) / len(inputs) > chance / 2
+    if len(inputs) < SAME_ITEMS:
+        return False
+    counts = Counter(task.target(item) for person in people for item in person.items)
+    chance = 1 - sum((count / counts.total()) ** 2 for count in counts.values())
+    return sum(map(_differing, inputs)) / len(inputs) > chance / 2
 
 
 def _differing(answers: Mapping[bytes, set[int]]) -> float:
@@ -268,15 +198,10 @@ def _differing(answers: Mapping[bytes, set[int]]) -> float:
     return 1 - sum(count * (count - 1) for count in counts) / (total * (total - 1))
 
 
-def _chance(people: Sequence[Person], task: Task) -> float:
-    """Return the probability that two answers drawn from all answers differ."""
-    counts = Counter(task.target(item) for person in people for item in person.items)
-    return 1 - sum((count / counts.total()) ** 2 for count in counts.values())
-
-
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _digest(texts: Sequence[str]) -> bytes:
+def digest(texts: Sequence[str]) -> bytes:
+    """Return a short hash of texts."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()

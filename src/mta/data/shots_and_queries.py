@@ -30,7 +30,7 @@ def shots_and_queries(
         )
     own = tuple(query for query in person.queries if task.has_target(query))
     if ask == "next":
-        return person.items[:shots], own[-queries:] or person.after(shots, queries)
+        return person.items[:shots], own[-queries:] or person.items[shots : shots + queries]
     if not task.asks_as_items:
         return person.items[-shots:], own[-queries:]
     timeline = (*person.items, *own)

@@ -121,9 +121,9 @@ def set_aside(
     groups = _fill(_grouped(fit), count, tested=True)
     chosen = {id for group in groups for id in group}
     if len(fit) < count or not chosen:
-        found = "those share items in larger groups" if len(fit) >= count else f"only {len(fit)} have enough items"
+        reason = "those share items in larger groups" if len(fit) >= count else f"only {len(fit)} have enough items"
         raise InputError(
-            f"{count} of {len(people)} people were to be held out, but {found}",
+            f"{count} of {len(people)} people were to be held out, but {reason}",
             hint="Hold out another number of people, or put some into a file of their own, for  mta compare FILE",
         )
     if len(chosen) < count:

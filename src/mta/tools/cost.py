@@ -72,11 +72,11 @@ class Shape:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
             return cls._of(name, model)
         except ValueError:
-            found = "not a causal language model"
+            kind = "not a causal language model"
         except AttributeError:
-            found = "not a model with attention layers only"
+            kind = "not a model with attention layers only"
         raise ConfigError(
-            f"{name!r} is {found}: {config.model_type}", hint=f"Give another --base, such as {next(iter(KNOWN))}."
+            f"{name!r} is {kind}: {config.model_type}", hint=f"Give another --base, such as {next(iter(KNOWN))}."
         )
 
     @classmethod

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 
 from mta.bank.bank import Bank
 from mta.config import CompareSettings, Run, override
@@ -18,7 +19,7 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.data.tasks.load import load_task
-from mta.errors import ConfigError, InputError, MtaError
+from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import ComparisonReport, compare
 from mta.evaluation.sample_answers import sample_answers
 from mta.model.base import BaseModel
@@ -78,7 +79,6 @@ def demo(
     ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
     ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
-    fresh = not (out / RECIPE).exists()
     recipe = override(recipe, [*(() if full else recipe.short), *words])
     _check_same(out, recipe)
     run = recipe.run
@@ -105,46 +105,36 @@ def demo(
         about={"seeds": [run.seed]},
     ) as folder:
         check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
-        splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits
         folder.begin()  # locks the folder
-        write_text(out / RECIPE, dump_yaml(recipe))
-        try:
-            found = _compared(out, recipe, people, splits, base, folder.step, say)
-        except MtaError:
-            if fresh and not (out / "bank").exists():  # too little memory, or too few people: other settings may follow
-                for name in ("splits.json", RECIPE):
-                    (out / name).unlink()
-            raise
-        two = _two(found)
+        report = _compared(out, recipe, people, splits, base, folder.step, say)
+        two = _two(report)
         say("4/4  the same questions for two people, before and after")
-        personal = Personalizer(base, found.batch.bank, out / "people", run=run)
-        personal.personalize([found.batch.people[i] for i in two], on_step=folder.step)
+        personal = Personalizer(base, report.batch.bank, out / "people", run=run)
+        personal.personalize(two, on_step=folder.step)
         if questions := personal.bank.task.examples[:3]:
-            found.samples = sample_answers(personal, [found.batch.people[i] for i in two], questions)
-        folder.outcome = found.outcome()
-        found.write(out, command)
-    return found
+            report.samples = sample_answers(personal, two, questions)
+        folder.outcome = report.outcome()
+        report.write(out, command)
+    return report
 
 
-def next_commands(out: Path, found: ComparisonReport) -> list[str]:
+def next_commands(out: Path, report: ComparisonReport) -> list[str]:
     """Return commands to go on with, in the order in which a newcomer may want them.
 
     A line above each command says what it does: a comment after the command is an error in interactive zsh.
     """
-    bank, store, report = (shlex.quote(str(out / name)) for name in ("bank", "people", "report.html"))
+    bank, store, page = (shlex.quote(str(out / name)) for name in ("bank", "people", "report.html"))
     lines = ["Compare a person's model with the others, at http://127.0.0.1:8000:"]
     lines += [f"  mta serve --bank {bank} --store {store} --insecure-local"]
-    lines += [f"Open {report} in a browser (pictures, every number):"]
-    lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {report}"]
+    lines += [f"Open {page} in a browser (pictures, every number):"]
+    lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {page}"]
     activate = Path(sys.executable).with_name("activate")
     if shutil.which("mta") is None and activate.is_file():  # called by its path, as make demo does
         lines = ["Once in each terminal:", f"  . {shlex.quote(os.path.relpath(activate))}", *lines]
-    if found.samples:
-        person = shlex.quote(found.samples.people[0].id)
-        lines += [
-            "Show all that is stored about a person:",
-            f"  mta person show {person} --bank {bank} --store {store}",
-        ]
+    if report.samples:
+        person = shlex.quote(report.samples.people[0].id)
+        lines += ["Show all that is stored about a person:"]
+        lines += [f"  mta person show {person} --bank {bank} --store {store}"]
     return lines
 
 
@@ -164,16 +154,18 @@ def _compared(
     say(f"2/4  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
     bank = Bank.build(base, candidates, out / "bank", task=run.task, run=run, task_people=task_people, on_step=on_step)
+    splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits and settings
+    write_text(out / RECIPE, dump_yaml(recipe))
 
     say(f"3/4  {len(splits.test)} people outside the bank, {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
-    found = compare(
+    report = compare(
         base, bank, tested, recipe.evaluation, run=run, on_step=on_step, on_method=lambda m: say(f"     {m}")
     )
-    found.meta["data"] = recipe.data
+    report.meta["data"] = recipe.data
     if recipe.data in assets.ASSETS:
-        found.meta["terms"] = assets.ASSETS[recipe.data].note
-    return found
+        report.meta["terms"] = assets.ASSETS[recipe.data].note
+    return report
 
 
 def _check_same(out: Path, chosen: DemoRecipe) -> None:
@@ -183,10 +175,9 @@ def _check_same(out: Path, chosen: DemoRecipe) -> None:
         raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
 
 
-def _two(found: ComparisonReport) -> list[int]:
+def _two(report: ComparisonReport) -> list[Person]:
     """Return two people: those with the lowest and highest mean rating in their shots, or the first and the last."""
-    task, people = found.batch.bank.task, found.batch.people
-    order = list(range(len(people)))
+    task, people = report.batch.bank.task, list(report.batch.people)
     if task.metric == "mae":
-        order.sort(key=lambda i: sum(float(task.target(item)) for item in people[i].items) / len(people[i].items))
-    return sorted({order[0], order[-1]}, key=order.index)
+        people.sort(key=lambda person: fmean(float(task.target(item)) for item in person.items))
+    return [people[0], people[-1]] if len(people) > 1 else people

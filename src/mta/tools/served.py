@@ -87,24 +87,24 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
         raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}
     questions = _questions(personal.bank.task)
-    found = []
+    findings = []
     with server.client() as client:
         for who in asked:
             name = server.name_of(who)
             try:
                 answers = [_answer(client, name, question) for question in questions]
                 owner = who if isinstance(who, SharedModel) else states[who]
-                found.append(_compared(personal, owner, name, questions, answers))
+                findings.append(_compared(personal, owner, name, questions, answers))
             except httpx.HTTPError as error:
                 hint = f"Start it, or correct the address:  --served {server.url}"
-                found.append(Finding("served", name, "problem", f"{server.url} does not answer: {error}", hint))
+                findings.append(Finding("served", name, "problem", f"{server.url} does not answer: {error}", hint))
                 break
             except MtaError as error:
-                found.append(Finding("served", name, "problem", error.message, error.hint))
+                findings.append(Finding("served", name, "problem", error.message, error.hint))
     if not people:
         hint = "Name some people; the store has only hashes of their ids:  --person ann --person bob"
-        found.append(Finding("served", "people", "warning", "no person's model was compared", hint))
-    return found
+        findings.append(Finding("served", "people", "warning", "no person's model was compared", hint))
+    return findings
 
 
 def _questions(task: Task) -> list[str]:
@@ -159,10 +159,10 @@ def _compared(
         ours = log_likelihood(base, [examples], row_adapters(base, personal.bank, [from_]), owners=[0])[0].tolist()
         return sum(abs(theirs - own) for theirs, own in zip(served, ours)) / count
 
-    found = apart(owner)
-    said = f"{len(examples)} answers, {count} tokens: log probabilities differ by {found:.4f} per token"
-    pooled = apart(TASK) if isinstance(owner, State) else found
+    difference = apart(owner)
+    said = f"{len(examples)} answers, {count} tokens: log probabilities differ by {difference:.4f} per token"
+    pooled = apart(TASK) if isinstance(owner, State) else difference
     if isinstance(owner, State):
         said += f" ({pooled:.4f} from the pooled model's)"
-    wrong = not (found <= LIMIT and pooled >= found / 2)  # NaN is wrong, too
+    wrong = not (difference <= LIMIT and pooled >= difference / 2)  # NaN is wrong, too
     return Finding("served", name, "problem" if wrong else "ok", said, hint if wrong else "")

@@ -189,9 +189,9 @@ def sittings(folder: Path) -> list[dict[str, Any]]:
     """Return the sittings in ``run.json``, oldest first; empty without the file. Raises DataError for a wrong file."""
     path = folder / RUN
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["sittings"]
-        if all(isinstance(one["settings"], dict) and isinstance(one["kind"], str) for one in found):
-            return list(found)
+        recorded = json.loads(path.read_text(encoding="utf-8"))["sittings"]
+        if all(isinstance(one["settings"], dict) and isinstance(one["kind"], str) for one in recorded):
+            return list(recorded)
         raise ValueError("a sitting lacks settings or kind")
     except FileNotFoundError:
         return []

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from mta.config.constants import SHOTS
 from mta.data.history import Person
-from mta.data.sharing import Copies, connected, holders_of
+from mta.data.sharing import SAME_ITEMS, Copies, connected
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.splits import Splits, draw
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import Task, own_fields
 from mta.errors import InputError
 from mta_lab.experiments.recipe import Experiment
 
@@ -40,7 +41,7 @@ def with_tested(
     renamed = [replace(p, id=f"tested-{version.hexdigest()[:8]}/{p.id}") for p in able]
     every, _ = connected([replace(person, group="") for person in (*people, *renamed)], task)
     known, new = every[: len(people)], every[len(people) :]
-    same = holders_of(new, known)
+    same = _holders_of(new, known)
     apart = _apart([p for n, p in enumerate(known) if n not in same], new, recipe.people.together)
     if (out := len(people) - len(apart)) or len(able) < len(tested):
         counts = out, len(people), len(tested) - len(able), len(tested)
@@ -96,6 +97,29 @@ def draw_splits(
         },
         **_sharing(recipe, task, people, splits),
     }
+
+
+def _holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int]:
+    """Return the numbers of the people who hold at least half of one of the histories, and ``SAME_ITEMS`` of its items.
+
+    Unlike ``connected`` this finds a short excerpt of a long history, whatever the task.
+    """
+    contents, owners = [_contents(person) for person in histories], defaultdict[str, list[int]](list)
+    for number, held in enumerate(contents):
+        for item in held:
+            owners[item].append(number)
+    holders = set()
+    for number, person in enumerate(people):
+        counts = Counter(owner for item in _contents(person) for owner in owners.get(item, ()))
+        if any(count >= max(SAME_ITEMS, len(contents[owner]) / 2) for owner, count in counts.items()):
+            holders.add(number)
+    return holders
+
+
+def _contents(person: Person) -> frozenset[str]:
+    """Return the texts of a person's items, without case, spaces, ids, times, and earlier items that they show."""
+    texts = ("\0".join(text for field in own_fields(item) for text in field) for item in person.items)
+    return frozenset(" ".join(text.split()).casefold() for text in texts)
 
 
 def _apart(people: Sequence[Person], others: Sequence[Person], together: bool) -> list[Person]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mta.data.history import Item
-from mta.data.readers.formats import Records
-from mta.data.readers.rejects import Bad, Place, Rejects, data_error
-from mta.data.readers.rows import RecordPart, as_label, id_in, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, object_in, objects, only_file, opened
-from mta.data.tasks.task import Task
+from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
+from mta.data.readers.rows import RecordPart, as_label, distinct, id_in, item_in, text_in
+from mta.data.readers.stream import array_elements, kind_of, object_in, objects, opened
+from mta.data.sharing import SAME_ITEMS, Sets, digest, missing_from, sameness
+from mta.data.tasks.task import Task, short
 from mta.errors import DataError
+from mta_lab.readers import only_file
+
+log = logging.getLogger("mta")
 
 
 class Lamp:
@@ -76,7 +81,7 @@ def outputs_name(questions: Path) -> Path:
 
 
 def lamp_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects, answers: bool = True
+    records: Records, questions: Path, task: Task, rejects: Rejects, answers: bool = True
 ) -> Iterator[RecordPart]:
     """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
@@ -86,25 +91,90 @@ def lamp_parts(
     outputs = outputs_beside(questions) if answers else None
     golds = outputs_in(outputs, task, rejects) if outputs else None
     answer = partial(_answer, golds=golds) if answers else _no_answer
-    seen: set[str] = set()
+    seen, users = set[str](), dict[str, _User]()
     for place, record in records:
         with rejects.skipping(place, {"id": record.get("id")}):
             id = _new_id(record, "id", seen)
             seen.add(id)
             named = record.get("user_id") is not None
             person = id_in(record, "user_id") if named else id
-            items = _profile(record, task, place, rejects)
-            yield RecordPart(
-                person, items, place, _queries([record], answer, task, place, rejects), repeats=True, named=named
-            )
+            items = distinct(_profile(record, task, place, rejects), set(), person, place, rejects)
+            queries = _queries([record], answer, task, place, rejects)
+            users.setdefault(person, _User(named, place)).add(items, queries)
     for id, gold in (golds or {}).items():
         if id not in seen:
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
+    for person, user in _merged(users, questions).items():
+        own = user.items if user.records == 1 else without_answers(task, user.items, user.queries)
+        yield RecordPart(person, tuple(own), user.place, tuple(user.queries), checked=True)
 
 
-def perpcs_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects, answers: bool = True
-) -> Iterator[RecordPart]:
+@dataclass(slots=True)
+class _User:
+    """The items and questions of the records of one user; not ``named`` if they have no ``user_id``."""
+
+    named: bool
+    place: Place
+    items: list[Item] = field(default_factory=list)
+    queries: list[Item] = field(default_factory=list)
+    records: int = 0
+
+    def add(self, items: Sequence[Item], queries: Sequence[Item]) -> None:
+        """Add a record; an item that is already known is not added again. LaMP may reuse an id in another record."""
+        self.items += missing_from(self.items, items) if self.items else items
+        self.queries += queries
+        self.records += 1
+
+
+def _merged(users: dict[str, _User], questions: Path) -> dict[str, _User]:
+    """Merge the records without ``user_id`` that belong to one user, in the order of their question ids."""
+    ids = [id for id, user in users.items() if not user.named]
+    groups = same_users([users[id].items for id in ids])
+    merged: dict[str, str] = {}
+    for group in groups:
+        first, *others = sorted((ids[n] for n in group), key=lambda id: (len(id), id))
+        merged |= {id: first for id in (first, *others)}
+        for id in others:
+            users[first].add(users[id].items, users[id].queries)
+    if len(groups) < len(ids):
+        log.warning("%s: %d questions without user_id belong to %d people", questions, len(ids), len(groups))
+    return {id: users[id] for id in dict.fromkeys(merged.get(id, id) for id in users)}
+
+
+def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
+    """Group the numbers of records that belong to one user: each profile lacks at most one item of the other.
+
+    LaMP takes the question's own item out of the profile. Profiles must have ``SAME_ITEMS`` items in common.
+    """
+    sets, first = Sets(len(records)), dict[int, int]()
+    for n, items in enumerate(records):
+        digests = [int.from_bytes(digest([repr(key)])) for key in set(map(sameness, items))]
+        whole = sum(digests)  # the same for any order of the items
+        equal = [whole] if len(digests) >= SAME_ITEMS else []
+        but_one = [whole - digest for digest in digests] if len(digests) > SAME_ITEMS else []
+        for key in equal + but_one:
+            sets.join((first.setdefault(key, n), n))
+    return sets.groups()
+
+
+def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
+    """Return the items that are not one of the queries.
+
+    LaMP removes a question's own item from the profile of that record, but not from the user's other records.
+    """
+    asked = {question for query in queries if (question := _question(task, query))}
+    return [item for item in items if _question(task, item) not in asked]
+
+
+def _question(task: Task, item: Item) -> tuple[str, ...]:
+    """Return a key that an item and a query about the same text share: the inputs or, without inputs, the target."""
+    names = task.item.inputs
+    if names:
+        return tuple(item.fields[name] for name in names) if task.asks_like_items(item) else ()
+    return (task.target(item),) if task.has_target(item) else ()
+
+
+def perpcs_parts(records: Records, task: Task, rejects: Rejects, answers: bool = True) -> Iterator[RecordPart]:
     """Yield one person per record, with any number of questions and, with ``answers``, the gold ones where known."""
     answer = partial(_answer, golds=None) if answers else _no_answer
     seen: set[str] = set()
@@ -114,6 +184,15 @@ def perpcs_parts(
             seen.add(person)
             items, questions = _profile(record, task, place, rejects), list_in(record, "query")
             yield RecordPart(person, items, place, _queries(questions, answer, task, place, rejects))
+
+
+def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
+    """Return a required field that must be a list. Raises Bad."""
+    if field not in row:
+        raise Bad(field, "missing")
+    if not isinstance(row[field], list):
+        raise Bad(field, f"expected a list, got {kind_of(row[field])}")
+    return list(row[field])
 
 
 def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
@@ -152,7 +231,7 @@ def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
     if output is not None and task.labels:
         output = as_label(output, task.labels)
     try:
-        query = task.parse_query(text_in(row, "input"), output, id)
+        query = parse_query(task, text_in(row, "input"), output, id)
     except DataError as error:
         raise Bad("input", error.message) from None
     if found := task.wrong(query):
@@ -160,6 +239,23 @@ def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
             raise Bad("output" if place else "gold", found[1], place)
         raise Bad("input", f"{found[0]} is {found[1]}")
     return query
+
+
+def parse_query(task: Task, input: str, output: str | None = None, id: str | None = None) -> Item:
+    """Return a benchmark's ready-made question, and its gold answer where known, as a query.
+
+    Raises DataError if the question does not match the task's wording.
+    """
+    form = task.query or task.item
+    fields = form.parsed(input)
+    if fields is None:
+        raise DataError(
+            f"not a question of task {task.name!r}: {short(input)}; expected {short(form.prompt)}",
+            hint="Give the task of these questions, the task's fields, or a task with a pattern, as lamp3.yaml.",
+        )
+    if output is not None:
+        fields[form.target] = output
+    return Item(fields, id=id, is_query=True)
 
 
 def _answer(row: dict[str, Any], id: str, *, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:

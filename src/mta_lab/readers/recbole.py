@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mta.data.readers.formats import Records
-from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
 from mta.data.readers.rows import RecordPart, id_in, item_in
-from mta.data.readers.stream import only_file, text_lines
+from mta.data.readers.stream import text_lines
 from mta.data.tasks.task import Task
 from mta.errors import DataError
+from mta_lab.readers import only_file
 
 FIELDS = ("title", "genres", "rating")
 NO_GENRES = "(no genres listed)"  # as in MovieLens

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mta.config import CalibrationSettings
 from mta.data.history import Item, Person
-from mta.data.sharing import separated
+from mta.data.sharing import Copies
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.model.base import BaseModel
@@ -44,7 +44,7 @@ def calibration_people(
     measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
     apart = [
         replace(person, items=tuple(item for item in person.items if id(item) in own))
-        for person, own in zip(separated(people, task), measurable)
+        for person, own in zip(map(Copies(people, task).alone, people), measurable)
     ]
     able = [person for person in apart if person.id not in members and len(person.items) > 1]
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
+from mta.config import plugins
 from mta.data.history import Item, People, Person
-from mta.data.readers.formats import formats
-from mta.data.readers.rejects import Rejects, data_error, is_rejects
-from mta.data.readers.rows import NO_TIME, RecordPart, item_parts
+from mta.data.readers.rejects import Records, Rejects, data_error, is_rejects
+from mta.data.readers.rows import NO_TIME, RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
-from mta.data.sharing import connected, missing_from, repeated, same_users, without_answers
+from mta.data.sharing import connected, repeated
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
@@ -26,6 +27,36 @@ FORMATS = (
     "RecBole folder (*.inter, *.item)."
 )
 log = logging.getLogger("mta")
+
+
+class Format(Protocol):
+    """A format of people's items that another package reads; ``mta_lab.readers`` has examples.
+
+    An entry point of the group ``mta.readers`` names an object with these methods.
+    """
+
+    def opens(self, path: Path) -> bool:
+        """Return whether a path has this format, by names of files alone."""
+
+    def knows(self, record: Mapping[str, Any]) -> bool:
+        """Return whether the first record of a JSON file has this format."""
+
+    def parts(
+        self, path: Path, records: Records | None, task: Task, rejects: Rejects, answers: bool
+    ) -> Iterator[RecordPart]:
+        """Yield people's items; a person may come in many parts. Raises DataError.
+
+        ``records`` are those of a file that it ``knows``; None for a path that it ``opens``. Without ``answers``,
+        questions need none.
+        """
+
+    def beside(self, file: Path) -> list[Path]:
+        """Return the files that are read together with a file, whether or not they exist."""
+
+
+def formats() -> list[Format]:
+    """Return the formats of all installed packages."""
+    return [plugins.load("mta.readers", name) for name in plugins.names("mta.readers")]
 
 
 def read_people(
@@ -51,36 +82,32 @@ def read_people(
         path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
     source, task = path, load_task(task)
     rejects_file = _rejects_path(skip_bad, source)
-    gathered: dict[str, _Gathered] = {}
+    gathered: dict[str, tuple[list[Item], list[Item], set[str]]] = {}  # person -> items, queries, ids of items
     with Rejects.to(rejects_file) as rejects:
         for part in iter_parts(source, task, rejects, columns, questions):
-            gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
+            items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
+            items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
+            queries += part.queries
     for id in (id for id in gathered if id.lower() in NO_TIME):
-        count = len(gathered[id].items)
+        count = len(gathered[id][0])
         log.warning("%s: %d items belong to person %r; if their person is unknown, leave them out", source, count, id)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
-    people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]
+    people = [Person.of(id, items, queries) for id, (items, queries, _) in gathered.items()]
     if not people:
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     if questions:
-        return _asked(people, source, task)
+        if asked := [person for person in people if person.queries]:
+            return People(asked, task)
+        hint = "Give rows with person and input, or LaMP's or Per-Pcs's questions."
+        raise DataError(f"{source} holds no questions", hint=hint)
     if copies := repeated(people):
         log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
     people, shared = connected(people, task)
     if shared.people:
         log.warning("%s: %s; splits keep a group together", source, shared)
     return People(people, task)
-
-
-def _asked(people: Sequence[Person], source: Path, task: Task) -> People:
-    """Return the people who have questions. Raises DataError if there are none."""
-    if asked := [person for person in people if person.queries]:
-        return People(asked, task)
-    raise DataError(
-        f"{source} holds no questions", hint="Give rows with person and input, or LaMP's or Per-Pcs's questions."
-    )
 
 
 def iter_parts(
@@ -109,69 +136,20 @@ def iter_parts(
             rejects.add(place, None, reason, record, hint=FORMATS)
 
 
-class _Gathered:
-    """The items and queries of one person read so far; ``records`` counts the parts with items that may repeat."""
-
-    def __init__(self, named: bool) -> None:
-        self.named = named
-        self.records = 0
-        self.items: list[Item] = []
-        self.queries: list[Item] = []
-        self.ids: set[str] = set()
-
-    def take(self, part: RecordPart, rejects: Rejects) -> None:
-        """Add a part. An item id may occur again only in another part, and only if parts repeat items."""
-        here: set[str] = set()
-        new: list[Item] = []
-        for item in part.items:
-            if item.id in (here if part.repeats else self.ids):  # LaMP may reuse an id in another record
-                reason = f"duplicate item id {item.id!r} of person {part.person!r}; rename a field that names no items"
-                rejects.add(part.place, "id", reason, dict(item.fields))
-                continue
-            if item.id is not None:
-                self.ids.add(item.id)
-                here.add(item.id)
-            new.append(item)
-        self.add(new, part.queries, repeats=part.repeats)
-
-    def add(self, items: Sequence[Item], queries: Sequence[Item], *, repeats: bool) -> None:
-        """Add items and queries. With ``repeats``, an item that is already known is not added again."""
-        self.items += missing_from(self.items, items) if repeats and self.items else items
-        self.queries += queries
-        self.records += repeats
-
-    def person(self, id: str, task: Task) -> Person:
-        """Return the person, without items from other records that answer the person's own queries."""
-        items = without_answers(task, self.items, self.queries) if self.records > 1 else self.items
-        return Person.of(id, items, self.queries)
-
-
-def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathered]:
-    """Merge the records without ``user_id`` that belong to one user, in the order of their question ids."""
-    ids = [id for id, one in gathered.items() if not one.named]
-    users = same_users([gathered[id].items for id in ids])
-    merged: dict[str, str] = {}
-    for user in users:
-        first, *others = sorted((ids[n] for n in user), key=lambda id: (len(id), id))
-        merged |= {id: first for id in (first, *others)}
-        for id in others:
-            gathered[first].add(gathered[id].items, gathered[id].queries, repeats=True)
-    if len(users) < len(ids):
-        log.warning("%s: %d questions without user_id belong to %d people", source, len(ids), len(users))
-    return {name: gathered[name] for name in dict.fromkeys(merged.get(id, id) for id in gathered)}
-
-
 def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
     if skip_bad is None:
         return None
-    path = Path(os.path.expanduser(skip_bad))
-    is_input = is_read(path, source)
-    is_foreign = path.exists() and not path.is_dir() and not (path.is_file() and is_rejects(path))  # devices, too
-    if is_input or is_foreign or path.is_dir():
-        found = "an input file" if is_input else "another file" if is_foreign else "a folder"
+    path, kind = Path(os.path.expanduser(skip_bad)), ""
+    if is_read(path, source):
+        kind = "an input file"
+    elif path.is_dir():
+        kind = "a folder"
+    elif path.exists() and not (path.is_file() and is_rejects(path)):  # devices, too
+        kind = "another file"
+    if kind:
         raise InputError(
-            f"bad rows cannot be written to {path}: it is {found}; expected the name of a file",
+            f"bad rows cannot be written to {path}: it is {kind}; expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path
@@ -179,8 +157,7 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
 
 def is_read(path: Path, source: Path) -> bool:
     """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
-    inside = files_in(source) if source.is_dir() else ()
-    files = [file for file in inside if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
-    files = files if source.is_dir() else [source]
-    read = [*files, *(other for one in formats() for file in files for other in one.beside(file))]
-    return any(path.resolve() == file.resolve() for file in read)
+    inside = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
+    files = inside if source.is_dir() else [source]
+    beside = [other for one in formats() for file in files for other in one.beside(file)]
+    return path.resolve() in {file.resolve() for file in (*files, *beside)}

@@ -26,6 +26,9 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}" + (f": element {self.element}" if self.element else "")
 
 
+Records = Iterator[tuple[Place, dict[str, Any]]]
+
+
 class Bad(Exception):
     """A row that does not fit. Readers catch this error and pass it to ``Rejects``; it never leaves this package."""
 
@@ -86,4 +89,5 @@ class Rejects:
         self.count += 1
         at = {"line": place.line} | ({"element": place.element} if place.element else {})
         record = {"file": str(place.file), **at, "field": field, "reason": reason}
-        self.file.write(json.dumps(record if row is None else {**record, "row": row}).encode() + b"\n")
+        line = json.dumps(record if row is None else {**record, "row": row}, default=str)
+        self.file.write(f"{line}\n".encode())

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mta.data.history import Item
-from mta.data.readers.rejects import HINT, Bad, Place, Rejects, data_error
+from mta.data.readers.rejects import HINT, Bad, Place, Records, Rejects, data_error
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
@@ -29,16 +29,14 @@ NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pand
 class RecordPart:
     """The items and queries of one person in one record of a file.
 
-    ``repeats``: another record may hold the same items again, as the records of one LaMP user do.
-    ``named`` is False if the record names no user: then ``person`` is the id of its question.
+    ``checked``: the ids of the items have been checked, or may repeat.
     """
 
     person: str
     items: tuple[Item, ...]
     place: Place
     queries: tuple[Item, ...] = ()
-    repeats: bool = False
-    named: bool = True
+    checked: bool = False
 
 
 def text_in(row: Mapping[str, Any], field: str) -> str:
@@ -61,13 +59,18 @@ def id_in(row: Mapping[str, Any], field: str) -> str:
     return text_in(row, field).strip()
 
 
-def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
-    """Return a required field that must be a list. Raises Bad."""
-    if field not in row:
-        raise Bad(field, "missing")
-    if not isinstance(row[field], list):
-        raise Bad(field, f"expected a list, got {kind_of(row[field])}")
-    return list(row[field])
+def distinct(items: Sequence[Item], known: set[str], person: str, place: Place, rejects: Rejects) -> tuple[Item, ...]:
+    """Return the items with new ids, or without one, and add their ids to ``known``; the others are bad rows."""
+    new = []
+    for item in items:
+        if item.id is not None and item.id in known:
+            reason = f"duplicate item id {item.id!r} of person {person!r}; rename a field that names no items"
+            rejects.add(place, "id", reason, dict(item.fields))
+            continue
+        new.append(item)
+        if item.id is not None:
+            known.add(item.id)
+    return tuple(new)
 
 
 def time_in(row: Mapping[str, Any], field: str) -> float | None:
@@ -121,33 +124,21 @@ def _iso(text: str) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
-@dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The fields that a row must have: those of an item, or those of a question, which needs no answer."""
+    """The fields that a row must have: those of an item, or those of a question, which needs no answer.
 
-    task: Task
-    questions: bool = False
+    ``aliases``: field -> its name for any task: ``output``, and ``input`` if it is one field. ``others``: the same in
+    files, where the name of another field of the task does not stand for this one.
+    """
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        form = self.task.query if self.questions and self.task.query else self.task.item
-        return form.inputs
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return self.inputs if self.questions else self.task.fields()
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """The fields -> their names for any task: ``output``, and ``input`` if it is one field."""
-        output = {} if self.questions else {self.task.item.target: "output"}
-        return output | ({self.inputs[0]: "input"} if len(self.inputs) == 1 else {})
-
-    @property
-    def others(self) -> dict[str, str]:
-        """The aliases in files, where the name of another field of the task does not stand for this one."""
-        own = {*self.task.fields(), *self.fields}
-        return {name: other for name, other in self.aliases.items() if other == name or other not in own}
+    def __init__(self, task: Task, questions: bool = False) -> None:
+        form = task.query if questions and task.query else task.item
+        self.task, self.questions, self.inputs = task, questions, form.inputs
+        self.fields = form.inputs if questions else task.fields()
+        self.aliases = {} if questions else {task.item.target: "output"}
+        self.aliases |= {form.inputs[0]: "input"} if len(form.inputs) == 1 else {}
+        own = {*task.fields(), *self.fields}
+        self.others = {name: other for name, other in self.aliases.items() if other == name or other not in own}
 
     def keys(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the fields -> their columns in a row. Raises Bad for a missing one."""
@@ -160,28 +151,23 @@ class _Wanted:
         return keys
 
 
-def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
-    """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
-    target, keys = task.item.target, _Wanted(task).keys(row)
+def item_in(row: Mapping[str, Any], task: Task, time: str = "time", *, question: bool = False) -> Item:
+    """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad.
+
+    A ``question`` has no time, and an answer in its row is not read.
+    """
+    keys, id = _Wanted(task, question).keys(row), None if row.get("id") in (None, "") else text_in(row, "id")
     fields = {name: text_in(row, key) for name, key in keys.items()}
-    if labels := task.labels_of(Item(fields)):
+    if question:
+        return Item(fields, id=id, is_query=True)
+    target, labels = task.item.target, task.labels_of(Item(fields))
+    if labels:
         fields[target] = as_label(fields[target].strip(), labels)
-    item = Item(fields, time_in(row, time), own_id_in(row))
-    if found := task.wrong(item):
-        name, reason = found
+    item = Item(fields, time_in(row, time), id)
+    if fault := task.wrong(item):
+        name, reason = fault
         raise Bad(keys[name], reason, hint=OTHER_LABELS if name == target and labels else "")
     return item
-
-
-def own_id_in(row: Mapping[str, Any]) -> str | None:
-    """Return the item's own id, if the row has one. Raises Bad."""
-    return text_in(row, "id") if row.get("id") not in (None, "") else None
-
-
-def question_in(row: Mapping[str, Any], task: Task) -> Item:
-    """Return the question of a row; an answer in it is not read. Raises Bad."""
-    fields = {name: text_in(row, key) for name, key in _Wanted(task, questions=True).keys(row).items()}
-    return Item(fields, id=own_id_in(row), is_query=True)
 
 
 def as_label(text: str, labels: Sequence[str]) -> str:
@@ -204,12 +190,6 @@ def _missing(row: Mapping[str, Any], wanted: _Wanted, named: Mapping[str, str] =
     got = ", ".join(sorted(given - {"person", "time", "id"})) or "none of them"
     hint = "" if also else "; if this is the wrong task, give another (--task), or the bank of that task"
     return f"missing; task {task!r} needs {names}; got {got}{hint}"
-
-
-def _rename(field: str, wanted: _Wanted) -> str:
-    """Return the hint for a field that no row of the file had so far."""
-    these = "a column of the file to person" if field == "person" else "the columns of the file to these names"
-    return f"Rename {these}, or name its column:  --columns {wanted.others.get(field, field)}=NAME"
 
 
 def _named_otherwise(column: str | None, columns: Mapping[str, str]) -> str:
@@ -248,7 +228,7 @@ def _columns_of(wanted: _Wanted, columns: Mapping[str, str]) -> tuple[dict[str, 
 
 
 def item_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]],
+    records: Records,
     task: Task,
     rejects: Rejects,
     columns: Mapping[str, str] = MappingProxyType({}),
@@ -270,20 +250,22 @@ def item_parts(
         times.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
-                person = id_in(row, "person")
-                items = () if questions else (item_in(row, task),)
-                part = RecordPart(person, items, place, (question_in(row, task),) if questions else ())
+                person, items = id_in(row, "person"), (item_in(row, task, question=questions),)
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
                 column, other = named.get(field, bad.field), wanted.others.get(field)
-                hint = bad.hint if ({column, other} - replaced) & seen else _rename(field, wanted)
+                hint = bad.hint
+                if not ({column, other} - replaced) & seen:  # no row of the file had the field so far
+                    to = "person" if field == "person" else "these names"
+                    what = "a column" if field == "person" else "the columns"
+                    hint = f"Rename {what} of the file to {to}, or name its column:  --columns {other or field}=NAME"
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
                     reason = has if needed else _missing(record, wanted, named)
                     hint = _named_otherwise(column, columns) if needed else hint
                 raise Bad(column, reason, bad.place, hint) from None
-            yield part
+            yield RecordPart(person, () if questions else items, place, items if questions else ())
     if wrong := sorted({*named.values()} - seen) if seen else ():
         raise DataError(
             f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}",

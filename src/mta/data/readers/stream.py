@@ -1,4 +1,4 @@
-"""Stream the JSON values of a file with their places: JSONL, or the elements of one array."""
+"""Read the JSON values of a file with their places: JSONL line by line, or the elements of one array."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
 from mta.errors import DataError
 
-CHUNK = 1 << 20
+HEAD = 1 << 20  # bytes in which a file must begin
 LINE = '{"person": "ann", "input": "Broke in a week.", "output": "1"}'
 UTF8 = "Convert it, for example from Windows' encoding:  iconv -f CP1252 -t UTF-8 FILE > NEW"
 UTF16 = ("is UTF-16; expected UTF-8", "Convert it:  iconv -f UTF-16 -t UTF-8 FILE > NEW")
@@ -59,15 +59,6 @@ def opened(path: Path) -> BinaryIO:
         ) from None
 
 
-def only_file(folder: Path, pattern: str, hint: str) -> Path:
-    """Return the file of a folder that matches ``pattern``. Raises DataError if there are several or none."""
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder}: expected one file {pattern}, got {names}", hint=hint)
-    return found[0]
-
-
 def text_lines(path: Path, rejects: Rejects | None = None) -> Iterator[tuple[int, str]]:
     """Yield numbered lines without line ends. A line that is not UTF-8 is a bad row, or without rejects an error."""
     with opened(path) as file:
@@ -82,7 +73,7 @@ def text_lines(path: Path, rejects: Rejects | None = None) -> Iterator[tuple[int
             yield number, text.rstrip("\r\n")
 
 
-def objects(path: Path, rejects: Rejects) -> Iterator[tuple[Place, dict[str, Any]]]:
+def objects(path: Path, rejects: Rejects) -> Records:
     """Yield the JSON objects of a JSONL file or of one array. Raises DataError if the file is empty."""
     start = first_bytes(path)
     if not start:
@@ -101,12 +92,10 @@ def first_bytes(path: Path) -> bytes:
     Raises DataError if they say that the file is of a kind that cannot be read.
     """
     with opened(path) as file:
-        head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-        while not head and (more := file.read(CHUNK)):
-            head = more.lstrip()
-    for start, (found, hint) in UNREADABLE.items():
+        head = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+    for start, (kind, hint) in UNREADABLE.items():
         if head.startswith(start):
-            raise DataError(f"{path} {found}", hint=hint)
+            raise DataError(f"{path} {kind}", hint=hint)
     return head[:4]
 
 
@@ -124,107 +113,59 @@ def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
         yield place, value
 
 
-def array_elements(path: Path, opening: str = "", named: str = "array") -> Iterator[tuple[Place, Any]]:
-    """Yield the elements of an array, decoded one by one: of that which begins where ``opening`` matches, or the file.
+def array_elements(path: Path, opening: str = r"\s*\[", named: str = "array") -> Iterator[tuple[Place, Any]]:
+    """Yield the elements of the array that begins behind the first match of ``opening``, decoded one by one.
 
-    ``named`` names the array in errors.
-    Raises DataError at the first fault: the start of the next element is then unknown.
+    The text of the file is held in memory. ``named`` names the array in errors. Raises DataError at the first fault:
+    the start of the next element is then unknown.
     """
-    with opened(path) as file:
-        window = _Window(path, file)
-        window.enter(opening or r"\s*\[", named)
-        while window.peek() != "]":
-            window.element += 1
-            place = window.place()
-            yield place, window.value()
-            if window.peek() == ",":
-                window.advance(1)
-                if window.peek() != "]":
-                    continue
-                window.fail("a comma before the end of the array")
-            elif window.peek() != "]":
-                window.fail("expected ',' or ']' after an element of the array")
-        window.advance(1)
-        if not opening and not window.at_end():
-            window.fail("text after the end of the array")
+    text, begin = _begun(path, opening, named)
+    line, counted, element = 1, 0, 0
 
+    def place(at: int) -> Place:
+        return Place(path, line + text.count("\n", counted, at), element or None)
 
-class _Window:
-    """The part of a file that is being decoded; it grows only while one element is longer than the window."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file = path, file
-        self.text, self.at, self.line, self.element, self.ended = "", 0, 1, 0, False
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-
-    def grow(self) -> None:
-        """Read at least as many bytes as there are undecoded characters, so that repeated decoding stays linear."""
-        raw = self.file.read(max(CHUNK, len(self.text) - self.at))
-        self.ended = not raw
-        try:
-            more = self.decoder.decode(raw, final=self.ended)
-        except UnicodeDecodeError as error:
-            lines = self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
-            place = Place(self.path, self.line + lines)  # the byte may be in an element after this one
-            raise data_error(place, None, _not_utf8(error), hint=UTF8) from None
-        self.text, self.at = self.text[self.at :] + more, 0
-
-    def advance(self, to: int) -> None:
-        self.line += self.text.count("\n", self.at, self.at + to)
-        self.at += to
-
-    def enter(self, opening: str, named: str) -> None:
-        """Move behind the match of ``opening``. Raises DataError, with the name of what is missing."""
-        pattern = re.compile(opening)
-        while (match := pattern.search(self.text, self.at)) is None:
-            if self.ended:
-                raise data_error(self.place(self.at), None, f"found no {named}", f"Give a file with {named}.")
-            self.grow()
-        self.advance(match.end() - self.at)
-
-    def peek(self) -> str:
-        """Return the next character that is not a space."""
-        if self.at_end():
-            self.fail("the file ends inside an array: the file is incomplete")
-        return self.text[self.at]
-
-    def at_end(self) -> bool:
-        """Move to the next character that is not a space; return whether there is none."""
-        while True:
-            match = SPACE.match(self.text, self.at)
-            self.advance(match.end() - self.at if match else 0)
-            if self.at < len(self.text) or self.ended:
-                return self.at == len(self.text)
-            self.grow()
-
-    def value(self) -> Any:
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.at)
-            except (ValueError, RecursionError) as error:
-                if self.ended or not self._may_be_cut(error):
-                    self.fail(_not_json(error), getattr(error, "pos", self.at))
-            else:
-                if end < len(self.text) or self.ended:  # a number at the edge may have more digits
-                    self.advance(end - self.at)
-                    return value
-            self.grow()
-
-    def _may_be_cut(self, error: Exception) -> bool:
-        """Return whether the edge of the window may cause the fault: it is near the edge or in an open string."""
-        if not isinstance(error, json.JSONDecodeError):
-            return False
-        return error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
-
-    def place(self, at: int | None = None) -> Place:
-        """Return the place of a character of the window; without ``at``, of the next one."""
-        line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
-        return Place(self.path, line, self.element or None)
-
-    def fail(self, reason: str, at: int | None = None) -> NoReturn:
-        """Raise the DataError for a fault at a character of the window."""
+    def fail(reason: str, at: int) -> NoReturn:
         hint = "The rest of the array cannot be read: correct that line, or write one item per line."
-        raise data_error(self.place(at), None, reason, hint)
+        raise data_error(place(at), None, reason, hint)
+
+    def next_at(at: int) -> int:
+        """Return the position of the next character that is not a space."""
+        at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        return at if at < len(text) else fail("the file ends inside an array: the file is incomplete", at)
+
+    at = next_at(begin.end())
+    while text[at] != "]":
+        element += 1
+        line, counted = place(at).line, at
+        try:
+            value, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            fail(_not_json(error), getattr(error, "pos", at))
+        yield Place(path, line, element), value
+        at = next_at(end)
+        if text[at] == ",":
+            at = next_at(at + 1)
+            if text[at] == "]":
+                fail("a comma before the end of the array", at)
+        elif text[at] != "]":
+            fail("expected ',' or ']' after an element of the array", at)
+    if begin.start() == 0 and text[at + 1 :].strip():
+        fail("text after the end of the array", next_at(at + 1))
+
+
+def _begun(path: Path, opening: str, named: str) -> tuple[str, re.Match[str]]:
+    """Return the text of a file, and where ``opening`` matches. Raises DataError."""
+    with opened(path) as file:
+        raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = Place(path, 1 + error.object.count(b"\n", 0, error.start))
+        raise data_error(place, None, _not_utf8(error), hint=UTF8) from None
+    if begin := re.search(opening, text):
+        return text, begin
+    raise data_error(Place(path, 1), None, f"found no {named}", f"Give a file with {named}.")
 
 
 def _not_json(error: Exception) -> str:

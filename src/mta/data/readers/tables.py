@@ -15,19 +15,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mta.data.readers.rejects import Place, Rejects, data_error
+from mta.data.readers.rejects import Place, Records, Rejects, data_error
 from mta.data.readers.stream import first_bytes, opened, text_lines
 from mta.errors import DataError
 from mta.system.extras import require
 
-PlacedRow = tuple[Place, dict[str, Any]]
 CSV = (".csv", ".tsv")
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 QUOTES = "close the quotes around a cell, and double those in it"
 
 
-def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[PlacedRow]] | None:
+def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -39,7 +38,7 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[PlacedRow]] | Non
     return None if is_json else csv_rows
 
 
-def csv_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
+def csv_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a table with a header, separated by commas, semicolons, tabs, or bars.
 
     Excel's first line ``sep=;`` names another separator. Blank cells are None, and rows of blank cells are skipped.
@@ -112,7 +111,7 @@ def _check_distinct(names: list[str], place: Place) -> None:
         raise data_error(place, twice, "two columns have this name", hint="Rename one of them.")
 
 
-def parquet_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
+def parquet_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a Parquet file. A place counts rows, not lines."""
     require("tables")
     from pyarrow.parquet import ParquetFile
@@ -127,7 +126,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
 
 
-def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
+def folder_rows(folder: Path, rejects: Rejects) -> Records:
     """Yield the rows of the only table in a folder: a CSV file, or Parquet files whose names differ in numbers.
 
     Raises DataError if there are several tables or none.
@@ -139,9 +138,9 @@ def folder_rows(folder: Path, rejects: Rejects) -> Iterator[PlacedRow]:
             name = file if suffix in CSV else file.with_name(f"{_shared_name(file)}.parquet")
             tables[name.relative_to(folder)].append(file)
     if not tables:
-        found = _some(path.name for path in folder.iterdir()) or "nothing"
+        names = _some(path.name for path in folder.iterdir()) or "nothing"
         expected = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
-        raise DataError(f"{folder}: expected {expected}; found {found}", hint="Give the path of a file.")
+        raise DataError(f"{folder}: expected {expected}; found {names}", hint="Give the path of a file.")
     if len(tables) > 1:
         raise DataError(
             f"{folder}: expected one table, found {_some(map(str, tables))}",
@@ -165,7 +164,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
 
 
-def arrow_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
+def arrow_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``, or of the only one in a folder of them.
 
     A place counts rows, not lines.
@@ -189,25 +188,12 @@ def arrow_rows(path: Path, rejects: Rejects) -> Iterator[PlacedRow]:
             yield from _rows(file, stream.schema, stream)
 
 
-def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Iterator[PlacedRow]:
+def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Records:
     names, classes = schema.names, _classes(schema.metadata)
     _check_distinct(names, Place(file, 1))
-    rows = (row for batch in batches for row in zip(*(_values(file, *column) for column in zip(names, batch.columns))))
+    rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch.columns)))
     for number, row in enumerate(rows, 1):
         yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
-
-
-def _values(file: Path, name: str, column: Any) -> list[Any]:
-    """Return the values of a column. Times that Python cannot hold (nanoseconds, the year 10000) become text."""
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-    try:
-        return column.cast("string").to_pylist()
-    except NotImplementedError:
-        hint = "Write the file without this column, or give JSONL."
-        raise DataError(f"{file}: field {name!r} cannot be read: {reason}", hint=hint) from None
 
 
 @contextmanager
@@ -231,17 +217,13 @@ def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def _plain(value: Any, classes: list[str] | None = None) -> Any:
-    """Return a value as JSON would hold it."""
+    """Return a value of a field as JSON would hold it."""
     if classes and isinstance(value, int):
         return classes[value] if 0 <= value < len(classes) else None
     if isinstance(value, date):  # datetimes too
         return value.isoformat()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, bytes):  # text that the writer did not mark as text; other bytes are no text
         return value.decode("utf-8", "surrogateescape")
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return value if value is None or isinstance(value, str | int | list | dict) else str(value)

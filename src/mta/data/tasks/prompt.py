@@ -108,10 +108,10 @@ class PromptFormat:
         if task.answer_tokens is None and task.labels is not None:
             texts = [self._space + self._as_text(label) for label in task.labels]
             labels = [self.tokenizer(text, add_special_tokens=False) for text in texts]
-            found = max(len(label["input_ids"]) for label in labels) + 1
+            longest = max(len(label["input_ids"]) for label in labels) + 1
         else:
-            found = task.answer_tokens or ANSWER_TOKENS
-        return min(found, max(self.max_tokens // 2, 1))
+            longest = task.answer_tokens or ANSWER_TOKENS
+        return min(longest, max(self.max_tokens // 2, 1))
 
     def render(self, prompt: str) -> str:
         """Return the model input for an instruction: the chat template, or PLAIN without a template."""
@@ -159,7 +159,7 @@ class PromptFormat:
 
     def _as_text(self, text: str) -> str:
         while self._special.search(text):
-            text = self._special.sub(lambda found: self._broken(found[0]), text)
+            text = self._special.sub(lambda match: self._broken(match[0]), text)
         return text
 
     def _broken(self, token: str) -> str:

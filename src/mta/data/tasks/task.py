@@ -190,6 +190,10 @@ class Task(Settings):
         """Whether a query has the same target field as an item of the history; in LaMP-1 and LaMP-7 it has not."""
         return self.query is None or self.query.target == self.item.target
 
+    def asks_like_items(self, item: Item) -> bool:
+        """Return whether this is an item of the history, or a query with the same fields."""
+        return not item.is_query or (self.asks_as_items and self.form(item).inputs == self.item.inputs)
+
     @property
     def labelled(self) -> bool:
         """Whether the targets of history items are labels."""
@@ -257,22 +261,6 @@ class Task(Settings):
             if name == form.target and labels is not None and value not in labels:
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"
         return None
-
-    def parse_query(self, input: str, output: str | None = None, id: str | None = None) -> Item:
-        """Return a benchmark's ready-made question, and its gold answer where known, as a query.
-
-        Raises DataError if the question does not match the task's wording.
-        """
-        form = self.query or self.item
-        fields = form.parsed(input)
-        if fields is None:
-            raise DataError(
-                f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
-                hint="Give the task of these questions, the task's fields, or a task with a pattern, as lamp3.yaml.",
-            )
-        if output is not None:
-            fields[form.target] = output
-        return Item(fields, id=id, is_query=True)
 
     def outputs(self, answers: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """Return (question id, answer) in LaMP's format of outputs, which LaMP's own script scores."""
