@@ -107,12 +107,12 @@ def lamp_answers(records: Sequence[Record], task: Task, folder: Path) -> None:
     files, golds = defaultdict[str, dict[str, str]](dict), defaultdict[int, dict[str, str]](dict)
     shots: dict[str, int] = {}
     written = [record for record in records if record.full]
-    named: dict[str, set[str]] = {}  # settings of the methods with the same name
+    named: dict[str, set[str]] = {}  # classes of the methods with the same name
     for record in written:
-        named.setdefault(_slug(record.method), set()).add(record.settings)
+        named.setdefault(_slug(record.method), set()).add(record.kind)
     for record in written:
         name = _slug(f"{record.method} {record.bank} {record.shots} {record.seed}")
-        number = sorted(named[_slug(record.method)]).index(record.settings) + 1
+        number = sorted(named[_slug(record.method)]).index(record.kind) + 1
         called = f"{name}-{number}" if number > 1 else name
         shots[called] = record.shots
         files[called].update(zip(record.ids, record.answers))
