@@ -93,7 +93,7 @@ def test_override_changes_only_the_named_keys():
     assert before.merge.policy == "auto"
 
 
-@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), CompareSettings(seeds=(0, 1))])
+@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"k": 3}), CompareSettings(seeds=(0, 1))])
 def test_settings_survive_yaml(tmp_path, settings):
     assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
 

@@ -8,7 +8,7 @@ from batches import PEOPLE, POSTERIOR, QUERIES, panel_of, same
 from batches import batch as batch  # the fixture
 from conftest import people_of
 
-from mta.config import MergeSettings, Training
+from mta.config import MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
@@ -36,9 +36,11 @@ from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, merge_loras
 from mta_lab.experiments.facts import fidelity, relative_error
+from mta_lab.methods.averaged import AveragedThenAdapt, merge_factor
 from mta_lab.methods.by_layer import MergedByLayer, layer_groups
 from mta_lab.methods.combined import Chosen, Pag, Rag
 from mta_lab.methods.published import PerPcs, Prime, gate_of
+from mta_lab.policies import Learned
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(batch):
     torch.testing.assert_close(found.anchor_loglik, anew.anchor_loglik)
     torch.testing.assert_close(found.pooled_loglik, anew.pooled_loglik)
     assert found.tokens.tolist() == anew.tokens.tolist()
-    settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
+    settings = MergeSettings(policy="ridge", k=0, options={"strength": 1.0})
     anew_panel = TestBatch(batch.context, folds.people, folds.queries, batch.task)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
 
@@ -227,9 +229,9 @@ def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(batch):
 
 @pytest.mark.parametrize("start", ["zero", "posterior"])
 def test_merged_by_one_layer_group_is_the_learned_policy(batch, start):
-    settings = POSTERIOR.model_copy(update={"policy": "learned", "start": start})
+    settings = POSTERIOR.model_copy(update={"policy": "learned", "options": {"start": start}})
     one, other = (
-        MergedByLayer(groups=1, merge=settings).run(batch, 0).merge,
+        MergedByLayer(groups=1, merge=settings, learned=Learned(start=start)).run(batch, 0).merge,
         Merged(merge=settings).run(batch, 0).merge,
     )
     torch.testing.assert_close(one.w[:, 0], other.w)
@@ -395,6 +397,32 @@ def test_with_one_shot_chosen_keeps_the_default(tiny):
     assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(batch, 0).chosen) == {"task LoRA"}
 
 
+def test_averaged_merges_average_both_factors_apart(batch):
+    bank, ids, w = batch.bank, torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double()
+    merged = merge_factor(bank.anchors, ids, w)
+    for u in range(2):
+        for name, (a, b) in bank.anchors.factors.items():
+            mean_a, mean_b = (sum(w[u, k].to(t) * t[n] for k, n in enumerate(ids[u].tolist())) for t in (a, b))
+            torch.testing.assert_close(merged.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)
+    twins = merge_factor(bank.anchors, torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]]))
+    for name in bank.anchors.names:  # PEFT's linear mode doubles them
+        torch.testing.assert_close(twins.delta(name)[0], bank.anchors.delta(name)[1])
+
+
+def test_a_stack_is_trained_over_averaged_merges(batch):
+    settings = MergeSettings(policy="uniform", k=2)
+    none = StackSettings(training=Training(steps=0))
+    averaged, exact = (
+        method(merge=settings, stack=none).run(batch, 0).answers for method in (AveragedThenAdapt, MergeThenAdapt)
+    )
+    assert not torch.allclose(averaged[0].scores, exact[0].scores)
+    one = MergeSettings(policy="top1", k=1)
+    averaged, exact = (
+        method(merge=one, stack=none).run(batch, 0).answers for method in (AveragedThenAdapt, MergeThenAdapt)
+    )
+    torch.testing.assert_close(averaged[0].scores, exact[0].scores)
+
+
 # -- facts -------------------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +430,7 @@ def test_relative_error_equals_the_error_of_dense_updates(batch):
     bank = batch.bank
     merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
     exact = merge_loras(bank.anchors, merge)
-    factor = merge_loras(bank.anchors, merge, "factor")
+    factor = merge_factor(bank.anchors, merge.ids, merge.w)
 
     def dense(batch: LoraBatch):
         return [batch.scale * (b @ a) for a, b in batch.factors.values()]

@@ -135,7 +135,9 @@ def test_an_invalid_command_is_found():
     ]
     with pytest.raises(Exception, match="No such option: --nothing"):
         VERBS.main(["bank", "build", "x.jsonl", "--nothing"], standalone_mode=False)
-    assert [key for key in ("merge.learned.lr", "merge.nothing", "merg.lr") if is_setting(key)] == ["merge.learned.lr"]
+    assert [key for key in ("stack.training.lr", "merge.nothing", "merg.lr") if is_setting(key)] == [
+        "stack.training.lr"
+    ]
 
 
 # blocks

@@ -58,7 +58,7 @@ def show(
     say(f"version {found.version}, of {found.versions} kept; saved {found.time or 'at an unknown time'}")
     other = f"not the one at {bank} ({found.bank_here[:12]}): personalize again before asking"
     say(f"bank {found.bank[:12]}, " + (f"the one at {bank}" if found.bank == found.bank_here else other))
-    say(f"merge: {found.policy}, {len(found.weights)} anchors, {found.mode}")
+    say(f"merge: {found.policy}, {len(found.weights)} anchors")
     say(_chart(found))
     say("\n".join(_facts(found)))
 

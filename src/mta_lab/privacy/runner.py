@@ -109,7 +109,7 @@ def privacy(
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
     """Return the merges of the targets: equal weights of the K nearest anchors, and last the run's own merge."""
-    uniform = {"policy": "uniform", "retrieve": "cosine", "scale": 1.0}
+    uniform = {"policy": "uniform", "scale": 1.0, "options": {}}
     numbers = [*(k for k in KS if k < anchors), anchors]
     found = {f"uniform, K = {k}": run.merge.model_copy(update=uniform | {"k": k}) for k in numbers}
     own = f"{run.merge.policy}, K = {run.merge.k or anchors}"
