@@ -55,7 +55,7 @@ def _nearest_by_loss(count: int, known: PolicyInput) -> Tensor:
     keep = torch.ones_like(known.ids, dtype=torch.bool)
     if count:
         ids = known.loglik.argsort(dim=1, descending=True, stable=True)[:, :count]
-        keep = torch.zeros_like(keep).scatter(1, ids, torch.tensor(True))
+        keep = torch.zeros_like(keep).scatter(1, ids, True)
     return keep
 
 

@@ -78,7 +78,7 @@ def test_words_for_a_group_and_for_a_part_of_it_add_up(words):
 def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
     assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
     assert load_settings(CompareSettings, None, ["seeds=[1, 2]"]).seeds == (1, 2)
-    assert load_settings(Run, None, ["merge.rank=null"]).merge.rank is None
+    assert load_settings(Run, None, ["task_lora.unseen=null"]).task_lora.unseen is None
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

@@ -19,9 +19,8 @@ from mta.config import override
 from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
-from mta.errors import ConfigError, DataError, Diverged, InputError
+from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation.methods import method_names
-from mta.evaluation.metrics import measure
 from mta.evaluation.protocol import TestBatch
 from mta_lab.behind import behind_bank
 from mta_lab.experiments import runner
@@ -30,6 +29,7 @@ from mta_lab.experiments.recipe import load_experiment, wanted
 from mta_lab.experiments.results import Results, read_records
 from mta_lab.experiments.runner import run_experiment
 from mta_lab.experiments.workspace import BATCH, MAIN, Workspace, batches
+from mta_lab.methods.combined import folds_of
 from mta_lab.reports.report import report
 
 pytestmark = pytest.mark.integration
@@ -153,13 +153,6 @@ def test_a_bank_without_a_task_lora_saw_no_items_of_task_people(world, cache, tm
     assert {person.id for person in people} <= {person.id for person in candidates}
 
 
-def test_settings_that_train_no_bank_leave_it_as_it_is(world, cache, tmp_path):
-    main = workspace_of(world, tmp_path / "run").bank(MAIN, 0)
-    words = "stack={enabled: false}", "merge.k=1", "memory=2GiB"
-    again = workspace_of(world, tmp_path / "run")
-    assert again.bank(MAIN.model_copy(update={"words": words}), 0).hash == main.hash
-
-
 def test_another_recipe_and_other_items_in_the_same_folder_are_refused_and_leave_it_as_it_was(world, cache, tmp_path):
     out, first = tmp_path / "run", workspace_of(world, tmp_path / "run", "run.merge.policy=posterior")
     run_experiment(first, ["case"])
@@ -230,26 +223,6 @@ def test_workers_of_a_cluster_have_the_people_that_were_read(world, cache, tmp_p
     assert len(there.people) == 28
 
 
-def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
-    run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
-    assert report([tmp_path / "run"], tmp_path / "report") == ["people.jsonl: Figure 5: one person's question"]
-
-
-def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):
-    def diverged(*given):
-        found = measure(*given)
-        return replace(found, metrics={**found.metrics, "NLL": math.nan})
-
-    monkeypatch.setattr("mta.evaluation.methods.method.measure", diverged)
-    with pytest.raises(Diverged, match=r"task LoRA.*: a person's score is not finite"):
-        run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
-
-
-def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
-    with pytest.raises(InputError, match="this recipe tests people of another file"):
-        workspace_of(world, tmp_path / "run", "needs_test=true")
-
-
 def test_smoke_runs_every_registered_method(finished):
     recipe = load_experiment("smoke")
     listed = {m.method for parts in recipe.exhibits.values() for part in parts for m in part.methods}
@@ -277,7 +250,7 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
         texts = [f"{plain.sentence(item)}. " for item in person.items]
         assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
         assert {item.fields["profile"] for item in queries} <= set(texts)
-    folds, _ = batch.folds(2)
+    folds, _ = folds_of(batch, 2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
         assert not shown & {f"{plain.sentence(item)}. " for item in held}
@@ -394,15 +367,6 @@ def test_two_sets_give_one_table(finished, tmp_path):
     text = (tmp_path / "report" / "README.md").read_text()
     assert "| MTA |" in text
     assert text.count("| pooled on everything |") == 3  # a row of the table, and a comparison of each set
-
-
-def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
-    workspace = workspace_of(world, tmp_path)
-    parts = [set(getattr(workspace.splits, name)) for name in ("task", "candidates", "development", "test")]
-    assert all(parts)
-    assert sum(map(len, parts)) == len(set.union(*parts))
-    assert workspace.sizes["test"] == len(workspace.splits.test) == 4
-    assert not any(tmp_path.iterdir())  # nothing is written before an exhibit is known to have people
 
 
 def test_mistakes_are_refused(world, cache, tmp_path):

@@ -85,7 +85,7 @@ def test_released_gives_the_nearer_anchor_the_share_of_the_farther_one():
 
 @pytest.mark.parametrize("k", [2, 0])
 def test_loss_is_a_softmax_of_minus_the_mean_loss_per_token(k):
-    found = weighed("loss", k=k, tau=0.3)
+    found = weighed("loss", k=k, options={"tau": 0.3})
     for u in range(U):
         losses = [-float(EVIDENCE.anchor_loglik[u, n] / EVIDENCE.tokens[u]) for n in nearest(u, k or N)]
         near(found.w[u], shares([-loss / 0.3 for loss in losses]))

@@ -218,7 +218,7 @@ class Results:
         """
         common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (one.name, bank, [found[s] for s in sorted(found) if s in common] if one.uses_bank else _joined(found))
+            (one.name, bank, [found[s] for s in sorted(found) if s in common or not one.uses_bank])
             for one, bank, found in self._methods(name, shots, among)
         ]
         if not rows or not all(found for _, _, found in rows):
@@ -253,11 +253,6 @@ class Results:
         pairs = [(method, bank) for method, bank in every if not among or method.name in among]
         rows = [(method, bank, self._seeds_of(method, bank, shots)) for method, bank in pairs]
         return [row for row in rows if row[2]]
-
-
-def _joined(seeds: Seeds) -> list[dict[str, Record]]:
-    """Return the results of a method that every seed gives the same results."""
-    return [_fullest(pair for seed in sorted(seeds) for pair in seeds[seed].items())]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:

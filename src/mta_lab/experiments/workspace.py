@@ -34,9 +34,11 @@ from mta.system.assets import ASSETS, resolve
 from mta.system.atomic import json_sha256, write_json, write_text
 from mta.system.progress import OnStep
 from mta_lab.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
+from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names
 from mta_lab.experiments.results import RECIPE, SIZES, Where, read_beside, read_recipe
+from mta_lab.methods.prompts import profiled
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -274,7 +276,7 @@ class Workspace:
                 anchors=self._shown(part, in_bank(bank, "anchor", self._task_people_and_candidates[1])),
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
-                evidence_folder=self.out / "work",
+                evidence_of=partial(kept_evidence, self.out / "work"),
             )
         return self._contexts[key]
 
@@ -296,10 +298,11 @@ class Workspace:
                 shots=shots,
                 queries=self.recipe.queries,
                 ask=self.recipe.ask,
-                retrieve=part.retrieve,
                 write_texts=part.texts,
                 tested=self._able(shots),
             )
+            if part.retrieve:
+                test_batch = profiled(replace(test_batch, retrieve=part.retrieve), part.retrieve)
             self._latest = key, test_batch
         return self._latest[1]
 

@@ -201,7 +201,8 @@ class MembershipEvaluator:
         return replace(self.batch, people=people)
 
     def _losses(self, batch: TestBatch, asked: Sets, run: Callable[[TestBatch], Outcome]) -> list[Losses]:
-        batch = batch.with_queries([tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        queries = [tuple(self.items.items[n] for n in numbers) for numbers in asked]
+        batch = replace(batch, queries=queries, merges_from=batch)
         losses: list[Losses] = []
         for numbers, answers, golds in zip(asked, run(batch).answers, batch.golds):
             nll = query_nll(batch.task, answers, golds)

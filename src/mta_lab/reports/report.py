@@ -12,12 +12,11 @@ from typing import Any
 
 from mta.data.tasks.task import Task
 from mta.errors import DataError
-from mta.evaluation.reports import figures
-from mta.evaluation.reports.html import Section, write_report
+from mta.evaluation.reports.html import Section, page
 from mta.evaluation.reports.summary import POOLED, better_side
 from mta.evaluation.reports.tables import markdown
 from mta.evaluation.statistics import Interval
-from mta.system.atomic import copy_file, make_folder, write_json
+from mta.system.atomic import copy_file, make_folder, write_json, write_text
 from mta.tracking.run_folder import RUN, lines, sittings
 from mta_lab.experiments.results import (
     CASE,
@@ -31,6 +30,7 @@ from mta_lab.experiments.results import (
     Results,
     write_without_texts,
 )
+from mta_lab.reports import figures
 from mta_lab.reports.exhibits import sections
 from mta_lab.reports.sets import overview, primary
 
@@ -71,6 +71,18 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         write_report(out / folder.name, f"{folder.name}: {times[-1]['kind']}", history(times), made)
         drawn += [f"{folder.name}: {section.title}" for section in made]
     return drawn
+
+
+def write_report(folder: Path, title: str, head: str, sections: Sequence[Section]) -> None:
+    """Write a report as ``README.md`` with pictures beside it (SVG and PNG), and as ``index.html``."""
+    text = f"# {title}\n\n{head}\n"
+    for section in sections:
+        text += f"## {section.title}\n\n{section.text}\n"
+        for name, picture in section.pictures.items():
+            picture.save(folder / name)
+            text += f"![{section.title}]({name}.svg)\n\n"
+    write_text(folder / "README.md", text)
+    write_text(folder / "index.html", page(title, head, sections))
 
 
 # -- experiments -------------------------------------------------------------------------------------------------------

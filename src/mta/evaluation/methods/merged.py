@@ -6,20 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 
-from mta.bank.anchors import one_per_cluster
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import TestBatch
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, can_merge, coefficients, merge_adapters, needs_encodings, needs_evidence
-from mta.personalize.policies import policy_named, policy_of
+from mta.personalize.merge import Merge, can_merge, merge_adapters
+from mta.personalize.policies import policy_of
 from mta.personalize.stages import adapt
 from mta.system.device import clock
 from mta.training.plan import parameters_of
@@ -54,33 +52,16 @@ class Merged(Method):
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
-    anchors: int | None = None  # merge as if the bank held only this many anchors
-
-    @model_validator(mode="after")
-    def _check_anchors(self) -> Self:
-        if self.anchors is None:
-            return self
-        kind = policy_named(self.merge.policy) if self.merge and self.merge.policy != "auto" else None
-        if self.merge is None or kind is None or kind.gradients or kind.learns is not None:
-            raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
-        if self.merge.k > self.anchors:
-            raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
-        return self
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated) and (self.anchors or 0) <= anchors
+        return fits(self.merge, task, anchors, calibrated)
 
     @property
     def seeded(self) -> bool:
         return self.merge is None or (self.merge.policy != "auto" and policy_of(self.merge).learns is not None)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        settings = batch.merge_settings(self.merge)
-        if self.anchors is None or self.anchors >= len(batch.bank):
-            merge, seconds = batch.merge(settings, seed)
-        else:
-            merge, seconds = _among(batch, settings, self.anchors)
-        return answered(batch, merge, seconds)
+        return answered(batch, *batch.merge(batch.merge_settings(self.merge), seed))
 
 
 @register
@@ -171,17 +152,3 @@ def bytes_of(merge: Merge) -> float:
 def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
     """Return whether the settings of a merge, if any, work for a task and a bank."""
     return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
-
-
-def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge, float]:
-    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
-    bank = batch.bank
-    chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
-    reads = needs_evidence(settings)
-    evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
-    start = clock(batch.base.device)
-    found = coefficients(settings, similarity, evidence)
-    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(batch.base.master_dtype))
-    share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
-    share += batch.encoding_seconds if needs_encodings(settings) else 0.0
-    return merge, clock(batch.base.device) - start + share
