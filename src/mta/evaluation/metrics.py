@@ -15,7 +15,7 @@ from mta.data.tasks.task import Task
 from mta.system.extras import require
 
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # kana and Chinese characters
-BETTER_LOW = frozenset({"MAE", "MAE (median)", "NLL"})
+BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 
 
 @dataclass(frozen=True, slots=True)
