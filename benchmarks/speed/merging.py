@@ -13,14 +13,14 @@ from benchmarks.speed.adapters import ManyPeft, plain_model
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
-from mta.config import MergeMode
 from mta.lora.batch import LoraBatch, Shapes, fresh
+from mta.lora.merge import truncate
 from mta.personalize.merge import Merge, merge_loras
 
 PEOPLE = 256
 _CHUNK = 16  # people whose merges are made at once, used, and let go, as those of a cohort are
 _RANK = 8
-_MODES: Mapping[str, MergeMode] = {"cat": "exact", "svd": "svd"}
+_MODES = {"cat": "exact", "svd": "svd"}
 _TARGETS = {"cat": 50.0, "svd": 20.0}
 _HOW: Mapping[str, dict[str, Any]] = {
     "cat": {"combination_type": "cat"},
@@ -30,14 +30,14 @@ _HOW: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Merges of K anchors of ``bank`` for people, computed in ``mode``. Shapes: merge.ids and merge.w (U, K)."""
+    """Merges of K anchors of ``bank`` for people, ``exact`` or cut by ``svd``. Shapes: merge.ids and merge.w (U, K)."""
 
     bank: LoraBatch
     merge: Merge
-    mode: MergeMode
+    mode: str
 
     @classmethod
-    def of(cls, bank: LoraBatch, people: int, mode: MergeMode) -> Work:
+    def of(cls, bank: LoraBatch, people: int, mode: str) -> Work:
         """Anchors and coefficients drawn at random."""
         draw = torch.Generator().manual_seed(2)
         ids = torch.stack([torch.randperm(len(bank), generator=draw)[:K] for _ in range(people)])
@@ -52,7 +52,8 @@ class Work:
         people = len(self.merge.ids)
         for start in range(0, people, _CHUNK):
             some = self.merge.select(range(start, min(start + _CHUNK, people)))
-            yield merge_loras(self.bank, some, self.mode, _RANK)
+            merges = merge_loras(self.bank, some)
+            yield truncate(merges, _RANK)[0] if self.mode == "svd" else merges
 
     def run(self) -> float:
         """All of them; returns how many people."""

@@ -166,13 +166,13 @@ def score(
 
     Example:  mta-lab score mine.json --true dev_outputs.json --task lamp3
     """
-    from mta.evaluation import metrics
+    from mta_lab.lamp_scores import score as lamp_scores
 
     require("lab")
     asked = load_task(task)
     with options.readable(resolve(true)) as gold, options.readable(str(answers)) as mine:
         golds = read_answers(gold, asked)
-        found = metrics.score(asked, read_answers(mine, asked, empty=True), golds)
+        found = lamp_scores(asked, read_answers(mine, asked, empty=True), golds)
     if json:
         return show_json(found | {"questions": len(golds)})
     typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")

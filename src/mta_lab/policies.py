@@ -6,10 +6,13 @@ are our choice.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mta.config import MergeSettings
+from mta.config import MergeSettings, Settings, Training
 from mta.errors import ConfigError
 from mta.personalize.evidence import Labels
 from mta.personalize.policies import PolicyInput, policy, posterior
@@ -17,10 +20,54 @@ from mta.personalize.policies import PolicyInput, policy, posterior
 _NEWTON_STEPS = 50  # of a ridge fit, at most
 
 
-@policy(all_anchors=True)
+class ByLoss(Settings):
+    """Options of ``uniform`` and ``loss``."""
+
+    by_loss: int = Field(default=0, ge=0, description="merge only so many anchors, with the least loss on the shots")
+    tau: float = Field(default=0.2, gt=0, description="temperature of the loss policy")
+
+
+class Fixed(Settings):
+    """Options of ``fixed``."""
+
+    share: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor")
+
+
+class Ridge(Settings):
+    """Options of ``ridge``."""
+
+    strength: float = Field(default=300.0, gt=0, description="strength of the pull to zero")
+
+
+class Learned(Settings):
+    """Options of ``learned``. The descent starts at the posterior, or at zero, which needs no pass per anchor.
+
+    A large eps makes AdamW plain gradient descent: a coefficient with a small gradient moves little. weight_decay pulls
+    the coefficients back to their start.
+    """
+
+    start: Literal["posterior", "zero"] = "posterior"
+    training: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
+
+
+def _nearest_by_loss(count: int, known: PolicyInput) -> Tensor:
+    """Return which anchors a merge keeps, (U, K): all without ``count``, or those with the least loss."""
+    keep = torch.ones_like(known.ids, dtype=torch.bool)
+    if count:
+        ids = known.loglik.argsort(dim=1, descending=True, stable=True)[:, :count]
+        keep = torch.zeros_like(keep).scatter(1, ids, True)
+    return keep
+
+
+@policy(
+    evidence=lambda settings: bool(ByLoss.model_validate(settings.options).by_loss), all_anchors=True, options=ByLoss
+)
 def uniform(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return equal coefficients, 1 / K."""
-    return torch.full_like(known.similarity, 1 / known.ids.shape[1])
+    if known.before is not None:  # the anchors stay
+        return known.before
+    keep = _nearest_by_loss(ByLoss.model_validate(settings.options).by_loss, known).double()
+    return keep / keep.sum(1, keepdim=True)
 
 
 @policy()
@@ -31,12 +78,12 @@ def top1(settings: MergeSettings, known: PolicyInput) -> Tensor:
     return w
 
 
-@policy()
+@policy(options=Fixed)
 def fixed(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return a fixed share for the nearest anchor; the other anchors share the rest equally. For Figure 3."""
-    k = known.ids.shape[1]
-    w = torch.full_like(known.similarity, (1 - settings.fixed) / (k - 1) if k > 1 else 0.0)
-    w[:, 0] = settings.fixed
+    k, share = known.ids.shape[1], Fixed.model_validate(settings.options).share
+    w = torch.full_like(known.similarity, (1 - share) / (k - 1) if k > 1 else 0.0)
+    w[:, 0] = share
     return w
 
 
@@ -51,31 +98,42 @@ def released(settings: MergeSettings, known: PolicyInput) -> Tensor:
     return (cosines / cosines.sum(1, keepdim=True)).flip(1)
 
 
-@policy(evidence=True)
+@policy(evidence=True, options=ByLoss)
 def loss(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the softmax of each anchor's log-likelihood per token.
 
     With ``before``, the result is exactly that of all items: earlier items are weighted by their tokens.
     """
-    logits, tokens = known.loglik / settings.tau, known.required_evidence.tokens[:, None]
+    options = ByLoss.model_validate(settings.options)
+    logits, tokens = known.loglik / options.tau, known.required_evidence.tokens[:, None]
     if known.before is not None and known.seen is not None:
         seen = known.seen[:, None]
         logits, tokens = logits + seen * known.before.log(), tokens + seen
+    elif options.by_loss:
+        logits = logits.masked_fill(~_nearest_by_loss(options.by_loss, known), -torch.inf)
     return torch.softmax(logits / tokens, dim=1)
 
 
-@policy(evidence=True, labels=True, all_anchors=True)
+@policy(evidence=True, labels=True, all_anchors=True, options=Ridge)
 def ridge(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the coefficients that best explain the shots' labels, pulled to 0 or to ``before``."""
     if known.required_evidence.labels is None:
         raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
-    return fit_labels(known.required_evidence.labels, known.ids, settings.ridge, before=known.before)
+    strength = Ridge.model_validate(settings.options).strength
+    return fit_labels(known.required_evidence.labels, known.ids, strength, before=known.before)
 
 
-@policy(evidence=lambda settings: settings.start == "posterior", all_anchors=True, learns=True)
+@policy(
+    evidence=lambda settings: Learned.model_validate(settings.options).start == "posterior",
+    all_anchors=True,
+    learns=lambda settings: Learned.model_validate(settings.options).training,
+    options=Learned,
+)
 def learned(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the posterior, or 0, where the gradient descent starts."""
-    return torch.zeros_like(known.similarity) if settings.start == "zero" else posterior.weigh(settings, known)
+    if Learned.model_validate(settings.options).start == "zero":
+        return torch.zeros_like(known.similarity)
+    return posterior.weigh(settings, known)
 
 
 def fit_labels(labels: Labels, ids: Tensor, strength: float, before: Tensor | None = None) -> Tensor:

@@ -155,14 +155,14 @@ def test_training_given_in_python_counts():
     )
 
 
-@pytest.mark.parametrize("words", [["merge.k=2"], ["merge.retrieve=loss"], ["merge.policy=similarity"]])
+@pytest.mark.parametrize("words", [["merge.k=2"], ["merge.policy=similarity"]])
 def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
     run = with_calibrated_settings(override(Run(), words), FOUND, SHAPE)
     assert run.merge.policy in ("posterior", "similarity")
     assert run.stack.training == Run().stack.training
 
 
-@pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"], ["merge.mode=factor"]])
+@pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"]])
 @pytest.mark.parametrize("rate", [0.0, 3.2e-3])
 def test_a_calibration_is_for_stacks_of_its_shape_over_merges_as_they_are(words, rate):
     run = with_calibrated_settings(override(Run(), words), FOUND.model_copy(update={"rate": rate}), SHAPE)

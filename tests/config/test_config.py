@@ -68,10 +68,10 @@ def test_words_for_a_group_and_for_a_part_of_it_add_up(words):
 def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
     assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
     assert load_settings(CompareSettings, None, ["seeds=[1, 2]"]).seeds == (1, 2)
-    assert load_settings(Run, None, ["merge.rank=null"]).merge.rank is None
+    assert load_settings(Run, None, ["task_lora.unseen=null"]).task_lora.unseen is None
 
 
-@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), CompareSettings(seeds=(0, 1))])
+@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"k": 3}), CompareSettings(seeds=(0, 1))])
 def test_settings_survive_yaml(tmp_path, settings):
     assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
 

@@ -20,6 +20,7 @@ from mta.evaluation.methods.method import answer
 from mta.evaluation.protocol import TestBatch
 from mta.lora.layers import Shared
 from mta.personalize.merge import Merge, merge_loras
+from mta_lab.methods.prompts import profiled
 
 PEOPLE = people_of(4, prefix="x", seed=7)
 
@@ -56,7 +57,7 @@ def test_other_persons_shots_give_other_persons_models(batch, over):
     """Person u is answered by the model of their giver, as if the giver had asked their questions."""
     givers = [batch.people.index(giver) for giver in givers_of(batch.people, batch.people)]
     asked_by_givers = [batch.queries[givers.index(u)] for u in range(len(givers))]
-    expected = over.run(batch.with_queries(asked_by_givers), seed=0)
+    expected = over.run(replace(batch, queries=asked_by_givers, merges_from=batch), seed=0)
     found = OtherPerson(over=over).run(batch, seed=0)
     for u, giver in enumerate(givers):
         torch.testing.assert_close(found.merge.w[u], expected.merge.w[giver], rtol=0, atol=1e-12)
@@ -70,7 +71,7 @@ def test_a_panel_of_some_people_takes_others_from_all_tested_people(tiny):
     control = OtherPerson(over=Merged(merge=MergeSettings(policy="posterior", k=0)))
     torch.testing.assert_close(control.run(some, 0).merge.w, control.run(every, 0).merge.w[1:3], rtol=0, atol=1e-12)
     with pytest.raises(ConfigError, match="cannot use prompts that show earlier items"):
-        control.run(TestBatch.of(context, PEOPLE, shots=4, queries=2, retrieve=1), 0)
+        control.run(profiled(TestBatch.of(context, PEOPLE, shots=4, queries=2), 1), 0)
 
 
 def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):

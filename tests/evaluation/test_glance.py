@@ -75,19 +75,6 @@ def test_equal_answers_have_equal_bars_for_every_person():
     assert shown == [bars(unsure, ("1", "2"), 0.9)] * 2
 
 
-def test_without_questions_there_are_scores_and_commands():
-    console = Console(file=io.StringIO(), width=80)
-    show_glance(comparison_of(load_task("movielens-rating")), None, ["mta serve"], console)
-    assert "Person" not in console.file.getvalue()
-    assert "mta serve" in console.file.getvalue()
-
-
-def test_means_need_numbers():
-    assert SampleAnswers((), (), (), ()).mean({"1": 0.5, "4": 0.5}) == 2.5
-    assert SampleAnswers((), (), (), ()).mean({"sad": 1.0}) is None
-    assert SampleAnswers((), (), (), ()).mean("4") is None
-
-
 def test_sample_answers_have_the_answers_of_the_library(tiny_personal):
     personal, people = tiny_personal
     found = sample_answers(personal, people[:2], FIELDS)

@@ -1,5 +1,3 @@
-import math
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,7 +6,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 
 from mta.data.tasks import load_task
-from mta.evaluation.metrics import Answers, from_scores, measure, median_labels, query_nll
+from mta.evaluation.metrics import Answers, from_scores, measure, median_labels
 from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, corrected, resample
 from mta.system.quantiles import student_t
 
@@ -75,34 +73,12 @@ def test_a_number_outside_the_labels_counts_as_it_is():
     assert measure(RATING, Answers(["7", " 4 "]), ["4", "4"]).metrics["MAE"] == 1.5
 
 
-@pytest.mark.parametrize(
-    ("shares", "median"),
-    [
-        ([0.6, 0.1, 0.1, 0.1, 0.1], "1"),
-        ([0.3, 0.1, 0.2, 0.1, 0.3], "3"),
-        ([0.0, 0.0, 0.4, 0.0, 0.6], "5"),
-        ([0.2, 0.2, 0.2, 0.2, 0.2], "3"),
-    ],
-)
-def test_median_label_by_hand(shares, median):
-    scores = (torch.tensor([shares], dtype=torch.float64) + 1e-12).log()
-    assert median_labels(RATING, scores) == [median]
-    reversed_task = RATING.model_copy(update={"labels": ("5", "4", "3", "2", "1")})
-    assert median_labels(reversed_task, scores.flip(1)) == [median]
-
-
 def test_median_label_has_the_least_expected_error():
     scores, _ = drawn(RATING)
     values = torch.tensor([float(label) for label in RATING.labels], dtype=torch.float64)
     expected = scores.softmax(1) @ (values[:, None] - values[None, :]).abs()  # (queries, answers)
     chosen = torch.tensor([RATING.labels.index(label) for label in median_labels(RATING, scores)])
     assert torch.allclose(expected.gather(1, chosen[:, None])[:, 0], expected.min(1).values)
-
-
-def test_likelihood_by_hand():
-    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, math.log(4)]])
-    assert query_nll(RATING, Answers([], scores), ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
-    assert query_nll(RATING, Answers([], scores + 7), ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
 
 
 def test_texts_are_measured_as_rouge_does():

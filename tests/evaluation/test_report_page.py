@@ -111,14 +111,14 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
         "person A, 3 shots, 1.7 on average; gave before: 2 (1 of 2), 1 (1 of 2)",
-        "everybody: 3.4 on average",
+        "pooled model: 3.4 on average",
         "see https://example.org/terms",
         "made up <b>here</b>",
     ):
         assert part in text
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
-    assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
+    assert "probability of each answer to 'Fargo': pooled model, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
 
 
@@ -170,10 +170,6 @@ def test_escaped_texts_are_shown_as_they_are(text):
     found = Page(page("title", f"- {plain(text)}\n", [Section("table", f"| a |\n| --- |\n| {plain(text)} |\n")]))
     assert "".join(found.text).count(text) == 2
     assert not {"em", "strong", "code", "a", "img", "s", "ol"} & found.tags
-
-
-def test_pages_are_the_same_to_the_byte(written):
-    assert written("one.html") == written("two.html")
 
 
 def test_page_without_merge_or_questions(written, task):

@@ -15,7 +15,8 @@ from mta.evaluation.methods import Merged, OneLora, Outcome, TaskLora
 from mta.evaluation.methods.method import parse_method
 from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import TestBatch
-from mta_lab.methods.combined import Chosen, pick
+from mta_lab.methods.combined import Chosen, folds_of, pick
+from mta_lab.methods.prompts import profiled
 
 
 def test_pick_needs_a_gain_above_the_margin():
@@ -33,7 +34,7 @@ def test_chosen_returns_the_answers_of_each_persons_candidate(batch):
     method = Chosen(candidates=candidates, margin=0.0)
     found = method.run(batch, 0)
     every = {c.name: c.run(batch, 0) for c in candidates}
-    folds, owners = batch.folds(method.folds)
+    folds, owners = folds_of(batch, method.folds)
     held_out = [c.run(folds, 0).answers for c in candidates]
     for u, name in enumerate(found.chosen):
         rows = [row for row, owner in enumerate(owners) if owner == u]
@@ -51,7 +52,7 @@ def test_an_outcome_is_computed_once_per_panel(batch, monkeypatch):
     assert TaskLora().outcome(batch, 0) is before[0]
     assert not ran
     assert TaskLora(name="by another name").outcome(batch, 0) is before[0]
-    TaskLora().outcome(batch.profiled(1), 0)
+    TaskLora().outcome(profiled(batch, 1), 0)
     assert len(ran) == 1  # another batch has other prompts
 
 

@@ -42,14 +42,6 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
 
 
-def test_an_experiment_and_a_bank_are_drawn(smoke, world, tmp_path):
-    command, out = smoke
-    mta(*command)
-    drawn = mta("report", out, world.bank, "--out", tmp_path / "report", "--json").json["drawn"]
-    assert {"members.jsonl: Ablation", "bank: Outcome"} <= {*drawn}
-    assert (tmp_path / "report" / "bank" / "README.md").read_text().startswith("# bank: bank\n")
-
-
 def test_a_report_is_drawn_again_from_itself_also_in_place_of_an_older_one(smoke, tmp_path):
     command, out = smoke
     mta(*command)

@@ -19,9 +19,8 @@ from mta.config import override
 from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
-from mta.errors import BankError, ConfigError, DataError, Diverged, InputError
-from mta.evaluation.methods import METHODS, method_names
-from mta.evaluation.metrics import measure
+from mta.errors import ConfigError, DataError, InputError
+from mta.evaluation.methods import method_names
 from mta.evaluation.protocol import TestBatch
 from mta_lab.behind import behind_bank
 from mta_lab.experiments import runner
@@ -30,6 +29,7 @@ from mta_lab.experiments.recipe import load_experiment, wanted
 from mta_lab.experiments.results import Results, read_records
 from mta_lab.experiments.runner import run_experiment
 from mta_lab.experiments.workspace import BATCH, MAIN, Workspace, batches
+from mta_lab.methods.combined import folds_of
 from mta_lab.reports.report import report
 
 pytestmark = pytest.mark.integration
@@ -153,52 +153,44 @@ def test_a_bank_without_a_task_lora_saw_no_items_of_task_people(world, cache, tm
     assert {person.id for person in people} <= {person.id for person in candidates}
 
 
-def test_settings_that_train_no_bank_leave_it_as_it_is(world, cache, tmp_path):
-    main = workspace_of(world, tmp_path / "run").bank(MAIN, 0)
-    words = "stack={enabled: false}", "merge.k=1", "memory=2GiB"
-    again = workspace_of(world, tmp_path / "run")
-    assert again.bank(MAIN.model_copy(update={"words": words}), 0).hash == main.hash
+def test_another_recipe_and_other_items_in_the_same_folder_are_refused_and_leave_it_as_it_was(world, cache, tmp_path):
+    out, first = tmp_path / "run", workspace_of(world, tmp_path / "run", "run.merge.policy=posterior")
+    run_experiment(first, ["case"])
+
+    def refused(match, *words, **how):
+        with pytest.raises(InputError, match=match) as error:
+            run_experiment(workspace_of(world, out, "run.merge.policy=posterior", *words, **how), ["ablation"])
+        return error.value.hint
+
+    def files():
+        return {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    before = files()
+    for word in ("run.merge.policy=uniform", "shots=2", "run.bank.lora.rank=3", "tuned={MTA: {name: x}}"):
+        hint = refused(rf"run holds results of another recipe: {word.partition('=')[0]}.* is .*, expected ", word)
+        assert hint.endswith(f"or repeat its own recipe:  mta-lab evaluate {out}/recipe.yaml")
+    for part in ("test", "candidates"):
+        someone = getattr(first.splits, part)[0]
+
+        def changed(source, task, someone=someone):
+            people = read_people(source, task)
+            mine = [replace(p, items=p.items[:-1] + p.items[:1]) if p.id == someone else p for p in people]
+            return People(mine, people.task)
+
+        refused("run holds results of other people, items, or another task: their digest is", read=changed)
+    assert before == files()
 
 
-def test_a_report_shows_the_results_of_the_settings_that_were_last_run(world, cache, tmp_path):
-    """Also where they were run before other settings, and where other settings were run with more seeds."""
-    words, plain, other = ["ablation"], "seeds=[0]", "run.merge.policy=uniform"
-
-    def run(*given):
-        run_experiment(workspace_of(world, tmp_path / "run", "run.merge.policy=posterior", *given), words)
-        found = Results.read(tmp_path / "run")
-        return found.seeds("ablation"), found.comparison("ablation").score("MTA", "NLL").mean
-
-    first = run(plain)
-    several = run("seeds=[0,1]", other)
-    assert several[0] == [0, 1]
-    assert first == run(plain)  # computes nothing
-    assert first[1] != several[1]
-
-
-def test_the_case_of_other_settings_is_not_drawn(world, cache, tmp_path):
-    run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
-    assert Results.read(tmp_path / "run").case
-    run_experiment(workspace_of(world, tmp_path / "run", "run.merge.policy=uniform"), ["ablation"])
-    assert not Results.read(tmp_path / "run").case
-
-
-def test_the_use_of_a_bank_with_other_settings_or_of_an_earlier_bank_is_not_drawn(world, cache, tmp_path):
-    def run(exhibit, *words):
-        run_experiment(workspace_of(world, tmp_path / "run", *words), [exhibit])
-        return Results.read(tmp_path / "run").facts
-
-    first = run("banks")
-    assert all("others" in one for one in first.values())
-    other = run("ablation", "run.merge.policy=uniform")
-    assert other.keys() == first.keys()
-    assert not any("others" in one or "fidelity" in one for one in other.values())
-    assert run("ablation") == first  # the settings that it was measured with
-    shutil.rmtree(tmp_path / "run" / "banks")
-    words = "run.bank.training.lr=1e-3", "seeds=[0]"
-    again = run("ablation", *words)
-    assert list(again) == ["main-0"]
-    assert again["main-0"]["bank"] != first["main-0"]["bank"]
+def test_more_people_seeds_and_exhibits_of_a_recipe_are_added_to_its_folder(world, cache, tmp_path, monkeypatch):
+    out, computed = tmp_path / "run", []
+    compute = runner.compute_records
+    monkeypatch.setattr(runner, "compute_records", lambda space, run: (computed.append(run), compute(space, run))[1])
+    for exhibit, *words in (["ablation", "compared=2"], ["ablation", "seeds=[0,1]"], ["gradient", "seeds=[1]"]):
+        run_experiment(workspace_of(world, out, *words), [exhibit])
+    found = Results.read(out)
+    assert found.seeds("ablation") == [0, 1]
+    assert len({run.where for run in computed if run.exhibit == "gradient"}) == 2  # task LoRA and MTA are known
+    assert found.comparison("gradient").people == 4
 
 
 def test_an_item_of_a_tested_person_that_is_too_long_is_named_before_anything_is_trained(world, cache, tmp_path):
@@ -231,83 +223,6 @@ def test_workers_of_a_cluster_have_the_people_that_were_read(world, cache, tmp_p
     assert len(there.people) == 28
 
 
-@pytest.mark.parametrize("exhibit", ["ablation", "case"])
-def test_a_recipe_that_a_bank_refuses_leaves_the_folder_as_it_was(world, cache, tmp_path, exhibit):
-    out = tmp_path / "run"
-    run_experiment(workspace_of(world, out), ["ablation"])
-    before = {name: (out / name).read_bytes() for name in ("recipe.yaml", "current.json", "sizes.json")}
-    with pytest.raises(BankError):
-        run_experiment(workspace_of(world, out, "run.bank.lora.rank=3"), [exhibit])
-    assert before == {name: (out / name).read_bytes() for name in before}
-
-
-def test_results_of_a_refused_recipe_are_not_mixed_with_earlier_ones(world, cache, tmp_path):
-    out = tmp_path / "run"
-    run_experiment(workspace_of(world, out, "seeds=[1]"), ["ablation"])
-    with pytest.raises(BankError):  # after seed 0
-        run_experiment(workspace_of(world, out, "seeds=[0,1]", "run.bank.max_items=3"), ["ablation"])
-    assert {record.seed for record in Results.read(out).records if record.trained} == {1}
-    assert Results.read(out).meta["runs"][-1]["seeds"] == [1]
-
-
-def test_an_exhibit_without_scores_can_be_drawn(world, cache, tmp_path):
-    run_experiment(workspace_of(world, tmp_path / "run"), ["case"])
-    assert report([tmp_path / "run"], tmp_path / "report") == ["people.jsonl: Figure 5: one person's question"]
-
-
-def test_a_case_of_texts_that_changed_since_is_not_shown(world, cache, tmp_path):
-    out = tmp_path / "run"
-    workspace = workspace_of(world, out)
-    tested = {person.id for person in workspace.splits.select("test", workspace.people)}
-    run_experiment(workspace, ["case", "banks"])
-    found = Results.read(out)
-    assert found.case
-    assert any("others" in facts for facts in found.facts.values())
-
-    def changed(source, task):
-        people = read_people(source, task)
-        mine = [replace(p, items=(*p.items[:-1], other(p.items[-1]))) if p.id in tested else p for p in people]
-        return People(mine, people.task)
-
-    def other(item):
-        return replace(item, fields=item.fields | {"title": item.fields["title"][::-1]})
-
-    run_experiment(workspace_of(world, out, read=changed), ["ablation"])
-    found = Results.read(out)
-    assert not found.case
-    assert not any("others" in facts for facts in found.facts.values())
-
-
-def test_scores_that_are_not_finite_are_no_results(world, cache, tmp_path, monkeypatch):
-    def diverged(*given):
-        found = measure(*given)
-        return replace(found, metrics={**found.metrics, "NLL": math.nan})
-
-    monkeypatch.setattr("mta.evaluation.methods.method.measure", diverged)
-    with pytest.raises(Diverged, match=r"task LoRA.*: a person's score is not finite"):
-        run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
-
-
-def test_a_report_never_mixes_the_results_of_two_banks(world, cache, tmp_path):
-    def run(exhibit, *given):
-        run_experiment(workspace_of(world, tmp_path / "run", "seeds=[0]", *given), [exhibit])
-
-    run("ablation")
-    run("main")
-    before = Results.read(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "banks")
-    run("ablation", "run.bank.max_items=3")
-    found = Results.read(tmp_path / "run")
-    assert found.comparison("ablation").score("MTA", "NLL") != before.comparison("ablation").score("MTA", "NLL")
-    trained = {record.trained for record in found.records if record.bank == "main"} - {""}
-    assert len(trained) == 1
-
-
-def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
-    with pytest.raises(InputError, match="this recipe tests people of another file"):
-        workspace_of(world, tmp_path / "run", "needs_test=true")
-
-
 def test_smoke_runs_every_registered_method(finished):
     recipe = load_experiment("smoke")
     listed = {m.method for parts in recipe.exhibits.values() for part in parts for m in part.methods}
@@ -335,7 +250,7 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
         texts = [f"{plain.sentence(item)}. " for item in person.items]
         assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
         assert {item.fields["profile"] for item in queries} <= set(texts)
-    folds, _ = batch.folds(2)
+    folds, _ = folds_of(batch, 2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
         assert not shown & {f"{plain.sentence(item)}. " for item in held}
@@ -372,7 +287,7 @@ def test_a_resumed_experiment_equals_an_uninterrupted_one(world, cache, tmp_path
     (run,) = json.loads((torn / "run.json").read_text())["sittings"]
     assert (run["exhibits"], run["stopped"]) == (["ablation"], "KeyboardInterrupt")
     with (torn / "scores.jsonl").open("a") as file:
-        file.write('{"key": "torn')  # an incomplete line of a killed run
+        file.write('{"kind": "torn')  # an incomplete line of a killed run
     run_experiment(workspace_of(world, torn), ["ablation"])
     plain = [sorted(r.model_dump_json(exclude={"seconds"}) for r in read_records(f)) for f in (whole, torn)]
     assert plain[0] == plain[1]
@@ -392,7 +307,7 @@ def test_the_batch_size_does_not_change_answers(world, cache, tmp_path, monkeypa
     run_experiment(workspace_of(world, together, *words), ["main", "ablation"])
     monkeypatch.setattr("mta_lab.experiments.workspace.BATCH", 1)
     run_experiment(workspace_of(world, apart, *words), ["main", "ablation"])
-    one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
+    one, other = ({(r.where, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()
     for key, record in one.items():
         assert record.answers == other[key].answers, key
@@ -454,36 +369,6 @@ def test_two_sets_give_one_table(finished, tmp_path):
     assert text.count("| pooled on everything |") == 3  # a row of the table, and a comparison of each set
 
 
-def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
-    workspace = workspace_of(world, tmp_path)
-    parts = [set(getattr(workspace.splits, name)) for name in ("task", "candidates", "development", "test")]
-    assert all(parts)
-    assert sum(map(len, parts)) == len(set.union(*parts))
-    assert workspace.sizes["test"] == len(workspace.splits.test) == 4
-    assert not any(tmp_path.iterdir())  # nothing is written before an exhibit is known to have people
-
-
-def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, tmp_path):
-    """The key of label scores does not depend on the limit."""
-
-    def keys(task, tokens):
-        opened = workspace_of(world, tmp_path / "runs", f"run.task={task}")
-        limited = opened.task.model_copy(update={"answer_tokens": tokens})
-        workspace = replace(opened, task=limited)
-        parts = [part.model_copy(update={"texts": True}) for part in workspace.recipe.exhibits["main"][:1]]
-        return {workspace.key(part, METHODS["base"](), 0, 3) for part in parts}
-
-    assert keys("movielens-rating", 9) == keys("movielens-rating", 10)
-    assert keys(str(written(tmp_path)), 9).isdisjoint(keys(str(written(tmp_path)), 10))
-
-
-def written(folder: Path) -> Path:
-    """Write a task with the same items as free text, and return its path."""
-    task = {"name": "stars", "item": {"prompt": "{title} {genres}", "target": "rating"}}
-    (folder / "stars.yaml").write_text(json.dumps({**task, "text": "{title}", "metric": "rouge"}))
-    return folder / "stars.yaml"
-
-
 def test_mistakes_are_refused(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path / "one")
     with pytest.raises(InputError, match="no exhibit 'figure9'"):
@@ -511,16 +396,3 @@ def test_an_experiment_without_people_to_test_trains_nothing(world, cache, tmp_p
         with pytest.raises(InputError, match="people have 3 shots and 50 answered questions"):
             run_experiment(workspace, exhibits)
     assert not (tmp_path / "run").exists()
-
-
-def test_results_are_those_of_the_tested_people_s_items(world, cache, tmp_path):
-    workspace = workspace_of(world, tmp_path / "run")
-    changed = [
-        replace(p, items=(*p.items[:-1], replace(p.items[-1], fields={**p.items[-1].fields, "title": "Other"})))
-        if p.id == workspace.splits.test[0]
-        else p
-        for p in workspace.people
-    ]
-    part, method = workspace.recipe.exhibits["main"][0], METHODS["base"]()
-    assert replace(workspace).key(part, method, 0, 3) == workspace.key(part, method, 0, 3)
-    assert replace(workspace, people=changed).key(part, method, 0, 3) != workspace.key(part, method, 0, 3)

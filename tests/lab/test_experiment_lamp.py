@@ -7,11 +7,11 @@ import pytest
 from tiny import save_base
 
 from mta.data.tasks import load_task
-from mta.evaluation.metrics import score
 from mta_lab.experiments.recipe import Experiment, load_experiment
 from mta_lab.experiments.results import Results, read_records
 from mta_lab.experiments.runner import run_experiment
 from mta_lab.experiments.workspace import Workspace
+from mta_lab.lamp_scores import score
 from mta_lab.readers.lamp import read_answers
 from mta_lab.reports.report import report
 

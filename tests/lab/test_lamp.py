@@ -6,7 +6,7 @@ import pytest
 
 from mta.data.tasks import load_task
 from mta.errors import DataError, InputError
-from mta.evaluation.metrics import score
+from mta_lab.lamp_scores import score
 from mta_lab.readers.lamp import read_answers
 
 RATING, TAG, HEADLINE = load_task("lamp3"), load_task("lamp2"), load_task("lamp4")

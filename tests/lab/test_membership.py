@@ -14,52 +14,6 @@ from mta_lab.privacy.sampling import spread
 pytestmark = pytest.mark.integration
 
 
-def kinds(members, others):
-    """Return membership and scores of members and others."""
-    return np.array([True] * len(members) + [False] * len(others)), np.array([*members, *others], dtype=float)
-
-
-def of_one_model(measure, member, scores, *more):
-    """Return an AUC or a TPR of one model, every item once."""
-    once, people = np.ones((1, len(scores))), np.arange(len(scores))
-    return measure(Trials(np.zeros_like(people), people, member), scores, once, once, *more)[0]
-
-
-def auc(member, scores):
-    return of_one_model(resampled_auc, member, scores)
-
-
-def tpr_at(member, scores, fpr=0.01):
-    return of_one_model(resampled_tpr, member, scores, fpr)
-
-
-def test_an_auc_by_hand():
-    assert auc(*kinds([3, 1], [2, 0])) == 0.75  # 3 beats both, 1 beats one
-    assert auc(*kinds([2, 1], [2, 0])) == pytest.approx((0.5 + 1 + 0 + 1) / 4)  # a tie is half
-    assert auc(*kinds([5], [1, 2])) == 1.0
-
-
-def test_a_tpr_by_hand():
-    others = list(range(100))
-    # One of a hundred may pass, 99; a threshold that lets 98 pass lets two of the others pass.
-    assert tpr_at(*kinds([99.5, 98.5, 98, 50], others)) == 0.5
-    assert tpr_at(*kinds([99.5, 98.5, 98, 50], others), fpr=0.02) == 0.75
-    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is less than one
-    assert tpr_at(*kinds([70, 20], [60, 10])) == 0.5
-
-
-small = st.lists(st.integers(-5, 5), min_size=1, max_size=12)
-
-
-@given(small, small)
-def test_an_auc_ignores_monotone_transforms_and_flips_with_the_sign(members, others):
-    member, scores = kinds(members, others)
-    assert auc(member, scores**3 + 2 * scores) == pytest.approx(auc(member, scores))
-    assert auc(member, -scores) == pytest.approx(1 - auc(member, scores))
-    assert auc(~member, scores) == pytest.approx(1 - auc(member, scores))
-    assert tpr_at(member, scores**3 + 2 * scores) == tpr_at(member, scores)
-
-
 @st.composite
 def weighted(draw):
     """Trials under a few models, with integer weights that equal repetitions."""

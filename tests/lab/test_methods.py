@@ -1,6 +1,7 @@
 """Each method against a plain computation or an example computed by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,11 @@ from batches import PEOPLE, POSTERIOR, QUERIES, panel_of, same
 from batches import batch as batch  # the fixture
 from conftest import people_of
 
-from mta.config import MergeSettings, Training
+from mta.config import MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.context import ITEMS_PER_ANCHOR, mean_inputs
 from mta.evaluation.methods import (
     METHODS,
     Base,
@@ -35,10 +35,15 @@ from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
 from mta.personalize.merge import Merge, coefficients, learn, merge_adapters, merge_loras
+from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.facts import fidelity, relative_error
+from mta_lab.methods.averaged import AveragedThenAdapt, merge_factor
 from mta_lab.methods.by_layer import MergedByLayer, layer_groups
-from mta_lab.methods.combined import Chosen, Pag, Rag
-from mta_lab.methods.published import PerPcs, Prime, gate_of
+from mta_lab.methods.combined import Chosen, Pag, Rag, folds_of
+from mta_lab.methods.prompts import profiled
+from mta_lab.methods.published import ITEMS_PER_ANCHOR, PerPcs, Prime, anchor_inputs, gate_of, mean_inputs
+from mta_lab.methods.subset import MergedAmong
+from mta_lab.policies import Learned
 
 # -- the registry ------------------------------------------------------------------------------------------------------
 
@@ -56,7 +61,10 @@ def test_an_unknown_method_is_refused():
 
 
 def test_methods_from_papers_cite_them():
-    published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"}
+    published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"} | {
+        "merge-among",
+        "mta-averaged",
+    }
     kinds = {name: method_class(name) for name in method_names()}
     assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == published
 
@@ -109,20 +117,20 @@ def test_a_benchmark_query_is_the_last_item_if_queries_look_like_history_items()
 
 
 def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(batch):
-    folds, owners = batch.folds(2)
+    folds, owners = folds_of(batch, 2)
     assert owners == [0, 0, 1, 1, 2, 2]
     anew = gather_evidence(batch.base, folds.jobs, batch.bank.device_anchors, batch.bank.task_adapters)
     found = folds.evidence
     torch.testing.assert_close(found.anchor_loglik, anew.anchor_loglik)
     torch.testing.assert_close(found.pooled_loglik, anew.pooled_loglik)
     assert found.tokens.tolist() == anew.tokens.tolist()
-    settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
+    settings = MergeSettings(policy="ridge", k=0, options={"strength": 1.0})
     anew_panel = TestBatch(batch.context, folds.people, folds.queries, batch.task)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
 
 
 def test_folds_hold_out_every_shot_once_and_never_train_on_it(batch):
-    folds, owners = batch.folds(3)
+    folds, owners = folds_of(batch, 3)
     for u, person in enumerate(batch.people):
         mine = [row for row, owner in enumerate(owners) if owner == u]
         held = [item for row in mine for item in folds.queries[row]]
@@ -132,10 +140,10 @@ def test_folds_hold_out_every_shot_once_and_never_train_on_it(batch):
 
 
 def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
-    first = panel_of(tiny, evidence_folder=tmp_path)
+    first = panel_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
     found, seconds = first.evidence, first.evidence_seconds
     monkeypatch.setattr("mta.evaluation.context.gather_evidence", None)
-    again = panel_of(tiny, evidence_folder=tmp_path)
+    again = panel_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
     assert torch.equal(again.evidence.loglik, found.loglik)
     assert torch.equal(again.evidence.labels.scores, found.labels.scores)
     assert again.evidence_seconds == seconds
@@ -145,7 +153,7 @@ def test_every_method_that_reads_encodings_takes_their_seconds(batch):
     """Whichever method is first."""
     batch.__dict__["_vectors"] = batch.vectors, 1000.0
     nearest = [Merged(merge=MergeSettings(policy="similarity", k=k)) for k in (1, 2)]
-    few = Merged(merge=MergeSettings(policy="similarity", k=1), anchors=2)
+    few = MergedAmong(merge=MergeSettings(policy="similarity", k=1), anchors=2)
     assert min(method.run(batch, 0).seconds for method in (*nearest, few)) >= 1000
     assert Merged(merge=MergeSettings(policy="uniform", k=0)).run(batch, 0).seconds < 1000
 
@@ -154,12 +162,12 @@ def test_every_method_that_reads_encodings_takes_their_seconds(batch):
 
 
 def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(batch):
-    profiled = batch.profiled(9)
+    longer = profiled(batch, 9)
 
     def shown(item):
         return sorted(item.fields["profile"].removesuffix(". ").split(", and "))
 
-    for person, with_profile, queries in zip(batch.people, profiled.people, profiled.queries):
+    for person, with_profile, queries in zip(batch.people, longer.people, longer.queries):
         texts = [batch.task.sentence(item) for item in person.items]
         for n, item in enumerate(with_profile.items):
             assert shown(item) == (sorted(texts[:n]) if n else [""])
@@ -227,9 +235,9 @@ def test_merged_by_layer_has_w_per_layer_and_stores_w_per_group(batch):
 
 @pytest.mark.parametrize("start", ["zero", "posterior"])
 def test_merged_by_one_layer_group_is_the_learned_policy(batch, start):
-    settings = POSTERIOR.model_copy(update={"policy": "learned", "start": start})
+    settings = POSTERIOR.model_copy(update={"policy": "learned", "options": {"start": start}})
     one, other = (
-        MergedByLayer(groups=1, merge=settings).run(batch, 0).merge,
+        MergedByLayer(groups=1, merge=settings, learned=Learned(start=start)).run(batch, 0).merge,
         Merged(merge=settings).run(batch, 0).merge,
     )
     torch.testing.assert_close(one.w[:, 0], other.w)
@@ -238,7 +246,7 @@ def test_merged_by_one_layer_group_is_the_learned_policy(batch, start):
 
 
 def test_a_smaller_bank_merges_only_its_own_anchors(batch):
-    found = Merged(merge=POSTERIOR, anchors=2).run(batch, 0).merge
+    found = MergedAmong(merge=POSTERIOR, anchors=2).run(batch, 0).merge
     bank, chosen = batch.bank, sorted(found.ids[0].tolist())
     assert found.ids.sort(dim=1).values.tolist() == [chosen] * PEOPLE
     lora = bank.anchors.select(chosen)
@@ -254,7 +262,9 @@ def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(batch):
     def chosen(*items):
         bank = replace(batch.bank, info=batch.bank.info.model_copy(update={"items": items}))
         other = TestBatch(replace(batch.context, bank=bank), batch.people, batch.queries, batch.task)
-        return set(Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2).run(other, 0).merge.ids[0].tolist())
+        return set(
+            MergedAmong(merge=MergeSettings(policy="uniform", k=0), anchors=2).run(other, 0).merge.ids[0].tolist()
+        )
 
     ascending, descending = chosen(1, 2, 3), chosen(3, 2, 1)
     ((less,), (more,)) = descending - ascending, ascending - descending
@@ -262,12 +272,12 @@ def test_a_smaller_bank_has_the_most_active_anchor_of_each_cluster(batch):
 
 
 def test_a_smaller_bank_needs_a_policy_that_can_merge_it(batch):
-    for settings in (None, MergeSettings(policy="laplace"), MergeSettings(policy="learned", k=0)):
+    for settings in (MergeSettings(), MergeSettings(policy="laplace"), MergeSettings(policy="learned", k=0)):
         with pytest.raises(ValueError, match="anchors: needs merge: with a policy"):
-            parse_method({"method": "merge", "anchors": 2, "merge": settings and settings.model_dump()})
+            parse_method({"method": "merge-among", "anchors": 2, "merge": settings.model_dump()})
     with pytest.raises(ValueError, match="k is 3, but only 2 anchors"):
-        parse_method({"method": "merge", "anchors": 2, "merge": {"policy": "loss", "k": 3}})
-    uniform = Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2)
+        parse_method({"method": "merge-among", "anchors": 2, "merge": {"policy": "loss", "k": 3}})
+    uniform = MergedAmong(merge=MergeSettings(policy="uniform", k=0), anchors=2)
     assert uniform.run(batch, 0).merge.w.tolist() == [[0.5, 0.5]] * PEOPLE
     assert "_evidence" not in vars(batch)  # was not gathered
 
@@ -320,7 +330,7 @@ def test_an_anchor_is_its_own_nearest_gate(batch):
     people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in batch.anchors]
     twin = TestBatch(batch.context, people, [()] * len(people), batch.task)
     found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.task_adapters)
-    for name, means in twin.context.anchor_inputs.items():
+    for name, means in anchor_inputs(twin).items():
         center, gate = gate_of(means)
         fit = torch.nn.functional.normalize(found[name] - center, dim=1) @ gate.T
         assert fit.argmax(1).tolist() == list(range(len(batch.anchors)))
@@ -337,13 +347,6 @@ def test_mean_inputs_do_not_depend_on_padding_or_batch(batch):
     alone = mean_inputs(batch.base, jobs[:1], batch.bank.task_adapters, rows_per_batch=1)
     for name, means in together.items():
         torch.testing.assert_close(means[:1], alone[name])
-
-
-def test_mean_inputs_need_no_logits(batch):
-    head, called = batch.base.model.get_output_embeddings(), []
-    with head.register_forward_pre_hook(lambda *_: called.append(1)):
-        mean_inputs(batch.base, [job.examples for job in batch.jobs], batch.bank.task_adapters)
-    assert not called
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------
@@ -395,6 +398,32 @@ def test_with_one_shot_chosen_keeps_the_default(tiny):
     assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(batch, 0).chosen) == {"task LoRA"}
 
 
+def test_averaged_merges_average_both_factors_apart(batch):
+    bank, ids, w = batch.bank, torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double()
+    merged = merge_factor(bank.anchors, ids, w)
+    for u in range(2):
+        for name, (a, b) in bank.anchors.factors.items():
+            mean_a, mean_b = (sum(w[u, k].to(t) * t[n] for k, n in enumerate(ids[u].tolist())) for t in (a, b))
+            torch.testing.assert_close(merged.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)
+    twins = merge_factor(bank.anchors, torch.tensor([[1, 1]]), torch.tensor([[0.5, 0.5]]))
+    for name in bank.anchors.names:  # PEFT's linear mode doubles them
+        torch.testing.assert_close(twins.delta(name)[0], bank.anchors.delta(name)[1])
+
+
+def test_a_stack_is_trained_over_averaged_merges(batch):
+    settings = MergeSettings(policy="uniform", k=2)
+    none = StackSettings(training=Training(steps=0))
+    averaged, exact = (
+        method(merge=settings, stack=none).run(batch, 0).answers for method in (AveragedThenAdapt, MergeThenAdapt)
+    )
+    assert not torch.allclose(averaged[0].scores, exact[0].scores)
+    one = MergeSettings(policy="top1", k=1)
+    averaged, exact = (
+        method(merge=one, stack=none).run(batch, 0).answers for method in (AveragedThenAdapt, MergeThenAdapt)
+    )
+    torch.testing.assert_close(averaged[0].scores, exact[0].scores)
+
+
 # -- facts -------------------------------------------------------------------------------------------------------------
 
 
@@ -402,7 +431,7 @@ def test_relative_error_equals_the_error_of_dense_updates(batch):
     bank = batch.bank
     merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
     exact = merge_loras(bank.anchors, merge)
-    factor = merge_loras(bank.anchors, merge, "factor")
+    factor = merge_factor(bank.anchors, merge.ids, merge.w)
 
     def dense(batch: LoraBatch):
         return [batch.scale * (b @ a) for a, b in batch.factors.values()]

@@ -82,13 +82,6 @@ def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     assert "test queries also occur in the histories of training people" in caplog.text
 
 
-def test_together_changes_nothing_without_shared_items():
-    people = [Person(p.id, p.items) for p in authors(40)]
-    both = [draw_splits(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
-    assert both[0] == both[1]
-    assert "groups" not in both[0][1]
-
-
 def test_people_of_another_source_are_tested_and_their_copies_train_nothing():
     people = authors(40)
     # Copies of the first pair, of others with few items, and somebody new; all with ids that the data has, too.

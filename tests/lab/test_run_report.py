@@ -73,12 +73,6 @@ def test_methods_of_a_comparison_are_a_table_and_a_forest_plot(tmp_path):
     assert section.pictures["methods"].alt.endswith("left is better): MTA -0.250, OPPU +7.500.")
 
 
-def test_results_of_a_privacy_attack_are_no_comparison(tmp_path):
-    folder = made(tmp_path / "one", "privacy")
-    write_json(folder / "results.json", {"rows": []})
-    assert "Methods" not in sections(folder)
-
-
 def test_the_report_writes_markdown_and_a_page(tmp_path):
     drawn = report([made(tmp_path / "one"), made(tmp_path / "two")], tmp_path / "out")
     assert drawn == ["one: Outcome", "one: Losses", "two: Outcome", "two: Losses"]

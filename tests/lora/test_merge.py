@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mta.errors import AnchorNotFound, InputError
 from mta.lora.batch import Factors, LoraBatch
-from mta.lora.merge import merge_exact, merge_factor, truncate
+from mta.lora.merge import merge_exact, truncate
 
 
 def bank_of(n: int, rank: int, seed: int, scale: float = 0.7) -> LoraBatch:
@@ -65,11 +65,11 @@ def test_svd_is_exact_at_full_rank_and_optimal_below():
 
 
 def test_merging_two_equal_adapters_by_halves_changes_nothing():
-    """PEFT's linear mode doubles them; ours must not, in any mode whose coefficients sum to 1."""
+    """PEFT's linear mode doubles them; ours must not."""
     one = bank_of(1, 2, 0)
     twins = one.select([0, 0])
     ids, w = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    for merged in (merge_exact(twins, ids, w), merge_factor(twins, ids, w), truncate(merge_exact(twins, ids, w), 2)[0]):
+    for merged in (merge_exact(twins, ids, w), truncate(merge_exact(twins, ids, w), 2)[0]):
         for name in one.names:
             torch.testing.assert_close(merged.delta(name), one.delta(name), rtol=0, atol=1e-12)
 

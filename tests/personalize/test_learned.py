@@ -18,9 +18,6 @@ from mta.personalize.merge import (
     fit_merge,
     learn,
     merge_adapters,
-    needs_encodings,
-    needs_evidence,
-    weighed,
 )
 from mta.training.scoring import log_likelihood
 
@@ -28,6 +25,7 @@ START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], 
 
 
 DESCENT = Training(lr=0.1, steps=6, batch_size=64, eps=1.0, clip=1e9)
+FROM_ZERO, FROM_POSTERIOR = ({"start": start, "training": DESCENT.model_dump()} for start in ("zero", "posterior"))
 
 
 def loss_of(scene, merge: Merge) -> torch.Tensor:
@@ -85,7 +83,7 @@ def test_learning_equals_a_plain_loop_over_the_coefficients(scene):
 def test_the_learned_policy_may_start_from_zero_and_then_gathers_nothing(scene):
     base, task, bank, jobs = scene
     steps = []
-    settings = MergeSettings(policy="learned", start="zero", learned=DESCENT)
+    settings = MergeSettings(policy="learned", options=FROM_ZERO)
     how = {"similarity": normal(3, 4), "on_step": steps.append}
     found = fit_merge(base, jobs, bank, [Shared(task)], settings, **how)
     nothing = Merge(found.ids, torch.zeros_like(found.w))
@@ -97,48 +95,39 @@ def test_the_learned_policy_starts_from_the_posterior(scene):
     base, task, bank, jobs = scene
     pooled, similarity = [Shared(task)], normal(3, 4)
     given = {"similarity": similarity, "evidence": gather_evidence(base, jobs, bank, pooled)}
-    settings = MergeSettings(policy="learned", learned=DESCENT)
+    settings = MergeSettings(policy="learned", options=FROM_POSTERIOR)
     posterior = fit_merge(base, jobs, bank, pooled, MergeSettings(policy="posterior"), **given)
     found = fit_merge(base, jobs, bank, pooled, settings, **given)
     near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
 
 
-@pytest.mark.parametrize("start", ["zero", "posterior"])
+@pytest.mark.parametrize("start", [FROM_ZERO, FROM_POSTERIOR], ids=["zero", "posterior"])
 def test_scale_multiplies_what_was_learned(scene, start):
     base, task, bank, jobs = scene
     pooled = [Shared(task)]
     given = {"similarity": normal(3, 4), "evidence": gather_evidence(base, jobs, bank, pooled)}
     plainly, scaled = (
-        fit_merge(
-            base, jobs, bank, pooled, MergeSettings(policy="learned", learned=DESCENT, start=start, scale=s), **given
-        )
+        fit_merge(base, jobs, bank, pooled, MergeSettings(policy="learned", options=start, scale=s), **given)
         for s in (1.0, 2.0)
     )
     near(scaled.w, 2 * plainly.w)
     again = [
         fit_merge(base, jobs, bank, pooled, settings, earlier=Earlier(before, torch.ones(3)))
         for before, s in ((plainly, 1.0), (scaled, 2.0))
-        for settings in [MergeSettings(policy="learned", learned=DESCENT, scale=s)]
+        for settings in [MergeSettings(policy="learned", options=FROM_POSTERIOR, scale=s)]
     ]
     near(again[1].w, 2 * again[0].w)
 
 
-@pytest.mark.parametrize("policy", ["similarity", "uniform"])
-def test_anchors_that_were_retrieved_by_losses_stay_when_a_history_grows(scene, policy):
-    """Weights by content are those of the whole history; the anchors' losses are not needed again."""
+def test_anchors_that_were_chosen_by_losses_stay_when_a_history_grows(scene):
     base, task, bank, jobs = scene
-    pooled, similarity = [Shared(task)], normal(3, 4)
-    settings = MergeSettings(policy=policy, k=2, retrieve="loss")
-    assert not needs_evidence(settings, grown=True)
-    assert needs_encodings(settings, grown=True) == (policy == "similarity")
-    before = fit_merge(
-        base, jobs, bank, pooled, settings, similarity=-similarity, evidence=gather_evidence(base, jobs, bank, pooled)
-    )
-    earlier = Earlier(before, torch.ones(3))
-    after = fit_merge(base, jobs, bank, pooled, settings, similarity=similarity, earlier=earlier)
+    pooled, settings = [Shared(task)], MergeSettings(policy="uniform", options={"by_loss": 2})
+    evidence = gather_evidence(base, jobs, bank, pooled)
+    before = fit_merge(base, jobs, bank, pooled, settings, evidence=evidence)
+    grown = replace(evidence, loglik=-evidence.loglik)
+    after = fit_merge(base, jobs, bank, pooled, settings, evidence=grown, earlier=Earlier(before, torch.ones(3)))
     assert after.ids.equal(before.ids)
-    near(after.w, weighed(settings, before.ids, similarity).w)
-    assert (after.w == before.w).all() == (policy == "uniform")
+    near(after.w, before.w)
 
 
 WAYS = Merge(torch.tensor([[2, 7], [0, 5]]), torch.tensor([[0.5, -0.2], [0.9, 0.3]], dtype=torch.float64))
@@ -176,49 +165,7 @@ def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
     same_model(base, bank, WAYS, WAYS.adapters(bank.device_anchors))
 
 
-def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
-    base, bank = bank_of_eight
-    (found,) = merge_adapters(bank, WAYS, "svd", 2 * bank.anchors.rank)
-    same_model(base, bank, WAYS, found)
-
-
-def test_svd_of_coefficients_that_are_no_numbers_fails_for_their_person_only(bank_of_eight):
-    _, bank = bank_of_eight
-    w = WAYS.w.clone()
-    w[1, 0] = torch.nan
-    found, expected = (merge_adapters(bank, Merge(WAYS.ids, one), "svd")[0].batch for one in (w, WAYS.w))
-    for layer, pair in expected.factors.items():
-        for other, same in zip(found.factors[layer], pair):
-            assert other[1].isnan().all()
-            assert torch.equal(other[0], same[0])
-
-
-def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
-    _, bank = bank_of_eight
-    assert merge_adapters(bank, WAYS, "svd")[0].batch.rank == bank.anchors.rank
-    assert merge_adapters(bank, WAYS, "svd", 2)[0].batch.rank == 2
-
-
-def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
-    _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, "svd", 2)[0].batch
-    for u in range(2):
-        for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
-            left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
-            near(found.delta(name)[u], left[:, :2] * sizes[:2] @ right[:2])
-
-
-def test_factor_averages_both_factors_apart(bank_of_eight):
-    _, bank = bank_of_eight
-    found = merge_adapters(bank, WAYS, "factor")[0].batch
-    for u in range(2):
-        for name, (a, b) in bank.anchors.factors.items():
-            mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))
-            near(found.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)
-
-
 def test_a_merge_of_nothing_is_not_computed(bank_of_eight):
     _, bank = bank_of_eight
     nothing = Merge(WAYS.ids, torch.zeros_like(WAYS.w))
-    for mode in ("exact", "svd", "factor"):
-        assert merge_adapters(bank, nothing, mode) == []
+    assert merge_adapters(bank, nothing) == []

@@ -11,7 +11,7 @@ from crowd import PEOPLE, QUESTION, in_cohorts_of, same, states_in
 from tiny import base_of
 
 from mta import BASE, TASK
-from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.config import Lora, MergeSettings, StackSettings
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, DataError, Diverged, InputError, MemoryBudgetError, PersonNotFound, StoreError
 from mta.personalize import Personalizer, stages
@@ -20,7 +20,7 @@ from mta.personalize.shots import shots_of
 from mta.store.state import State
 
 LAPLACE = MergeSettings(policy="laplace", k=0)
-LEARNED = MergeSettings(policy="learned", k=2, learned=Training(lr=0.1, steps=3, batch_size=8, eps=1.0, clip=1e9))
+LEARNED = MergeSettings(policy="learned", k=2, options={"training": {"lr": 0.1, "steps": 3, "batch_size": 8}})
 
 
 # -- together or alone -------------------------------------------------------------------------------------------------
@@ -327,21 +327,3 @@ def test_people_with_stacks_of_different_ranks_answer_in_one_batch(known, tiny, 
     other.personalize(people_of(1, prefix="wide"))
     rows = [("wide0", QUESTION, "3"), ("x0", QUESTION, "3")]
     assert known.score(rows) == pytest.approx([known.score([row])[0] for row in rows], rel=0, abs=1e-10)
-
-
-def test_a_merge_is_computed_in_the_mode_its_stack_was_trained_over(tiny, tmp_path):
-    """Two people's states by different modes, answered together by a third run's settings."""
-    base, bank = tiny
-    modes = {PEOPLE[0].id: "factor", PEOPLE[1].id: "exact"}
-    rows, alone = [], []
-    for person in PEOPLE[:2]:
-        merge = MergeSettings(policy="uniform", k=0, mode=modes[person.id])
-        made = personalizer(base, bank, tmp_path / "people", merge=merge)
-        made.personalize([person])
-        alone.append(made.score([(person.id, QUESTION, "3")])[0])
-        rows.append((person.id, QUESTION, "3"))
-    later = personalizer(base, bank, tmp_path / "people", merge=MergeSettings(mode="svd"))
-    assert later.score(rows) == pytest.approx(alone, abs=1e-9)
-    exact = personalizer(base, bank, merge=MergeSettings(policy="uniform", k=0))
-    exact.personalize(PEOPLE[:1])
-    assert abs(exact.score(rows[:1])[0] - alone[0]) > 1e-6

@@ -85,7 +85,7 @@ def test_released_gives_the_nearer_anchor_the_share_of_the_farther_one():
 
 @pytest.mark.parametrize("k", [2, 0])
 def test_loss_is_a_softmax_of_minus_the_mean_loss_per_token(k):
-    found = weighed("loss", k=k, tau=0.3)
+    found = weighed("loss", k=k, options={"tau": 0.3})
     for u in range(U):
         losses = [-float(EVIDENCE.anchor_loglik[u, n] / EVIDENCE.tokens[u]) for n in nearest(u, k or N)]
         near(found.w[u], shares([-loss / 0.3 for loss in losses]))
@@ -123,14 +123,16 @@ def test_posterior_is_a_softmax_where_the_null_has_next_to_no_prior():
 
 
 def test_fixed_gives_the_nearest_its_share_and_the_rest_alike():
-    near(weighed("fixed", k=4, fixed=0.7).w, [[0.7, 0.1, 0.1, 0.1]] * U)
-    near(weighed("fixed", k=1, fixed=0.7).w, [[0.7]] * U)
+    near(weighed("fixed", k=4, options={"share": 0.7}).w, [[0.7, 0.1, 0.1, 0.1]] * U)
+    near(weighed("fixed", k=1, options={"share": 0.7}).w, [[0.7]] * U)
 
 
-def test_retrieving_by_loss_ranks_by_the_likelihood_of_the_shots():
-    found = weighed("uniform", k=2, retrieve="loss")
-    assert found.ids.tolist() == [nearest(u, 2, EVIDENCE.anchor_loglik) for u in range(U)]
-    assert found.ids.tolist() != weighed("uniform", k=2).ids.tolist()
+@pytest.mark.parametrize("policy", ["uniform", "loss"])
+def test_anchors_chosen_by_loss_are_those_with_the_highest_likelihood_of_the_shots(policy):
+    found = weighed(policy, options={"by_loss": 2})
+    for ids, w, u in zip(found.ids, found.w, range(U)):
+        assert set(ids[w > 0].tolist()) == set(nearest(u, 2, EVIDENCE.anchor_loglik))
+    near(found.w.sum(1), [1.0] * U)
 
 
 def test_scale_multiplies_all_coefficients():
@@ -159,7 +161,7 @@ def test_a_policy_that_reads_losses_asks_for_them(settings):
 
 def test_retrieving_by_loss_asks_for_losses_too():
     with pytest.raises(ConfigError, match="needs the anchors' likelihood"):
-        coefficients(MergeSettings(policy="uniform", retrieve="loss"), SIMILARITY)
+        coefficients(MergeSettings(policy="uniform", options={"by_loss": 2}), SIMILARITY)
 
 
 def test_gates_are_the_coefficients_over_all_anchors():
@@ -298,7 +300,7 @@ def test_evidence_is_needed_only_if_the_policy_reads_it(scene):
         trains("posterior")
     needy = [policy for policy in EVERY if needs_evidence(MergeSettings(policy=policy))]
     assert needy == ["posterior", "learned", "loss", "ridge"]
-    assert not needs_evidence(MergeSettings(policy="learned", retrieve="loss"), grown=True)
+    assert not needs_evidence(MergeSettings(policy="learned"), grown=True)
 
 
 # -- coefficients from a gradient --------------------------------------------------------------------------------------

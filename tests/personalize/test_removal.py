@@ -60,19 +60,6 @@ def test_an_export_is_task_lora_merge_and_stack(known, tiny, tmp_path):
     assert known.score([("x2", QUESTION, "4")]) == pytest.approx([float(score)], rel=0, abs=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "rank"), [("factor", 2 + 2 + 1), ("svd", 3 + 2 + 1)])
-def test_an_export_merges_the_way_the_stack_was_trained_over(tiny, tmp_path, mode, rank):
-    base, bank = tiny
-    personal = personalizer(*tiny, merge=MergeSettings(policy="uniform", k=2, mode=mode, rank=3))
-    personal.personalize(PEOPLE[:2])
-    personal.export("x1", tmp_path / "out")
-    assert read_peft(tmp_path / "out").rank == rank
-    found = loaded_by_peft(tmp_path / "out")(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
-    with torch.inference_mode(), personal.applied(["x1"]):
-        expected = base.model(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
 def test_an_anchor_with_weight_zero_adds_no_rank_to_an_export(tiny, tmp_path):
     personal = personalizer(*tiny, merge=MergeSettings(policy="top1", k=2))
     personal.personalize(PEOPLE[:1])

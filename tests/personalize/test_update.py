@@ -60,7 +60,8 @@ def both(one: Evidence, other: Evidence) -> Evidence:
     st.floats(0.5, 2),
 )
 def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, policy, warmth, scale):
-    settings = MergeSettings(policy=policy, temperature=warmth, tau=warmth / 8, scale=scale)
+    tau = {"tau": warmth / 8} if policy == "loss" else {}
+    settings = MergeSettings(policy=policy, temperature=warmth, scale=scale, options=tau)
     one, other = evidence(first, seed), evidence(more, seed + 1000)
     ids = torch.arange(N).expand(U, N)
     near = torch.zeros(U, N, dtype=torch.float64)
@@ -72,12 +73,12 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
 
 
 def test_ridge_stays_where_it_was_unless_the_new_items_say_otherwise():
-    settings, ids = MergeSettings(policy="ridge", ridge=1e9), torch.arange(N).expand(U, N)
+    settings, ids = MergeSettings(policy="ridge", options={"strength": 1e9}), torch.arange(N).expand(U, N)
     before = torch.tensor([[0.3, -0.2, 0.0, 0.1]] * U, dtype=torch.float64)
     stiff = updated_coefficients(settings, Merge(ids, before), evidence(3, 0), torch.ones(U))
     torch.testing.assert_close(stiff, before, rtol=0, atol=1e-6)
     free = updated_coefficients(
-        settings.model_copy(update={"ridge": 1.0}), Merge(ids, before), evidence(3, 0), torch.ones(U)
+        settings.model_copy(update={"options": {"strength": 1.0}}), Merge(ids, before), evidence(3, 0), torch.ones(U)
     )
     assert (free - before).abs().min() > 1e-4
 
@@ -299,7 +300,6 @@ def test_a_past_that_was_changed_is_begun_anew(tiny, tmp_path):
         {"stack": override(TINY_RUN, ["stack.training.lr=0.5"]).stack},
         {"merge": override(TINY_RUN, ["merge.policy=uniform"]).merge},
         {"merge": override(TINY_RUN, ["merge.k=2"]).merge},
-        {"merge": override(TINY_RUN, ["merge.mode=svd"]).merge},
         {"seed": 5},
     ],
 )
@@ -491,7 +491,7 @@ def test_an_update_that_is_repeated_removes_what_a_kill_at_its_end_left(tiny, tm
 @pytest.mark.parametrize("start", ["zero", "posterior"])
 def test_learned_coefficients_are_fitted_to_all_new_items(tiny, tmp_path, monkeypatch, start):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "retrain")
-    personal = started(tiny, tmp_path, merge=MergeSettings(policy="learned", start=start))
+    personal = started(tiny, tmp_path, merge=MergeSettings(policy="learned", options={"start": start}))
     before = [personal.state(person.id).w for person in GROWN]
     assert personal.update(GROWN).refreshed == len(GROWN)
     assert all(personal.state(person.id).w != w for person, w in zip(GROWN, before))

@@ -11,7 +11,6 @@ import pytest
 from pages import ROOT
 
 from benchmarks.gains import SETS, gains, picture
-from mta.evaluation.reports import html
 from mta.evaluation.reports.figures import Picture
 from mta_lab.reports.report import report
 
@@ -264,7 +263,7 @@ def test_the_speeds_of_the_page_are_those_of_the_benchmark():
 @pytest.fixture
 def no_page(monkeypatch):
     """Reports without HTML, which repeats all pictures."""
-    monkeypatch.setattr(html, "page", lambda *parts: "")
+    monkeypatch.setattr("mta_lab.reports.report.page", lambda *parts: "")
 
 
 @pytest.fixture

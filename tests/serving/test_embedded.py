@@ -37,7 +37,7 @@ class OneBank:
         return len(self.anchors)
 
 
-def world(kind="llama", mode="exact", people=4, pooled=True):
+def world(kind="llama", people=4, pooled=True):
     base = endless(base_of(kind), 260)
     bank = OneBank(base, pooled)
     models = [BASE, TASK]
@@ -45,7 +45,7 @@ def world(kind="llama", mode="exact", people=4, pooled=True):
         draw = torch.Generator().manual_seed(n)
         w = torch.randn(3, generator=draw, dtype=torch.float64).tolist()
         stack = random_loras(base, 1, size=0.6, rank=1, seed=10 + n)
-        models.append(State("bank", (2, 0, 1), tuple(w), "fixed", "", f"work{n}", 0, stack, mode=mode))
+        models.append(State("bank", (2, 0, 1), tuple(w), "fixed", "", f"work{n}", 0, stack))
     return base, bank, models
 
 
@@ -87,17 +87,11 @@ def prompts_of(count, longest=40, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "pooled"),
-    [
-        *((kind, "exact", True) for kind in KINDS),
-        *(
-            ("llama", mode, pooled)
-            for mode, pooled in (("svd", True), ("factor", True), ("exact", False), ("svd", False))
-        ),
-    ],
+    ("kind", "pooled"),
+    [*((kind, True) for kind in KINDS), ("llama", False)],
 )
-async def test_batched_answers_equal_single_answers(kind, mode, pooled):
-    base, bank, models = world(kind, mode, pooled=pooled)
+async def test_batched_answers_equal_single_answers(kind, pooled):
+    base, bank, models = world(kind, pooled=pooled)
     requests = [request_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
     async with closing(engine_of(base, bank, models, slots=3)) as engine:
         answers = await asyncio.gather(*(tokens_of(engine, one) for one in requests))

@@ -28,15 +28,15 @@ ANCHORS = random_loras(BASE_MODEL, 5, rank=2, seed=1, scale=0.7)
 POOLED = random_loras(BASE_MODEL, 1, rank=2, seed=2, scale=1.5)
 
 
-def state_of(mode="exact", rank=None, stacked=True, w=(0.4, -1.0, 2.0), bank="bank"):
+def state_of(stacked=True, w=(0.4, -1.0, 2.0), bank="bank"):
     stack = random_loras(BASE_MODEL, 1, rank=1, seed=3, scale=4.0) if stacked else None
-    return State(bank, (4, 0, 2), w, "fixed", "", "work", 0, stack, mode, rank)
+    return State(bank, (4, 0, 2), w, "fixed", "", "work", 0, stack)
 
 
 def merge_of(state):
     """Task LoRA and merge without truncation."""
     merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
-    return join([POOLED, merge_loras(ANCHORS, merge, state.mode, state.rank)])
+    return join([POOLED, merge_loras(ANCHORS, merge)])
 
 
 def differ(one, other):
@@ -46,10 +46,9 @@ def differ(one, other):
     return float((lost / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
-@pytest.mark.parametrize(("mode", "rank"), [("exact", None), ("svd", 3), ("factor", None)])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_an_adapter_that_fits_its_slot_is_exact(mode, rank, stacked):
-    state = state_of(mode, rank)
+def test_an_adapter_that_fits_its_slot_is_exact(stacked):
+    state = state_of()
     found, error = LoraExporter(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
     whole = merge_of(state)
     assert found.rank <= 16
@@ -58,9 +57,8 @@ def test_an_adapter_that_fits_its_slot_is_exact(mode, rank, stacked):
 
 
 @pytest.mark.parametrize("slot", [2, 4, 8])
-@pytest.mark.parametrize("mode", ["exact", "factor"])
-def test_truncation_is_optimal_and_reports_its_true_error(slot, mode):
-    state = state_of(mode)
+def test_truncation_is_optimal_and_reports_its_true_error(slot):
+    state = state_of()
     found, error = LoraExporter(ANCHORS, POOLED, "bank", slot).adapter(state)
     merge = merge_of(state)
     best, least = truncate(merge, slot - 1)

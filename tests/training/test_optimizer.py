@@ -76,14 +76,14 @@ def test_an_update_off_the_cpu_launches_the_same_number_of_kernels_for_any_numbe
 
 
 def test_few_examples_lower_the_rate():
-    training = Training(lr=0.3, steps=1, prior=8)
+    training = Training(lr=0.3, steps=1, lr_shrink_examples=8)
     assert [learning_rate(training, 0, 1, n) for n in (1, 8, 800)] == pytest.approx([0.3 / 9, 0.15, 0.3 * 800 / 808])
 
 
 @given(parts=st.lists(st.integers(1, 50), min_size=1, max_size=8))
 def test_rates_of_a_growing_history_add_up_to_that_of_the_whole_one(parts):
     """Otherwise a stack that is updated often would grow without limit."""
-    training, known = Training(lr=0.3, steps=1, prior=8), [sum(parts[:n]) for n in range(len(parts))]
+    training, known = Training(lr=0.3, steps=1, lr_shrink_examples=8), [sum(parts[:n]) for n in range(len(parts))]
     rates = [learning_rate(training, 0, 1, n, before) for n, before in zip(parts, known)]
     assert sum(rates) == pytest.approx(learning_rate(training, 0, 1, sum(parts)))
     assert min(rates) > 0

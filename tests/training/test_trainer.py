@@ -196,7 +196,7 @@ def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
 @settings(max_examples=8, deadline=None)
 @given(parts=st.lists(st.integers(1, 3), min_size=1, max_size=4))
 def test_a_stack_that_is_updated_often_is_no_larger_than_that_of_the_whole_history(parts):
-    base, training = base_of(), Training(lr=0.3, steps=1, batch_size=64, prior=8, clip=1e9)
+    base, training = base_of(), Training(lr=0.3, steps=1, batch_size=64, lr_shrink_examples=8, clip=1e9)
     examples, known, found = random_examples(sum(parts), seed=1), 0, None
     for n in parts:
         job = Job("a", examples[known : known + n], known)

@@ -58,7 +58,7 @@ def show(
     say(f"version {summary.version}, of {summary.versions} kept; saved {summary.time or 'at an unknown time'}")
     other = f"not the one at {bank} ({summary.bank_here[:12]}): personalize again before asking"
     say(f"bank {summary.bank[:12]}, " + (f"the one at {bank}" if summary.bank == summary.bank_here else other))
-    say(f"merge: {summary.policy}, {len(summary.weights)} anchors, {summary.mode}")
+    say(f"merge: {summary.policy}, {len(summary.weights)} anchors")
     say(_chart(summary))
     say("\n".join(_facts(summary)))
 

@@ -9,17 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mta.config import plugins
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
@@ -37,13 +30,7 @@ def _known_policy(name: str) -> str:
 
 
 Policy = Annotated[str, AfterValidator(_known_policy)]
-MergeMode = Literal["exact", "svd", "factor"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-def _without(values: dict[str, Any], name: str, value: object) -> dict[str, Any]:
-    """Return settings as published results hold them, without a field that is newer, at its old meaning."""
-    return {key: held for key, held in values.items() if key != name or held != value}
 
 
 class Lora(Settings):
@@ -75,7 +62,9 @@ class Training(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="beta1 of AdamW")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="beta2 of AdamW")
     eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
-    prior: float = Field(default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + prior)")
+    lr_shrink_examples: float = Field(
+        default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + lr_shrink_examples)"
+    )
 
     def steps_for(self, items: int) -> int:
         """Return the number of optimizer steps on so many examples. The last batch is filled with the next pass's."""
@@ -88,10 +77,6 @@ class Training(Settings):
     def examples(self, items: int) -> int:
         """Return how many examples a training on so many items passes over."""
         return self.steps_for(items) * min(self.batch_size, items)
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(dump(self), "prior", 0.0)  # so that hashes of settings in results/ stay the same
 
 
 class TaskLoraSettings(Settings):
@@ -148,25 +133,30 @@ class MergeSettings(Settings):
     """Stage 2: which anchors are merged, and how the shots determine their coefficients.
 
     ``auto`` is the laplace policy for calibrated banks, which merges all anchors, and posterior otherwise.
-    ``k`` anchors are retrieved by cosine of the encodings (as in the paper) or by their loss on the shots; 0 = all.
-    ``learned`` trains the K coefficients by gradient descent. It starts at the posterior's coefficients, or at zero
-    (the pooled model), which needs no pass per anchor. Its large eps makes AdamW plain gradient descent, so a
-    coefficient with a small gradient moves little. weight_decay pulls the coefficients back to their start.
+    ``k`` anchors are retrieved by cosine of the encodings (as in the paper); 0 = all.
     """
 
     policy: Policy = Field(default="auto", description="how coefficients come from the shots")
-    retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
-    tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
+    tau: float = Field(default=0.2, gt=0, description="temperature of the similarity policy")
     temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
     null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior")
-    ridge: float = Field(default=300.0, gt=0, description="strength of the pull to zero in the ridge policy")
-    fixed: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
-    start: Literal["posterior", "zero"] = Field(default="posterior", description="where the learned policy starts")
-    learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
     scale: float = Field(default=1.0, gt=0, description="multiplies all coefficients")
-    mode: MergeMode = Field(default="exact", description="concatenate factors, compress with SVD, or average A and B")
-    rank: int | None = Field(default=None, ge=1, description="rank of the svd mode; null: the bank's rank")
+    options: dict[str, Any] = Field(default={}, description="settings of a policy of another package")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.options:
+            kind = None
+            if self.policy in plugins.names(POLICY_GROUP):
+                kind = plugins.load(POLICY_GROUP, self.policy).options
+            if kind is None:
+                raise ValueError(f"policy {self.policy!r} has no options")
+            checked(kind, self.options, "options")
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # ``options`` has no hash
 
 
 class StackSettings(Settings):
@@ -188,10 +178,6 @@ class StackSettings(Settings):
     def _given_training_counts(cls, values: Any) -> Any:
         given = isinstance(values, dict) and "training" in values and "calibrated" not in values
         return values | {"calibrated": False} if given else values
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(dump(self), "calibrated", False)
 
 
 class Run(Settings):

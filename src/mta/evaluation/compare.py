@@ -111,7 +111,7 @@ def standard_methods(
         if name == run.merge.policy:
             return run.merge
         k = 0 if policy_named(name).all_anchors else min(2, anchors)
-        return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
+        return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k, "options": {}})
 
     def fits(merge: MergeSettings) -> bool:
         return can_merge(merge, anchors, task.labelled, calibrated) and (encoded or not needs_encodings(merge))

@@ -1,4 +1,4 @@
-"""Metrics of one person's queries, which statistics.py averages over people, and LaMP's scores over all questions."""
+"""Metrics of one person's queries, which statistics.py averages over people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mta.data.tasks.task import Task
-from mta.errors import InputError
 from mta.system.extras import require
 
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # kana and Chinese characters
@@ -23,12 +22,11 @@ BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 class MetricKind:
     """What tables show for tasks with one kind of metric: ``columns`` of scores per person, the primary one first.
 
-    ``meaning`` says in words what the primary score is. ``lamp`` are LaMP's two scores over all questions.
+    ``meaning`` says in words what the primary score is.
     """
 
     columns: tuple[str, ...]
     meaning: str
-    lamp: tuple[str, str]
 
     @property
     def primary(self) -> str:
@@ -37,12 +35,11 @@ class MetricKind:
 
 
 KINDS = {  # by the task's metric
-    "mae": MetricKind(("MAE", "MAE (median)", "accuracy"), "the mean distance from the true rating", ("MAE", "RMSE")),
-    "accuracy": MetricKind(("accuracy",), "the share of right answers", ("accuracy", "F1")),
+    "mae": MetricKind(("MAE", "MAE (median)", "accuracy"), "the mean distance from the true rating"),
+    "accuracy": MetricKind(("accuracy",), "the share of right answers"),
     "rouge": MetricKind(
         ("ROUGE-L", "ROUGE-1", "ROUGE-L, stemmed", "ROUGE-1, stemmed"),
         "the overlap in words with the true text, in their order",
-        ("ROUGE-1", "ROUGE-L"),
     ),
 }
 
@@ -102,48 +99,18 @@ def median_labels(task: Task, scores: Tensor) -> list[str]:
     return [labels[order[i]] for i in (shares < 0.5).sum(1).clamp_max(len(labels) - 1).tolist()]
 
 
-def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> dict[str, float]:
-    """Return LaMP's two metrics of a task over all questions alike; both mappings are question id -> text.
-
-    Accuracy and macro F1 compare labels case-sensitively; other text counts as wrong. MAE and RMSE count text that is
-    not a number as 1 or 5, whichever is farther. ROUGE-1 and ROUGE-L are F-measures without stemming.
-    Source: LaMP (arXiv:2304.11406). Raises InputError if the ids differ.
-    """
-    from sklearn.metrics import f1_score
-
-    for here, there, problem in ((golds, answers, "have no answer"), (answers, golds, "were never asked")):
-        if odd := [id for id in here if id not in there]:
-            raise InputError(
-                f"the ids are not the same: {len(odd)} of {len(here)} questions {problem}, {odd[0]!r} first",
-                hint="Answer every question of the file exactly once.",
-            )
-    if not golds:
-        raise InputError(
-            "there is no question to score",
-            hint='Give a file of outputs with questions in it: {"task": "LaMP_3", "golds": [{"id": …, "output": …}]}',
-        )
-    predicted, expected = [answers[id].strip() for id in golds], [golds[id].strip() for id in golds]
-    found = dict(measure(task, Answers(predicted), expected).metrics)
-    if task.metric == "accuracy":  # labels that occur in neither the answers nor the golds have an F1 of 0
-        labels = list(task.labels or ())
-        found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
-    if task.metric == "mae":  # over all questions: a mean over people would be another number
-        found["RMSE"] = float(_distances(task, predicted, expected).square().mean().sqrt())
-    return {metric: found[metric] for metric in KINDS[task.metric].lamp}
-
-
 def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
     """Return the accuracy, and for ratings the errors as well."""
     accuracy = {"accuracy": sum(text == gold for text, gold in zip(answers.texts, golds)) / len(golds)}
     if task.metric != "mae":
         return accuracy
-    found = {"MAE": float(_distances(task, answers.texts, golds).mean())}
+    found = {"MAE": float(distances(task, answers.texts, golds).mean())}
     if answers.scores is not None:
-        found["MAE (median)"] = float(_distances(task, median_labels(task, answers.scores), golds).mean())
+        found["MAE (median)"] = float(distances(task, median_labels(task, answers.scores), golds).mean())
     return found | accuracy
 
 
-def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor:
+def distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor:
     """Return |prediction - gold|; text that is not a number counts as the farther end of the scale, as in LaMP."""
     values = [float(label) for label in task.labels or ()]
     found = []

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import NamedTuple
 
 from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.calibration.chosen_settings import calibrated_merge, calibrated_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
-from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.shots_and_queries import QueryOrder, shots_and_queries
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.context import Context, evidence_of
+from mta.evaluation.context import Context, gathered_evidence
 from mta.evaluation.metrics import Answers
 from mta.model.base import BaseModel
 from mta.model.encoders import encode_people
@@ -69,24 +67,16 @@ class Outcome:
     chosen: tuple[str, ...] = ()
 
 
-class Fold(NamedTuple):
-    """The shots that the rows of a batch have: row i has only ``shots[i]`` of person ``owners[i]`` of ``batch``."""
-
-    batch: TestBatch
-    owners: list[int]
-    shots: list[list[int]]
-
-
 @dataclass(frozen=True)
 class TestBatch:
     """Held-out people with the same number of shots and queries each: what a method gets.
 
     ``people`` have only their shots, so no method can learn from queries. ``task`` has the wording of the prompts.
-    ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank. Without ``write_texts``
+    ``retrieve`` is the number of earlier items in the prompts that the bank was trained with. Without ``write_texts``
     free text is not generated, and only the likelihood of the true text is computed. ``tested`` are all tested people
     with only their shots, if the batch holds some of them: controls take other people from there. Evidence and merges
     are those of ``merges_from``, if given: a batch with the same shots that asks other queries or shows other prompts.
-    With a ``fold``, the evidence is that of another batch's shots.
+    ``evidence_of_shots`` gives the evidence where another batch has it.
     """
 
     __test__ = False  # pytest takes classes called Test... for tests
@@ -98,7 +88,7 @@ class TestBatch:
     write_texts: bool = True
     tested: Sequence[Person] = ()
     merges_from: TestBatch | None = None
-    fold: Fold | None = None
+    evidence_of_shots: Callable[[], Evidence] | None = None
     outcomes: dict[tuple[type, str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
     merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, init=False, repr=False)
 
@@ -111,7 +101,6 @@ class TestBatch:
         shots: int,
         queries: int,
         ask: QueryOrder = "next",
-        retrieve: int = 0,
         write_texts: bool = True,
         tested: Sequence[Person] = (),
     ) -> TestBatch:
@@ -131,8 +120,7 @@ class TestBatch:
             few = [replace(person, items=items, queries=()) for person, (items, _) in zip(group, parts)]
             return few, [later for _, later in parts]
 
-        batch = cls(context, *split(people), bank.task, retrieve, write_texts, split(tested)[0])
-        return batch.profiled(retrieve) if retrieve else batch
+        return cls(context, *split(people), bank.task, write_texts=write_texts, tested=split(tested)[0])
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
 
@@ -205,9 +193,9 @@ class TestBatch:
     def _evidence(self) -> tuple[Evidence, float]:
         if self.merges_from:
             return self.merges_from._evidence
-        if self.fold:  # the seconds are those of the batch with all shots
-            return self.fold.batch.evidence.of_shots(self.fold.owners, self.fold.shots), 0.0
-        return evidence_of(self.context, self.jobs)
+        if self.evidence_of_shots:  # the seconds are those of the other batch
+            return self.evidence_of_shots(), 0.0
+        return (self.context.evidence_of or gathered_evidence)(self.context, self.jobs)
 
     @property
     def evidence(self) -> Evidence:
@@ -257,46 +245,3 @@ class TestBatch:
         """Return a stack's ``own`` settings over ``merge``, or those of the run, with what they leave to the bank."""
         info = self.bank.info
         return calibrated_stack(own or self.context.run.stack, merge, info.calibration, info.run.stack.lora)
-
-    # -- other batches over the same people --------------------------------------------------------------------------
-
-    def with_queries(self, queries: list[tuple[Item, ...]]) -> TestBatch:
-        """Return the batch with other queries."""
-        return replace(self, queries=queries, merges_from=self.merges_from or self)
-
-    def profiled(self, k: int, before: Sequence[str] = ()) -> TestBatch:
-        """Return the batch with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
-
-        A shot sees the shots before it, a query sees all shots. Merges stay those of the plain prompts, which the bank
-        was trained on. Only with ``retrieve``, where the bank was trained on such prompts, they are fitted again.
-        """
-        task, texts = self.bank.task, list(before) or [""] * len(self.people)
-        whole = [replace(person, queries=asked) for person, asked in zip(self.people, self.queries)]
-        people = [with_profiles(task, person, k, text) for person, text in zip(whole, texts)]
-        return replace(
-            self,
-            people=[replace(person, queries=()) for person in people],
-            queries=[person.queries for person in people],
-            task=task.profiled(),
-            merges_from=None if self.retrieve else self.merges_from or self,
-            fold=None,
-        )
-
-    def folds(self, count: int) -> tuple[TestBatch, list[int]]:
-        """Return a batch that asks people about their own shots, and the number of the person in each of its rows.
-
-        Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
-        benchmark's own queries are not asked. A person with one shot has no row.
-        """
-        sizes = [len(person.items) for person in self.people]
-        rows = [(u, turn) for u, size in enumerate(sizes) if size > 1 for turn in range(min(count, size))]
-        owners, asked = [u for u, _ in rows], [self.people[u].items[turn::count] for u, turn in rows]
-        kept = [[n for n in range(sizes[u]) if n % count != turn] for u, turn in rows]
-        people = [
-            Person(f"{self.people[u].id}/{turn}", tuple(self.people[u].items[n] for n in rest))
-            for (u, turn), rest in zip(rows, kept)
-        ]
-        batch = TestBatch(self.context, people, asked, self.bank.task, self.retrieve, write_texts=False)
-        if self.retrieve:  # the prompts of the other shots may show a held-out item: evidence is gathered again
-            return batch.profiled(self.retrieve), owners
-        return replace(batch, fold=Fold(self, owners, kept)), owners

@@ -1,8 +1,4 @@
-"""Stage 2's algebra on tensors: weighted sums of anchors' updates for many people at once.
-
-Modes: ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates the exact merge to a lower rank.
-``factor`` averages A and B separately, with cross terms between anchors: the likely original, kept for the ablation.
-"""
+"""Stage 2's algebra on tensors: exact weighted sums of anchors' updates for many people at once, and truncation."""
 
 from __future__ import annotations
 
@@ -30,21 +26,6 @@ def merge_exact(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
         weighed = (b[ids] * share[:, :, None, None]).transpose(1, 2)  # (U, O, K, R)
         factors[name] = Factors(a[ids].flatten(1, 2), weighed.flatten(2))
     return LoraBatch(factors)
-
-
-def merge_factor(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
-    """Average A and B separately: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
-
-    Shapes: as in ``merge_exact``, at rank R and with the anchors' scale. Coefficients are not normalized; they sum to 1
-    in the policies that this mode is meant for.
-    Source: our reading of the likely original; an ablation.
-    """
-    weights = _per_layer(anchors, ids, w)
-    factors = {}
-    for layer, (name, (a, b)) in enumerate(anchors.factors.items()):
-        share = weights[:, layer, :, None, None].to(a)
-        factors[name] = Factors((share * a[ids]).sum(1), (share * b[ids]).sum(1))
-    return LoraBatch(factors, anchors.scale)
 
 
 def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:

@@ -36,12 +36,11 @@ PersonOrModel = str | SharedModel
 class AdapterParts:
     """What a row's adapter consists of; an engine arranges the parts as its kernels read them.
 
-    ``gates`` (N,) weighs all anchors of an exact merge; other merges are the LoRA ``merge``.
+    ``gates`` (N,) weighs all anchors; None without a person.
     """
 
     task_lora: bool
     gates: Tensor | None = None
-    merge: LoraBatch | None = None
     stack: LoraBatch | None = None
 
 
@@ -53,9 +52,7 @@ def adapter_parts(
         return AdapterParts(task_lora=owner is not BASE)
     check_bank(owner, bank_hash)
     stack = owner.stack if stacked else None
-    if owner.mode == "exact":
-        return AdapterParts(True, gates=stored_merges([owner], dtype).gates(len(anchors))[0], stack=stack)
-    return AdapterParts(True, merge=merge_as_lora(anchors, owner, dtype), stack=stack)
+    return AdapterParts(True, stored_merges([owner], dtype).gates(len(anchors))[0], stack)
 
 
 def check_bank(state: State, bank_hash: str) -> None:
@@ -72,14 +69,10 @@ def row_adapters(
 ) -> list[Adapters]:
     """Return task LoRA, merges, and stacks for rows that are numbered by ``owners``.
 
-    Each merge is computed in the mode that its stack was trained over. ``stacked=False`` leaves the stacks out. Rows
-    without a person get no merge and no stack; the base gets no task LoRA either.
+    ``stacked=False`` leaves the stacks out. Rows without a person get no merge and no stack; the base gets no task LoRA
+    either.
     """
-    adapters: list[Adapters] = []
-    for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):
-        alike = [one if isinstance(one, State) and (one.mode, one.rank) == (mode, rank) else TASK for one in owners]
-        merge = stored_merges(alike, base.master_dtype)
-        adapters += merge_adapters(bank, merge, mode, rank)
+    adapters = merge_adapters(bank, stored_merges(owners, base.master_dtype))
     if bank.task_lora:
         on = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
         adapters.append(Gated(bank.task_lora, on))
@@ -104,10 +97,10 @@ def stored_merges(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> 
 
 
 def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
-    """Return one person's merge as one LoRA, in the state's mode. The rank of an exact merge is R per anchor used."""
+    """Return one person's merge as one LoRA. Its rank is R per anchor used."""
     used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
     merge = stored_merges([state], dtype)
-    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]), state.mode, state.rank)
+    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]))
 
 
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.calibration.laplace import Calibration
-from mta.config import MergeMode, MergeSettings, Training
+from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.lora.batch import LoraBatch, concatenate
+from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
-from mta.lora.merge import merge_exact, merge_factor, truncate
+from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.personalize.evidence import Evidence
@@ -61,7 +61,7 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
         return False
-    return (settings.retrieve == "loss" and not grown) or policy.evidence(settings)
+    return policy.evidence(settings)
 
 
 def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
@@ -142,13 +142,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             "some of the bank's anchors have no encodings, so anchors cannot be retrieved by content",
             hint="Merge all by what they predict: merge.policy=posterior merge.k=0.",
         )
-    rank_by = evidence.anchor_loglik if settings.retrieve == "loss" and evidence else similarity.double()
-    ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
-    return weighed(settings, ids, similarity, evidence)
-
-
-def weighed(settings: MergeSettings, ids: Tensor, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
-    """Return the merge of the anchors ``ids`` (U, K), by ``settings.policy``; similarity (U, N)."""
+    ids = similarity.double().argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
     known = PolicyInput(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, known))
 
@@ -187,8 +181,8 @@ def fit_merge(
     """
     if policy_of(settings).gradients:
         return _from_gradients(base, jobs, anchors, task_adapters, settings, calibration, earlier, **passes)
-    learns = policy_of(settings).learns
-    if earlier and learns:
+    training = policy_of(settings).learns
+    if earlier and training:
         found = earlier.merge
     elif earlier and evidence:
         w = updated_coefficients(settings, earlier.merge, evidence, earlier.tokens, similarity)
@@ -198,15 +192,12 @@ def fit_merge(
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
         if similarity is None:
             similarity = torch.zeros(len(jobs), len(anchors))
-        if earlier and settings.retrieve == "loss":
-            found = weighed(settings, earlier.merge.ids, similarity)
-        else:
-            found = coefficients(settings, similarity, evidence)
+        found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    if not learns:
+    if training is None:
         return found
     start = Merge(found.ids, found.w / settings.scale)
-    learned = learn(base, jobs, anchors, task_adapters, start, settings.learned, seed=seed, **passes)
+    learned = learn(base, jobs, anchors, task_adapters, start, training(settings), seed=seed, **passes)
     return Merge(learned.ids, settings.scale * learned.w)
 
 
@@ -255,8 +246,6 @@ def updated_coefficients(
     items, for policies that read cosines, too -> (U, K).
     """
     policy = policy_of(settings)
-    if not policy.evidence(settings):  # only the retrieval reads evidence, and the anchors stay
-        return before.w.double()
     unread = torch.zeros_like(before.w, dtype=torch.float64)
     cosines = unread if similarity is None else similarity.double().gather(1, before.ids)
     earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
@@ -276,7 +265,7 @@ def learn(
     seed: int = 0,
     **passes: Unpack[Passes],
 ) -> Merge:
-    """Fit the K coefficients to the shots by gradient descent from ``start`` (the ``learned`` policy).
+    """Fit the K coefficients to the shots by gradient descent from ``start`` (for policies that learn).
 
     The difference to ``start`` is trained, so weight decay pulls towards ``start``. ``groups`` gives the number of each
     adapted layer's group; each group has its own coefficients, and w is (U, L, K).
@@ -297,21 +286,20 @@ def learn(
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
-def merge_adapters(bank: Bank, merge: Merge, mode: MergeMode = "exact", rank: int | None = None) -> list[Adapters]:
-    """Return a merge as adapters, computed as ``merge_loras`` does; none if all coefficients are 0.
+def merge_adapters(bank: Bank, merge: Merge) -> list[Adapters]:
+    """Return a merge as adapters; none if all coefficients are 0.
 
-    An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
+    A merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
     """
     if not merge.w.any():
         return []
-    if mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
+    if _is_direct(merge.ids.shape[1], len(bank)):
         return [merge.adapters(bank.device_anchors)]
-    anchors = bank.anchors.to(bank.device_anchors.device) if mode == "svd" else bank.device_anchors
-    return [PerPerson(merge_loras(anchors, merge, mode, rank))]
+    return [PerPerson(merge_loras(bank.device_anchors, merge))]
 
 
 def _is_direct(k: int, anchors: int) -> bool:
-    """Return whether an exact merge of k anchors is computed directly from the bank."""
+    """Return whether a merge of k anchors is computed directly from the bank."""
     return 4 * k > anchors
 
 
@@ -322,34 +310,18 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     if settings is None:
         return ParameterCounts(task_lora=task_lora)
     k, rank = settings.k or len(bank), bank.anchors.rank
-    direct = settings.mode == "exact" and _is_direct(k, len(bank))
-    own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
+    direct = _is_direct(k, len(bank))
     # Gradients of coefficients go through gates; ``auto`` may have them.
-    gated = settings.policy == "auto" or policy_of(settings).learns or policy_of(settings).gradients
+    gated = settings.policy == "auto" or bool(policy_of(settings).learns) or policy_of(settings).gradients
     every = len(bank) * rank * width
     return ParameterCounts(
-        frozen=0 if direct else own * width,
+        frozen=0 if direct else k * rank * width,
         task_lora=task_lora,
         shared=every if direct or gated else 0,
         gated=every if gated else 0,
     )
 
 
-def merge_loras(anchors: LoraBatch, merge: Merge, mode: MergeMode = "exact", rank: int | None = None) -> LoraBatch:
-    """Return each person's merge as factors.
-
-    Those of an exact merge have rank K * R, those of an svd ``rank`` (default: the anchors'), averaged ones R.
-    """
-    ids, w = merge.ids.to(anchors.device), merge.w.to(anchors.device)
-    if mode == "factor":
-        return merge_factor(anchors, ids, w)
-    if mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
-        return concatenate(_truncated(anchors, i[None], c[None], rank or anchors.rank) for i, c in zip(ids, w))
-    return merge_exact(anchors, ids, w)
-
-
-def _truncated(anchors: LoraBatch, ids: Tensor, w: Tensor, rank: int) -> LoraBatch:
-    """Return one person's exact merge at ``rank``, without finite numbers where ``w`` has none: the svd would raise."""
-    finite = w.isfinite()
-    found = truncate(merge_exact(anchors, ids, torch.where(finite, w, 0)), rank)[0]
-    return found if finite.all() else found.map(lambda factor: factor * torch.nan)
+def merge_loras(anchors: LoraBatch, merge: Merge) -> LoraBatch:
+    """Return each person's merge as factors of rank K * R. Nothing is lost."""
+    return merge_exact(anchors, merge.ids.to(anchors.device), merge.w.to(anchors.device))

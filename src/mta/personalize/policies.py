@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration.laplace import Calibration
-from mta.config import MergeSettings, plugins
+from mta.config import MergeSettings, Settings, Training, plugins
 from mta.config.schema import POLICY_GROUP
 from mta.errors import ConfigError
 from mta.personalize.evidence import Evidence
@@ -56,6 +56,7 @@ class PolicyInput:
 
 
 Weigh = Callable[[MergeSettings, PolicyInput], Tensor]
+Learns = Callable[[MergeSettings], Training]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,13 @@ class Policy:
     labels: bool  # whether the policy needs the scores of a closed set of labels
     all_anchors: bool  # whether the policy is meant for all anchors, or only for the nearest
     cosines: bool  # whether the policy reads the cosines of people and anchors
-    learns: bool  # whether gradient descent on the shots goes on from the policy's coefficients (``learn`` in merge.py)
+    learns: Learns | None  # the training that goes on from the policy's coefficients (``learn`` in merge.py)
+    options: type[Settings] | None  # the class of ``merge.options``; None: the policy has no options
 
     def by_content(self, settings: MergeSettings) -> bool:
         """Return whether anchors are retrieved or weighted by content, which needs their encodings."""
         nearest = bool(settings.k) or not (self.all_anchors or self.evidence(settings))
-        return self.cosines or (nearest and settings.retrieve == "cosine")
+        return self.cosines or nearest
 
 
 def policy(
@@ -83,13 +85,14 @@ def policy(
     labels: bool = False,
     all_anchors: bool = False,
     cosines: bool = False,
-    learns: bool = False,
+    learns: Learns | None = None,
+    options: type[Settings] | None = None,
 ) -> Callable[[Weigh], Policy]:
     """Make a policy of a function; arguments as in ``Policy``."""
 
     def made(weigh: Weigh) -> Policy:
         reads = evidence if callable(evidence) else lambda _: evidence
-        return Policy(weigh, reads, gradients, labels, all_anchors, cosines, learns)
+        return Policy(weigh, reads, gradients, labels, all_anchors, cosines, learns, options)
 
     return made
 

@@ -153,8 +153,7 @@ class Stages:
 
     def with_merge(self, merge: Merge, stacks: LoraBatch | None = None) -> Fitted:
         """Return merges and stacks with the adapters of the merges."""
-        how = self.run.merge
-        return Fitted(merge, merge_adapters(self.bank, merge, how.mode, how.rank), stacks)
+        return Fitted(merge, merge_adapters(self.bank, merge), stacks)
 
     def stack(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> Fitted:
         """Stage 3: train stacks over the merges, on from the stacks that ``fitted`` has. None if switched off."""
@@ -199,8 +198,6 @@ class Stages:
                     work=item.work,
                     seed=self.run.seed,
                     stack=stacks.select([i]) if stacks else None,
-                    mode=self.run.merge.mode,
-                    rank=self.run.merge.rank,
                     losses=measured.after(item.earlier.losses if item.earlier else None),
                     settings=settings,
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),

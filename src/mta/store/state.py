@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from mta.config import MergeMode
 from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import LoraBatch
@@ -25,14 +24,14 @@ T = TypeVar("T")
 STATE_SCHEMA = 2
 HISTORY_SCHEMA = 1
 _FIELDS = (
-    *("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank"),
+    *("bank", "anchors", "w", "policy", "history", "work", "seed"),
     *("settings", "gradient", "loglik", "shots", "untrained"),
 )
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
 HEADER_BYTES = 8 + len(_HEAD) + 64  # number of first bytes of a file that contain its sha256
-_ASTRAY = "Lower stack.training.lr or merge.learned.lr, and personalize again."
+_ASTRAY = "Lower stack.training.lr or the rate of a merge that is trained, and personalize again."
 _AGAIN = "Load an earlier version, or make the state again:  mta personalize"
 
 
@@ -86,8 +85,6 @@ class State:
     work: str  # hash of all inputs (``state_key``)
     seed: int
     stack: LoraBatch | None = None  # None: merge only
-    mode: MergeMode = "exact"  # how the merge is computed, to rank ``rank``
-    rank: int | None = None
     losses: Losses | None = None  # on the shots
     settings: str = ""  # hash of the settings that affect a state
     # What ``w`` was solved from: sums over the shots at the bank's mu, needed to add new items. Unset if the policy

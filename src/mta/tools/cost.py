@@ -227,8 +227,8 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)
-    if policy_of(run.merge).learns:
-        merge += trained(run.merge.learned.examples(shots), merged, 0)
+    if training := policy_of(run.merge).learns:
+        merge += trained(training(run.merge).examples(shots), merged, 0)
     if policy_of(run.merge).gradients:
         merge += trained(shots, merged, 0)
     examples, adapt = run.stack.training.examples(shots), over

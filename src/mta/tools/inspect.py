@@ -48,7 +48,6 @@ class Summary:
     bank: str
     bank_here: str
     policy: str
-    mode: str
     weights: list[Weight]
     stack: Stack | None
     losses: Losses | None
@@ -85,7 +84,6 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         bank=state.bank,
         bank_here=info.hash,
         policy=state.policy,
-        mode=state.mode,
         weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
         stack=Stack(stack.rank, sum(tensor.nbytes for tensor in stack.tensors().values())) if stack else None,
         losses=state.losses,

@@ -79,14 +79,14 @@ class BatchedAdamW:
 def learning_rate(training: Training, step: int, steps: int, examples: int, examples_before: int = 0) -> float:
     """Return the rate of 0-based ``step`` of ``steps``, for a job with that many examples.
 
-    Linear warmup, then constant, linear, or cosine decay to 0. With ``training.prior``, few examples lower it, and so
-    do ``examples_before`` that the adapter was trained on already: the rates of its updates add up to that of all its
-    examples at once.
+    Linear warmup, then constant, linear, or cosine decay to 0. With ``training.lr_shrink_examples``, few examples lower
+    it, and so do ``examples_before`` that the adapter was trained on already: the rates of its updates add up to that
+    of all its examples at once.
     """
-    lr, prior = training.lr, training.prior
-    if prior:
+    lr, shrink = training.lr, training.lr_shrink_examples
+    if shrink:
         before = examples_before
-        lr *= (before + examples) / (before + examples + prior) - before / (before + prior)
+        lr *= (before + examples) / (before + examples + shrink) - before / (before + shrink)
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return lr * (step + 1) / warmup

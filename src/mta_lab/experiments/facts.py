@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.config import MergeMode, MergeSettings
+from mta.config import MergeSettings
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch, join
+from mta.lora.merge import truncate
 from mta.personalize.merge import Merge, merge_loras
+from mta_lab.methods.averaged import merge_factor
 
 PAPER_MERGE = MergeSettings(policy="similarity", k=2)
 
@@ -54,13 +56,14 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
 
     One person at a time: exact merges of 16 people and 50 anchors would take gigabytes.
     """
-    errors: dict[MergeMode, list[float]] = {"svd": [], "factor": []}
+    errors: dict[str, list[float]] = {"svd": [], "factor": []}
     for u in range(len(merge.ids)):
         one = Merge(merge.ids[u : u + 1], merge.w[u : u + 1].float())
         exact = merge_loras(bank.anchors, one)
-        for mode, found in errors.items():
-            found.append(float(relative_error(merge_loras(bank.anchors, one, mode), exact)))
-    return {mode: fmean(found) for mode, found in errors.items()}
+        cheap = {"svd": truncate(exact, bank.anchors.rank)[0], "factor": merge_factor(bank.anchors, one.ids, one.w)}
+        for name, merged in cheap.items():
+            errors[name].append(float(relative_error(merged, exact)))
+    return {name: fmean(values) for name, values in errors.items()}
 
 
 def relative_error(cheap: LoraBatch, exact: LoraBatch) -> Tensor:

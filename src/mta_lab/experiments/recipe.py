@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mta.config import Run, override
+from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
 from mta.data.shots_and_queries import QueryOrder
@@ -22,7 +23,7 @@ MAIN_BANK = "main"
 
 
 def bank_name(bank: str, seed: int) -> str:
-    """Return the name of a bank for a seed: in its folder, current.json, and banks.json."""
+    """Return the name of a bank for a seed: in its folder, and in banks.json."""
     return f"{bank}-{seed}"
 
 
@@ -151,6 +152,11 @@ class Experiment(Settings):
                 raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
         return exhibits
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        record_names(self)
+        return self
+
 
 def _tuned(method: Any, tuned: Mapping[str, Any]) -> Any:
     """Return a method of a recipe, and the methods within it, with the settings that are tuned for their names."""
@@ -173,6 +179,26 @@ def _tuned(method: Any, tuned: Mapping[str, Any]) -> Any:
 def _as_values(method: Any) -> Any:
     """Return a method as it stands in a recipe."""
     return method.model_dump(mode="json") if isinstance(method, Method) else method
+
+
+def record_names(recipe: Experiment) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return (bank, digest of a method) -> (class, name) by which records know the method.
+
+    The name is that of the first method with these settings on this bank: exhibits share its results. Raises
+    ValueError if two methods of one class with other settings have the same name on a bank.
+    """
+    names: dict[tuple[str, str], tuple[str, str]] = {}
+    digests: dict[tuple[str, str, str], str] = {}
+    for part in (part for parts in recipe.exhibits.values() for part in parts):
+        for method in part.methods:
+            digest, kind = method.digest, method.method
+            if digests.setdefault((part.bank, kind, method.name), digest) != digest:
+                raise ValueError(
+                    f"two methods called {method.name!r} on bank {part.bank!r} have other settings; "
+                    "give one of them another name"
+                )
+            names.setdefault((part.bank, digest), (kind, method.name))
+    return names
 
 
 def names() -> tuple[str, ...]:
@@ -200,6 +226,36 @@ def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> d
     if not isinstance(below, str):
         raise ConfigError(f"{path}: over is {below!r}, expected one recipe", hint="Write a line such as  over: lamp3")
     return merged_over(_values(below, path.parent, above), values)
+
+
+def difference(before: Experiment, now: Experiment) -> tuple[str, Any, Any] | None:
+    """Return the first setting in which two recipes differ, and its two values; None if their results are alike.
+
+    Recipes may differ in how much is run (seeds, numbers of tested people), and in settings that change rounding only.
+    """
+    one, other = (dict(_flat(_all_people(recipe))) for recipe in (before, now))
+    keys = [key for key in one | other if key not in _HOW_MUCH and one.get(key) != other.get(key)]
+    return (keys[0], one.get(keys[0]), other.get(keys[0])) if keys else None
+
+
+_HOW_MUCH = {"about", "seeds", "compared", *(f"run.{name}" for name in ROUNDING_ONLY)}
+
+
+def _all_people(recipe: Experiment) -> dict[str, Any]:
+    """Return a recipe's values without the numbers of people that its parts test."""
+    values = recipe.model_dump(mode="json")
+    for part in (part for parts in values["exhibits"].values() for part in parts):
+        part.pop("people")
+    return values
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of all groups, with keys such as ``run.base``."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
 
 
 def _check_words(recipe: Experiment) -> None:

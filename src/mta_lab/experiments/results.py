@@ -6,12 +6,11 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -20,15 +19,14 @@ from pydantic import BaseModel, ConfigDict
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.errors import BankRefused, DataError
+from mta.errors import DataError
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
-from mta.system.atomic import append_lines, json_sha256, make_folder, replacing
+from mta.system.atomic import append_lines, make_folder, replacing
 from mta.tracking.run_folder import sittings
-from mta_lab.experiments.recipe import MAIN_BANK, Experiment, bank_name
+from mta_lab.experiments.recipe import MAIN_BANK, Experiment, record_names
 
-CURRENT = "current.json"  # the protocols of the settings that were last run, and the banks
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 Key = TypeVar("Key")
@@ -36,23 +34,31 @@ _COPY = "Restore it from a copy."
 META = "meta.json"  # facts of the runs behind published scores, and of versions without run.json
 
 
+class Where(NamedTuple):
+    """What a record is about, apart from the person: a method by ``record_names``, the bank, the shots, the seed.
+
+    The folder's recipe says the rest. The seed is 0 if it does not affect the result.
+    """
+
+    kind: str
+    method: str
+    bank: str
+    shots: int
+    seed: int
+
+
 class Record(BaseModel):
     """One method on one person with one seed.
 
-    ``key`` is a hash of everything but the person that determines the result; ``protocol`` is the part of it that all
-    seeds of a method have in common. ``person`` and ``group`` (people who share items) are salted hashes.
-    ``trained`` is the hash of the bank, if the result depends on it.
-    ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is the NLL of each query's gold
-    answer, None without probabilities. ``seconds`` is this person's share of the preparation.
+    ``kind`` is the method's class and ``method`` its name (``record_names``). ``person`` and ``group`` (people who
+    share items) are salted hashes. ``nll`` is the NLL of each query's gold answer, None without probabilities.
+    ``seconds`` is this person's share of the preparation.
     ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str
-    protocol: str = ""  # "": of an earlier version
-    trained: str = ""
-    settings: str
+    kind: str
     method: str
     bank: str
     seed: int
@@ -69,6 +75,11 @@ class Record(BaseModel):
     ids: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     golds: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> Where:
+        """What the record is about, apart from the person."""
+        return Where(self.kind, self.method, self.bank, self.shots, self.seed)
 
     @property
     def full(self) -> bool:
@@ -90,20 +101,20 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.path = folder / SCORES
         self.rows = list(_read(self.path)) if self.path.exists() else []
-        self._known = _fullest(((row.key, row.person), row) for row in self.rows)
+        self._known = {(row.where, row.person): row for row in latest(self.rows)}
 
-    def lacks(self, key: str, people: Sequence[str], full: bool = False) -> bool:
+    def lacks(self, where: Where, people: Sequence[str], full: bool = False) -> bool:
         """Return whether a person's result is missing, or with ``full`` holds only likelihoods."""
-        found = [self._known.get((key, person)) for person in people]
-        return any(one is None or (full and not one.full) for one in found)
+        records = [self._known.get((where, person)) for person in people]
+        return any(one is None or (full and not one.full) for one in records)
 
     def add(self, rows: Iterable[Record]) -> None:
         """Append new results; existing results do not change, except that full ones replace likelihoods."""
-        new = [row for row in rows if self.lacks(row.key, [row.person], full=row.full)]
+        new = [row for row in rows if self.lacks(row.where, [row.person], full=row.full)]
         make_folder(self.path.parent)
         append_lines(self.path, [row.model_dump_json(exclude_defaults=True) for row in new])
         self.rows += new
-        self._known |= {(row.key, row.person): row for row in new}
+        self._known |= {(row.where, row.person): row for row in new}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -115,42 +126,36 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def write_without_texts(records: Sequence[Record], path: Path) -> None:
-    """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
+    """Write the records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in latest(records))
     with replacing(path) as temporary:
         temporary.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
-def latest(records: Sequence[Record]) -> list[Record]:
-    """Return one record for each person and method: that of the last settings and bank, with texts if there are any."""
-
-    def where(one: Record) -> tuple[str, str, int, int]:
-        return one.settings, one.bank, one.shots, one.seed
-
-    keys = {where(one): one.key for one in records}
-    return [*_fullest(((where(one), one.person), one) for one in records if one.key == keys[where(one)]).values()]
-
-
-def _current(
-    records: Sequence[Record], protocols: Collection[str] | None = None, banks: Mapping[str, str] = MappingProxyType({})
-) -> list[Record]:
-    """Return the records with the settings, and of the banks, that were used last. Older records do not name these."""
-    return [
-        one
-        for one in records
-        if (protocols is None or one.protocol in ("", *protocols))
-        and one.trained in ("", banks.get(bank_name(one.bank, one.seed), one.trained))
-    ]
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Return one record for each person and method: the first, or the first with more than likelihoods."""
+    return [*_fullest(((one.where, one.person), one) for one in records).values()]
 
 
 def _fullest(records: Iterable[tuple[Key, Record]]) -> dict[Key, Record]:
     """Return the first record of each key, or the first with more than likelihoods."""
-    found: dict[Key, Record] = {}
+    kept: dict[Key, Record] = {}
     for key, one in records:
-        if key not in found or (one.full and not found[key].full):
-            found[key] = one
-    return found
+        if key not in kept or (one.full and not kept[key].full):
+            kept[key] = one
+    return kept
+
+
+def read_recipe(folder: Path) -> Experiment:
+    """Return the recipe of an experiment's folder. Raises DataError."""
+    try:
+        return checked(Experiment, yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) or {}, RECIPE)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{folder} is not a folder of an experiment: {error}",
+            hint="Give --out of mta-lab evaluate, or one of results/.",
+        ) from None
 
 
 Seeds = dict[int, dict[str, Record]]  # seed -> person -> record
@@ -173,23 +178,13 @@ class Results:
     def read(cls, folder: Path) -> Results:
         """Read a folder. Raises DataError if a file is missing or invalid."""
         above = folder if (folder / RECIPE).exists() else folder.parent  # development/ is inside the folder
-        try:
-            recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")) or {}, RECIPE)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise DataError(
-                f"{folder} is not a folder of an experiment: {error}",
-                hint="Give --out of mta-lab evaluate, or one of results/.",
-            ) from None
+        recipe = read_recipe(above)
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
-        current = read_beside(folder / CURRENT)
         facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
-        if current:
-            facts, case = _up_to_date(recipe, current, facts, case)
         scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
-        found = read_records(folder) if scored or not (facts or case) else []
-        records = _current(found, current.get("protocols"), current.get("banks", {}))
+        records = latest(read_records(folder)) if scored or not (facts or case) else []
         beside = read_beside(above / SIZES), meta, facts, case
-        return cls(folder, recipe, load_task(recipe.run.task), latest(records), *beside)
+        return cls(folder, recipe, load_task(recipe.run.task), records, *beside)
 
     @property
     def name(self) -> str:
@@ -198,12 +193,20 @@ class Results:
         return f"{self.task.name}-{Path(tested).stem}" if tested else str(self.sizes.get("data", self.folder.name))
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str, int], Seeds]:
-        """(settings, bank, shots) -> seed -> person -> record."""
-        found: dict[tuple[str, str, int], Seeds] = {}
+    def _names(self) -> dict[tuple[str, str], tuple[str, str]]:
+        return record_names(self.recipe)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, str, int], Seeds]:
+        """(class, name, bank, shots) -> seed -> person -> record."""
+        rows: dict[tuple[str, str, str, int], Seeds] = {}
         for one in self.records:
-            found.setdefault((one.settings, one.bank, one.shots), {}).setdefault(one.seed, {})[one.person] = one
-        return found
+            rows.setdefault(one.where[:4], {}).setdefault(one.seed, {})[one.person] = one
+        return rows
+
+    def _seeds_of(self, method: Method, bank: str, shots: int | None = None) -> Seeds:
+        """Return the results of one method on a bank; empty if there are none."""
+        return self._rows.get((*self._names[bank, method.digest], bank, shots or self.recipe.shots), {})
 
     def comparison(
         self, name: str, shots: int | None = None, seeds: Collection[int] | None = None, among: Collection[str] = ()
@@ -215,7 +218,7 @@ class Results:
         """
         common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (one.name, bank, [found[s] for s in sorted(found) if s in common] if one.uses_bank else _joined(found))
+            (one.name, bank, [found[s] for s in sorted(found) if s in common or not one.uses_bank])
             for one, bank, found in self._methods(name, shots, among)
         ]
         if not rows or not all(found for _, _, found in rows):
@@ -242,19 +245,14 @@ class Results:
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""
-        return list(self._rows.get((method.digest, MAIN_BANK, self.recipe.shots), {}).get(seed, {}).values())
+        return list(self._seeds_of(method, MAIN_BANK).get(seed, {}).values())
 
     def _methods(self, name: str, shots: int | None, among: Collection[str] = ()) -> list[tuple[Method, str, Seeds]]:
         """Return each method of an exhibit that has results, with its bank and its results."""
         every = [(method, part.bank) for part in self.recipe.exhibits.get(name, ()) for method in part.methods]
         pairs = [(method, bank) for method, bank in every if not among or method.name in among]
-        found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
-        return [row for row in found if row[2]]
-
-
-def _joined(seeds: Seeds) -> list[dict[str, Record]]:
-    """Return the results of a method that every seed gives the same results."""
-    return [_fullest(pair for seed in sorted(seeds) for pair in seeds[seed].items())]
+        rows = [(method, bank, self._seeds_of(method, bank, shots)) for method, bank in pairs]
+        return [row for row in rows if row[2]]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
@@ -292,32 +290,12 @@ def _read(path: Path) -> Iterator[Record]:
 def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
     before = read_beside(folder / META)
-    every = [run for run in sittings(folder) if run["kind"] == KIND]
-    runs = [run for run in every if run.get("stopped") != BankRefused.__name__] or every  # refused by a bank of others
+    runs = [run for run in sittings(folder) if run["kind"] == KIND]
     if not runs:
         return before
     facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}
     exhibits = {name for run in (before, *runs) for name in run.get("exhibits", ())}
     return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *runs]}
-
-
-def _up_to_date(
-    recipe: Experiment, current: Mapping[str, Any], facts: dict[str, Any], case: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the facts and the case without those of other settings or items, or of banks trained again since."""
-    banks, histories = current.get("banks", {}), current.get("histories", "")
-    now = facts_key(recipe, banks.get(bank_name(MAIN_BANK, recipe.seeds[0]), ""), histories)
-    kept = {name: dict(one) for name, one in facts.items() if one.get("bank") == banks.get(name, one.get("bank"))}
-    for one in kept.values():
-        if "made_with" in one and one["made_with"] != facts_key(recipe, one["bank"], histories):
-            one.pop("others"), one.pop("fidelity")
-    return kept, case if case.get("made_with", now) == now else {}
-
-
-def facts_key(recipe: Experiment, bank: str, histories: str) -> str:
-    """Return a hash of what determines the case study and a bank's use: bank, merge, stack, items, and questions."""
-    run, settings = recipe.run.model_dump(mode="json"), [recipe.shots, recipe.queries, recipe.ask, histories]
-    return json_sha256([bank, run["merge"], run["stack"], *settings])[:16]
 
 
 def read_beside(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta_lab.experiments.facts import bank_facts, case_study, use_to_others
 from mta_lab.experiments.recipe import MAIN_BANK, Part, bank_name, wanted
-from mta_lab.experiments.results import CASE, FACTS, KIND, Record, Records, facts_key, read_beside
+from mta_lab.experiments.results import CASE, FACTS, KIND, Record, Records, Where, read_beside
 from mta_lab.experiments.workspace import MAIN, Workspace, batches
 
 
@@ -30,8 +30,7 @@ class MethodRun(Piece):
     seed: int
     shots: int
     method: Method
-    key: str
-    protocol: str
+    where: Where
     batch: range
     full: bool  # texts are generated, too
 
@@ -52,6 +51,7 @@ def run_experiment(
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
     _check_people(workspace, exhibits)
+    workspace.check_folder()
     settings = recipe.model_dump(mode="json")
     with RunFolder(
         folder=workspace.folder,
@@ -69,12 +69,12 @@ def run_experiment(
         folder.begin()  # locks the folder
         records = Records(workspace.folder)
         workspace = replace(workspace, on_step=folder.step)
-        with workspace.described():
-            for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
-                _run_seed(workspace, records, exhibits, seed)
-            _write_facts(workspace, exhibits)
-            if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
-                _write_case(workspace, recipe.seeds[0])
+        workspace.write_recipe()
+        for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
+            _run_seed(workspace, records, exhibits, seed)
+        _write_facts(workspace, exhibits)
+        if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
+            _write_case(workspace, recipe.seeds[0])
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 
@@ -101,12 +101,10 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
     for seed in recipe.seeds:
         if not use and not workspace.has_opened(MAIN, seed):
             continue
-        name, found = bank_name(MAIN_BANK, seed), bank_facts(workspace.bank(MAIN, seed))
-        known = before.get(name, {})
-        own = (known if known.get("bank") == found["bank"] else {}) | found
+        name = bank_name(MAIN_BANK, seed)
+        own = before.get(name, {}) | bank_facts(workspace.bank(MAIN, seed))
         if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.batches_of(MAIN, seed, recipe.shots)), seed)
-            own["made_with"] = facts_key(recipe, found["bank"], workspace.histories)
         facts = facts | {name: own}
     if facts:
         write_json(path, facts)
@@ -114,9 +112,7 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
 
 def _write_case(workspace: Workspace, seed: int) -> None:
     test_batch = next(workspace.batches_of(MAIN, seed, workspace.recipe.shots))
-    workspace.note_bank(MAIN, seed)
-    made = {"made_with": facts_key(workspace.recipe, test_batch.bank.hash, workspace.histories)}
-    write_json(workspace.folder / CASE, case_study(test_batch, test_batch.run.merge, seed) | made)
+    write_json(workspace.folder / CASE, case_study(test_batch, test_batch.run.merge, seed))
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:
@@ -127,12 +123,12 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
         for shots in part.shots or (workspace.recipe.shots,)
         if seed in workspace.recipe.seeds_of(part)
     ]
-    known: set[tuple[str, range, bool]] = set()  # exhibits share results
+    known: set[tuple[Where, range, bool]] = set()  # exhibits share results
 
     def missing() -> Iterator[MethodRun]:
         for run in (run for where in planned for run in _missing(workspace, records, *where)):
-            if not known & {(run.key, run.batch, run.full), (run.key, run.batch, True)}:
-                known.add((run.key, run.batch, run.full))
+            if not known & {(run.where, run.batch, run.full), (run.where, run.batch, True)}:
+                known.add((run.where, run.batch, run.full))
                 yield run
 
     found = workspace.executor.run(compute_records, missing(), workspace)
@@ -153,19 +149,17 @@ def _missing(
     if not tested:
         say(f"{exhibit}: {shots} shots are left out, too few people have enough items")
         return
-    workspace.note_bank(part, seed)
     bank, lacking, full = workspace.bank(part, seed), [], part.texts and workspace.task.labels is None
     for method in part.methods:
         if not method.fits(workspace.task, len(bank), bank.calibration is not None):
             say(f"{exhibit}: {method.name} is left out, it does not fit this task or bank")
-        elif records.lacks(key := workspace.key(part, method, seed, shots), tested, full):
-            lacking.append((method, key))
+        elif records.lacks(where := workspace.where(part, method, seed, shots), tested, full):
+            lacking.append((method, where))
     done, total, began = 0, len(tested) * len(lacking), time.monotonic()
     for batch in batches(len(tested)):
-        for method, key in lacking:
-            if records.lacks(key, tested[batch.start : batch.stop], full):
-                protocol = workspace.protocol(part, method)
-                run = MethodRun(exhibit, part, seed, shots, method, key, protocol, batch, full)
+        for method, where in lacking:
+            if records.lacks(where, tested[batch.start : batch.stop], full):
+                run = MethodRun(exhibit, part, seed, shots, method, where, batch, full)
                 if workspace.executor.in_process:
                     minutes = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
                     left = f", about {minutes:.0f} min left" if done else ""
@@ -182,14 +176,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None
     return [
         Record(
-            key=run.key,
-            protocol=run.protocol,
-            trained=test_batch.bank.hash if run.method.uses_bank else "",
-            settings=run.method.digest,
-            method=run.method.name,
-            bank=run.part.bank,
-            seed=run.seed,
-            shots=run.shots,
+            **run.where._asdict(),
             person=workspace.hashed(person.id),
             group=workspace.hashed(person.group) if person.group else "",
             metrics={name: round(value, 6) for name, value in score.metrics.items()},

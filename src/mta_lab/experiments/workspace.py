@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.context import Build
 from mta.bank.format import TASK_LORA
-from mta.bank.keys import NOT_IN_KEY
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -27,7 +25,7 @@ from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankRefused, InputError
+from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import TestBatch, check_lengths
@@ -37,9 +35,11 @@ from mta.system.assets import ASSETS, resolve
 from mta.system.atomic import json_sha256, write_json, write_text
 from mta.system.progress import OnStep
 from mta_lab.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
+from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
-from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name
-from mta_lab.experiments.results import CURRENT, RECIPE, SIZES, read_beside
+from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names
+from mta_lab.experiments.results import RECIPE, SIZES, Where, read_beside, read_recipe
+from mta_lab.methods.prompts import profiled
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -77,8 +77,7 @@ class Workspace:
     say: Callable[[str], None]
     executor: Executor
     on_step: OnStep | None
-    histories: str = field(init=False, repr=False)  # a hash of the tested people's items
-    learned_from: str = field(init=False, repr=False)  # a hash of the encoder's name and the others' items
+    _names: dict[tuple[str, str], tuple[str, str]] = field(init=False, repr=False)
     _ids: Counter[str | None] = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
@@ -87,9 +86,7 @@ class Workspace:
     def __post_init__(self) -> None:
         tested = self.splits.select(self.which, self.people)
         self._ids = Counter(query.id for person in tested for query in person.queries)
-        self.histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
-        others = [[person.digest() for person in people] for people in self._task_people_and_candidates]
-        self.learned_from = json_sha256([self.recipe.run.encoder, *others])
+        self._names = record_names(self.recipe)
 
     @classmethod
     def open(
@@ -126,6 +123,7 @@ class Workspace:
         sizes = {key: _name_of(name) for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
         every = [*people, *tested]
+        sizes["digest"] = _digest(task, splits, every)
         return cls(recipe, out, which, task, every, splits, sizes, base, say, executor, on_step)
 
     @property
@@ -133,49 +131,30 @@ class Workspace:
         """Folder of the results; results of development people have a folder of their own."""
         return self.out if self.which == "test" else self.out / self.which
 
+    def check_folder(self) -> None:
+        """Raise InputError if the folder holds the results of another recipe, or of other people or items."""
+        if not (self.out / RECIPE).exists():
+            return
+        again = f"Give another folder with --out, or repeat its own recipe:  mta-lab evaluate {self.out / RECIPE}"
+        if other := difference(read_recipe(self.out), self.recipe):
+            key, found, expected = other
+            raise InputError(
+                f"{self.out} holds results of another recipe: {key} is {repr(found)[:80]}, "
+                f"expected {repr(expected)[:80]}",
+                hint=again,
+            )
+        found = read_beside(self.out / SIZES).get("digest")
+        if found != self.sizes["digest"]:
+            raise InputError(
+                f"{self.out} holds results of other people, items, or another task: their digest is {found}, "
+                f"expected {self.sizes['digest']}",
+                hint="Give another folder with --out, or --data as before.",
+            )
+
     def write_recipe(self) -> None:
-        """Write recipe, sizes, and the protocols of the recipe's results beside the results.
-
-        Where the recipe trains a bank otherwise than before, or on other items, results of the earlier bank do not
-        count until the bank is known again (``note_bank``).
-        """
-        parts = [part for parts in self.recipe.exhibits.values() for part in parts]
-        protocols = {self.protocol(part, method) for part in parts for method in part.methods}
-        run = self.recipe.run.model_dump(mode="json", exclude=NOT_IN_KEY)
-        trained = {part.bank: json_sha256([run, *part.bank_settings]) for part in (MAIN, *parts)}
-        current = read_beside(self.folder / CURRENT)
-        before, banks = current.get("trained", {}), current.get("banks", {})
-        unchanged = current.get("learned_from", self.learned_from) == self.learned_from
-        same = {name for name, how in trained.items() if unchanged and before.get(name, how) == how}
-        banks = {name: bank if name.rpartition("-")[0] in same else "" for name, bank in banks.items()}
-        known = {"protocols": sorted(protocols), "trained": before | trained}
-        known |= {"histories": self.histories, "learned_from": self.learned_from}
-        write_json(self.folder / CURRENT, known | {"banks": banks})
-        for folder in {self.folder, *([] if (self.out / RECIPE).exists() else [self.out])}:
-            write_json(folder / SIZES, self.sizes)
-            write_text(folder / RECIPE, dump_yaml(self.recipe))
-
-    @contextmanager
-    def described(self) -> Iterator[None]:
-        """Write the recipe. If a bank with other settings is in the folder (BankRefused), restore the one before."""
-        paths = [folder / name for folder in {self.out, self.folder} for name in (CURRENT, SIZES, RECIPE)]
-        before = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
-        self.write_recipe()
-        try:
-            yield
-        except BankRefused:
-            mixed = dict.fromkeys(read_beside(self.folder / CURRENT).get("banks", {}), "")  # whose bank is unclear now
-            for path in paths:
-                write_text(path, before[path]) if path in before else path.unlink(missing_ok=True)
-            if self.folder / CURRENT in before:
-                found = read_beside(self.folder / CURRENT)
-                write_json(self.folder / CURRENT, found | {"banks": mixed | found.get("banks", {})})
-            raise
-
-    def note_bank(self, part: Part, seed: int) -> None:
-        """Write which bank the part's results are of, so that those of an earlier bank are not mixed with them."""
-        found, bank = read_beside(self.folder / CURRENT), {bank_name(part.bank, seed): self.bank(part, seed).hash}
-        write_json(self.folder / CURRENT, found | {"banks": found.get("banks", {}) | bank})
+        """Write recipe and sizes into the experiment's folder."""
+        write_json(self.out / SIZES, self.sizes)
+        write_text(self.out / RECIPE, dump_yaml(self.recipe))
 
     @property
     def opener(self) -> Callable[[], Workspace]:
@@ -301,7 +280,7 @@ class Workspace:
                 anchors=self._shown(part, in_bank(bank, "anchor", self._task_people_and_candidates[1])),
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
-                evidence_folder=self.out / "work",
+                evidence_of=partial(kept_evidence, self.out / "work"),
             )
         return self._contexts[key]
 
@@ -323,43 +302,31 @@ class Workspace:
                 shots=shots,
                 queries=self.recipe.queries,
                 ask=self.recipe.ask,
-                retrieve=part.retrieve,
                 write_texts=part.texts,
                 tested=self._able(shots),
             )
+            if part.retrieve:
+                test_batch = profiled(replace(test_batch, retrieve=part.retrieve), part.retrieve)
             self._latest = key, test_batch
         return self._latest[1]
 
-    def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
-        """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""
-        parts: list[Any] = [method.digest, shots, *self._questions(part)]
-        if method.uses_bank:
-            parts += [self.bank(part, seed).hash, *self._defaults(part)]
-        if method.uses_bank or method.seeded:
-            parts.append(seed)
-        if method.uses_task_people:
-            parts += [person.digest() for person in self.splits.select("task", self.people)]
-        if method.uses_other_people:
-            parts += [person.id for person in self._able(shots)]
-        return json_sha256([*parts])[:16]
+    def where(self, part: Part, method: Method, seed: int, shots: int) -> Where:
+        """Return what the records of a method are about, apart from the person."""
+        kind, name = self._names[part.bank, method.digest]
+        return Where(kind, name, part.bank, shots, seed if method.uses_bank or method.seeded else 0)
 
-    def protocol(self, part: Part, method: Method) -> str:
-        """Return a hash of what determines the results of a method with all seeds and numbers of shots."""
-        parts = [*self._questions(part), part.bank, *(self._defaults(part) if method.uses_bank else ())]
-        return json_sha256(parts)[:16]
 
-    def _questions(self, part: Part) -> list[Any]:
-        """Return what determines the questions, and how the base answers them."""
-        run, recipe, task = self.recipe.run, self.recipe, self.task
-        parts: list[Any] = [recipe.queries, recipe.ask, self.histories]
-        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
-        parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
-        return [*parts, part.retrieve] if part.retrieve else parts
-
-    def _defaults(self, part: Part) -> list[Any]:
-        """Return the settings of merges and stacks that methods without own ones take."""
-        run = override(self.recipe.run, [*part.words])
-        return [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
+def _digest(task: Task, splits: Splits, people: Sequence[Person]) -> str:
+    """Return a hash of the task and of the items of everybody in the experiment."""
+    parts: tuple[Literal["task", "development", "candidates", "test"], ...] = (
+        "task",
+        "development",
+        "candidates",
+        "test",
+    )
+    chosen = [person for part in parts for person in splits.select(part, people)]
+    items = [replace(person, items=(*person.items, *person.queries)).digest() for person in chosen]
+    return json_sha256([task.model_dump(mode="json"), *items])[:16]
 
 
 def _open_remote(recipe: Experiment, **read: Any) -> Workspace:

@@ -16,6 +16,7 @@ from mta.evaluation.methods.method import Method, Outcome
 from mta.evaluation.protocol import TestBatch
 from mta.personalize.merge import learn
 from mta.system.device import clock
+from mta_lab.policies import Learned
 
 
 class MergedByLayer(Method):
@@ -26,15 +27,17 @@ class MergedByLayer(Method):
     name: str = "merge only, by layer"
     merge: MergeSettings | None = None
     groups: int = 3
+    learned: Learned = Learned()
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return fits(self.merge, task, anchors, calibrated)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         settings, bank = batch.merge_settings(self.merge), batch.bank
-        policy = "uniform" if settings.start == "zero" else "posterior"  # of the same anchors
-        first, seconds = batch.merge(settings.model_copy(update={"policy": policy}), seed)
-        if settings.start == "zero":
+        zero = self.learned.start == "zero"
+        policy = "uniform" if zero else "posterior"  # of the same anchors
+        first, seconds = batch.merge(settings.model_copy(update={"policy": policy, "options": {}}), seed)
+        if zero:
             first = replace(first, w=torch.zeros_like(first.w))
         start = clock(batch.base.device)
         merge = learn(
@@ -43,12 +46,12 @@ class MergedByLayer(Method):
             bank.device_anchors,
             bank.task_adapters,
             replace(first, w=first.w.to(batch.base.master_dtype)),
-            settings.learned,
+            self.learned.training,
             layer_groups(bank.device_anchors.names, self.groups),
             seed=seed,
             tokens_per_batch=batch.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
-        return answered(batch, merge, seconds + clock(batch.base.device) - start, settings.mode, settings.rank)
+        return answered(batch, merge, seconds + clock(batch.base.device) - start)
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from mta.data.history import Item
+from mta.data.history import Item, Person
 from mta.data.tasks.task import Form, Task
 from mta.errors import InputError
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt
@@ -19,6 +19,7 @@ from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import TestBatch
 from mta.model.generate import generate
 from mta.system.device import clock
+from mta_lab.methods.prompts import profiled
 
 _DESCRIBE = Task(
     name="describe-a-person",
@@ -42,11 +43,11 @@ class _Prompted(OverMethod):
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         start = clock(batch.base.device)
         stored = self.descriptions(batch)
-        profiled = batch.profiled(self.k, [f"About this person: {text}\n" for text in stored])
+        shown = profiled(batch, self.k, [f"About this person: {text}\n" for text in stored])
         seconds = clock(batch.base.device) - start
         if self.k:  # the shots must be stored for retrieval
             stored += [batch.bank.task.sentence(item) for person in batch.people for item in person.items]
-        found = self.over.outcome(profiled, seed)
+        found = self.over.outcome(shown, seed)
         each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(batch.people)
         return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
 
@@ -104,7 +105,7 @@ class Chosen(Method):
     @model_validator(mode="after")
     def _read_one_person(self) -> Self:
         for one in self.candidates:
-            if one.uses_other_people or one.uses_task_people:  # in folds, other rows hold this row's held-out shots
+            if one.uses_other_people:  # in folds, other rows hold this row's held-out shots
                 raise ValueError(f"candidates: {one.name!r} reads other people; choose among methods that do not")
         return self
 
@@ -127,7 +128,7 @@ class Chosen(Method):
 
     def _picks(self, batch: TestBatch, seed: int) -> tuple[list[int], float]:
         """Return the number of each person's candidate, and the seconds of trying the candidates on held-out shots."""
-        folds, owners = batch.folds(self.folds)
+        folds, owners = folds_of(batch, self.folds)
         if not owners:
             return [0] * len(batch.people), 0.0
         outcomes = [candidate.outcome(folds, seed) for candidate in self.candidates]
@@ -146,6 +147,26 @@ class Chosen(Method):
                 hint="Leave it out of candidates:",
             )
         return found
+
+
+def folds_of(batch: TestBatch, count: int) -> tuple[TestBatch, list[int]]:
+    """Return a batch that asks people about their own shots, and the number of the person in each of its rows.
+
+    Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
+    benchmark's own queries are not asked. A person with one shot has no row.
+    """
+    people = batch.people
+    sizes = [len(person.items) for person in people]
+    rows = [(u, turn) for u, size in enumerate(sizes) if size > 1 for turn in range(min(count, size))]
+    owners, asked = [u for u, _ in rows], [people[u].items[turn::count] for u, turn in rows]
+    kept = [[n for n in range(sizes[u]) if n % count != turn] for u, turn in rows]
+    few = [
+        Person(f"{people[u].id}/{turn}", tuple(people[u].items[n] for n in rest)) for (u, turn), rest in zip(rows, kept)
+    ]
+    folds = TestBatch(batch.context, few, asked, batch.bank.task, batch.retrieve, write_texts=False)
+    if batch.retrieve:  # the prompts of the other shots may show a held-out item: evidence is gathered again
+        return profiled(folds, batch.retrieve), owners
+    return replace(folds, evidence_of_shots=lambda: batch.evidence.of_shots(owners, kept)), owners
 
 
 def pick(losses: Tensor, margin: float) -> int:

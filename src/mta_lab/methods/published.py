@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mta.config import MergeSettings
+from mta.data.tasks.prompt import Example
 from mta.errors import InputError
-from mta.evaluation.context import mean_inputs
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome
 from mta.evaluation.protocol import TestBatch
+from mta.lora.layers import Adapters, applied
+from mta.model.base import BaseModel
 from mta.personalize.merge import Merge, merge_adapters
+from mta.personalize.shots import shots_of
 from mta.system.device import clock
 from mta.system.extras import require
 from mta.training.scoring import log_likelihood
+
+ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are computed from
 
 
 class PerPcs(Method):
@@ -42,7 +50,7 @@ class PerPcs(Method):
                 "Per-Pcs needs the anchors' histories; give the people the bank was built from",
                 hint="Context(…, anchors=…), or leave the method out.",
             )
-        anchors = batch.context.anchor_inputs  # shared by all batches, so the seconds do not include them
+        anchors = anchor_inputs(batch)  # shared by all batches, so the seconds do not include them
         start = clock(batch.base.device)
         inputs = mean_inputs(batch.base, [job.examples for job in batch.jobs], batch.bank.task_adapters)
         k = min(self.k, len(batch.bank))
@@ -56,6 +64,45 @@ class PerPcs(Method):
         w = torch.stack(weights, 1).to(batch.base.master_dtype)  # (U, L, N)
         ids = torch.arange(len(batch.bank)).expand(len(w), -1)
         return answered(batch, Merge(ids, w), clock(batch.base.device) - start)
+
+
+def anchor_inputs(batch: TestBatch) -> dict[str, Tensor]:
+    """Return the mean input of each adapted module over the items of each anchor, computed once: name -> (N, D)."""
+    context = batch.context
+    if "anchor inputs" not in context.kept:
+        people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in context.anchors]
+        jobs = [shots_of(context.base, context.bank.task, person).examples for person in people]
+        context.kept["anchor inputs"] = mean_inputs(context.base, jobs, context.bank.task_adapters)
+    found: dict[str, Tensor] = context.kept["anchor inputs"]
+    return found
+
+
+@torch.inference_mode()
+def mean_inputs(
+    base: BaseModel, jobs: Sequence[Sequence[Example]], adapters: Sequence[Adapters], rows_per_batch: int = 16
+) -> dict[str, Tensor]:
+    """Return the mean input of each adapted module over all tokens of a job's examples: name -> (U, D)."""
+    rows = sorted(((u, torch.tensor(e.tokens)) for u, job in enumerate(jobs) for e in job), key=lambda row: len(row[1]))
+    sums = {name: torch.zeros(len(jobs), d, dtype=torch.float64) for name, (d, _) in base.targets.items()}
+    counts = torch.zeros(len(jobs), 1, dtype=torch.float64)
+
+    def add(name: str, owner: Tensor, mask: Tensor, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].view(*mask.shape, -1)
+        total = (x * mask[..., None].to(x)).to(base.master_dtype).sum(1)
+        sums[name].index_add_(0, owner, total.cpu().double())  # there: some devices have no float64
+
+    for start in range(0, len(rows), rows_per_batch):
+        people, texts = zip(*rows[start : start + rows_per_batch])
+        owner = torch.tensor(people)
+        tokens = pad_sequence(list(texts), batch_first=True, padding_value=base.pad_token).to(base.device)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(base.device)
+        counts.index_add_(0, owner, mask.sum(1, keepdim=True).cpu().double())
+        with applied(base.model, adapters, owner), ExitStack() as hooks:
+            for name in sums:
+                module = base.model.get_submodule(name)
+                hooks.enter_context(module.register_forward_pre_hook(partial(add, name, owner, mask)))
+            base.model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)  # without logits
+    return {name: total / counts for name, total in sums.items()}
 
 
 def gate_of(means: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mta.evaluation.reports.figures import forest
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import write_json
 from mta_lab.privacy.membership import FPR, Attack
 from mta_lab.privacy.runner import ANCHORS, AttackRow, Findings
 from mta_lab.privacy.sampling import AT_LEAST
+from mta_lab.reports.figures import forest
 
 
 def show(found: Findings, console: Console) -> None:

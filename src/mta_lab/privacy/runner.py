@@ -109,7 +109,7 @@ def privacy(
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
     """Return the merges of the targets: equal weights of the K nearest anchors, and last the run's own merge."""
-    uniform = {"policy": "uniform", "retrieve": "cosine", "scale": 1.0}
+    uniform = {"policy": "uniform", "scale": 1.0, "options": {}}
     numbers = [*(k for k in KS if k < anchors), anchors]
     found = {f"uniform, K = {k}": run.merge.model_copy(update=uniform | {"k": k}) for k in numbers}
     own = f"{run.merge.policy}, K = {run.merge.k or anchors}"
@@ -201,7 +201,8 @@ class MembershipEvaluator:
         return replace(self.batch, people=people)
 
     def _losses(self, batch: TestBatch, asked: Sets, run: Callable[[TestBatch], Outcome]) -> list[Losses]:
-        batch = batch.with_queries([tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        queries = [tuple(self.items.items[n] for n in numbers) for numbers in asked]
+        batch = replace(batch, queries=queries, merges_from=batch)
         losses: list[Losses] = []
         for numbers, answers, golds in zip(asked, run(batch).answers, batch.golds):
             nll = query_nll(batch.task, answers, golds)

@@ -12,8 +12,7 @@ from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.methods import AnyMethod, OneLora
-from mta.evaluation.reports import figures
-from mta.evaluation.reports.figures import Measured, Picture
+from mta.evaluation.reports.figures import Measured, Picture, growth, shares
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
@@ -21,6 +20,7 @@ from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 from mta_lab.experiments.recipe import MAIN_BANK, bank_name
 from mta_lab.experiments.results import Results
+from mta_lab.reports import figures
 
 Drawn = tuple[str, dict[str, Picture]]
 """Markdown and pictures of an exhibit."""
@@ -172,8 +172,8 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
     if not rows:
         return None
     pictures = {
-        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds),
-        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes),
+        f"{name}-time": growth(seconds, "training, all people", human_seconds),
+        f"{name}-bytes": growth(stored, "stored, all people", human_bytes),
     }
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
@@ -226,7 +226,7 @@ def _case(found: Results, name: str) -> Drawn | None:
     pictures = {}
     if all(a["labels"] for a in case["answers"].values()):
         groups = {method: a["labels"] for method, a in case["answers"].items()}
-        pictures[name] = figures.shares(groups, "answer", "probability", case["gold"])
+        pictures[name] = shares(groups, "answer", "probability", case["gold"])
     text = "The first of the tested people; the shots and the question are not published.\n\n"
     if case["shots"]:
         shots = "".join(f"- {plain(shot)}\n" for shot in case["shots"])

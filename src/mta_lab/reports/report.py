@@ -12,12 +12,11 @@ from typing import Any
 
 from mta.data.tasks.task import Task
 from mta.errors import DataError
-from mta.evaluation.reports import figures
-from mta.evaluation.reports.html import Section, write_report
+from mta.evaluation.reports.html import Section, page
 from mta.evaluation.reports.summary import POOLED, better_side
 from mta.evaluation.reports.tables import markdown
 from mta.evaluation.statistics import Interval
-from mta.system.atomic import copy_file, make_folder, write_json
+from mta.system.atomic import copy_file, make_folder, write_json, write_text
 from mta.tracking.run_folder import RUN, lines, sittings
 from mta_lab.experiments.results import (
     CASE,
@@ -31,6 +30,7 @@ from mta_lab.experiments.results import (
     Results,
     write_without_texts,
 )
+from mta_lab.reports import figures
 from mta_lab.reports.exhibits import sections
 from mta_lab.reports.sets import overview, primary
 
@@ -73,6 +73,18 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     return drawn
 
 
+def write_report(folder: Path, title: str, head: str, sections: Sequence[Section]) -> None:
+    """Write a report as ``README.md`` with pictures beside it (SVG and PNG), and as ``index.html``."""
+    text = f"# {title}\n\n{head}\n"
+    for section in sections:
+        text += f"## {section.title}\n\n{section.text}\n"
+        for name, picture in section.pictures.items():
+            picture.save(folder / name)
+            text += f"![{section.title}]({name}.svg)\n\n"
+    write_text(folder / "README.md", text)
+    write_text(folder / "index.html", page(title, head, sections))
+
+
 # -- experiments -------------------------------------------------------------------------------------------------------
 
 
@@ -107,12 +119,12 @@ def lamp_answers(records: Sequence[Record], task: Task, folder: Path) -> None:
     files, golds = defaultdict[str, dict[str, str]](dict), defaultdict[int, dict[str, str]](dict)
     shots: dict[str, int] = {}
     written = [record for record in records if record.full]
-    named: dict[str, set[str]] = {}  # settings of the methods with the same name
+    named: dict[str, set[str]] = {}  # classes of the methods with the same name
     for record in written:
-        named.setdefault(_slug(record.method), set()).add(record.settings)
+        named.setdefault(_slug(record.method), set()).add(record.kind)
     for record in written:
         name = _slug(f"{record.method} {record.bank} {record.shots} {record.seed}")
-        number = sorted(named[_slug(record.method)]).index(record.settings) + 1
+        number = sorted(named[_slug(record.method)]).index(record.kind) + 1
         called = f"{name}-{number}" if number > 1 else name
         shots[called] = record.shots
         files[called].update(zip(record.ids, record.answers))

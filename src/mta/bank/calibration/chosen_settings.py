@@ -20,8 +20,7 @@ def calibrated_merge(merge: MergeSettings, found: CalibrationInfo | None) -> Mer
 
     ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
     """
-    every = merge.k == 0 and merge.retrieve == "cosine"
-    policy = "laplace" if found and found.gains and every else "posterior"
+    policy = "laplace" if found and found.gains and merge.k == 0 else "posterior"
     return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
 
 
@@ -30,10 +29,10 @@ def calibrated_stack(
 ) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
 
-    The calibration is about stacks of one ``shape`` over exact merges by the laplace policy, as they are; for others,
+    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others,
     the stack's own training counts.
     """
-    as_measured = merge.policy == "laplace" and merge.scale == 1 and merge.mode == "exact"
+    as_measured = merge.policy == "laplace" and merge.scale == 1
     alike = as_measured and stack.lora == shape
     if not stack.calibrated or not alike or found is None or found.rate is None:
         return stack.model_copy(update={"calibrated": False})
@@ -44,4 +43,4 @@ def calibrated_stack(
 
 def one_step(rate: float) -> Training:
     """Return the training of a stack by one step over all shots; few shots get a lower rate."""
-    return Training(lr=rate, steps=1, batch_size=1_000_000, prior=8)
+    return Training(lr=rate, steps=1, batch_size=1_000_000, lr_shrink_examples=8)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 
-from mta.bank.anchors import one_per_cluster
-from mta.config import Lora, MergeMode, MergeSettings, StackSettings, Training
+from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import TestBatch
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, can_merge, coefficients, merge_adapters, needs_encodings, needs_evidence
-from mta.personalize.policies import policy_named, policy_of
+from mta.personalize.merge import Merge, can_merge, merge_adapters
+from mta.personalize.policies import policy_of
 from mta.personalize.stages import adapt
 from mta.system.device import clock
 from mta.training.plan import parameters_of
@@ -53,33 +52,16 @@ class Merged(Method):
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
-    anchors: int | None = None  # merge as if the bank held only this many anchors
-
-    @model_validator(mode="after")
-    def _check_anchors(self) -> Self:
-        if self.anchors is None:
-            return self
-        kind = policy_named(self.merge.policy) if self.merge and self.merge.policy != "auto" else None
-        if self.merge is None or kind is None or kind.gradients or kind.learns:
-            raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
-        if self.merge.k > self.anchors:
-            raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
-        return self
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated) and (self.anchors or 0) <= anchors
+        return fits(self.merge, task, anchors, calibrated)
 
     @property
     def seeded(self) -> bool:
-        return self.merge is None or (self.merge.policy != "auto" and policy_of(self.merge).learns)
+        return self.merge is None or (self.merge.policy != "auto" and policy_of(self.merge).learns is not None)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        settings = batch.merge_settings(self.merge)
-        if self.anchors is None or self.anchors >= len(batch.bank):
-            merge, seconds = batch.merge(settings, seed)
-        else:
-            merge, seconds = _among(batch, settings, self.anchors)
-        return answered(batch, merge, seconds, settings.mode, settings.rank)
+        return answered(batch, *batch.merge(batch.merge_settings(self.merge), seed))
 
 
 @register
@@ -101,16 +83,23 @@ class MergeThenAdapt(Method):
         stack = batch.stack_settings(self.stack, settings)
         if not stack.enabled:
             merge, seconds = batch.merge(settings, seed)
-            return answered(batch, merge, seconds, settings.mode, settings.rank)
+            return answered(batch, merge, seconds)
         return adapted(batch, self.name, stack.lora, stack.training, seed, settings)
 
 
 def adapted(
-    batch: TestBatch, stage: str, lora: Lora, training: Training, seed: int, settings: MergeSettings | None = None
+    batch: TestBatch,
+    stage: str,
+    lora: Lora,
+    training: Training,
+    seed: int,
+    settings: MergeSettings | None = None,
+    as_adapters: Callable[[Merge], Sequence[Adapters]] | None = None,
 ) -> Outcome:
     """Train one LoRA per person over the task LoRA and, with ``settings``, their merge, and answer the queries.
 
     Cohorts that fit the memory are trained and asked one after another. ``stage`` names the steps of the training.
+    ``as_adapters`` computes the merges' adapters in another way than ``merge_adapters``.
     """
     merge, seconds = batch.merge(settings, seed) if settings else (None, 0.0)
     base, on_step = batch.base, batch.context.on_step
@@ -121,8 +110,9 @@ def adapted(
     for cohort in plan.cohorts:
         start = clock(batch.base.device)
         frozen: list[Adapters] = list(batch.bank.task_adapters)
-        if merge and settings:
-            frozen += merge_adapters(batch.bank, merge.select(cohort), settings.mode, settings.rank)
+        if merge:
+            own = merge.select(cohort)
+            frozen += as_adapters(own) if as_adapters else merge_adapters(batch.bank, own)
         jobs = [batch.jobs[i] for i in cohort]
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += clock(batch.base.device) - start
@@ -130,15 +120,13 @@ def adapted(
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
-def answered(
-    batch: TestBatch, merge: Merge, seconds: float, mode: MergeMode = "exact", rank: int | None = None
-) -> Outcome:
-    """Answer the batch's queries with everybody's merge over the task LoRA, computed as ``merge_loras`` does."""
+def answered(batch: TestBatch, merge: Merge, seconds: float) -> Outcome:
+    """Answer the batch's queries with everybody's merge over the task LoRA."""
     answers: list[Answers] = []
-    known = MergeSettings(policy="posterior", k=merge.ids.shape[1], mode=mode, rank=rank)  # nothing is left to compute
+    known = MergeSettings(policy="posterior", k=merge.ids.shape[1])  # nothing is left to compute
     for cohort in batch.plan(1, known).cohorts:
         start = clock(batch.base.device)
-        merged = merge_adapters(batch.bank, merge.select(cohort), mode, rank)
+        merged = merge_adapters(batch.bank, merge.select(cohort))
         seconds += clock(batch.base.device) - start
         answers += answer(batch, cohort, [*batch.bank.task_adapters, *merged])
     return Outcome(answers, seconds, bytes_of(merge), merge)
@@ -164,17 +152,3 @@ def bytes_of(merge: Merge) -> float:
 def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
     """Return whether the settings of a merge, if any, work for a task and a bank."""
     return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
-
-
-def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge, float]:
-    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
-    bank = batch.bank
-    chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
-    reads = needs_evidence(settings)
-    evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
-    start = clock(batch.base.device)
-    found = coefficients(settings, similarity, evidence)
-    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(batch.base.master_dtype))
-    share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
-    share += batch.encoding_seconds if needs_encodings(settings) else 0.0
-    return merge, clock(batch.base.device) - start + share

@@ -60,12 +60,7 @@ class Method(Settings, ABC):
 
     @property
     def uses_other_people(self) -> bool:
-        """Whether a person's result depends on the other tested people."""
-        return False
-
-    @property
-    def uses_task_people(self) -> bool:
-        """Whether results depend on the items of the task people, and not only through the bank."""
+        """Whether a person's result depends on items of other people, and not only through the bank."""
         return False
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
@@ -159,10 +154,6 @@ class OverMethod(Method):
     @property
     def uses_other_people(self) -> bool:
         return self.over.uses_other_people
-
-    @property
-    def uses_task_people(self) -> bool:
-        return self.over.uses_task_people
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return self.over.fits(task, anchors, calibrated)

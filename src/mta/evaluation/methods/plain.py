@@ -21,7 +21,7 @@ class _Constant(Method):
     """The same answer to all questions, without a model, for tasks with labels. Its probabilities are label shares."""
 
     uses_bank: ClassVar[bool] = False
-    uses_task_people: ClassVar[bool] = True
+    uses_other_people: ClassVar[bool] = True
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return task.labelled

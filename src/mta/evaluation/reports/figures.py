@@ -43,7 +43,7 @@ _STYLE: dict[str, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
 }
-_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 Measured = tuple[Sequence[tuple[float, float]], float, float]
 """Points (people, total) of a growing total, and the line through them: its start, and its growth per person."""
 _PEOPLE = [10 ** (n / 4) for n in range(25)]  # numbers of people for fitted lines, up to a million
@@ -89,88 +89,6 @@ class Picture:
             yield figure
 
 
-def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
-    """Forest plot: one line per method with its 95% interval, and zero. Outliers are numbers at the edge."""
-    left, right = _inside([one for _, one in rows])
-
-    def draw(ax: Any) -> None:
-        for place, (_, one) in enumerate(rows):
-            colour = COLOURS[0] if one.high < 0 else COLOURS[1] if one.low > 0 else MUTED
-            if left <= one.mean <= right:
-                ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
-                ax.plot(one.mean, place, "o", color=colour, markersize=5)
-            elif one.mean > right:
-                ax.text(right, place, f"{one.mean:+.2f} →", ha="right", va="center", color=colour, size=9)
-            else:
-                ax.text(left, place, f"← {one.mean:+.2f}", ha="left", va="center", color=colour, size=9)
-        ax.axvline(0, color=LINE, linewidth=1)
-        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
-        ax.tick_params(left=False)
-
-    alt = f"{label}: {_list(f'{name} {one.mean:+.3f}' for name, one in rows)}."
-    return Picture(alt, draw, (6.4, 0.6 + 0.27 * len(rows)))
-
-
-def lines(
-    series: Mapping[str, Mapping[float, Interval]],
-    x_label: str,
-    y_label: str,
-    *,
-    log: bool = False,
-    level: Mapping[str, float] = {},
-) -> Picture:
-    """Values over x with their intervals, one line per series. ``level`` are named horizontal lines."""
-
-    def draw(ax: Any) -> None:
-        shift = 0.012 if log else 0.06  # so that intervals do not hide each other
-        for n, (label, points) in enumerate(series.items()):
-            x = [v * (1 + shift * n) if log else v + shift * n for v in points]
-            colour = COLOURS[n % len(COLOURS)]
-            for at, one in zip(x, points.values()):
-                ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
-            means = [one.mean for one in points.values()]
-            ax.plot(x, means, "o-", color=colour, markersize=4, linewidth=1.5, label=label)
-        for value in level.values():
-            ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3))
-        places = sorted({v for points in series.values() for v in points})
-        if log:
-            ax.set_xscale("log")
-        ax.set_xticks(places, [f"{v:g}" for v in places])
-        ax.minorticks_off()
-        ax.set(xlabel=x_label, ylabel=y_label)
-        ax.legend(loc="best", **_LEGEND)
-        _name_levels(ax, level)
-
-    return Picture(f"{y_label} over {x_label}: {_list(series)}.", draw)
-
-
-def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
-    """Write names beside their lines, moved apart where lines are close together."""
-    low, high = ax.get_ylim()
-    room, last = 0.045 * (high - low), -math.inf
-    for name, value in sorted(level.items(), key=lambda item: item[1]):
-        last = max(value, last + room)
-        ax.text(1.01, last, f"{name}  {value:+.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
-
-
-def curves(losses: Mapping[str, Sequence[float]]) -> Picture:
-    """Loss curves of a run's stages: each step faint, and the mean over the last tenth of the steps."""
-
-    def draw(ax: Any) -> None:
-        for n, (name, values) in enumerate(losses.items()):
-            colour, wide = COLOURS[n % len(COLOURS)], max(len(values) // 10, 1)
-            means = [sum(values[max(i - wide + 1, 0) : i + 1]) / min(wide, i + 1) for i in range(len(values))]
-            steps = range(1, len(values) + 1)
-            if wide > 1:
-                ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-            ax.plot(steps, means, color=colour, linewidth=1.6, label=f"{name}, {means[-1]:.3f} at the end")
-        ax.set(xlabel="step", ylabel="loss (nats per target token)")
-        ax.legend(loc="best", **_LEGEND)
-
-    return Picture(f"Loss over steps: {_list(losses)}.", draw)
-
-
 def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], str]) -> Picture:
     """Totals over the number of people, both axes logarithmic: measured points solid, fitted lines dashed.
 
@@ -192,9 +110,9 @@ def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], s
         people = [10**n for n in range(7)]
         ax.set_xticks(people, [f"{count:,}" for count in people])
         ax.minorticks_off()
-        ax.legend(loc="upper left", **_LEGEND)
+        ax.legend(loc="upper left", **LEGEND)
 
-    return Picture(f"{label} over the number of people: {_list(curves)}.", draw)
+    return Picture(f"{label} over the number of people: {listed(curves)}.", draw)
 
 
 def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Picture:
@@ -203,7 +121,7 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
     A score far from the others is drawn at the edge, with its value in the label. Labels are at the right, in the
     order of the scores.
     """
-    bottom, top = _inside([one for _, _, one in points])
+    bottom, top = inside([one for _, _, one in points])
     right = max(8, *(math.ceil(math.log10(max(stored, 1.0))) for _, stored, _ in points))
 
     def draw(ax: Any) -> None:
@@ -228,7 +146,7 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
         ax.set_xticks([1, *ticks], ["0", *(human_bytes(tick) for tick in ticks)])
         ax.minorticks_off()
 
-    points_text = _list(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
+    points_text = listed(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
     return Picture(f"{y_label}, over bytes kept per person: {points_text}.", draw, (7.6, 4.8))
 
 
@@ -243,9 +161,9 @@ def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str
             ax.bar(x, [found[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
         ax.set_xticks(range(len(labels)), [f"{one} (true)" if one == gold else one for one in labels])
         ax.set(xlabel=x_label, ylabel=y_label)
-        ax.legend(**_LEGEND)
+        ax.legend(**LEGEND)
 
-    return Picture(f"{y_label} of each {x_label}: {_list(groups)}.", draw, (6.4, 3.6))
+    return Picture(f"{y_label} of each {x_label}: {listed(groups)}.", draw, (6.4, 3.6))
 
 
 def coefficient_bars(
@@ -271,7 +189,7 @@ def coefficient_bars(
         ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6), title=letter(person))
         ax.axis("off")
 
-    alts = [f"Coefficients of {letter(p)}: {_list(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
+    alts = [f"Coefficients of {letter(p)}: {listed(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
     return [Picture(alt, partial(draw, person=p), (4.4, 0.28 * rows + 0.45)) for p, alt in enumerate(alts)]
 
 
@@ -292,7 +210,7 @@ def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tu
     return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
 
 
-def _inside(values: Sequence[Interval]) -> tuple[float, float]:
+def inside(values: Sequence[Interval]) -> tuple[float, float]:
     """Return the ends of an axis on which most values can be distinguished. Outliers are cut."""
     means = sorted(one.mean for one in values)
     middle = means[len(means) // 2]
@@ -312,5 +230,6 @@ def letter(person: int) -> str:
     return f"person {chr(ord('A') + person)}"
 
 
-def _list(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
+    """Return words in one line of text."""
     return ", ".join(words) or "none"

@@ -43,7 +43,7 @@ def _show_people(samples: SampleAnswers, console: Console) -> None:
         console.print(_answers(samples, person, most))
     bars = " Bars: the probability of each answer." if most < 1.0 else ""
     console.print(
-        f"everybody: the answers of the {POOLED}, one model for all. The person's model mixes the bank's LoRAs with "
+        f"Pooled model: the {POOLED}, one model for all. The person's model mixes the bank's LoRAs with "
         f"weights that fit this person's items.{bars}",
         style="dim",
         highlight=False,
@@ -76,7 +76,7 @@ def _answers(samples: SampleAnswers, person: PersonAnswers, most: float) -> Tabl
     shares = [one for two in (samples.pooled, person.answers) for one in two if not isinstance(one, str)]
     scale = "".join(label[0] for label in samples.labels) if 0 < len(samples.labels) <= 9 else ""
     numbers = any(samples.mean(one) is not None for one in shares)
-    for title in ("everybody", f"person {person.id}"):
+    for title in ("pooled model", f"person {person.id}"):
         if not made.columns:
             made.add_column("")
         made.add_column(escape(f"{title} {scale}".strip()), justify="right" if shares else "left", header_style="dim")

@@ -47,18 +47,6 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
     return pages.get_template("report.html.jinja").render(title=title, head=head, sections=sections)
 
 
-def write_report(folder: Path, title: str, head: str, sections: Sequence[Section]) -> None:
-    """Write a report as ``README.md`` with pictures beside it (SVG and PNG), and as ``index.html``."""
-    text = f"# {title}\n\n{head}\n"
-    for section in sections:
-        text += f"## {section.title}\n\n{section.text}\n"
-        for name, picture in section.pictures.items():
-            picture.save(folder / name)
-            text += f"![{section.title}]({name}.svg)\n\n"
-    write_text(folder / "README.md", text)
-    write_text(folder / "index.html", page(title, head, sections))
-
-
 def plain(text: str) -> str:
     """Escape a text for Markdown, so that any text is shown as it is. White space becomes single spaces."""
     words = re.sub(r"\s+", " ", text).strip()
@@ -177,7 +165,9 @@ def _before_and_after(samples: SampleAnswers) -> list[Section]:
         text += f"- {name}, {plain(person.about)}" + (f"; gave before: {plain(gave)}\n" if gave else "\n")
     pictures = {}
     for n, question in enumerate(samples.questions):
-        answers = {"everybody": samples.pooled[n]} | {name: one.answers[n] for name, one in zip(names, samples.people)}
+        answers = {"pooled model": samples.pooled[n]} | {
+            name: one.answers[n] for name, one in zip(names, samples.people)
+        }
         text += f"\n**{plain(question)}**\n\n"
         for name, answer in answers.items():
             mean = samples.mean(answer)

@@ -112,7 +112,7 @@ def kept(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     if versions:
         state = store.load(id)
         report |= {"version": versions[-1], "anchors": state.anchors, "w": state.w, "policy": state.policy}
-        report |= {"stack": state.stack is not None, "merge": state.mode}
+        report |= {"stack": state.stack is not None}
     return report
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
 from mta.kernels.functions import AdaptedRows, product
-from mta.lora.batch import LoraBatch, join, shared_ranks
+from mta.lora.batch import LoraBatch, shared_ranks
 from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
@@ -68,8 +68,8 @@ class AdapterSlots:
         gates[: self._task_ranks] = float(parts.task_lora)
         if parts.gates is not None:
             gates[self._task_ranks : self._ranks] = parts.gates.repeat_interleave(anchors.rank)
-        own = [part for part in (parts.stack, parts.merge) if part]
-        return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
+        own = parts.stack.scaled_into_b().to(self.base.device, self.base.dtype) if parts.stack else None
+        return RowAdapter(gates.to(self._gates), own)
 
     def take(self, place: int, adapter: RowAdapter) -> None:
         """Write an adapter into slot ``place``; grow all slots if its rank does not fit."""

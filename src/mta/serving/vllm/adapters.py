@@ -136,10 +136,8 @@ class LoraExporter:
                 f"a stack of rank {self.rank - room} leaves no room in a slot of rank {self.rank}",
                 hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
             )
-        if parts.gates is not None:
-            merged, error = self._merged(parts.gates, room)
-        else:
-            merged, error = _truncated(join([part for part in (self.task_lora, parts.merge) if part]), room)
+        assert parts.gates is not None  # of a person
+        merged, error = self._merged(parts.gates, room)
         whole = join([merged, *stack])
         if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
             raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")

@@ -1,0 +1,28 @@
+"""Test batches whose prompts show a person's earlier items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mta.data.bm25 import with_profiles
+from mta.evaluation.protocol import TestBatch
+
+
+def profiled(batch: TestBatch, k: int, before: Sequence[str] = ()) -> TestBatch:
+    """Return the batch with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
+
+    A shot sees the shots before it, a query sees all shots. Merges stay those of the plain prompts, which the bank
+    was trained on. Only with ``batch.retrieve``, where the bank was trained on such prompts, they are fitted again.
+    """
+    task, texts = batch.bank.task, list(before) or [""] * len(batch.people)
+    whole = [replace(person, queries=asked) for person, asked in zip(batch.people, batch.queries)]
+    people = [with_profiles(task, person, k, text) for person, text in zip(whole, texts)]
+    return replace(
+        batch,
+        people=[replace(person, queries=()) for person in people],
+        queries=[person.queries for person in people],
+        task=task.profiled(),
+        merges_from=None if batch.retrieve else batch.merges_from or batch,
+        evidence_of_shots=None,
+    )

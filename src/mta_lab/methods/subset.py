@@ -1,0 +1,57 @@
+"""A smaller bank inside a bank, to compare numbers of anchors without training again. Source: our choice."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+
+from mta.bank.anchors import one_per_cluster
+from mta.config import MergeSettings
+from mta.data.tasks.task import Task
+from mta.evaluation.methods.merged import MTA_PAPER, answered, fits
+from mta.evaluation.methods.method import Method, Outcome
+from mta.evaluation.protocol import TestBatch
+from mta.personalize.merge import Merge, coefficients, needs_encodings, needs_evidence
+from mta.personalize.policies import policy_named
+from mta.system.device import clock
+
+
+class MergedAmong(Method):
+    """Stage 2 alone, as if the bank held only ``anchors`` anchors."""
+
+    paper: ClassVar[str] = MTA_PAPER
+    method: Literal["merge-among"] = "merge-among"
+    name: str = "merge only, smaller bank"
+    merge: MergeSettings
+    anchors: int
+
+    @model_validator(mode="after")
+    def _check_anchors(self) -> Self:
+        kind = None if self.merge.policy == "auto" else policy_named(self.merge.policy)
+        if kind is None or kind.gradients or kind.learns is not None:
+            raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
+        if self.merge.k > self.anchors:
+            raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
+        return self
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return fits(self.merge, task, anchors, calibrated) and self.anchors <= anchors
+
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        return answered(batch, *_among(batch, self.merge, self.anchors))
+
+
+def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge, float]:
+    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
+    bank = batch.bank
+    chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
+    reads = needs_evidence(settings)
+    evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
+    start = clock(batch.base.device)
+    found = coefficients(settings, similarity, evidence)
+    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(batch.base.master_dtype))
+    share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
+    share += batch.encoding_seconds if needs_encodings(settings) else 0.0
+    return merge, clock(batch.base.device) - start + share
