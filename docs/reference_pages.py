@@ -97,7 +97,7 @@ def settings() -> str:
     for title, kind in {
         "A run": Run,
         "A LoRA: keys of `….lora`": Lora,
-        "A training: keys of `….training` and `merge.learned`": Training,
+        "A training: keys of `….training`": Training,
         "A comparison: `mta compare`": CompareSettings,
         "An attack: `mta-lab attack`": AttackSettings,
         "A recipe: `mta-lab evaluate RECIPE`": Experiment,

@@ -155,7 +155,7 @@ def test_another_schema_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STATE_SCHEMA", 1)
     other = state().to_bytes()
     monkeypatch.undo()
-    with pytest.raises(StateCorrupt, match=r"got ValueError\('schema 1'\), expected schema 2\n  Update mta"):
+    with pytest.raises(StateCorrupt, match=r"got ValueError\('schema 1'\), expected schema 3\n  Update mta"):
         State.from_bytes(other)
 
 

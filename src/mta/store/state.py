@@ -21,7 +21,7 @@ from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
 
 T = TypeVar("T")
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
 HISTORY_SCHEMA = 1
 _FIELDS = (
     *("bank", "anchors", "w", "policy", "history", "work", "seed"),
