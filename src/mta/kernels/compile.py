@@ -63,7 +63,7 @@ _off: frozenset[str] = frozenset()
 class _Library(NamedTuple):
     """The kernels of each family and dtype, or the reason why there are none."""
 
-    found: dict[tuple[Family, torch.dtype], Kernels]
+    tables: dict[tuple[Family, torch.dtype], Kernels]
     failure: str = ""
 
 
@@ -76,13 +76,13 @@ def kernels(family: Family, *tensors: Tensor) -> Kernels | None:
     for tensor in tensors:  # no generator: called at every layer of every token
         if tensor.dtype != dtype or not tensor.is_cpu:
             return None
-    return None if family in _off else _library().found.get((family, dtype))
+    return None if family in _off else _library().tables.get((family, dtype))
 
 
 def call(family: Family, dtype: torch.dtype, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     """Call a kernel with tensors, then numbers. Its family may have been switched off since the forward pass."""
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    _library().found[family, dtype][name](*places, *numbers)
+    _library().tables[family, dtype][name](*places, *numbers)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -145,12 +145,12 @@ def _library() -> _Library:
         reason = _message(error)
         log.warning("compiled kernels are not used, and training is slower: %s (see mta doctor)", reason)
         return _Library({}, reason)
-    found, off = dict[tuple[Family, torch.dtype], Kernels](), switched_off()
+    tables, off = dict[tuple[Family, torch.dtype], Kernels](), switched_off()
     for dtype in _NUMBERS:
         table = _table(library, dtype)
         for family in FAMILIES.keys() - off:
-            found[family, dtype] = {name: table[name] for name in FAMILIES[family]}
-    return _Library(found)
+            tables[family, dtype] = {name: table[name] for name in FAMILIES[family]}
+    return _Library(tables)
 
 
 class _Entry(ctypes.Structure):
@@ -163,11 +163,11 @@ def _table(library: Any, dtype: torch.dtype) -> Kernels:
     """Return the kernels for a dtype from the library's own table of names and types."""
     name = f"table_{_NUMBERS[dtype]}"
     count = ctypes.c_int64.in_dll(library, f"{name}_size").value
-    found = dict[str, Callable[..., None]]()
+    functions = dict[str, Callable[..., None]]()
     for entry in (_Entry * count).in_dll(library, name):
         types = [_TYPES[letter] for letter in entry.arguments.decode()]
-        found[entry.name.decode()] = ctypes.CFUNCTYPE(None, *types)(entry.address)
-    return found
+        functions[entry.name.decode()] = ctypes.CFUNCTYPE(None, *types)(entry.address)
+    return functions
 
 
 def _flags() -> list[str]:
@@ -240,8 +240,8 @@ def _openmp(maps: Path = Path("/proc/self/maps")) -> str:
     except OSError:
         return ""
     paths = [Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6]
-    found = [path for path in paths if re.fullmatch(r"lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\w]*", path.name)]
+    libraries = [path for path in paths if re.fullmatch(r"lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\w]*", path.name)]
     package = Path(torch.__file__).resolve().parent
     own = package / "lib", package.with_name("torch.libs")  # other packages bring runtimes of their own: scikit-learn
-    found.sort(key=lambda path: path.parent not in own)
-    return str(found[0]) if found else ""
+    libraries.sort(key=lambda path: path.parent not in own)
+    return str(libraries[0]) if libraries else ""

@@ -194,8 +194,8 @@ class AdaptedRows:
         rows, (a, b), (p, q) = len(gates), shared, own
         parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
         fits = rows <= _ROWS and all(part.is_contiguous() for part in parts)
-        found = kernels("adapted_rows", *parts) if fits else None
-        self._run = found["adapted_rows"] if found else None
+        table = kernels("adapted_rows", *parts) if fits else None
+        self._run = table["adapted_rows"] if table else None
         self._kept = [part.detach() for part in (*parts, *buffers)]  # keeps the memory behind the addresses alive
         self._between = tuple(part.data_ptr() for part in buffers)
         self._after = *(None if t is None else t.data_ptr() for t in (weight, bias, a, b, gates, p, q)), rows
@@ -254,7 +254,7 @@ def _agrees() -> bool:
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, 768, generator=draw), torch.randn(768, 768, generator=draw)
     try:
-        found, expected = _onednn(x, weight.mT, None), x @ weight
+        result, expected = _onednn(x, weight.mT, None), x @ weight
     except RuntimeError:
         return False
-    return bool((found - expected).norm() <= 1e-5 * expected.norm())
+    return bool((result - expected).norm() <= 1e-5 * expected.norm())

@@ -69,14 +69,14 @@ def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Ten
 def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:
     weight = module.weight
     x = torch.linspace(-2, 3, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(1, 4, -1)
-    expected, found = module.forward(x), faster(x)
-    return expected.dtype == found.dtype and _near(found, expected)
+    expected, result = module.forward(x), faster(x)
+    return expected.dtype == result.dtype and _near(result, expected)
 
 
-def _near(found: Tensor, expected: Tensor) -> bool:
+def _near(result: Tensor, expected: Tensor) -> bool:
     double = expected.dtype == torch.float64  # norms are computed in float32
     tolerance = 1e-6 if double else 4 * torch.finfo(expected.dtype).eps
-    return float((found - expected).double().norm()) <= tolerance * float(expected.double().norm())
+    return float((result - expected).double().norm()) <= tolerance * float(expected.double().norm())
 
 
 def _attention(module: nn.Module) -> Callable[..., Any] | None:
@@ -114,4 +114,4 @@ def _rotates(plain: Callable[..., Any]) -> bool:
         expected = plain(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):
         return False
-    return all(_near(found, right) for found, right in zip(_rotary(plain, q, k, cos, sin), expected))
+    return all(_near(result, right) for result, right in zip(_rotary(plain, q, k, cos, sin), expected))

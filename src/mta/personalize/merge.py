@@ -183,20 +183,20 @@ def fit_merge(
         return _from_gradients(base, jobs, anchors, task_adapters, settings, calibration, earlier, **passes)
     training = policy_of(settings).learns
     if earlier and training:
-        found = earlier.merge
+        merge = earlier.merge
     elif earlier and evidence:
         w = updated_coefficients(settings, earlier.merge, evidence, earlier.tokens, similarity)
-        found = Merge(earlier.merge.ids, w)
+        merge = Merge(earlier.merge.ids, w)
     else:
         if similarity is None and needs_encodings(settings):
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
         if similarity is None:
             similarity = torch.zeros(len(jobs), len(anchors))
-        found = coefficients(settings, similarity, evidence)
-    found = Merge(found.ids, found.w.to(base.master_dtype))
+        merge = coefficients(settings, similarity, evidence)
+    merge = Merge(merge.ids, merge.w.to(base.master_dtype))
     if training is None:
-        return found
-    start = Merge(found.ids, found.w / settings.scale)
+        return merge
+    start = Merge(merge.ids, merge.w / settings.scale)
     learned = learn(base, jobs, anchors, task_adapters, start, training(settings), seed=seed, **passes)
     return Merge(learned.ids, settings.scale * learned.w)
 
@@ -221,10 +221,10 @@ def _from_gradients(
     if not calibration.personal:
         w = settings.scale * calibration.mu.expand(len(jobs), -1)
         return Merge(ids, w.to(base.master_dtype))
-    found = gate_gradients(
+    gates = gate_gradients(
         base, jobs, anchors, calibration.mu, task_adapters, tokens_per_batch=passes.get("tokens_per_batch", TOKENS)
     )
-    gradients = ShotGradients(found.gradients, found.loglik, torch.tensor([len(job.examples) for job in jobs]))
+    gradients = ShotGradients(gates.gradients, gates.loglik, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:
         if earlier.merge.gradients is None:
             raise ConfigError("the earlier merges hold no gradients", hint="Fit them anew, from all items.")
@@ -282,8 +282,8 @@ def learn(
         (people,) = moved(base.device, people)
         return Merge(ids[people], weights(parameters["shift"], people)).adapters(anchors)
 
-    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=task_adapters, seed=seed, **passes)
-    return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
+    trained = train(base, jobs, {"shift": shift}, adapters, training, frozen=task_adapters, seed=seed, **passes)
+    return Merge(start.ids, weights(trained["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
 def merge_adapters(bank: Bank, merge: Merge) -> list[Adapters]:

@@ -99,8 +99,8 @@ def policy(
 
 def policy_named(name: str) -> Policy:
     """Return a policy by its name in settings, which are checked to name one."""
-    found: Policy = POLICIES.get(name) or plugins.load(POLICY_GROUP, name)
-    return found
+    policy: Policy = POLICIES.get(name) or plugins.load(POLICY_GROUP, name)
+    return policy
 
 
 def policy_of(settings: MergeSettings) -> Policy:

@@ -33,8 +33,8 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
     """
     examples = list[Example]()
     for n, item in enumerate(person.items, known_items + 1):
-        if found := task.wrong(item):
-            raise DataError(f"item {n}, field {found[0]!r}: {found[1]}", hint="Correct the item, or leave it out.")
+        if wrong := task.wrong(item):
+            raise DataError(f"item {n}, field {wrong[0]!r}: {wrong[1]}", hint="Correct the item, or leave it out.")
         try:
             examples.append(base.prompts.example(task, item))
         except DataError as error:
