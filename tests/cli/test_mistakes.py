@@ -154,10 +154,6 @@ MISTAKES = {
         "report {bank} --out {root}",
         "DataError: the report of {bank} would be written into that folder",
     ),
-    "rejects over another file": (
-        "data describe {members} --task movielens-rating --skip-bad {new}",
-        "InputError: bad rows cannot be written to {new}: it is another file",
-    ),
     "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
 }
 

@@ -28,21 +28,6 @@ def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
     assert sorted(item.fields["text"] for item in ann.items) == ["one", "three", "two"]
 
 
-@pytest.mark.parametrize(
-    ("times", "message"),
-    [
-        (["20090531", "2009-05-31"], "'2009-05-31' is a date, and '20090531' a number"),
-        (["2009-05", 3], "'2009-05' is a date, and '3' a number"),
-    ],
-)
-def test_times_that_count_something_do_not_stand_beside_dates(tmp_path, times, message):
-    rows = [{"person": "ann", "text": str(n), "score": "4", "time": time} for n, time in enumerate(times)]
-    path = jsonl(tmp_path, *rows)
-    with pytest.raises(DataError) as error:
-        read_people(path, "lamp3")
-    assert message in str(error.value)
-
-
 def test_seconds_since_1970_can_stand_beside_dates(tmp_path):
     rows = [("b", 1717113600), ("c", "2024-06-01"), ("a", "2009-01"), ("d", None)]
     rows = [{"person": "ann", "text": f"text {name}", "score": "4", "time": time} for name, time in rows]

@@ -12,7 +12,7 @@ from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import describe as count
 from mta.data.history import Item
-from mta.data.sharing import CROWD, connected
+from mta.data.sharing import connected
 from mta.data.tasks import PromptFormat, load_task
 from mta.data.tasks import Task as TaskType
 from mta.data.tasks.prompt import Example
@@ -53,10 +53,6 @@ def describe(
         "them",
         f"shared items: {shared}",
     ]
-    if shared.crowded:
-        lines.append(f"not counted as shared: {shared.crowded} items that more than {CROWD} people have")
-    if shared.judged:
-        lines.append(f"not counted as shared: {shared.judged} inputs that several people answer differently")
     if splits["labels"]:
         lines.append("labels: " + "  ".join(f"{label} {share:.1%}" for label, share in splits["labels"].items()))
     typer.echo("\n".join(lines))

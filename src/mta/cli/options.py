@@ -77,7 +77,7 @@ SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and c
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
 Private = Annotated[bool, Option("--private/--public", help="Visibility of a new repository.")]
-Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard, wandb or trackio.")]
+Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard or wandb.")]
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")
 ]

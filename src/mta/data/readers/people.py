@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from mta.config import plugins
 from mta.data.history import Item, People, Person
-from mta.data.readers.rejects import Records, Rejects, data_error, is_rejects
-from mta.data.readers.rows import NO_TIME, RecordPart, distinct, item_parts
+from mta.data.readers.rejects import Records, Rejects, data_error
+from mta.data.readers.rows import RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
 from mta.data.sharing import connected, repeated
@@ -88,9 +88,6 @@ def read_people(
             items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
             items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
             queries += part.queries
-    for id in (id for id in gathered if id.lower() in NO_TIME):
-        count = len(gathered[id][0])
-        log.warning("%s: %d items belong to person %r; if their person is unknown, leave them out", source, count, id)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
     people = [Person.of(id, items, queries) for id, (items, queries, _) in gathered.items()]
@@ -137,19 +134,14 @@ def iter_parts(
 
 
 def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
-    """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
+    """Return the file for bad rows, which is replaced. Raises InputError for a folder or an input file."""
     if skip_bad is None:
         return None
-    path, kind = Path(os.path.expanduser(skip_bad)), ""
-    if is_read(path, source):
-        kind = "an input file"
-    elif path.is_dir():
-        kind = "a folder"
-    elif path.exists() and not (path.is_file() and is_rejects(path)):  # devices, too
-        kind = "another file"
-    if kind:
+    path = Path(os.path.expanduser(skip_bad))
+    if path.is_dir() or is_read(path, source):
         raise InputError(
-            f"bad rows cannot be written to {path}: it is {kind}; expected the name of a file",
+            f"bad rows cannot be written to {path}: it is {'a folder' if path.is_dir() else 'an input file'}; "
+            "expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path

@@ -23,14 +23,12 @@ from mta.system.extras import require
 CSV = (".csv", ".tsv")
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
-QUOTES = "close the quotes around a cell, and double those in it"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
-        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        return arrow_rows if saved else folder_rows
+        return arrow_rows if (path / "state.json").exists() else folder_rows
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
@@ -41,19 +39,16 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
 def csv_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a table with a header, separated by commas, semicolons, tabs, or bars.
 
-    Excel's first line ``sep=;`` names another separator. Blank cells are None, and rows of blank cells are skipped.
+    Blank cells are None, and rows of blank cells are skipped.
     Raises DataError for a table that cannot be split into rows: bytes that are not UTF-8, open quotes.
     """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
     lines = text_lines(path)
-    begin, head = _filled(lines)
-    if excel := re.fullmatch("sep=(.)", head):
-        begin, head = _filled(lines)
+    begin, head = next(((number, text) for number, text in lines if text.strip()), (0, ""))
     if not head:
         header = "person,input,output,time"
         raise DataError(f"{path} is empty; expected a header, such as {header}", hint=f"Write the first line  {header}")
-    delimiter = excel[1] if excel else _delimiter(head)
-    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), delimiter, rejects)
+    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), _delimiter(head))
     place, cells = next(records)
     names = [cell.strip() for cell in cells]
     _check_distinct(names, place)
@@ -72,38 +67,16 @@ def _delimiter(head: str) -> str:
     return max(DELIMITERS, key=lambda one: (2 * bare.count(one) - bare.count(f"{one} "), bare.count(one)))
 
 
-def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
-    """Return the next line that is not blank, with its number; (0, "") without one."""
-    return next(((number, text) for number, text in lines if text.strip()), (0, ""))
-
-
-def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Rejects) -> Iterator[tuple[Place, list[str]]]:
-    """Yield the cells of each record, the header first; ``begin`` is its place.
-
-    A line with wrong quotes is a bad row. Raises DataError if they span lines: the next record may begin anywhere.
-    """
-    taken = list[str]()  # the lines of the record
-
-    def given() -> Iterator[str]:
-        for line in lines:
-            taken.append(line)
-            yield f"{line}\n"
-
-    reader = csv.reader(given(), delimiter=delimiter, strict=True)
-    while True:
-        read = reader.line_num
-        place = begin._replace(line=begin.line + read)
-        taken.clear()
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if not read or len(taken) > 1:
-                raise data_error(place, None, f"not a table: {error}", hint=f"Write JSONL, or {QUOTES}.") from None
-            rejects.add(place, None, f"not a table: {error}; {QUOTES}", taken[0])
-        else:
-            yield place, cells
+def _records(begin: Place, lines: Iterable[str], delimiter: str) -> Iterator[tuple[Place, list[str]]]:
+    """Yield the cells of each record, the header first; ``begin`` is its place. Raises DataError for wrong quotes."""
+    reader, read = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True), 0
+    try:
+        for cells in reader:
+            yield begin._replace(line=begin.line + read), cells
+            read = reader.line_num
+    except csv.Error as error:
+        hint = "Write JSONL, or close the quotes around a cell, and double those in it."
+        raise data_error(begin._replace(line=begin.line + read), None, f"not a table: {error}", hint=hint) from None
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
@@ -152,10 +125,7 @@ def folder_rows(folder: Path, rejects: Rejects) -> Records:
 
 def _shared_name(shard: Path) -> str:
     """Return what the names of all files of a Parquet table have in common: all but numbers and UUIDs."""
-    if shard_of := re.match(r"(.*)-\d+-of-\d+", shard.stem):
-        return f"{shard_of[1]}-*"
-    common = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
-    return re.sub(r"([-_.]*\*)+$", "*", common)
+    return re.sub(r"([-_.]*\*)+$", "*", re.sub(r"-of-\d+|[0-9a-f]{8}-[0-9a-f-]{27}|\d+", "*", shard.stem))
 
 
 def _some(names: Iterable[str]) -> str:
@@ -165,17 +135,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def arrow_rows(path: Path, rejects: Rejects) -> Records:
-    """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``, or of the only one in a folder of them.
-
-    A place counts rows, not lines.
-    """
-    if (path / "dataset_dict.json").exists():
-        splits = sorted(folder for folder in path.iterdir() if folder.is_dir())
-        if len(splits) != 1:
-            names = _some(split.name for split in splits) or "none"
-            hint = f"Give the folder of one split, such as  {next(iter(splits), path / 'train')}"
-            raise DataError(f"{path}: expected one split, found {names}", hint=hint)
-        path = splits[0]
+    """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``. A place counts rows, not lines."""
     require("tables")
     import pyarrow
 
