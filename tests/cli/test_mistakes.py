@@ -141,7 +141,6 @@ MISTAKES = {
         "bank build {members} {settings} --out {root}/b --seed -1",
         "ConfigError: the command line: seed: ",
     ),
-    "a picture without a name": ("size --picture .", "InputError: . is no name of a picture"),
     "a new key in a file that exists": (
         "serve --keys {root}/keys.yaml --new-key app --secret {new}",
         "ConfigError: {new} exists already, and may hold another key",

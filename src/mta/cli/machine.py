@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,7 +121,7 @@ def _served(
     device: str | None,
 ) -> list[Finding]:
     import mta
-    from mta.tools.served import PERSON, Server, base_at, check_served
+    from mta.tools.served import PERSON, Server, check_served
 
     require("serve")
     if not bank or not store:
@@ -130,9 +130,7 @@ def _served(
         raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
     key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
     base, opened, run = options.open_bank(options.bank_at(bank), options.as_words(base=moved), device=device)
-    server = Server(url, key, served_as, task="")
-    if served_as == PERSON:  # a server of ours also serves the pooled model and the base
-        server = replace(server, task="task", base=base_at(server, base.name))
+    server = Server(url, key, served_as, task="task" if served_as == PERSON else "")  # a server of ours has this model
     return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
@@ -166,15 +164,12 @@ def size(
     targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
     shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
     on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
-    picture: Annotated[
-        Path | None, Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")
-    ] = None,
     config: options.Config = None,
     json: options.Json = False,
 ) -> None:
     """Estimate bytes, memory and hours for a base and a number of people, against OPPU and Per-Pcs. Loads no weights.
 
-    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
+    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100
     """
     from mta.tools import cost as sizing
 
@@ -183,10 +178,6 @@ def size(
     load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
-    if picture:
-        if not picture.name:
-            raise InputError(f"{picture} is no name of a picture", hint="For example:  --picture size")
-        _draw(picture.with_suffix("") if picture.suffix in (".svg", ".png") else picture, costs, machine)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
         times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
@@ -217,17 +208,3 @@ def _costs(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:
     once, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
     return {"once": once, "each": each, "all": once + people * each}
-
-
-def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
-    """Draw bytes and training time of each method against the number of people."""
-    from mta.evaluation.reports.figures import Measured, growth
-
-    kept: dict[str, Measured] = {name: ([], cost.fixed_bytes, cost.person_bytes) for name, cost in costs.items()}
-    took: dict[str, Measured] = {
-        name: ([], machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations))
-        for name, cost in costs.items()
-    }
-    time = growth(took, f"training, all people, {machine.name}", human_seconds)
-    growth(kept, "stored, all people", human_bytes).save(path.with_name(f"{path.name}-bytes"))
-    time.save(path.with_name(f"{path.name}-time"))

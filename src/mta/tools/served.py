@@ -7,7 +7,6 @@ here, with the code that trained the models, so that another adapter, scale, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
-from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel, row_adapters
+from mta.personalize.adapters import TASK, PersonOrModel, SharedModel, row_adapters
 from mta.serving.engine import person_name
 from mta.store.state import State
 from mta.tools.doctor import Finding
@@ -40,7 +39,6 @@ class Server:
     key: str = ""
     person: str = PERSON
     task: str = "task"
-    base: str = ""
 
     def client(self) -> httpx.Client:
         """Return a client of the server. Raises InputError."""
@@ -59,30 +57,21 @@ class Server:
             ) from None
 
     def name_of(self, who: PersonOrModel) -> str:
-        """Return the model name of a person, of the pooled model, or of the base."""
-        if isinstance(who, str):
-            return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
-        return {TASK: self.task, BASE: self.base}[who]
-
-
-def base_at(server: Server, otherwise: str) -> str:
-    """Return the base's name at a server of ours, which may be its path there; ``otherwise`` if it does not say."""
-    import httpx2 as httpx
-
-    with server.client() as client, suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        return str(client.get("/v1/task").json()["base"])
-    return otherwise
+        """Return the model name of a person or of the pooled model."""
+        if isinstance(who, SharedModel):
+            return self.task
+        return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
 
 
 def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:
-    """Compare the server's log probabilities with ours, for the base, the pooled model, and the people.
+    """Compare the server's log probabilities with ours, for the pooled model and the people.
 
     Without people, the last finding is a warning: a store has no ids, only their hashes, so it cannot list people.
     Raises PersonNotFound for a person without a state here, InputError if nothing would be compared.
     """
     import httpx2 as httpx
 
-    asked: list[PersonOrModel] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    asked: list[PersonOrModel] = [*([TASK] if server.task else []), *people]
     if not asked:
         raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}
