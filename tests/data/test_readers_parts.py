@@ -5,10 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from files import jsonl
 
-from mta.data.describe import describe_for_evaluation
-from mta.data.history import Item, Person
 from mta.data.readers import read_people
-from mta.data.tasks import load_task
 from mta.errors import DataError
 
 
@@ -63,11 +60,3 @@ def test_an_answer_is_not_taken_for_a_question(tmp_path):
     row = {"person": "ann", "output": "secret", "ref1": "A", "ref2": "B"}
     with pytest.raises(DataError, match="field 'title': missing; task 'lamp1' needs title, ref1, ref2"):
         read_people(jsonl(tmp_path, row), "lamp1", questions=True)
-
-
-def test_a_person_whose_own_question_is_asked_needs_no_items_for_it():
-    task = load_task("lamp1")
-    asked = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[2]"}, is_query=True)
-    items = tuple(Item({"title": f"T{n}", "abstract": "We."}) for n in range(8))
-    people = [Person("ann", items, (asked,)), Person("bob", items)]
-    assert describe_for_evaluation(people, task)["shots"] == {1: 1, 4: 1, 8: 1, 16: 0}

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -159,29 +158,14 @@ def test_a_device_that_computes_nothing_is_a_problem(monkeypatch):
     assert (device.verdict, device.found.split(";")[0]) == ("problem", "cpu: CUDA error: out of memory")
 
 
-def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
-    there = {"torch": "2.9.1+cpu", "typer": None}
-    monkeypatch.setattr(doctor, "version_of", lambda name: there.get(name, "99.0"))
-    findings = {one.name: one for one in doctor._versions()}
-    least = next(line.partition(">=")[2] for line in requires("merge-then-adapt") if line.startswith("torch>="))
-    assert (findings["torch"].verdict, findings["torch"].found) == ("problem", f"2.9.1+cpu; expected {least} or newer")
-    assert findings["typer"].found == "not installed"
-    assert findings["typer"].hint.startswith("pip install 'typer>=")
-    assert findings["transformers"].verdict == "ok"
-
-
-def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, monkeypatch):
-    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("uvicorn", "bm25s", "gguf") else "1.0")
-    findings = list(doctor._extras())
-    serve = found("serve", findings)
-    assert (serve.verdict, serve.found) == ("ok", "not installed: uvicorn")
-    assert serve.hint == "Optional: pip install fastapi httpx2 prometheus-client uvicorn"
-    needed = found("eval", findings)
+def test_missing_extras_that_a_demo_needs_are_a_problem(cache, monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("bm25s", "gguf") else "1.0")
+    needed, assets = doctor._extras()
     assert (needed.verdict, needed.found) == ("problem", "not installed: bm25s")
     assert needed.hint == "A demo needs it: pip install bm25s matplotlib rouge-score"
-    assert found("assets", findings).verdict == "problem"
+    assert (assets.name, assets.verdict) == ("assets", "problem")
     monkeypatch.setattr(doctor, "is_present", lambda name: True)
-    assert found("assets", doctor._extras()).verdict == "ok"
+    assert [one.name for one in doctor._extras()] == ["eval"]
 
 
 def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):

@@ -29,7 +29,7 @@ def describe(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Count people, items, queries, shared items, times and labels, and people with enough items for 1 to 16 shots.
+    """Count people, items, queries, shared items, times and labels, and people with enough items.
 
     Example:  mta data describe history.jsonl --task lamp3
     """
@@ -45,10 +45,6 @@ def describe(
         f"with {able['items']} items or more, enough to become anchors of a bank: {able['people']} people",
         f"enough for the {compared['shots']} shots and {compared['queries']} queries of mta compare: "
         f"{compared['people']} people",
-        *(
-            f"in a recipe, last {splits['asked']} items as queries, the {shots} before them as shots: {able} people"
-            for shots, able in splits["shots"].items()
-        ),
         f"people with a time on every item: {splits['people with times']}; the others follow the newest item before "
         "them",
         f"shared items: {shared}",

