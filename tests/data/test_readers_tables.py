@@ -173,7 +173,7 @@ def test_every_cell_is_read_as_it_was_written(tmp_path_factory, cells):
     assert found == [row for row in rows if any(row)]
 
 
-# -- Arrow -------------------------------------------------------------------------------------------------------------
+# -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
 def table_of(**more):
@@ -186,33 +186,22 @@ def table_of(**more):
     return pa.table(values | more)
 
 
-def as_datasets(folder: Path, table: pa.Table) -> Path:
-    """Write a table as ``datasets.Dataset.save_to_disk`` does."""
-    folder.mkdir()
-    with (
-        pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file,
-        pa.ipc.new_stream(file, table.schema) as out,
-    ):
-        out.write_table(table)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    return folder
-
-
-def test_parquet_and_datasets_give_the_people_of_their_rows(tmp_path):
+def test_parquet_gives_the_people_of_its_rows(tmp_path):
     pq.write_table(table_of(), tmp_path / "a.parquet")
     assert read_people(tmp_path / "a.parquet", "lamp3") == PEOPLE
     assert read_people(tmp_path, "lamp3") == PEOPLE  # a folder of Parquet files
-    assert read_people(as_datasets(tmp_path / "split", table_of()), "lamp3") == PEOPLE
 
 
 def test_class_labels_are_read_by_their_names(tmp_path):
     features = {"score": {"names": ["5", "4", "1", "2"], "_type": "ClassLabel"}, "text": {"dtype": "string"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     table = table_of(score=[1, 2, 3]).replace_schema_metadata(metadata)
-    assert read_people(as_datasets(tmp_path / "split", table), "lamp3") == PEOPLE
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_people(tmp_path / "a.parquet", "lamp3") == PEOPLE
     without = table_of(score=[1, -1, 3]).replace_schema_metadata(metadata)
-    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow:2: field 'score': empty"):
-        read_people(as_datasets(tmp_path / "other", without), "lamp3")
+    pq.write_table(without, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:2: field 'score': empty"):
+        read_people(tmp_path / "a.parquet", "lamp3")
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -221,15 +210,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_people(tmp_path / "a.parquet", "lamp3")
     with pytest.raises(DataError, match="no such file"):
         read_people(tmp_path / "b.parquet", "lamp3")
-    split = as_datasets(tmp_path / "split", table_of(text=[["a list"], ["b"], ["c"]], time=[date(2024, 1, 1)] * 3))
-    with pytest.raises(DataError, match=r"arrow:1: field 'text': expected text or a number, got a list"):
-        read_people(split, "lamp3")
-    (split / "data-00000-of-00001.arrow").write_bytes((split / "data-00000-of-00001.arrow").read_bytes()[:400])
-    with pytest.raises(DataError, match=r"00001\.arrow cannot be read"):
-        read_people(split, "lamp3")
-    (split / "state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"state\.json cannot be read"):
-        read_people(split, "lamp3")
+    pq.write_table(table_of(text=[["a list"], ["b"], ["c"]], time=[date(2024, 1, 1)] * 3), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:1: field 'text': expected text or a number, got a list"):
+        read_people(tmp_path / "a.parquet", "lamp3")
 
 
 def test_times_that_python_cannot_hold_are_an_error(tmp_path):

@@ -46,9 +46,7 @@ def bank_at(name: Path) -> Path:
 
 Source = Annotated[
     str,
-    Argument(
-        help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of datasets or RecBole; movielens-100k; or - for stdin."
-    ),
+    Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k; or - for stdin."),
 ]
 Columns = Annotated[
     list[str] | None,

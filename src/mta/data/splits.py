@@ -88,11 +88,6 @@ def draw(
     Raises InputError if there are too few people, or if the groups leave a part empty.
     """
     sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
-    for name, size in sizes.items():
-        if size < 0:
-            raise InputError(
-                f"{name} is {size}; expected 0 or more people", hint="Give a number of people; 0 leaves the part empty."
-            )
     fit = [person for person in people if len(person.items) >= min_items]
     check_distinct(fit)
     ids = [person.id for person in fit]

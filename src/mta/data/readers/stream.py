@@ -130,10 +130,8 @@ def array_elements(path: Path, opening: str = r"\s*\[", named: str = "array") ->
             fail(_not_json(error), getattr(error, "pos", at))
         yield Place(path, line, element), value
         at = next_at(end)
-        if text[at] == ",":
+        if text[at] == ",":  # the last one may be followed by the end
             at = next_at(at + 1)
-            if text[at] == "]":
-                fail("a comma before the end of the array", at)
         elif text[at] != "]":
             fail("expected ',' or ']' after an element of the array", at)
     if begin.start() == 0 and text[at + 1 :].strip():

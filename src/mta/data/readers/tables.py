@@ -1,4 +1,4 @@
-"""Readers of tables: CSV and TSV with a header, Parquet, and folders that Hugging Face ``datasets`` saved."""
+"""Readers of tables: CSV and TSV with a header, and Parquet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -28,7 +27,7 @@ DELIMITERS = ",;\t|"
 def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
-        return arrow_rows if (path / "state.json").exists() else folder_rows
+        return folder_rows
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
@@ -85,13 +84,23 @@ def _check_distinct(names: list[str], place: Place) -> None:
 
 
 def parquet_rows(path: Path, rejects: Rejects) -> Records:
-    """Yield the rows of a Parquet file. A place counts rows, not lines."""
+    """Yield the rows of a Parquet file. A place counts rows, not lines. Raises DataError for a damaged file."""
     require("tables")
     from pyarrow.parquet import ParquetFile
 
-    with _reading(path):
+    opened(path).close()
+    try:
         table = ParquetFile(path)
-        yield from _rows(path, table.schema_arrow, table.iter_batches(1024))
+        names, classes = table.schema_arrow.names, _classes(table.schema_arrow.metadata)
+        _check_distinct(names, Place(path, 1))
+        batches = (batch.to_pydict().values() for batch in table.iter_batches(1024))
+        for number, row in enumerate((row for columns in batches for row in zip(*columns)), 1):
+            yield Place(path, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
+    except DataError:  # a ValueError, too
+        raise
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -132,41 +141,6 @@ def _some(names: Iterable[str]) -> str:
     """Return the first five names in order, for messages."""
     ordered = sorted(names)
     return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
-
-
-def arrow_rows(path: Path, rejects: Rejects) -> Records:
-    """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``. A place counts rows, not lines."""
-    require("tables")
-    import pyarrow
-
-    with _reading(path / "state.json"):
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [path / Path(one["filename"]).name for one in state["_data_files"]]
-    for file in files:
-        with _reading(file):
-            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-            yield from _rows(file, stream.schema, stream)
-
-
-def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Records:
-    names, classes = schema.names, _classes(schema.metadata)
-    _check_distinct(names, Place(file, 1))
-    rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch.columns)))
-    for number, row in enumerate(rows, 1):
-        yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Raise DataError for a file that is missing, or damaged as pyarrow and JSON find."""
-    opened(file).close()
-    try:
-        yield
-    except DataError:  # a ValueError, too
-        raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{file} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
 
 
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
