@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import people_of
 
-from mta.store import Store
 from mta.system import assets
 from mta.tools import doctor
 from mta.tools.doctor import BASE, examine
@@ -168,22 +166,6 @@ def test_missing_extras_that_a_demo_needs_are_a_problem(cache, monkeypatch):
     assert [one.name for one in doctor._extras()] == ["eval"]
 
 
-def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):
-    missing = doctor._store(str(tmp_path / "people"))
-    assert missing.verdict == "problem"
-    assert missing.found == f"there is no store at {tmp_path}/people"
-    assert not (tmp_path / "people").exists()
-    Store(tmp_path / "people").save_history(people_of(1)[0])
-    assert doctor._store(str(tmp_path / "people")).verdict == "ok"
-
-
-def test_a_bank_is_opened(tiny, tmp_path):
-    _, bank = tiny
-    finding, missing = doctor._bank(bank.folder), doctor._bank(tmp_path / "bank")
-    assert (finding.verdict, finding.found) == ("ok", "3 anchors for movielens-rating, over tiny-llama")
-    assert (missing.verdict, missing.hint[:28]) == ("problem", "Give the folder of a bank (-")
-
-
 def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "mta", "doctor", *words], env=os.environ | environment, capture_output=True, text=True
@@ -192,9 +174,11 @@ def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
 
 @pytest.mark.integration
 def test_the_command_ends_with_0_where_a_demo_could_run_and_with_1_and_the_problem_elsewhere(cache, tmp_path):
-    done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
+    (tmp_path / "file").write_text("")
+    closed = str(tmp_path / "file" / "cache")
+    done = mta_doctor(MTA_CACHE=closed, MTA_KERNELS="off", COLUMNS="200")
     assert (done.returncode, "Fix the problems first." in done.stdout) == (1, True)
-    assert f"there is no store at {tmp_path}/none" in done.stdout
+    assert "Set MTA_CACHE to a writable folder." in done.stdout
     done = mta_doctor("--json", MTA_KERNELS="off")
     reported = json.loads(done.stdout)
     assert done.returncode == bool(reported["problems"]), done.stderr

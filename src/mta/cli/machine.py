@@ -59,8 +59,8 @@ def demo(
 
 
 def doctor(
-    bank: Annotated[Path | None, Option("--bank", help="Check this bank too: a folder.")] = None,
-    store: Annotated[str | None, Option("--store", help="Check this store too.")] = None,
+    bank: Annotated[Path | None, Option("--bank", help="With --served: the bank.")] = None,
+    store: Annotated[str | None, Option("--store", help="With --served: the store.")] = None,
     served: Annotated[
         str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
     ] = None,
@@ -85,7 +85,7 @@ def doctor(
     With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
     exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 
-    Example:  mta doctor --bank bank/ --store people/
+    Example:  mta doctor
     Example:  mta doctor --served http://127.0.0.1:8000 --bank bank/ --store people/ --person ann --key-file app.key
     """
     from mta.tools.doctor import examine
@@ -93,17 +93,19 @@ def doctor(
 
     if served:
         findings = _served(served, bank, store, person or [], served_as, key_file, base, device)
-    elif person or key_file or base or served_as != PERSON:
-        raise InputError("--person, --served-as, --key-file, and --base belong to --served", "Add  --served URL.")
+    elif bank or store or person or key_file or base or served_as != PERSON:
+        raise InputError(
+            "--bank, --store, --person, --served-as, --key-file, and --base belong to --served", "Add  --served URL."
+        )
     else:
-        findings = examine(bank, store, device)
+        findings = examine(device)
     problems, warnings = (sum(one.verdict == verdict for one in findings) for verdict in ("problem", "warning"))
     if json:
         show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in findings]})
     else:
         say = Console(highlight=False).print
         say(_findings(findings))
-        start = "Ready." if bank or store or device else "Ready. Start with:  mta demo"
+        start = "Ready." if device else "Ready. Start with:  mta demo"
         then = "" if served else " Fix the problems first." if problems else f" {start}"
         say(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}.{then}")
     if problems:

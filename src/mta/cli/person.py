@@ -67,12 +67,6 @@ def _facts(summary: Summary) -> list[str]:
         models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in models.items() if loss is not None)
         lines.append(f"nats per token on their shots ({losses.tokens} target tokens): {each}")
-        gains = [("the merge", losses.pooled - losses.merged, "the pooled model")]
-        if losses.stacked is not None:
-            gains.append(("merge and stack", losses.merged - losses.stacked, "the merge alone"))
-        for part, gain, other in gains:
-            word = "better" if gain >= 0 else "worse"
-            lines.append(f"  {part} predicts their shots {word} by {abs(gain):.3f} nats per token than {other}")
     else:
         lines.append("losses on their shots: not recorded (personalize again to record them)")
     lines.append("history: not kept" if summary.history is None else f"history: {summary.history} items kept")

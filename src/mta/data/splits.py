@@ -154,11 +154,9 @@ def _grouped(people: Sequence[Person]) -> list[list[str]]:
 
 
 def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[str]]:
-    """Choose whole groups for a part.
+    """Choose whole groups for a part: for tests in their order, none larger than a quarter (or two people).
 
-    Test and development parts take groups in their order, none larger than a quarter of the part (or two people),
-    because a group counts as one observation. Training parts take the largest groups first and may exceed their size by
-    a quarter.
+    A group counts as one observation. Training parts take the largest groups first, and up to a quarter too many.
     """
     order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
     most = max(size // 4, 2)  # of one group in a test

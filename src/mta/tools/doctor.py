@@ -17,12 +17,9 @@ from typing import Literal
 
 import torch
 
-from mta.bank.format import read_info, verify
-from mta.bank.notes import stale_report
 from mta.config import Run, parse_size
-from mta.errors import ModelError, MtaError
+from mta.errors import ModelError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
-from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, dtype_name, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS, install
@@ -46,15 +43,12 @@ class Finding:
     hint: str = ""
 
 
-def examine(bank: Path | None = None, store: str | None = None, device: str | None = None) -> list[Finding]:
-    """Return the findings of all checks; ``bank`` and ``store`` are checked if they are given.
-
-    With a ``device``, this device is checked, and not what only a demo needs.
-    """
+def examine(device: str | None = None) -> list[Finding]:
+    """Return the findings of all checks. With a ``device``, it is checked, and not what only a demo needs."""
     findings = [*_versions(), *_machine(device or "auto"), _kernels()]
     if device is None:
         findings += [_memory(), *_assets(), *_extras()]
-    return findings + ([_bank(bank)] if bank else []) + ([_store(store)] if store else [])
+    return findings
 
 
 def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "") -> Finding:
@@ -157,26 +151,3 @@ def _extras() -> Iterator[Finding]:
         missing = ", ".join(name for name in EXTRAS[extra] if version_of(name) is None)
         state = f"not installed: {missing}" if missing else "installed"
         yield _judged("extras", extra, state, problem=f"A demo needs it: {install(extra)}" if missing else "")
-
-
-def _bank(folder: Path) -> Finding:
-    try:
-        info = read_info(folder)
-        verify(folder, info)
-    except MtaError as error:
-        return Finding("bank", str(folder), "problem", error.message, error.hint)
-    content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
-    report = stale_report(folder)
-    rebuild = f"{report.found[0].upper()}{report.found[1:]}. {report.hint}" if report else ""
-    return _judged("bank", str(folder), content, warning=rebuild)
-
-
-def _store(url: str) -> Finding:
-    try:
-        store = Store(url)
-        store.check()
-        if command := store.files.exposed():
-            return Finding("store", url, "warning", "readable, but also by other users", command)
-        return Finding("store", url, "ok", f"readable{'' if store.files.local else ' at its address'}")
-    except MtaError as error:
-        return Finding("store", url, "problem", error.message, error.hint)

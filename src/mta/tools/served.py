@@ -27,7 +27,6 @@ LIMIT = 0.1  # nats per token; rounding in bfloat16 stays below half of it (docs
 PERSON = "person:{}"  # how mta serve names a person's model
 _TOKENS = 16  # of each answer
 _QUESTIONS = 3
-_HERE = ("127.0.0.1", "localhost", "::1")  # hosts that a proxy cannot reach
 _PATIENCE = 120.0  # seconds for one answer
 
 
@@ -46,10 +45,8 @@ class Server:
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            proxied = httpx.URL(self.url).host not in _HERE
-            return httpx.Client(
-                base_url=self.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_PATIENCE, trust_env=proxied
-            )
+            url = self.url.rstrip("/").removesuffix("/v1")
+            return httpx.Client(base_url=url, headers=headers, timeout=_PATIENCE, trust_env=False)  # without a proxy
         except (httpx.InvalidURL, UnicodeError) as error:
             raise InputError(
                 f"the address {self.url!r} or the key cannot be used: {error}",

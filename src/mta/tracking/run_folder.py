@@ -50,9 +50,6 @@ class RunFolder:
     own run. Lines with another ``work`` in the same folder belong to other runs. ``about`` holds more facts (seeds,
     plan, bank) and ``outcome`` a few results; both go into ``run.json``. Without a ``folder`` nothing is written, but
     ``on_step`` is still called for every step.
-
-    >>> with RunFolder(folder=out, kind="personalize", base=base, settings=settings) as kept:
-    ...     kept.outcome = counts(personal.personalize(people, on_step=kept.step))  # mta.personalize.outcomes: no ids
     """
 
     folder: Path | None

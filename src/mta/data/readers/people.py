@@ -69,14 +69,11 @@ def read_people(
 ) -> People:
     """Return the people of a file, a folder, or a data asset, each with their items in time order.
 
-    People come in order of appearance. With ``questions``, the rows of a table are questions: they need no answer, and
-    become the people's ``queries``. ``columns`` names the columns of person, input, output, and time (or of the task's
-    own fields), where they are called otherwise.
-    LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
-    question id becomes the person's id. People who hold copies of the same items get the same ``group``.
-    A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
-    reason, row}, in arrays also element) and reading continues.
-    Raises DataError, which names file, line, and field; TaskError; InputError.
+    With ``questions``, the rows of a table are questions: they need no answer, and become the people's ``queries``.
+    ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
+    called otherwise. People who hold copies of the same items get the same ``group``.
+    Bad rows are written to the file ``skip_bad``, as JSONL ({file, line, field, reason, row}, in arrays also element).
+    Without it, a bad row raises DataError, which names file, line, and field. Also raises TaskError, InputError.
     """
     if isinstance(path, str):
         path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
