@@ -28,7 +28,6 @@ TOOLS = [
     "pytest",
     "pytest-timeout",
     "s3fs",
-    "trackio",
     "wandb",
 ]
 SHOWN = ("torch", "transformers", "peft", "numpy", "pydantic", "typer", "fastapi")

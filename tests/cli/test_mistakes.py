@@ -141,7 +141,6 @@ MISTAKES = {
         "bank build {members} {settings} --out {root}/b --seed -1",
         "ConfigError: the command line: seed: ",
     ),
-    "a picture without a name": ("size --picture .", "InputError: . is no name of a picture"),
     "a new key in a file that exists": (
         "serve --keys {root}/keys.yaml --new-key app --secret {new}",
         "ConfigError: {new} exists already, and may hold another key",
@@ -153,10 +152,6 @@ MISTAKES = {
     "a report into what it reports on": (
         "report {bank} --out {root}",
         "DataError: the report of {bank} would be written into that folder",
-    ),
-    "rejects over another file": (
-        "data describe {members} --task movielens-rating --skip-bad {new}",
-        "InputError: bad rows cannot be written to {new}: it is another file",
     ),
     "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
 }

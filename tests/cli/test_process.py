@@ -25,15 +25,13 @@ def test_a_pipe_is_read_once(tmp_path):
     assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
 
 
-def test_a_terminal_that_cannot_show_a_character_shows_its_number_and_json_stays_json(tmp_path):
+def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
     form = 'item: {prompt: "{text}", target: mood}\ntext: "{text}"\n'
     (tmp_path / "mood.yaml").write_text(f'name: mood\nversion: 1\nmetric: accuracy\n{form}labels: ["😀", "★"]\n')
     (tmp_path / "a.jsonl").write_text(json.dumps({"person": "ann", "text": "Fine.", "mood": "😀"}))
     words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "mood.yaml"]
     how = {"env": os.environ | {"PYTHONIOENCODING": "latin-1"}, "capture_output": True, "cwd": tmp_path, "check": True}
     assert b"labels: \\U0001f600 100.0%  \\u2605 0.0%" in subprocess.run(words, **how).stdout
-    found = json.loads(subprocess.run([*words, "--json"], **how).stdout)
-    assert found["splits"]["labels"] == {"😀": 1.0, "★": 0.0}
 
 
 def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import GOOD, TIME, dumped, fails, jsonl, lamp, question
+from files import GOOD, TIME, fails, jsonl, lamp, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -113,14 +113,6 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
     assert "row" in reject
 
 
-def test_a_person_called_like_a_missing_value_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = jsonl(tmp_path, GOOD, {**GOOD, "person": "NA"}, {**GOOD, "person": "NA", "time": 3})
-    with caplog.at_level(logging.WARNING, "mta"):
-        assert [person.id for person in read_people(path, "lamp3")] == ["ann", "NA"]
-    found = f"{path}: 2 items belong to person 'NA'; if their person is unknown, leave them out"
-    assert caplog.messages == [found]
-
-
 def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x", "time": 2})
     with caplog.at_level(logging.WARNING, "mta"):
@@ -186,9 +178,6 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         read_people(path, "lamp3", skip_bad=path)
     with pytest.raises(InputError, match="it is a folder; expected the name of a file"):
         read_people(path, "lamp3", skip_bad=tmp_path)
-    mine = dumped(tmp_path / "mine.jsonl", GOOD)
-    with pytest.raises(InputError, match="it is another file"):
-        read_people(path, "lamp3", skip_bad=mine)
     lamp(tmp_path, [question("1")], {"1": "4"})
     for file in ("dev_questions.json", "dev_outputs.json"):
         for source in (tmp_path, tmp_path / "dev_questions.json"):

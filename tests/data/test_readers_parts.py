@@ -5,10 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from files import jsonl
 
-from mta.data.describe import describe_for_evaluation
-from mta.data.history import Item, Person
 from mta.data.readers import read_people
-from mta.data.tasks import load_task
 from mta.errors import DataError
 
 
@@ -26,21 +23,6 @@ def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
         (tmp_path / f"{name}.parquet").rename(tmp_path / f"train-{n}.parquet")
     (ann,) = read_people(tmp_path, "lamp3")
     assert sorted(item.fields["text"] for item in ann.items) == ["one", "three", "two"]
-
-
-@pytest.mark.parametrize(
-    ("times", "message"),
-    [
-        (["20090531", "2009-05-31"], "'2009-05-31' is a date, and '20090531' a number"),
-        (["2009-05", 3], "'2009-05' is a date, and '3' a number"),
-    ],
-)
-def test_times_that_count_something_do_not_stand_beside_dates(tmp_path, times, message):
-    rows = [{"person": "ann", "text": str(n), "score": "4", "time": time} for n, time in enumerate(times)]
-    path = jsonl(tmp_path, *rows)
-    with pytest.raises(DataError) as error:
-        read_people(path, "lamp3")
-    assert message in str(error.value)
 
 
 def test_seconds_since_1970_can_stand_beside_dates(tmp_path):
@@ -78,11 +60,3 @@ def test_an_answer_is_not_taken_for_a_question(tmp_path):
     row = {"person": "ann", "output": "secret", "ref1": "A", "ref2": "B"}
     with pytest.raises(DataError, match="field 'title': missing; task 'lamp1' needs title, ref1, ref2"):
         read_people(jsonl(tmp_path, row), "lamp1", questions=True)
-
-
-def test_a_person_whose_own_question_is_asked_needs_no_items_for_it():
-    task = load_task("lamp1")
-    asked = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[2]"}, is_query=True)
-    items = tuple(Item({"title": f"T{n}", "abstract": "We."}) for n in range(8))
-    people = [Person("ann", items, (asked,)), Person("bob", items)]
-    assert describe_for_evaluation(people, task)["shots"] == {1: 1, 4: 1, 8: 1, 16: 0}

@@ -15,7 +15,6 @@ from mta.errors import DataError
     [
         ('[{"a": 1},\n {"b": x}]', "2: element 2: invalid JSON: Expecting value"),
         ('[{"a": 1}\n {"b": 2}]', "2: element 1: expected ',' or ']' after an element of the array"),
-        ('[{"a": 1},\n]', "2: element 1: a comma before the end of the array"),
         ('[{"a": 1},\n{"b": [', "2: element 2: invalid JSON: Expecting value"),
         ('[{"a": 1},\n\n', "3: element 1: the file ends inside an array: the file is incomplete"),
         ('[{"a": "\n"}]', "1: element 1: invalid JSON: Invalid control character at"),

@@ -141,10 +141,10 @@ def test_classify_returns_the_shares_of_the_library(gateway, world):
 
 
 def test_the_check_of_what_is_served_agrees(gateway, world):
-    server = Server(gateway.url, gateway.secrets["serve"], base=world.base.name)
+    server = Server(gateway.url, gateway.secrets["serve"])
     found = check_served(server, personalizer(world.base, world.bank, world.store), ["0", "1", "2"])
-    assert [one.name for one in found] == [world.base.name, "task", "person:0", "person:1", "person:2"]
-    assert [one.verdict for one in found] == ["ok"] * 5, found
+    assert [one.name for one in found] == ["task", "person:0", "person:1", "person:2"]
+    assert [one.verdict for one in found] == ["ok"] * 4, found
 
 
 async def forgotten(engine, world, person, requests):

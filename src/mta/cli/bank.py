@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +15,6 @@ from mta.config.constants import ROUNDING_ONLY
 from mta.errors import InputError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
-People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
-Unrelated = Annotated[
-    bool,
-    Option("--unrelated", help="Confirm that none of the given people is behind an imported LoRA of another name."),
-]
 
 
 @app.command()
@@ -79,8 +73,7 @@ def import_(
     out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
     task: options.Task = None,
     base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
-    people: People = None,
-    unrelated: Unrelated = False,
+    people: Annotated[str | None, Option(help="Items of the LoRAs' people, to find anchors by content.")] = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     config: options.Config = None,
@@ -89,28 +82,15 @@ def import_(
 ) -> None:
     """Make a bank of LoRAs that PEFT trained: every LoRA becomes the meta-LoRA of an anchor.
 
-    Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank, if the
-    file also holds every LoRA's person, or with --unrelated.
+    Ranks, scales, and layers may differ. mta bank calibrate fits the bank to other people.
 
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    if not people and (skip_bad or unrelated or columns):
-        raise InputError(
-            "--skip-bad, --unrelated, and --columns need --people",
-            hint="Give the file:  --people history.jsonl",
-        )
+    if not people and (skip_bad or columns):
+        raise InputError("--skip-bad and --columns need --people", hint="Give the file:  --people history.jsonl")
     read = options.people_in(people, run.task, columns, skip_bad) if people else []
-    model = mta.BaseModel.of(run)
-    bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    if read and run.calibration.enabled:
-        again = f"mta bank calibrate {shlex.quote(str(bank.folder))} …"
-        typer.echo(f"The bank is written. If its calibration is interrupted:  {again}", err=True)
-        try:
-            with Screen() as screen:
-                bank = bank.calibrate(model, read, run=run, unrelated=unrelated, on_step=screen.step)
-        except InputError as error:
-            typer.echo(f"The bank is not calibrated: {error.message}. {error.hint}", err=True)
+    bank = mta.Bank.of_adapters(mta.BaseModel.of(run), adapters, out, task=run.task, people=read, run=run)
     _show(bank, json)
 
 
@@ -126,7 +106,10 @@ def calibrate(
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    unrelated: Unrelated = False,
+    unrelated: Annotated[
+        bool,
+        Option("--unrelated", help="Confirm that none of the given people is behind an imported LoRA of another name."),
+    ] = False,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,

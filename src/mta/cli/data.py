@@ -12,7 +12,7 @@ from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import describe as count
 from mta.data.history import Item
-from mta.data.sharing import CROWD, connected
+from mta.data.sharing import connected
 from mta.data.tasks import PromptFormat, load_task
 from mta.data.tasks import Task as TaskType
 from mta.data.tasks.prompt import Example
@@ -29,7 +29,7 @@ def describe(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Count people, items, queries, shared items, times and labels, and people with enough items for 1 to 16 shots.
+    """Count people, items, queries, shared items, times and labels, and people with enough items.
 
     Example:  mta data describe history.jsonl --task lamp3
     """
@@ -45,18 +45,10 @@ def describe(
         f"with {able['items']} items or more, enough to become anchors of a bank: {able['people']} people",
         f"enough for the {compared['shots']} shots and {compared['queries']} queries of mta compare: "
         f"{compared['people']} people",
-        *(
-            f"in a recipe, last {splits['asked']} items as queries, the {shots} before them as shots: {able} people"
-            for shots, able in splits["shots"].items()
-        ),
         f"people with a time on every item: {splits['people with times']}; the others follow the newest item before "
         "them",
         f"shared items: {shared}",
     ]
-    if shared.crowded:
-        lines.append(f"not counted as shared: {shared.crowded} items that more than {CROWD} people have")
-    if shared.judged:
-        lines.append(f"not counted as shared: {shared.judged} inputs that several people answer differently")
     if splits["labels"]:
         lines.append("labels: " + "  ".join(f"{label} {share:.1%}" for label, share in splits["labels"].items()))
     typer.echo("\n".join(lines))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,8 +59,8 @@ def demo(
 
 
 def doctor(
-    bank: Annotated[Path | None, Option("--bank", help="Check this bank too: a folder.")] = None,
-    store: Annotated[str | None, Option("--store", help="Check this store too.")] = None,
+    bank: Annotated[Path | None, Option("--bank", help="With --served: the bank.")] = None,
+    store: Annotated[str | None, Option("--store", help="With --served: the store.")] = None,
     served: Annotated[
         str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
     ] = None,
@@ -85,7 +85,7 @@ def doctor(
     With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
     exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 
-    Example:  mta doctor --bank bank/ --store people/
+    Example:  mta doctor
     Example:  mta doctor --served http://127.0.0.1:8000 --bank bank/ --store people/ --person ann --key-file app.key
     """
     from mta.tools.doctor import examine
@@ -93,17 +93,19 @@ def doctor(
 
     if served:
         findings = _served(served, bank, store, person or [], served_as, key_file, base, device)
-    elif person or key_file or base or served_as != PERSON:
-        raise InputError("--person, --served-as, --key-file, and --base belong to --served", "Add  --served URL.")
+    elif bank or store or person or key_file or base or served_as != PERSON:
+        raise InputError(
+            "--bank, --store, --person, --served-as, --key-file, and --base belong to --served", "Add  --served URL."
+        )
     else:
-        findings = examine(bank, store, device)
+        findings = examine(device)
     problems, warnings = (sum(one.verdict == verdict for one in findings) for verdict in ("problem", "warning"))
     if json:
         show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in findings]})
     else:
         say = Console(highlight=False).print
         say(_findings(findings))
-        start = "Ready." if bank or store or device else "Ready. Start with:  mta demo"
+        start = "Ready." if device else "Ready. Start with:  mta demo"
         then = "" if served else " Fix the problems first." if problems else f" {start}"
         say(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}.{then}")
     if problems:
@@ -121,7 +123,7 @@ def _served(
     device: str | None,
 ) -> list[Finding]:
     import mta
-    from mta.tools.served import PERSON, Server, base_at, check_served
+    from mta.tools.served import PERSON, Server, check_served
 
     require("serve")
     if not bank or not store:
@@ -130,9 +132,7 @@ def _served(
         raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
     key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
     base, opened, run = options.open_bank(options.bank_at(bank), options.as_words(base=moved), device=device)
-    server = Server(url, key, served_as, task="")
-    if served_as == PERSON:  # a server of ours also serves the pooled model and the base
-        server = replace(server, task="task", base=base_at(server, base.name))
+    server = Server(url, key, served_as, task="task" if served_as == PERSON else "")  # a server of ours has this model
     return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
@@ -166,15 +166,12 @@ def size(
     targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
     shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
     on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
-    picture: Annotated[
-        Path | None, Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")
-    ] = None,
     config: options.Config = None,
     json: options.Json = False,
 ) -> None:
     """Estimate bytes, memory and hours for a base and a number of people, against OPPU and Per-Pcs. Loads no weights.
 
-    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
+    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100
     """
     from mta.tools import cost as sizing
 
@@ -183,10 +180,6 @@ def size(
     load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
-    if picture:
-        if not picture.name:
-            raise InputError(f"{picture} is no name of a picture", hint="For example:  --picture size")
-        _draw(picture.with_suffix("") if picture.suffix in (".svg", ".png") else picture, costs, machine)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
         times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
@@ -217,17 +210,3 @@ def _costs(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:
     once, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
     return {"once": once, "each": each, "all": once + people * each}
-
-
-def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
-    """Draw bytes and training time of each method against the number of people."""
-    from mta.evaluation.reports.figures import Measured, growth
-
-    kept: dict[str, Measured] = {name: ([], cost.fixed_bytes, cost.person_bytes) for name, cost in costs.items()}
-    took: dict[str, Measured] = {
-        name: ([], machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations))
-        for name, cost in costs.items()
-    }
-    time = growth(took, f"training, all people, {machine.name}", human_seconds)
-    growth(kept, "stored, all people", human_bytes).save(path.with_name(f"{path.name}-bytes"))
-    time.save(path.with_name(f"{path.name}-time"))

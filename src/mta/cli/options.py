@@ -46,9 +46,7 @@ def bank_at(name: Path) -> Path:
 
 Source = Annotated[
     str,
-    Argument(
-        help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of datasets or RecBole; movielens-100k; or - for stdin."
-    ),
+    Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k; or - for stdin."),
 ]
 Columns = Annotated[
     list[str] | None,
@@ -77,7 +75,7 @@ SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and c
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
 Private = Annotated[bool, Option("--private/--public", help="Visibility of a new repository.")]
-Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard, wandb or trackio.")]
+Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard or wandb.")]
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")
 ]
@@ -110,14 +108,14 @@ class Stdin(PosixPath):
 
 def columns_in(given: Sequence[str] | None) -> dict[str, str]:
     """Return what ``--columns`` names: person, input, output, time, or a field -> its column. Raises InputError."""
-    hint = "Give names and columns of the file:  --columns person=uid,output=stars"
     columns: dict[str, str] = {}
     for pair in (pair for pairs in given or () for pair in pairs.split(",")):
         name, equals, column = (part.strip() for part in pair.partition("="))
         if not (name and equals and column):
-            raise InputError(f"--columns has {pair!r}; expected a name, =, and a column", hint=hint)
-        if name in columns:
-            raise InputError(f"--columns names {name!r} twice: {columns[name]!r} and {column!r}", hint=hint)
+            raise InputError(
+                f"--columns has {pair!r}; expected a name, =, and a column",
+                hint="Give names and columns of the file:  --columns person=uid,output=stars",
+            )
         columns[name] = column
     return columns
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import suppress
 from dataclasses import asdict, replace
 from json import loads
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.bar import Bar
 from rich.console import Console
-from rich.table import Table
 from typer import Argument, Option
 
 import mta
 from mta.cli import options
 from mta.cli.screen import show_json
-from mta.errors import InputError, MtaError, PersonNotFound, StoreError
+from mta.errors import InputError, MtaError, StoreError
 from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
@@ -26,8 +23,7 @@ if TYPE_CHECKING:
     from mta.tools.inspect import Summary
 
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
-SHOWN = 12  # anchors in a chart; --json has all
-WIDTH = 30  # characters of the chart
+SHOWN = 12  # anchors with the largest coefficients; --json has all
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts for its slots
 INCOMPLETE = 3  # exit code of mta forget; 1 is an error, 2 is wrong usage of the command line
 
@@ -48,10 +44,7 @@ def show(
     from mta.store import Store
     from mta.tools.inspect import summarize
 
-    try:
-        summary = summarize(person, Store(store), bank)
-    except PersonNotFound as error:
-        raise _in_bank(error, person, bank, store) from None
+    summary = summarize(person, Store(store), bank)
     if json:
         return show_json(asdict(summary))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
@@ -59,26 +52,11 @@ def show(
     other = f"not the one at {bank} ({summary.bank_here[:12]}): personalize again before asking"
     say(f"bank {summary.bank[:12]}, " + (f"the one at {bank}" if summary.bank == summary.bank_here else other))
     say(f"merge: {summary.policy}, {len(summary.weights)} anchors")
-    say(_chart(summary))
+    strongest = sorted(summary.weights, key=lambda one: -abs(one.w))[:SHOWN]
+    say("\n".join(f"anchor {one.anchor}  {one.w:+.3f}" for one in sorted(strongest, key=lambda one: -one.w)))
+    if more := len(summary.weights) - len(strongest):
+        say(f"and {more} others, see --json")
     say("\n".join(_facts(summary)))
-
-
-def _chart(summary: Summary) -> Table:
-    """Return a bar chart of the strongest anchors, largest coefficient first. Negative bars go left from zero."""
-    strongest = {one.anchor for one in sorted(summary.weights, key=lambda one: -abs(one.w))[:SHOWN]}
-    shown = [one for one in summary.weights if one.anchor in strongest]
-    rest = [one.w for one in summary.weights if one.anchor not in strongest]
-    least, most = min([0.0, *(one.w for one in shown)]), max([0.0, *(one.w for one in shown)])
-    scale = WIDTH / ((most - least) or 1.0)
-    zero = round(-least * scale)  # the edge of a character
-    table = Table(box=None, show_header=False)
-    for one in shown:
-        begin, end = sorted((zero, zero + one.w * scale))
-        bar = Bar(size=WIDTH, begin=begin, end=end, width=WIDTH, color="red" if one.w < 0 else "default")
-        table.add_row(f"anchor {one.anchor}", f"{one.w:+.3f}", bar)
-    if rest:
-        table.add_row(f"{len(rest)} others", f"{sum(rest):+.3f}", "in sum")
-    return table
 
 
 def _facts(summary: Summary) -> list[str]:
@@ -89,12 +67,6 @@ def _facts(summary: Summary) -> list[str]:
         models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in models.items() if loss is not None)
         lines.append(f"nats per token on their shots ({losses.tokens} target tokens): {each}")
-        gains = [("the merge", losses.pooled - losses.merged, "the pooled model")]
-        if losses.stacked is not None:
-            gains.append(("merge and stack", losses.merged - losses.stacked, "the merge alone"))
-        for part, gain, other in gains:
-            word = "better" if gain >= 0 else "worse"
-            lines.append(f"  {part} predicts their shots {word} by {abs(gain):.3f} nats per token than {other}")
     else:
         lines.append("losses on their shots: not recorded (personalize again to record them)")
     lines.append("history: not kept" if summary.history is None else f"history: {summary.history} items kept")
@@ -220,19 +192,6 @@ def forget(
     said = "The bank is marked" if missing else "The person is forgotten, but some steps failed"
     typer.echo(f"{said}. Correct that, and repeat:  {options.command_line()}", err=True)
     raise typer.Exit(INCOMPLETE)
-
-
-def _in_bank(error: PersonNotFound, person: str, bank: Path, store: str) -> PersonNotFound:
-    """Return the error for a person without a state; it says so if a bank was trained on the person."""
-    from mta.bank.format import read_info
-
-    parts = list[str]()
-    with suppress(MtaError):  # there may be no bank
-        parts += read_info(bank).members.parts_of(person)
-    message = f"{error.message}; the bank at {bank} was trained on them: {', '.join(parts)}"
-    command = shlex.join(["mta", "forget", "--bank", str(bank), "--store", store, "--", person])
-    hint = f"To forget them:  {options.without_passwords(command)}"
-    return PersonNotFound(message, hint=hint) if parts else error
 
 
 def _reachable(bank: Path) -> Path:

@@ -75,7 +75,6 @@ def personalize(
         bank, words, seed=seed, device=device, config=config, open_to=options.MERGE_AND_STACK
     )
     _warn_of_members(opened, people)
-    _warn_of_no_gain(opened, settings)
     with options.executor_at(cluster, workers, settings.device, together) as executor, Screen() as screen:
         personal = mta.Personalizer(base, opened, session.store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
@@ -94,15 +93,6 @@ def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
         typer.echo("This bank came without its members: these people may have helped to train it.", err=True)
     if seen := sum(bool(bank.info.members.parts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank, so it has seen their items.", err=True)
-
-
-def _warn_of_no_gain(bank: mta.Bank, run: mta.Run) -> None:
-    calibrated, measured = bank.with_calibrated_settings(run), bank.calibration
-    keeps_pooled = (
-        measured is not None and not measured.personal and not measured.mu.any() and not calibrated.stack.enabled
-    )
-    if keeps_pooled and calibrated.merge.policy == "laplace":
-        typer.echo("This bank's calibration found no gain: everybody keeps the pooled model (mta bank show).", err=True)
 
 
 def _warn_of_failures(done: Personalized | Updated) -> None:

@@ -13,7 +13,7 @@ from typer import Option
 
 import mta
 from mta.cli import options
-from mta.cli.screen import Screen, show_json, speaks_unicode
+from mta.cli.screen import Screen, show_json
 from mta.data.readers.people import is_read
 from mta.errors import InputError
 from mta.system.atomic import check_ordinary, make_folder, write_json, write_text
@@ -85,9 +85,7 @@ def predict(
     with Screen("questions") as screen:
         answers = tool.predict(personal, people, shared, write, max_new_tokens, kept=kept, on_step=screen.step)
         predictions = list(answers)
-    lines = "".join(
-        f"{dumps(one.as_json(), ensure_ascii=out is None and not speaks_unicode())}\n" for one in predictions
-    )
+    lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in predictions)
     if out is None:
         typer.echo(lines, nl=False)
     elif lamp:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import sys
 import time
@@ -119,12 +118,7 @@ def tables() -> Console:
 
 def show_json(value: object) -> None:
     """Print a result as JSON on stdout."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=not speaks_unicode()))
-
-
-def speaks_unicode() -> bool:
-    """Return whether stdout can show every character; if not, JSON has to escape them to stay JSON."""
-    return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def show_parcel(upload: Upload, to: str, private: bool, err: bool = True) -> None:

@@ -21,18 +21,12 @@ Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 
 @dataclass(frozen=True, slots=True)
 class SharedItems:
-    """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
-
-    Not counted as shared: ``crowded`` items of more than ``CROWD`` people, and ``judged`` inputs, which people answer
-    differently.
-    """
+    """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size."""
 
     items: int = 0
     people: int = 0
     groups: int = 0
     largest: int = 0
-    crowded: int = 0
-    judged: int = 0
 
     def __str__(self) -> str:
         if not self.people:
@@ -102,20 +96,14 @@ class Copies:
 
     def __init__(self, people: Sequence[Person], task: Task) -> None:
         self.task = task
-        self.crowded = self.judged = 0
         self.holders: dict[Key, set[int]] = {}
         by_inputs = self._several(people)
         if task.labelled and _independent(by_inputs.values(), people, task):
-            self.judged = len(by_inputs)
             return
         for inputs, answers in by_inputs.items():
             total = sum(map(len, answers.values()))
             answer, holders = max(answers.items(), key=lambda one: len(one[1]))
-            if total > CROWD and (len(answers) == 1 or not task.labelled):
-                self.crowded += 1
-            elif total > CROWD or 2 * len(holders) <= total:  # no answer that most holders copied
-                self.judged += 1
-            else:
+            if total <= CROWD and 2 * len(holders) > total:  # an answer that most holders copied
                 self.holders[inputs, answer] = holders
 
     def in_histories(self, people: Iterable[Person], queries: Iterable[Item]) -> int:
@@ -174,7 +162,7 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     names = {n: min(people[m].id for m in group) for group in groups for n in group}
     sizes = Counter(names.values())
     counts = {"people": len(names), "groups": len(sizes), "largest": max(sizes.values(), default=0)}
-    shared = SharedItems(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
+    shared = SharedItems(len(copies.holders), **counts)
     return [replace(person, group=names.get(n, person.group)) for n, person in enumerate(people)], shared
 
 

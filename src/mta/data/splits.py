@@ -88,11 +88,6 @@ def draw(
     Raises InputError if there are too few people, or if the groups leave a part empty.
     """
     sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
-    for name, size in sizes.items():
-        if size < 0:
-            raise InputError(
-                f"{name} is {size}; expected 0 or more people", hint="Give a number of people; 0 leaves the part empty."
-            )
     fit = [person for person in people if len(person.items) >= min_items]
     check_distinct(fit)
     ids = [person.id for person in fit]
@@ -159,11 +154,9 @@ def _grouped(people: Sequence[Person]) -> list[list[str]]:
 
 
 def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[str]]:
-    """Choose whole groups for a part.
+    """Choose whole groups for a part: for tests in their order, none larger than a quarter (or two people).
 
-    Test and development parts take groups in their order, none larger than a quarter of the part (or two people),
-    because a group counts as one observation. Training parts take the largest groups first and may exceed their size by
-    a quarter.
+    A group counts as one observation. Training parts take the largest groups first, and up to a quarter too many.
     """
     order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
     most = max(size // 4, 2)  # of one group in a test

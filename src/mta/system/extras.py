@@ -18,7 +18,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packag
         "ray": ("ray",),
         "tensorboard": ("tensorboard",),
         "wandb": ("wandb",),
-        "trackio": ("trackio",),
     }
 )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -119,18 +117,12 @@ def demo(
 
 
 def next_commands(out: Path, report: ComparisonReport) -> list[str]:
-    """Return commands to go on with, in the order in which a newcomer may want them.
-
-    A line above each command says what it does: a comment after the command is an error in interactive zsh.
-    """
+    """Return commands to go on with, each below a line that says what it does."""
     bank, store, page = (shlex.quote(str(out / name)) for name in ("bank", "people", "report.html"))
     lines = ["Compare a person's model with the others, at http://127.0.0.1:8000:"]
     lines += [f"  mta serve --bank {bank} --store {store} --insecure-local"]
     lines += [f"Open {page} in a browser (pictures, every number):"]
     lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {page}"]
-    activate = Path(sys.executable).with_name("activate")
-    if shutil.which("mta") is None and activate.is_file():  # called by its path, as make demo does
-        lines = ["Once in each terminal:", f"  . {shlex.quote(os.path.relpath(activate))}", *lines]
     if report.samples:
         person = shlex.quote(report.samples.people[0].id)
         lines += ["Show all that is stored about a person:"]

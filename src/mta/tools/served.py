@@ -7,7 +7,6 @@ here, with the code that trained the models, so that another adapter, scale, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
-from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel, row_adapters
+from mta.personalize.adapters import TASK, PersonOrModel, SharedModel, row_adapters
 from mta.serving.engine import person_name
 from mta.store.state import State
 from mta.tools.doctor import Finding
@@ -28,7 +27,6 @@ LIMIT = 0.1  # nats per token; rounding in bfloat16 stays below half of it (docs
 PERSON = "person:{}"  # how mta serve names a person's model
 _TOKENS = 16  # of each answer
 _QUESTIONS = 3
-_HERE = ("127.0.0.1", "localhost", "::1")  # hosts that a proxy cannot reach
 _PATIENCE = 120.0  # seconds for one answer
 
 
@@ -40,7 +38,6 @@ class Server:
     key: str = ""
     person: str = PERSON
     task: str = "task"
-    base: str = ""
 
     def client(self) -> httpx.Client:
         """Return a client of the server. Raises InputError."""
@@ -48,10 +45,8 @@ class Server:
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            proxied = httpx.URL(self.url).host not in _HERE
-            return httpx.Client(
-                base_url=self.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_PATIENCE, trust_env=proxied
-            )
+            url = self.url.rstrip("/").removesuffix("/v1")
+            return httpx.Client(base_url=url, headers=headers, timeout=_PATIENCE, trust_env=False)  # without a proxy
         except (httpx.InvalidURL, UnicodeError) as error:
             raise InputError(
                 f"the address {self.url!r} or the key cannot be used: {error}",
@@ -59,30 +54,21 @@ class Server:
             ) from None
 
     def name_of(self, who: PersonOrModel) -> str:
-        """Return the model name of a person, of the pooled model, or of the base."""
-        if isinstance(who, str):
-            return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
-        return {TASK: self.task, BASE: self.base}[who]
-
-
-def base_at(server: Server, otherwise: str) -> str:
-    """Return the base's name at a server of ours, which may be its path there; ``otherwise`` if it does not say."""
-    import httpx2 as httpx
-
-    with server.client() as client, suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        return str(client.get("/v1/task").json()["base"])
-    return otherwise
+        """Return the model name of a person or of the pooled model."""
+        if isinstance(who, SharedModel):
+            return self.task
+        return person_name(who) if self.person == PERSON else self.person.replace("{}", who)
 
 
 def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:
-    """Compare the server's log probabilities with ours, for the base, the pooled model, and the people.
+    """Compare the server's log probabilities with ours, for the pooled model and the people.
 
     Without people, the last finding is a warning: a store has no ids, only their hashes, so it cannot list people.
     Raises PersonNotFound for a person without a state here, InputError if nothing would be compared.
     """
     import httpx2 as httpx
 
-    asked: list[PersonOrModel] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    asked: list[PersonOrModel] = [*([TASK] if server.task else []), *people]
     if not asked:
         raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}

@@ -50,9 +50,6 @@ class RunFolder:
     own run. Lines with another ``work`` in the same folder belong to other runs. ``about`` holds more facts (seeds,
     plan, bank) and ``outcome`` a few results; both go into ``run.json``. Without a ``folder`` nothing is written, but
     ``on_step`` is still called for every step.
-
-    >>> with RunFolder(folder=out, kind="personalize", base=base, settings=settings) as kept:
-    ...     kept.outcome = counts(personal.personalize(people, on_step=kept.step))  # mta.personalize.outcomes: no ids
     """
 
     folder: Path | None
@@ -189,10 +186,7 @@ def sittings(folder: Path) -> list[dict[str, Any]]:
     """Return the sittings in ``run.json``, oldest first; empty without the file. Raises DataError for a wrong file."""
     path = folder / RUN
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["sittings"]
-        if all(isinstance(one["settings"], dict) and isinstance(one["kind"], str) for one in recorded):
-            return list(recorded)
-        raise ValueError("a sitting lacks settings or kind")
+        return [one for one in json.loads(path.read_text(encoding="utf-8"))["sittings"] if one["kind"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -205,9 +199,9 @@ def lines(folder: Path, work: str) -> Iterator[dict[str, Any]]:
     """Yield the steps of ``work`` in ``metrics.jsonl``; skip lines that a kill truncated."""
     with contextlib.suppress(FileNotFoundError):  # nothing was trained
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError):
                 step = json.loads(line)
-                if step["work"] == work[:12] and isinstance(step["stage"], str):
+                if step["work"] == work[:12]:
                     yield step
 
 
@@ -215,6 +209,5 @@ def seconds_of(folder: Path, work: str) -> dict[str, float]:
     """Return the seconds spent on each stage of ``work`` in all sittings, including killed ones."""
     spent = Counter[str]()
     for step in lines(folder, work):
-        with contextlib.suppress(KeyError, TypeError):
-            spent[step["stage"]] += step["seconds"]
+        spent[step["stage"]] += step["seconds"]
     return {stage: round(seconds, 1) for stage, seconds in spent.items()}

@@ -1,14 +1,11 @@
-"""Trackers for losses and rates, besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio.
+"""Trackers for losses and rates, besides ``metrics.jsonl``: TensorBoard and Weights & Biases.
 
 A backend is imported only when requested. It receives only numbers: no settings, no command, no ids or texts of people.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,24 +73,7 @@ class Wandb:
         self._run.finish()
 
 
-class Trackio:
-    """A local Trackio project under ``<run>/trackio`` (or TRACKIO_DIR)."""
-
-    def __init__(self, run: Path) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(run / "trackio"))  # trackio reads it at import
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is only for results
-            self._trackio = importlib.import_module("trackio")
-            self._trackio.init(project=PROJECT, auto_log_cpu=False, auto_log_gpu=False)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self._trackio.finish()
-
-
-SINKS: Mapping[str, Track] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+SINKS: Mapping[str, Track] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def tracker(name: str) -> Track:
@@ -101,7 +81,7 @@ def tracker(name: str) -> Track:
     if name not in SINKS:
         raise InputError(
             f"unknown tracker {name!r}; expected one of {', '.join(SINKS)}",
-            hint="Give --track tensorboard, wandb or trackio.",
+            hint="Give --track tensorboard or wandb.",
         )
     require(name)
     return SINKS[name]

@@ -1,4 +1,4 @@
-"""Readers of people's items from JSONL, CSV, Parquet, ``datasets``, and formats of other packages.
+"""Readers of people's items from JSONL, CSV, Parquet, and formats of other packages.
 
 ``read_people`` returns all people; ``iter_parts`` streams rows, and holds only the text of JSON arrays in memory. A bad
 row raises a DataError that names file, line, and field, or is written to a file of rejects while reading continues.

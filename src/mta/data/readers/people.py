@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from mta.config import plugins
 from mta.data.history import Item, People, Person
-from mta.data.readers.rejects import Records, Rejects, data_error, is_rejects
-from mta.data.readers.rows import NO_TIME, RecordPart, distinct, item_parts
+from mta.data.readers.rejects import Records, Rejects, data_error
+from mta.data.readers.rows import RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import files_in, table_in
 from mta.data.sharing import connected, repeated
@@ -69,14 +69,11 @@ def read_people(
 ) -> People:
     """Return the people of a file, a folder, or a data asset, each with their items in time order.
 
-    People come in order of appearance. With ``questions``, the rows of a table are questions: they need no answer, and
-    become the people's ``queries``. ``columns`` names the columns of person, input, output, and time (or of the task's
-    own fields), where they are called otherwise.
-    LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
-    question id becomes the person's id. People who hold copies of the same items get the same ``group``.
-    A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
-    reason, row}, in arrays also element) and reading continues.
-    Raises DataError, which names file, line, and field; TaskError; InputError.
+    With ``questions``, the rows of a table are questions: they need no answer, and become the people's ``queries``.
+    ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
+    called otherwise. People who hold copies of the same items get the same ``group``.
+    Bad rows are written to the file ``skip_bad``, as JSONL ({file, line, field, reason, row}, in arrays also element).
+    Without it, a bad row raises DataError, which names file, line, and field. Also raises TaskError, InputError.
     """
     if isinstance(path, str):
         path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
@@ -88,9 +85,6 @@ def read_people(
             items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
             items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
             queries += part.queries
-    for id in (id for id in gathered if id.lower() in NO_TIME):
-        count = len(gathered[id][0])
-        log.warning("%s: %d items belong to person %r; if their person is unknown, leave them out", source, count, id)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
     people = [Person.of(id, items, queries) for id, (items, queries, _) in gathered.items()]
@@ -137,19 +131,14 @@ def iter_parts(
 
 
 def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
-    """Return the file for bad rows. Raises InputError for a folder, an input file, and any other file of the user's."""
+    """Return the file for bad rows, which is replaced. Raises InputError for a folder or an input file."""
     if skip_bad is None:
         return None
-    path, kind = Path(os.path.expanduser(skip_bad)), ""
-    if is_read(path, source):
-        kind = "an input file"
-    elif path.is_dir():
-        kind = "a folder"
-    elif path.exists() and not (path.is_file() and is_rejects(path)):  # devices, too
-        kind = "another file"
-    if kind:
+    path = Path(os.path.expanduser(skip_bad))
+    if path.is_dir() or is_read(path, source):
         raise InputError(
-            f"bad rows cannot be written to {path}: it is {kind}; expected the name of a file",
+            f"bad rows cannot be written to {path}: it is {'a folder' if path.is_dir() else 'an input file'}; "
+            "expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path

@@ -46,16 +46,6 @@ def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataE
     return DataError(f"{place}: {where}{reason}", hint=hint)
 
 
-def is_rejects(path: Path) -> bool:
-    """Return whether a file is empty, or begins with a bad row that ``Rejects`` wrote."""
-    with path.open("rb") as file:
-        first = file.readline()
-    try:
-        return not first or json.loads(first).keys() >= {"file", "line", "reason"}
-    except (ValueError, AttributeError):
-        return False
-
-
 @dataclass(slots=True)
 class Rejects:
     """Raise an error at the first bad row or, given a file, count bad rows and write them there as JSONL."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mta.data.history import Item
-from mta.data.readers.rejects import HINT, Bad, Place, Records, Rejects, data_error
+from mta.data.readers.rejects import HINT, Bad, Place, Records, Rejects
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
@@ -92,28 +92,6 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
         got = short(value) if isinstance(value, str) else kind_of(value)
         raise Bad(field, f"bad time {got}; expected a number or an ISO date such as 2024-05-31") from None
     return time
-
-
-@dataclass(slots=True)
-class _Times:
-    """The first date of a file, and its first number that counts something: not both can be right.
-
-    Large numbers, such as seconds since 1970, can stand beside dates.
-    """
-
-    date: str = ""
-    number: str = ""
-
-    def check(self, place: Place, column: str, time: Any) -> None:
-        """Raise DataError for the first time that is not like the others."""
-        text = as_text(time).strip() if isinstance(time, str | int | float) else ""
-        if is_number(text):
-            self.number = self.number or (text if abs(float(text)) < DATES_FROM else "")
-        elif re.match(r"\d{4}-\d{2}", text):
-            self.date = self.date or text
-        if self.date and self.number:
-            reason = f"{self.date!r} is a date, and {self.number!r} a number"
-            raise data_error(place, column, reason, "Write all times as dates, or all as numbers.")
 
 
 def _iso(text: str) -> float:
@@ -241,13 +219,12 @@ def item_parts(
     """
     wanted, unread = _Wanted(task, questions), Counter[str]()
     known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
-    (named, replaced), seen, times = _columns_of(wanted, columns), set[str](), _Times()
+    (named, replaced), seen = _columns_of(wanted, columns), set[str]()
     for place, record in records:
         seen |= record.keys()
         row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
-        times.check(place, named.get("time", "time"), row.get("time"))
         with rejects.skipping(place, record):
             try:
                 person, items = id_in(row, "person"), (item_in(row, task, question=questions),)

@@ -15,13 +15,6 @@ from mta.errors import DataError
 HEAD = 1 << 20  # bytes in which a file must begin
 LINE = '{"person": "ann", "input": "Broke in a week.", "output": "1"}'
 UTF8 = "Convert it, for example from Windows' encoding:  iconv -f CP1252 -t UTF-8 FILE > NEW"
-UTF16 = ("is UTF-16; expected UTF-8", "Convert it:  iconv -f UTF-16 -t UTF-8 FILE > NEW")
-UNREADABLE = {  # the first bytes of a file -> what it is, and what to do
-    b"\x1f\x8b": ("is compressed with gzip; expected text", "Decompress it first, with  gunzip"),
-    b"PK\3\4": ("is a zip or Excel file; expected text", "Unzip it first, or save the sheet as CSV in UTF-8."),
-    codecs.BOM_UTF16_LE: UTF16,
-    codecs.BOM_UTF16_BE: UTF16,
-}
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -87,16 +80,9 @@ def objects(path: Path, rejects: Rejects) -> Records:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the first bytes of a file from one that is not white space; empty without one.
-
-    Raises DataError if they say that the file is of a kind that cannot be read.
-    """
+    """Return the first bytes of a file from one that is not white space; empty without one."""
     with opened(path) as file:
-        head = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
-    for start, (kind, hint) in UNREADABLE.items():
-        if head.startswith(start):
-            raise DataError(f"{path} {kind}", hint=hint)
-    return head[:4]
+        return file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()[:4]
 
 
 def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
@@ -144,10 +130,8 @@ def array_elements(path: Path, opening: str = r"\s*\[", named: str = "array") ->
             fail(_not_json(error), getattr(error, "pos", at))
         yield Place(path, line, element), value
         at = next_at(end)
-        if text[at] == ",":
+        if text[at] == ",":  # the last one may be followed by the end
             at = next_at(at + 1)
-            if text[at] == "]":
-                fail("a comma before the end of the array", at)
         elif text[at] != "]":
             fail("expected ',' or ']' after an element of the array", at)
     if begin.start() == 0 and text[at + 1 :].strip():

@@ -1,4 +1,4 @@
-"""Readers of tables: CSV and TSV with a header, Parquet, and folders that Hugging Face ``datasets`` saved."""
+"""Readers of tables: CSV and TSV with a header, and Parquet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -23,14 +22,12 @@ from mta.system.extras import require
 CSV = (".csv", ".tsv")
 JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
-QUOTES = "close the quotes around a cell, and double those in it"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
-        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        return arrow_rows if saved else folder_rows
+        return folder_rows
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
@@ -41,19 +38,16 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
 def csv_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a table with a header, separated by commas, semicolons, tabs, or bars.
 
-    Excel's first line ``sep=;`` names another separator. Blank cells are None, and rows of blank cells are skipped.
+    Blank cells are None, and rows of blank cells are skipped.
     Raises DataError for a table that cannot be split into rows: bytes that are not UTF-8, open quotes.
     """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
     lines = text_lines(path)
-    begin, head = _filled(lines)
-    if excel := re.fullmatch("sep=(.)", head):
-        begin, head = _filled(lines)
+    begin, head = next(((number, text) for number, text in lines if text.strip()), (0, ""))
     if not head:
         header = "person,input,output,time"
         raise DataError(f"{path} is empty; expected a header, such as {header}", hint=f"Write the first line  {header}")
-    delimiter = excel[1] if excel else _delimiter(head)
-    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), delimiter, rejects)
+    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), _delimiter(head))
     place, cells = next(records)
     names = [cell.strip() for cell in cells]
     _check_distinct(names, place)
@@ -72,38 +66,16 @@ def _delimiter(head: str) -> str:
     return max(DELIMITERS, key=lambda one: (2 * bare.count(one) - bare.count(f"{one} "), bare.count(one)))
 
 
-def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
-    """Return the next line that is not blank, with its number; (0, "") without one."""
-    return next(((number, text) for number, text in lines if text.strip()), (0, ""))
-
-
-def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Rejects) -> Iterator[tuple[Place, list[str]]]:
-    """Yield the cells of each record, the header first; ``begin`` is its place.
-
-    A line with wrong quotes is a bad row. Raises DataError if they span lines: the next record may begin anywhere.
-    """
-    taken = list[str]()  # the lines of the record
-
-    def given() -> Iterator[str]:
-        for line in lines:
-            taken.append(line)
-            yield f"{line}\n"
-
-    reader = csv.reader(given(), delimiter=delimiter, strict=True)
-    while True:
-        read = reader.line_num
-        place = begin._replace(line=begin.line + read)
-        taken.clear()
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if not read or len(taken) > 1:
-                raise data_error(place, None, f"not a table: {error}", hint=f"Write JSONL, or {QUOTES}.") from None
-            rejects.add(place, None, f"not a table: {error}; {QUOTES}", taken[0])
-        else:
-            yield place, cells
+def _records(begin: Place, lines: Iterable[str], delimiter: str) -> Iterator[tuple[Place, list[str]]]:
+    """Yield the cells of each record, the header first; ``begin`` is its place. Raises DataError for wrong quotes."""
+    reader, read = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True), 0
+    try:
+        for cells in reader:
+            yield begin._replace(line=begin.line + read), cells
+            read = reader.line_num
+    except csv.Error as error:
+        hint = "Write JSONL, or close the quotes around a cell, and double those in it."
+        raise data_error(begin._replace(line=begin.line + read), None, f"not a table: {error}", hint=hint) from None
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
@@ -112,13 +84,23 @@ def _check_distinct(names: list[str], place: Place) -> None:
 
 
 def parquet_rows(path: Path, rejects: Rejects) -> Records:
-    """Yield the rows of a Parquet file. A place counts rows, not lines."""
+    """Yield the rows of a Parquet file. A place counts rows, not lines. Raises DataError for a damaged file."""
     require("tables")
     from pyarrow.parquet import ParquetFile
 
-    with _reading(path):
+    opened(path).close()
+    try:
         table = ParquetFile(path)
-        yield from _rows(path, table.schema_arrow, table.iter_batches(1024))
+        names, classes = table.schema_arrow.names, _classes(table.schema_arrow.metadata)
+        _check_distinct(names, Place(path, 1))
+        batches = (batch.to_pydict().values() for batch in table.iter_batches(1024))
+        for number, row in enumerate((row for columns in batches for row in zip(*columns)), 1):
+            yield Place(path, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
+    except DataError:  # a ValueError, too
+        raise
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -152,61 +134,13 @@ def folder_rows(folder: Path, rejects: Rejects) -> Records:
 
 def _shared_name(shard: Path) -> str:
     """Return what the names of all files of a Parquet table have in common: all but numbers and UUIDs."""
-    if shard_of := re.match(r"(.*)-\d+-of-\d+", shard.stem):
-        return f"{shard_of[1]}-*"
-    common = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|\d+", "*", shard.stem)
-    return re.sub(r"([-_.]*\*)+$", "*", common)
+    return re.sub(r"([-_.]*\*)+$", "*", re.sub(r"-of-\d+|[0-9a-f]{8}-[0-9a-f-]{27}|\d+", "*", shard.stem))
 
 
 def _some(names: Iterable[str]) -> str:
     """Return the first five names in order, for messages."""
     ordered = sorted(names)
     return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
-
-
-def arrow_rows(path: Path, rejects: Rejects) -> Records:
-    """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``, or of the only one in a folder of them.
-
-    A place counts rows, not lines.
-    """
-    if (path / "dataset_dict.json").exists():
-        splits = sorted(folder for folder in path.iterdir() if folder.is_dir())
-        if len(splits) != 1:
-            names = _some(split.name for split in splits) or "none"
-            hint = f"Give the folder of one split, such as  {next(iter(splits), path / 'train')}"
-            raise DataError(f"{path}: expected one split, found {names}", hint=hint)
-        path = splits[0]
-    require("tables")
-    import pyarrow
-
-    with _reading(path / "state.json"):
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [path / Path(one["filename"]).name for one in state["_data_files"]]
-    for file in files:
-        with _reading(file):
-            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-            yield from _rows(file, stream.schema, stream)
-
-
-def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Records:
-    names, classes = schema.names, _classes(schema.metadata)
-    _check_distinct(names, Place(file, 1))
-    rows = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch.columns)))
-    for number, row in enumerate(rows, 1):
-        yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Raise DataError for a file that is missing, or damaged as pyarrow and JSON find."""
-    opened(file).close()
-    try:
-        yield
-    except DataError:  # a ValueError, too
-        raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{file} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
 
 
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
