@@ -127,13 +127,13 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
     assert len(trained) == sum(len(one.items) for one in [*TASK_PEOPLE, *anchors]) + 9 * 5  # nine others leave four
 
     watch(add_calibration, "calibrate")
-    bank = bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], run=run)
+    bank = bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], tmp_path / "copy", run=run)
     assert {person.id: person.items for person in used["calibrate"][4]} == measured
 
     # Another file lacks somebody's first item, and has grown: the task LoRA saw what is now among the first.
     changed_one, grown = next(p for p in candidates if p.id in measured), people_of(1, items=3, prefix="new")[0].items
     now = [replace(p, items=p.items[1:] if p is changed_one else (*p.items, *grown)) for p in candidates]
-    bank.calibrate(base_of(), [*TASK_PEOPLE, *now], run=run)
+    bank.calibrate(base_of(), [*TASK_PEOPLE, *now], tmp_path / "next", run=run)
     again = {person.id: person.items for person in used["calibrate"][4]}
     assert changed_one.id not in again
     assert again == {one.id: one.items[:4] for one in candidates if one.id in again}

@@ -167,7 +167,7 @@ def test_nobody_is_built_or_calibrated_on_twice(tiny, tmp_path):
     with pytest.raises(InputError, match="1 people are given twice"):
         mta.Bank.build(base, people, tmp_path / "bank", task="movielens-rating", task_people=[people[3]], run=TINY_RUN)
     with pytest.raises(InputError, match="16 people are given twice"):
-        bank.calibrate(base, (one for one in [*people, *people]))
+        bank.calibrate(base, (one for one in [*people, *people]), tmp_path / "copy")
 
 
 class First(TaskLora):

@@ -184,38 +184,37 @@ class Bank:
         self,
         base: BaseModel,
         people: Sequence[Person],
+        out: str | Path,
         *,
-        out: str | Path | None = None,
         run: Run | None = None,
         unrelated: bool = False,
         since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Calibrate the bank, or a copy of it in the new folder ``out``, on items that it was not trained on.
+        """Write a copy of the bank to ``out`` that is calibrated on items which it was not trained on, and open it.
 
-        Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
-        personalize these people again. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
-        the people is behind an imported LoRA (see ``of_adapters``). ``since`` is what
-        ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
+        The copy has a new hash: personalize people again with it. Settings are those of ``run.calibration``.
+        ``unrelated`` confirms that none of the people is behind an imported LoRA (see ``of_adapters``). ``since`` is
+        what ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
         (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
-        holds anything, or the bank's folder cannot be replaced.
+        holds anything.
         """
-        settings, copy, people = run or self.info.run, Path(out) if out else None, list(people)
+        people = list(people)
         check_distinct(people)
         calibrate_bank(
             self.folder,
             base,
             people,
-            settings,
-            out=copy,
+            run or self.info.run,
+            Path(out),
             unrelated=unrelated,
             since=since,
             executor=executor,
             on_step=on_step,
         )
-        return self.open(copy or self.folder, base)
+        return self.open(out, base)
 
     def with_calibrated_settings(self, run: Run | None = None) -> Run:
         """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""

@@ -33,7 +33,6 @@ MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
-REPLACED = ".{}.replaced"  # name beside a bank of the folder that a calibrated bank replaces
 STOPS = "stops"  # another text after each forgetting: a calibration of people who were read before is given up
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"

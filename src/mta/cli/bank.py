@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from mta.config.constants import ROUNDING_ONLY
 from mta.errors import InputError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
-People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
+People = Annotated[str | None, Option(help="Items of the LoRAs' people.")]
 Unrelated = Annotated[
     bool,
     Option("--unrelated", help="Confirm that none of the given people is behind an imported LoRA of another name."),
@@ -80,7 +79,6 @@ def import_(
     task: options.Task = None,
     base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
     people: People = None,
-    unrelated: Unrelated = False,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     config: options.Config = None,
@@ -89,39 +87,24 @@ def import_(
 ) -> None:
     """Make a bank of LoRAs that PEFT trained: every LoRA becomes the meta-LoRA of an anchor.
 
-    Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank, if the
-    file also holds every LoRA's person, or with --unrelated.
+    Ranks, scales, and layers may differ. With --people, anchors are found by their people's items.
 
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    if not people and (skip_bad or unrelated or columns):
-        raise InputError(
-            "--skip-bad, --unrelated, and --columns need --people",
-            hint="Give the file:  --people history.jsonl",
-        )
+    if not people and (skip_bad or columns):
+        raise InputError("--skip-bad and --columns need --people", hint="Give the file:  --people history.jsonl")
     read = options.people_in(people, run.task, columns, skip_bad) if people else []
     model = mta.BaseModel.of(run)
-    bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    if read and run.calibration.enabled:
-        again = f"mta bank calibrate {shlex.quote(str(bank.folder))} …"
-        typer.echo(f"The bank is written. If its calibration is interrupted:  {again}", err=True)
-        try:
-            with Screen() as screen:
-                bank = bank.calibrate(model, read, run=run, unrelated=unrelated, on_step=screen.step)
-        except InputError as error:
-            typer.echo(f"The bank is not calibrated: {error.message}. {error.hint}", err=True)
-    _show(bank, json)
+    _show(mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run), json)
 
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder of a bank; with --out, also a hub id (published with its members).")],
+    bank: Annotated[Path, Argument(help="Folder or hub id of a bank (published with its members).")],
     source: options.Source,
+    out: Annotated[Path, Option(help="New folder for the calibrated copy; the bank stays as it is.")],
     words: options.Words = None,
-    out: Annotated[
-        Path | None, Option(help="New folder for a calibrated copy; the bank stays as it is. Default: none, in place.")
-    ] = None,
     config: options.Config = None,
     device: options.Device = None,
     columns: options.Columns = None,
@@ -142,11 +125,6 @@ def calibrate(
     from mta.bank.notes import forget_marker
 
     folder = options.bank_at(bank)
-    if out is None and folder != bank:
-        raise InputError(
-            f"{bank} is on the hub: calibrated in place, its download here would differ from it",
-            hint="Calibrate a copy:  --out bank-2/",
-        )
     since = forget_marker(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
@@ -161,7 +139,7 @@ def calibrate(
         calibrated = opened.calibrate(
             base,
             people,
-            out=out,
+            out,
             run=run,
             unrelated=unrelated,
             since=since,
