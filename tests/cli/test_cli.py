@@ -44,7 +44,6 @@ def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
     said = mta(*words, "--json")
     found = said.json
     assert (found["folder"], found["calibration"]["people"]) == (str(copy), 8)
-    assert "calibration: " in said.err
     card = mta("bank", "show", copy).out
     assert "Measured on 8 people, on items that the bank was not trained on" in card
     assert "| 1 | " in card

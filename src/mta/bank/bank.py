@@ -233,18 +233,16 @@ class Bank:
         *,
         private: bool = True,
         token: str | None = None,
-        results: str | Path | None = None,
         license: str = "",
         with_members: bool = False,
     ) -> str:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
         A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
-        members is sent only ``with_members``. ``results`` is the results.json of ``mta compare --out``.
+        members is sent only ``with_members``.
         Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
         """
-        path = Path(results) if results else None
-        upload = bank_upload(self.folder, repo_id, results=path, license=license, with_members=with_members)
+        upload = bank_upload(self.folder, repo_id, license=license, with_members=with_members)
         return publish_bank(self.folder, repo_id, upload, private=private, token=token)
 
     def __len__(self) -> int:

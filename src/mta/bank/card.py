@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from mta.system.hub import public_name
 _WIDTH = 30  # of a drawn interval, in characters
 
 
-def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
-    """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
-    return _front_matter(info, "merge-then-adapt", license) + body(info, place, results)
+def card(info: BankInfo, place: str = "path/to/this/folder", license: str = "") -> str:
+    """Return the card of a bank as Markdown, after the hub's metadata."""
+    return _front_matter(info, "merge-then-adapt", license) + body(info, place)
 
 
 def write_described(folder: Path, info: BankInfo) -> None:
@@ -34,7 +33,7 @@ def write_described(folder: Path, info: BankInfo) -> None:
     write_info(folder, whole)
 
 
-def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
+def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     """Return the card without the metadata."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
@@ -74,9 +73,7 @@ personal.personalize(mta.read_people("newcomers.jsonl", task=bank.task))
 personal.generate([("ann", "...")])
 ```
 
-## Results
-
-{results or "No results were given. To measure: `mta compare` on people who are not in the bank."}
+To measure: `mta compare` on people who are not in the bank.
 
 ## Limits
 
@@ -199,26 +196,6 @@ def in_words(info: CalibrationInfo, people: str = "on items that the bank was no
     return " ".join([*parts, *notes])
 
 
-def table_of(results: Mapping[str, Any]) -> str:
-    """Return a table of each method's NLL from the results.json of ``mta compare --out``.
-
-    Settings and commands are not quoted, because they may name people and folders. Raises KeyError, TypeError,
-    ValueError.
-    """
-    rows = ["| | NLL (95% interval) | difference to the task LoRA |", "|---|---|---|"]
-    for method in results["methods"]:
-        if nll := method["metrics"].get("NLL"):
-            against = method["differences"].get("task LoRA", {}).get("NLL")
-            name = re.sub(r"[^\w ,.:+#()-]", "", str(method["name"]))
-            rows.append(f"| {name} | {_interval(nll)} | {_interval(against, '+') if against else ''} |")
-    if len(rows) == 2:
-        raise ValueError("no method with an NLL")
-    people, queries = int(results["people"]), int(results["queries_per_person"] or 0)
-    each = f", {queries} questions each" if queries else ""
-    about = f"NLL of the true answer on {people} people who are not in the bank{each}"
-    return f"{about}; means over people, lower is better, differences are paired.\n\n" + "\n".join(rows)
-
-
 def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
     """Return the metadata that the hub reads from a card, as YAML."""
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
@@ -235,7 +212,3 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
 def _base_note(info: BankInfo) -> str:
     """Return the note on the base in parentheses, or ""."""
     return f" ({info.base_note})" if info.base_note else ""
-
-
-def _interval(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"

@@ -193,9 +193,6 @@ def publish(
     to: Annotated[str, Option(help="Repository on the hub: owner/name.")],
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
-    results: Annotated[
-        Path | None, Option(help="results.json of mta compare, to show on the card.", dir_okay=False)
-    ] = None,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
     with_members: Annotated[
         bool,
@@ -212,7 +209,7 @@ def publish(
     """
     from mta.bank.publish import bank_upload, publish_bank
 
-    upload = bank_upload(folder, to, results=results, license=license, with_members=with_members)
+    upload = bank_upload(folder, to, license=license, with_members=with_members)
     if json and dry_run:
         return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
     show_parcel(upload, to, private, err=not dry_run)
