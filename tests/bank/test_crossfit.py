@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibration.choices import RATES
-from mta.bank.calibration.chosen_settings import one_step, with_calibrated_settings
-from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
-from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.crossfit import ENOUGH, RATES, RIDGE, Calibrator
+from mta.bank.calibration.info import CalibrationInfo, one_step, with_calibrated_settings
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, Probe, key_of, run_probe

@@ -58,16 +58,10 @@ def select_anchors(
 
     Clusters ``vectors`` (U, E) by k-means, and takes from each cluster the person with the most items (``active``),
     nearest to the center (``central``), or drawn by the seed (``random``); on ties, the smaller id.
-    There is at most one anchor per ``SHARE`` candidates; raises InputError if that leaves no anchor.
+    There is at most one anchor per ``SHARE`` candidates.
     Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice.
     """
     clusters = min(anchors, len(candidates) // SHARE)
-    if clusters < 1:
-        raise InputError(
-            f"{len(candidates)} candidates for anchors; at least {SHARE} are needed, "
-            f"and {SHARE * anchors} for {anchors} anchors",
-            hint="Give more people.",
-        )
 
     def order(i: int, distance: float) -> tuple[float, str]:
         draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()

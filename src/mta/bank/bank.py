@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
-from mta.bank.calibration.chosen_settings import with_calibrated_settings
+from mta.bank.calibration.info import with_calibrated_settings
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.context import Build
 from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
@@ -77,7 +77,6 @@ class Bank:
         hold_out: int = 0,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
-        resume: bool = True,
         command: str = "",
         track: Track | None = None,
     ) -> Bank:
@@ -89,7 +88,7 @@ class Bank:
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
         named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
         same settings. ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
-        A killed build resumes unless ``resume`` is False. ``command`` is recorded in the folder, and
+        A killed build resumes. ``command`` is recorded in the folder, and
         ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -128,7 +127,6 @@ class Bank:
             task_lora=Path(task_lora) if task_lora else None,
             executor=executor or LocalExecutor(),
             on_step=on_step,
-            resume=resume,
             command=command,
             track=track,
         )

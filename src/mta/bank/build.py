@@ -19,7 +19,7 @@ from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
 from mta.bank.card import write_described
-from mta.bank.context import Build, BuildContext
+from mta.bank.context import Build, BuildContext, BuildKeys
 from mta.bank.format import (
     ANCHORS,
     CALIBRATION,
@@ -32,11 +32,9 @@ from mta.bank.format import (
     TASK_LORA,
     BankInfo,
     file_hashes,
-    has_task,
     read_info,
     write_task,
 )
-from mta.bank.keys import BuildKeys
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.history import Item, Person, named_items
@@ -60,18 +58,14 @@ def build_bank(build: Build) -> None:
 
     The task LoRA is trained on ``task_people``, and on candidates (``mta.bank.task_lora.pooled_candidates``), while the
     loss of ``held_out`` people falls; by default a tenth of ``task_people``. A given ``task_lora`` is copied.
-    A killed build resumes from its last checkpoint, if it may ``resume``. A finished bank is not changed, except for
+    A killed build resumes from its last checkpoint. A finished bank is not changed, except for
     fields of its task that do not affect training (``UNTRAINED``).
     Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
     _check_task_lora(build)
     context = _context(build)
     if _is_finished(context):
-        if not has_task(read_info(context.out), context.task):  # an unchanged task needs no lock
-            with exclusive(context.out):
-                if _is_finished(context):  # another process may have written another bank since
-                    write_task(context.out, context.task)
-        return
+        return write_task(context.out, context.task)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles, run = choose_roles(context), context.run
     context = replace(context, chosen=tuple(roles.chosen))
@@ -81,9 +75,6 @@ def build_bank(build: Build) -> None:
     with exclusive(context.out):  # another process may have finished or begun a build since the first look
         if _is_finished(context):
             return write_task(context.out, context.task)
-        if not context.resume:
-            shutil.rmtree(context.out / "work", ignore_errors=True)
-            (context.out / run_folder.METRICS).unlink(missing_ok=True)
         with context.record:
             context.record.begin()
             write_text(context.out / BEGUN, context.keys.training)
@@ -232,8 +223,8 @@ def remove_work(out: Path) -> None:
 def _is_finished(context: BuildContext) -> bool:
     """Return whether the bank is complete, perhaps without its calibration.
 
-    Raises BankError for foreign files, BankRefused for another bank and, if the build may ``resume``, for an
-    interrupted build with other keys: its finished work would be overwritten.
+    Raises BankError for foreign files, BankRefused for another bank and for an interrupted build with other keys: its
+    finished work would be overwritten.
     """
     out, keys = context.out, context.keys
     if (out / INFO).exists():
@@ -251,10 +242,10 @@ def _is_finished(context: BuildContext) -> bool:
             f"{out} holds {other[0]}, which does not belong to a bank",
             hint="Choose an empty or a new folder with --out.",
         )
-    if context.resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
+    if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
         raise BankRefused(
             f"{out} holds an interrupted build from other people, another base, or other settings (dtype, …)",
-            hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
-            f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
+            hint="Give the same again to resume it, or another folder with --out. To start over:  "
+            f"rm -r {shlex.quote(str(out / 'work'))}",
         )
     return False

@@ -104,14 +104,9 @@ def write_info(folder: Path, info: BankInfo) -> None:
     write_json(folder / INFO, values | {"sha256": seal(values)})
 
 
-def has_task(info: BankInfo, task: Task) -> bool:
-    """Return whether a bank has this task in every field."""
-    return Task.model_validate(info.task) == task
-
-
 def write_task(folder: Path, task: Task) -> None:
     """Replace a finished bank's task by one that differs in ``UNTRAINED`` only; the bank's hash does not change."""
-    if not has_task(info := read_info(folder), task):
+    if Task.model_validate((info := read_info(folder)).task) != task:
         write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
 
 

@@ -15,7 +15,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import own_fields
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
-from mta.system.atomic import copy_file, unfinished_in, write_text
+from mta.system.atomic import copy_file, write_text
 from mta.system.progress import Step
 from mta.training.trainer import Job
 
@@ -104,8 +104,6 @@ def train_task_lora(context: BuildContext, items: Sequence[Item], held_out: Sequ
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
     if not done.is_file() or done.read_text() != context.training_key:
         if given := context.task_lora:
-            for temporary in unfinished_in(folder, "*"):  # of a killed copy
-                temporary.unlink()
             for name in (CONFIG, WEIGHTS):
                 copy_file(given / name, folder / name)
         else:

@@ -35,7 +35,6 @@ def build(
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     hold_out: Annotated[int, Option(min=0, help="People to keep out of the bank, for mta compare on SOURCE.")] = 0,
-    resume: Annotated[bool, Option("--resume/--restart", help="Resume an interrupted build, or start over.")] = True,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
@@ -61,7 +60,6 @@ def build(
             hold_out=hold_out,
             executor=executor,
             on_step=screen.step,
-            resume=resume,
             command=options.command_line(),
             track=tracker,
         )

@@ -89,10 +89,9 @@ class Cluster:
 
     def _pool_of(self, opener: Callable[[], Any]) -> WorkerPool:
         """Return the workers of the last call if they have this context, else new ones."""
-        environment = self._own()
-        if not self.pool or self.pool.opener != opener or self.pool.environment != environment:
+        if not self.pool or self.pool.opener != opener:
             self.dismiss()
-            self.pool = WorkerPool(opener, environment, self.ray.put((sources_digest(), opener)))
+            self.pool = WorkerPool(opener, self.ray.put((sources_digest(), opener)))
         return self.pool
 
     def dismiss(self) -> None:
@@ -137,7 +136,6 @@ class WorkerPool:
     """
 
     opener: Callable[[], Any]
-    environment: dict[str, str]
     sent: Any
     idle: list[Any] = field(default_factory=list)
     any_opened: bool = False

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.chosen_settings import calibrated_merge, calibrated_stack
+from mta.bank.calibration.info import calibrated_merge, calibrated_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person

@@ -14,9 +14,8 @@ from typing import Any, Self
 from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.context import Build
+from mta.bank.context import NOT_IN_KEY, Build
 from mta.bank.format import TASK_LORA
-from mta.bank.keys import NOT_IN_KEY
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles

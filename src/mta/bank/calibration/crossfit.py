@@ -19,27 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
 from mta.bank.calibration.info import DEFAULTS, CalibrationInfo, Gain
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
 from mta.config import CalibrationSettings
-from mta.config.constants import SHOTS
+from mta.config.constants import NOTICEABLE, SHOTS
 from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
+from mta.system.quantiles import student_t
 from mta.training.gates import GateGradients
 
+RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 PIECE = 16  # people computed and saved together, at most
 _TYPICAL = 8  # shots, for which merge and rate are chosen
 _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -288,3 +291,51 @@ def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: i
     some = sum(min(own, n) for own in shots for n in counts)
     tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
     return newton + COSTS["gradients"] * every + len(counts) * queries + tried
+
+
+# -- choices from people's gains; source: our choice, docs/decisions/021 ----------------------------------------------
+
+
+def best_of(gains: Tensor, sure: float = 1.0) -> int:
+    """Return the candidate with the largest mean gain over candidate 0, less its standard error.
+
+    Gains (U, candidates). 0 is returned where no other gain exceeds ``sure`` standard errors.
+    """
+    if not len(gains):
+        return 0
+    more = gains - gains[:, :1]
+    mean, error = more.mean(0), standard_error(more)
+    clear = mean >= sure * error  # False where it is not a number
+    return int((mean - error).masked_fill(~clear, -math.inf).argmax())
+
+
+def surely_best(gains: Tensor) -> int:
+    """Return the best candidate; 0 where no other one gains beyond its 95% interval."""
+    return best_of(gains, sure=student_t(len(gains)))
+
+
+def best_on_average(gains: Tensor) -> int:
+    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
+    means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
+    return int(means.argmax()) if len(gains) else 0
+
+
+def standard_error(gains: Tensor) -> Tensor:
+    """Return the standard error of people's mean gain, (U, …) -> (…)."""
+    return gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.full_like(gains[0], math.inf)
+
+
+def chosen_by_others(gains: Tensor, counted: Tensor, choose: Callable[[Tensor], T]) -> tuple[list[T], T]:
+    """Return for each person what is chosen without them, and what is chosen by everybody.
+
+    Shapes: gains (U, candidates), counted (U,): people with gains that are looked at.
+    """
+    people = torch.arange(len(gains))
+    return [choose(gains[counted & (people != u)]) for u in range(len(gains))], choose(gains[counted])
+
+
+def gain_of(shots: int, gains: Tensor) -> Gain:
+    """Return the mean gain of people (U,) with its 95% interval."""
+    mean, half = float(gains.mean()), student_t(len(gains)) * float(standard_error(gains))
+    worse = float((gains < -NOTICEABLE).double().mean())
+    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

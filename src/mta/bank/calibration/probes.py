@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.chosen_settings import one_step
+from mta.bank.calibration.info import one_step
 from mta.bank.worker import BankOpener
 from mta.config import Run
 from mta.data.tasks.prompt import Example
