@@ -78,7 +78,7 @@ def made_up_cluster(good, workers, attempts=2):
 
 def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     cluster, hired = made_up_cluster(good=1, workers=2)
-    found = list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One() for _ in range(40)]))
+    found = list(PieceScheduler(cluster, None, WorkerPool(None, None)).work_through([One() for _ in range(40)]))
     assert [one.result for one in found] == ["done"] * 40
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
@@ -87,7 +87,7 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
 def test_workers_that_all_cannot_start_end_the_run(workers):
     cluster, _ = made_up_cluster(good=0, workers=workers)
     with pytest.raises(ClusterError, match="3 workers in a row could not start"):
-        list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One()]))
+        list(PieceScheduler(cluster, None, WorkerPool(None, None)).work_through([One()]))
 
 
 def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
@@ -101,7 +101,7 @@ def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
         died.turn = 0
         worker.run.remote = lambda function, piece, died=died: died
     hired.clear()
-    pool = WorkerPool(None, {}, None, idle=[*dead])
+    pool = WorkerPool(None, None, idle=[*dead])
     found = list(PieceScheduler(cluster, None, pool).work_through([One()]))
     assert [one.result for one in found] == ["done"]
     assert len(hired) == 1
@@ -118,7 +118,7 @@ def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again()
     opened.turn = 0
     worker.open.remote = lambda made: opened
     cluster = SimpleNamespace(ray=Ray(), workers=1, attempts=2, start_worker=lambda: worker, stop=lambda _: None)
-    (found,) = PieceScheduler(cluster, None, WorkerPool(None, {}, None, idle=[worker])).work_through([One()])
+    (found,) = PieceScheduler(cluster, None, WorkerPool(None, None, idle=[worker])).work_through([One()])
     assert found.error == "workers died of it, Died"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
@@ -74,13 +73,16 @@ def calibrate_bank(
     _check_owners(info, people, unrelated)
     outside = _checked(folder, info, base, people, run.calibration)
     check_new(out)
-    noted = read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else None  # before measuring: it may be damaged
-    calibration = _measured(folder, info, base, outside, _settings(info, run), executor, stepped)
+    anchors, task_lora = read_adapters(folder, info)
+    task, settings = Task.model_validate(info.task), _settings(info, run)
+    calibration = calibrate(base, task, anchors, task_lora, outside, settings, executor=executor, on_step=stepped)
+    if not calibration.info.gains:
+        raise InputError(f"{folder} stays as it is: {calibration.info.notes[0]}", hint="Give more people.")
     with replacing_folder(out) as written:
         for name in info.files.keys() - {CALIBRATION}:
             copy_file(folder / name, written / name)
         pass_stale_on(folder, written, without="calibration")
-        _write(written, info, outside, run.calibration, calibration, noted)
+        _write(folder, written, info, outside, settings, calibration)
     try:
         check()
     except BankError:
@@ -91,22 +93,7 @@ def calibrate_bank(
 def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
     given = {name: getattr(run, name) for name in ROUNDING_ONLY}
-    return info.run.model_copy(update=given | {"calibration": _enabled(run.calibration)})
-
-
-def _enabled(settings: CalibrationSettings) -> CalibrationSettings:
-    return settings.model_copy(update={"enabled": True})
-
-
-def _checked(
-    folder: Path, info: BankInfo, base: BaseModel, people: Sequence[Person], settings: CalibrationSettings
-) -> list[Person]:
-    """Return the people to calibrate a bank on, whose items fit."""
-    check_base(folder, info, base.name, base.fingerprint)
-    outside = _outside(folder, info, people, settings)
-    measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
-    base.prompts.check(Task.model_validate(info.task), named_items(people, measured))
-    return outside
+    return info.run.model_copy(update=given | {"calibration": run.calibration.model_copy(update={"enabled": True})})
 
 
 def _check_owners(info: BankInfo, people: Sequence[Person], unrelated: bool) -> None:
@@ -123,62 +110,46 @@ def _check_owners(info: BankInfo, people: Sequence[Person], unrelated: bool) -> 
         )
 
 
-def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
+def _checked(
+    folder: Path, info: BankInfo, base: BaseModel, people: Sequence[Person], settings: CalibrationSettings
+) -> list[Person]:
+    """Return the people to calibrate a bank on, whose items fit."""
+    check_base(folder, info, base.name, base.fingerprint)
     if info.members.hashed is None:
         raise InputError(
             f"{folder} has no {MEMBERS}, so its members are unknown",
             hint="Calibrate the bank where it was built, and publish it again.",
         )
-    unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
-    behind = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")}
-    members = behind - unseen.keys()
     if settings.people < ENOUGH:
         raise InputError(f"calibration.people is {settings.people}; at least {ENOUGH} are needed", hint="Raise it.")
-    outside = calibration_people(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
+    unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
+    members = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")} - unseen.keys()
+    task = Task.model_validate(info.task)
+    outside = calibration_people(people, members, settings, info.run.seed, task, unseen)
     if len(outside) < ENOUGH:
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
             f"others, or have fewer than two items; {ENOUGH} are needed",
             hint="Give other people, or the candidates it was built from, with the same first items.",
         )
+    measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
+    base.prompts.check(task, named_items(people, measured))
     return outside
 
 
-def _measured(
-    folder: Path,
-    info: BankInfo,
-    base: BaseModel,
-    people: Sequence[Person],
-    settings: Run,
-    executor: Executor | None,
-    on_step: Callable[[Step], None],
-) -> Calibration:
-    anchors, task_lora = read_adapters(folder, info)
-    task = Task.model_validate(info.task)
-    calibration = calibrate(base, task, anchors, task_lora, people, settings, executor=executor, on_step=on_step)
-    if not calibration.info.gains:
-        raise InputError(f"{folder} stays as it is: {calibration.info.notes[0]}", hint="Give more people.")
-    return calibration
-
-
 def _write(
-    written: Path,
-    info: BankInfo,
-    people: Sequence[Person],
-    settings: CalibrationSettings,
-    calibration: Calibration,
-    noted: dict[str, Any] | None,
+    folder: Path, written: Path, info: BankInfo, people: Sequence[Person], run: Run, calibration: Calibration
 ) -> None:
     """Write a calibration and what changes with it: description, members, card, settings."""
     write_tensors(written / CALIBRATION, calibration.tensors(), {})
     changed = {
-        "run": info.run.model_copy(update={"calibration": _enabled(settings)}),
+        "run": info.run.model_copy(update={"calibration": run.calibration}),
         "members": info.members.calibrated_on([person.id for person in people]),
         "files": info.files | file_hashes(written, [CALIBRATION]),
         "calibration": calibration.info,
     }
     calibrated = info.model_copy(update=changed)
-    if noted is not None:  # the settings for another build like this
+    if (folder / CONFIG).exists():  # the settings for another build like this
         new = calibrated.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
-        write_text(written / CONFIG, to_yaml(noted | new))
+        write_text(written / CONFIG, to_yaml(read_yaml(folder / CONFIG) | new))
     write_described(written, calibrated)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +17,17 @@ from mta.bank.build import build_bank
 from mta.bank.calibration.info import with_calibrated_settings
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.context import Build
-from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
+from mta.bank.format import (
+    INDEX,
+    BankInfo,
+    check_base,
+    read_adapters,
+    read_calibration,
+    read_info,
+    reading,
+    restore,
+    verify,
+)
 from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import CompareSettings, Run, override
@@ -73,7 +82,6 @@ class Bank:
         run: Run | None = None,
         encoder: Encoder | None = None,
         task_people: Sequence[Person] | None = None,
-        task_lora: str | Path | None = None,
         hold_out: int = 0,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
@@ -86,8 +94,7 @@ class Bank:
         are the candidates for anchors; people who share items stay together, unless more than half of all people do.
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
-        named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
-        same settings. ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
+        named here). ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
         A killed build resumes. ``command`` is recorded in the folder, and
         ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
@@ -124,7 +131,6 @@ class Bank:
             people,
             run,
             Path(out),
-            task_lora=Path(task_lora) if task_lora else None,
             executor=executor or LocalExecutor(),
             on_step=on_step,
             command=command,
@@ -142,12 +148,10 @@ class Bank:
         folder = Path(folder)
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
-        try:
+        with reading(folder):
             verify(folder, info, full=full)
             task = Task.model_validate(info.task)
             vectors = load_file(folder / INDEX)["vectors"]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
         anchors, task_lora = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=restore(folder))

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from mta.bank.anchors import train_anchors
+from mta.bank.anchors import Roles, choose_roles, train_anchors
 from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
@@ -35,9 +35,8 @@ from mta.bank.format import (
     read_info,
     write_task,
 )
-from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
-from mta.data.history import Item, Person, named_items
+from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
 from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
@@ -87,11 +86,7 @@ def build_bank(build: Build) -> None:
 
 
 def _check_task_lora(build: Build) -> None:
-    if not build.task_lora:
-        return
-    if not build.run.task_lora.enabled:
-        raise InputError(f"{build.task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")
-    if read_peft(build.task_lora).shapes != build.base.targets:
+    if build.task_lora and read_peft(build.task_lora).shapes != build.base.targets:
         raise InputError(
             f"{build.task_lora} does not change exactly the {len(build.base.targets)} layers that a bank of "
             f"{build.base.name} changes",
@@ -107,7 +102,7 @@ def _context(build: Build) -> BuildContext:
     named = build.run.model_copy(update={"task": build.task.name, "encoder": build.encoder.name})
     run = build.base.as_loaded(named)
     hashed = [task_people, candidates, *([held_out] if held_out else [])]
-    keys = BuildKeys.of(build.base, build.task, build.encoder, hashed, run, build.task_lora)
+    keys = BuildKeys.of(build, run, hashed)
     record = RunFolder(
         folder=build.out,
         kind="bank",
@@ -127,11 +122,27 @@ def _context(build: Build) -> BuildContext:
 def _train(
     context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
 ) -> CalibrationInfo | None:
-    """Train the anchors over the task LoRA, calibrate the bank, and write both."""
+    """Train the anchors over the task LoRA, calibrate the bank on candidates who are not anchors, and write both."""
     anchors = train_anchors(context, jobs, plan, task_lora)
     write_tensors(context.out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
     write_tensors(context.out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
-    return _calibrate(context, anchors, task_lora, roles.calibrating)
+    (context.out / CALIBRATION).unlink(missing_ok=True)
+    if not context.run.calibration.enabled:
+        return None
+    context.record.stage_begins()
+    calibration = calibrate(
+        context.base,
+        context.task,
+        anchors,
+        task_lora,
+        roles.calibrating,
+        context.run,
+        executor=context.executor,
+        checkpoint=context.calibration_result,
+        on_step=partial(context.record.step, "calibration"),
+    )
+    write_tensors(context.out / CALIBRATION, calibration.tensors(), {})
+    return calibration.info
 
 
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
@@ -155,29 +166,6 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     plan_of(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan
-
-
-def _calibrate(
-    context: BuildContext, anchors: LoraBatch, task_lora: LoraBatch | None, people: Sequence[Person]
-) -> CalibrationInfo | None:
-    """Calibrate the bank on candidates who are not anchors, and write what it found; None if this is off."""
-    (context.out / CALIBRATION).unlink(missing_ok=True)
-    if not context.run.calibration.enabled:
-        return None
-    context.record.stage_begins()
-    found = calibrate(
-        context.base,
-        context.task,
-        anchors,
-        task_lora,
-        people,
-        context.run,
-        executor=context.executor,
-        checkpoint=context.calibration_result,
-        on_step=partial(context.record.step, "calibration"),
-    )
-    write_tensors(context.out / CALIBRATION, found.tensors(), {})
-    return found.info
 
 
 def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: CalibrationInfo | None) -> None:

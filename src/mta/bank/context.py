@@ -67,24 +67,17 @@ class BuildKeys:
     training: str  # of stages 0 and 1
 
     @classmethod
-    def of(
-        cls,
-        base: BaseModel,
-        task: Task,
-        encoder: Encoder,
-        groups: Sequence[Sequence[Person]],
-        run: Run,
-        task_lora: Path | None,
-    ) -> BuildKeys:
-        """Return the keys for groups of people, each in the order of ids, and settings."""
+    def of(cls, build: Build, run: Run, groups: Sequence[Sequence[Person]]) -> BuildKeys:
+        """Return the keys of a build with whole settings; each group of people is in the order of ids."""
         histories = [[[person.id, person.digest()] for person in group] for group in groups]
 
         def key(calibrated: bool) -> str:
             settings = run.model_dump(mode="json", exclude=NOT_IN_KEY if calibrated else {*NOT_IN_KEY, "calibration"})
             if calibrated:  # a calibration measures stacks too
                 settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
-            work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, settings, histories])
-            return json_sha256([work, file_hashes(task_lora, [CONFIG, WEIGHTS])]) if task_lora else work
+            fingerprints = [build.base.fingerprint, build.encoder.fingerprint, build.task.identity]
+            work = json_sha256([*fingerprints, settings, histories])
+            return json_sha256([work, file_hashes(build.task_lora, [CONFIG, WEIGHTS])]) if build.task_lora else work
 
         return cls(histories, key(run.calibration.enabled), key(False))
 

@@ -205,11 +205,6 @@ def _publish(temporary: Path, target: Path) -> None:
     sync_folder(target)
 
 
-def base_name_of(folder: str | Path) -> str:
-    """Return the name of the base in a PEFT folder; empty if the folder has none. Raises InputError."""
-    return str(_read_config(Path(folder)).get("base_model_name_or_path") or "")
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:

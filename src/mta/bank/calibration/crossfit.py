@@ -115,7 +115,7 @@ class Calibrator:
 
         def reported(of: Mapping[int, Tensor]) -> tuple[Gain, ...]:
             found = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
-            return tuple(self.gain_of(n, gain) for n, gain in found.items() if bool(gain.isfinite().all()))
+            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in found.items() if bool(gain.isfinite().all()))
 
         info = CalibrationInfo(
             ridge=RIDGE,
@@ -224,10 +224,6 @@ class Calibrator:
             count = torch.tensor([len(loglik)])
             made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
         return torch.cat(made)
-
-    def gain_of(self, shots: int, gains: Tensor) -> Gain:
-        """Return the mean of the gains (U,) of people who have so many shots, with its interval."""
-        return gain_of(shots, gains[self.shots >= shots])
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
