@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped_among_anchors, trained
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,7 +240,7 @@ def test_a_given_task_lora_of_some_layers_is_refused(built, tmp_path):
 
 
 def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):
-    stopped_among_anchors(tmp_path / "bank")
+    stopped(tmp_path / "bank")
     assert (tmp_path / "bank" / "task_lora").exists()
     shutil.rmtree(tmp_path / "bank" / "work")
     build(tmp_path / "bank", run=changed("task_lora", enabled=False))

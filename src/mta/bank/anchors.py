@@ -168,16 +168,16 @@ def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_l
     # others.
     members = json_sha256(plan.cohorts)
     results = {piece.name: context.result(members, piece.name) for piece in pieces}
-    found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
-    done = sum(len(piece) for piece in pieces if piece.name in found)
-    missing = [piece for piece in pieces if piece.name not in found]
+    tensors = {name: saved[0] for name, result in results.items() if (saved := result.load())}
+    done = sum(len(piece) for piece in pieces if piece.name in tensors)
+    missing = [piece for piece in pieces if piece.name not in tensors]
     for piece, trained in context.train(missing, plan.digest, task_lora):
-        found[piece.name] = trained.tensors()
-        results[piece.name].save(found[piece.name], {})
+        tensors[piece.name] = trained.tensors()
+        results[piece.name].save(tensors[piece.name], {})
         context.checkpoint(plan.digest, piece.name).remove()
         done += len(piece)
         if not context.executor.in_process:
-            context.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
+            context.record.step("anchors", Step(len(tensors), len(piece), done, len(jobs)))
     scale = context.run.bank.lora.scale
-    loras = [LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces]
+    loras = [LoraBatch.of_tensors(tensors[piece.name], scale) for piece in pieces]
     return concatenate(loras).in_order(context.base.targets)

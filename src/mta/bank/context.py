@@ -132,8 +132,8 @@ class BuildContext(Build):
 
     def held_out_loss(self, task_lora: LoraBatch, job: Job, tokens_per_batch: int) -> float:
         """Return the loss of a job's examples per target token under a task LoRA. Raises BankError."""
-        ((_, found),) = self._compute(score_piece, [HeldOutPiece(job, task_lora, tokens_per_batch)])
-        return found
+        ((_, loss),) = self._compute(score_piece, [HeldOutPiece(job, task_lora, tokens_per_batch)])
+        return loss
 
     def _compute(
         self,

@@ -7,7 +7,6 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock
 
@@ -74,23 +73,18 @@ def parts_to_rebuild(folder: Path) -> list[str]:
     return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
 
 
-class StaleReport(NamedTuple):
-    """Message and hint for a bank that was trained on a forgotten person."""
-
-    found: str
-    hint: str
-
-
-def stale_report(folder: Path) -> StaleReport | None:
+def stale_report(folder: Path) -> BankError | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := parts_to_rebuild(folder)):
         return None
     message, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
     if parts == ["calibration"]:
-        return StaleReport(message, "Leave that person out, and calibrate again:  mta bank calibrate --out NEW")
-    if info.plan or info.run.task_lora.enabled:
-        return StaleReport(message, "Leave that person out, and make it anew:  mta bank build --out NEW")
-    return StaleReport(message, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
+        hint = "Leave that person out, and calibrate again:  mta bank calibrate --out NEW"
+    elif info.plan or info.run.task_lora.enabled:
+        hint = "Leave that person out, and make it anew:  mta bank build --out NEW"
+    else:
+        hint = "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW"
+    return BankError(message, hint=hint)
 
 
 def note_published(folder: Path, where: str) -> None:

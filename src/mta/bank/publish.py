@@ -70,7 +70,7 @@ def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = Tr
 def _refuse_stale(folder: Path, since: str) -> None:
     """Raise BankError if a person in a bank was forgotten, or any person after the marker ``since``."""
     if report := stale_report(folder):
-        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
+        raise BankError(f"{report.message}: the bank is not published", hint=report.hint)
     if forget_marker(folder) != since:
         raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Try again.")
 

@@ -181,7 +181,7 @@ def show(
     if json:
         return show_json(info.model_dump(mode="json") | {"needs_rebuild": parts_to_rebuild(folder)})
     if report := stale_report(folder):
-        typer.echo(f"{report.found[0].upper()}{report.found[1:]}. {report.hint}\n")
+        typer.echo(f"{report.message[0].upper()}{report.message[1:]}. {report.hint}\n")
     typer.echo(body(info))
 
 

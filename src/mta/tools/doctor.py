@@ -191,7 +191,7 @@ def _bank(folder: Path) -> Finding:
         return Finding("bank", str(folder), "problem", error.message, error.hint)
     content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
     report = stale_report(folder)
-    rebuild = f"{report.found[0].upper()}{report.found[1:]}. {report.hint}" if report else ""
+    rebuild = f"{report.message[0].upper()}{report.message[1:]}. {report.hint}" if report else ""
     return _judged("bank", str(folder), content, warning=rebuild)
 
 

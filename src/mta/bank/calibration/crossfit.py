@@ -98,13 +98,13 @@ class Calibrator:
             return self.without_people(first, notes)
         mu, curvature, population, optimism = self.best_merge(first)
         shots = [one.shots for one in self.subjects]
-        found = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
-        prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
+        single = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
+        prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
-        merges = {n: self.coefficients(fits, found, n) for n in counts}
+        merges = {n: self.coefficients(fits, single, n) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
         kind, merges, gains = self.best_kind(mu, population, merges, gains, own=prior < BOUNDLESS)
         if kind == _NO_MERGE:
@@ -114,8 +114,8 @@ class Calibrator:
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
 
         def reported(of: Mapping[int, Tensor]) -> tuple[Gain, ...]:
-            found = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
-            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in found.items() if bool(gain.isfinite().all()))
+            honest = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
+            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in honest.items() if bool(gain.isfinite().all()))
 
         info = CalibrationInfo(
             ridge=RIDGE,
@@ -130,17 +130,17 @@ class Calibrator:
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
-        found = self.gradients(
+        single = self.gradients(
             [one.all for one in self.subjects], torch.zeros(len(self.subjects), self.anchors).double()
         )
-        whole = [all(bool(part.isfinite().all()) for part in one) for one in found]
+        whole = [all(bool(part.isfinite().all()) for part in one) for one in single]
         if lost := whole.count(False):
             self.subjects = [one for one, kept in zip(self.subjects, whole) if kept]
-            found = [one for one, kept in zip(found, whole) if kept]
+            single = [one for one, kept in zip(single, whole) if kept]
             self.assign_folds()
-        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.subjects)]
+        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(single, self.subjects)]
         self.pooled_loglik = torch.tensor(later).double()
-        return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
+        return single, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
 
     def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
         """Return a calibration without gains, so that merges are made by ``posterior``; F is from the few people."""
@@ -162,8 +162,8 @@ class Calibrator:
         honest, everyone = best, torch.ones(len(self.subjects), dtype=torch.bool)
         agreed = everyone  # so far, with everybody else's choices
         for number in range(self.settings.steps + 1):
-            found = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
-            rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
+            single = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
+            rows = [torch.cat([one.gradients for one, f in zip(single, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             if number == self.settings.steps:
                 break
@@ -206,20 +206,20 @@ class Calibrator:
         chosen, final = chosen_by_others(tried, self.shots >= typical, surely_best)  # numbers of rates
         if not final:
             return 0.0, {}
-        used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
+        used, gained = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
             columns = {0: gains[n]}
             if n == typical:
                 columns = dict(enumerate(tried.T))
             elif used:
                 columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
-            found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
-        return rates[final], found
+            gained[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
+        return rates[final], gained
 
-    def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
+    def coefficients(self, fits: Sequence[Calibration], single: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
         made = list[Tensor]()
-        for fold, one in zip(self.fold.tolist(), found):
+        for fold, one in zip(self.fold.tolist(), single):
             gradients, loglik = (part[-shots:] for part in one)
             count = torch.tensor([len(loglik)])
             made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
@@ -229,8 +229,8 @@ class Calibrator:
 
     def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[GateGradients]:
         """Return the gradients and log-likelihoods of each person's single examples."""
-        found = self._measured("gradients", examples, w)
-        rows = torch.split(torch.cat(found), [len(one) for one in examples]) if found else ()
+        measured = self._measured("gradients", examples, w)
+        rows = torch.split(torch.cat(measured), [len(one) for one in examples]) if measured else ()
         return [GateGradients(one[:, :-1], one[:, -1]) for one in rows]
 
     def gains(self, w: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ class Calibrator:
 
     def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
         """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
-        found = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
-        return (torch.cat(found) - self.pooled_loglik[:, None]) / self.tokens[:, None]
+        measured = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
+        return (torch.cat(measured) - self.pooled_loglik[:, None]) / self.tokens[:, None]
 
     def _measured(
         self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()
@@ -258,13 +258,13 @@ class Calibrator:
             for number, start in enumerate(range(0, len(examples), self.together))
         ]
         self.passes += 1
-        found = dict[str, Tensor]()
+        results = dict[str, Tensor]()
         for piece, result in self.measure(pieces):
-            found[piece.name] = result
+            results[piece.name] = result
             self.done += piece.cost
             if self.on_step:
                 self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned_cost)))
-        return [found[piece.name] for piece in pieces]
+        return [results[piece.name] for piece in pieces]
 
 
 def _typical(shots: Collection[int]) -> int:
@@ -272,9 +272,9 @@ def _typical(shots: Collection[int]) -> int:
     return _TYPICAL if _TYPICAL in shots else max(shots)
 
 
-def of_shots(found: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
+def of_shots(single: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
     """Return the part of people's gradients, example by example, that is of their shots, which come first."""
-    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(found, shots)]
+    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(single, shots)]
 
 
 def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: int, stacks: bool) -> int:

@@ -45,27 +45,27 @@ class CalibrationInfo(BaseModel):
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
-def with_calibrated_settings(run: Run, found: CalibrationInfo | None, shape: Lora) -> Run:
+def with_calibrated_settings(run: Run, info: CalibrationInfo | None, shape: Lora) -> Run:
     """Return the run with ``auto`` settings replaced by what the bank's calibration found: policy, stack's training.
 
     ``shape`` is that of the stacks in the calibration.
     """
-    merge = calibrated_merge(run.merge, found)
-    return run.model_copy(update={"merge": merge, "stack": calibrated_stack(run.stack, merge, found, shape)})
+    merge = calibrated_merge(run.merge, info)
+    return run.model_copy(update={"merge": merge, "stack": calibrated_stack(run.stack, merge, info, shape)})
 
 
-def calibrated_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
+def calibrated_merge(merge: MergeSettings, info: CalibrationInfo | None) -> MergeSettings:
     """Return the settings of a merge with a policy other than ``auto``.
 
     ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
     """
     every = merge.k == 0 and merge.retrieve == "cosine"
-    policy = "laplace" if found and found.gains and every else "posterior"
+    policy = "laplace" if info and info.gains and every else "posterior"
     return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
 
 
 def calibrated_stack(
-    stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None, shape: Lora
+    stack: StackSettings, merge: MergeSettings, info: CalibrationInfo | None, shape: Lora
 ) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
 
@@ -74,11 +74,11 @@ def calibrated_stack(
     """
     as_measured = merge.policy == "laplace" and merge.scale == 1 and merge.mode == "exact"
     alike = as_measured and stack.lora == shape
-    if not stack.calibrated or not alike or found is None or found.rate is None:
+    if not stack.calibrated or not alike or info is None or info.rate is None:
         return stack.model_copy(update={"calibrated": False})
-    if not found.rate:
+    if not info.rate:
         return stack.model_copy(update={"calibrated": False, "enabled": False})
-    return stack.model_copy(update={"calibrated": False, "training": one_step(found.rate)})
+    return stack.model_copy(update={"calibrated": False, "training": one_step(info.rate)})
 
 
 def one_step(rate: float) -> Training:
