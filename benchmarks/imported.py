@@ -106,7 +106,7 @@ def main() -> None:
     base = BaseModel.of(RUN)
     known = [Person(one.id, one.items[:TRAIN]) for one in owners]
     bank = mta.Bank.of_adapters(base, folders, out / "bank", task=TASK.name, people=known, run=RUN)
-    bank = bank.calibrate(base, [Person(one.id, one.items[:32]) for one in others], run=RUN)
+    bank = bank.calibrate(base, [Person(one.id, one.items[:32]) for one in others], out / "calibrated", run=RUN)
     found = measured(base, bank, owners, out)
     best = min((name for name in found if "LoRA" in name), key=lambda name: float(found[name].mean()))
     rows = {}

@@ -21,15 +21,15 @@ def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = 
     return out
 
 
-def stopped_among_anchors(out: Path) -> None:
-    """Stop a build while its anchors train."""
+def stopped(out: Path, stage: str = "anchors", at: int = 1, **how) -> None:
+    """Stop a build at a step of a stage."""
 
-    def stop(stage, step):
-        if stage == "anchors":
+    def stop(name, step):
+        if name == stage and step.step == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(out, on_step=stop)
+        build(out, on_step=stop, **how)
 
 
 def changed(group: str, **values) -> Run:

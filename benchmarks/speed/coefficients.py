@@ -12,7 +12,7 @@ from benchmarks.speed.data import Absent, Prompts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import agreed, base_of, random_bank, task_lora
-from mta.bank.calibration.chosen_settings import one_step
+from mta.bank.calibration.info import one_step
 from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared

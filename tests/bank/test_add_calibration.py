@@ -2,25 +2,25 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from builds import build, changed, files_in
 from conftest import people_of
-from filelock import FileLock
 from tiny import base_of
 
 import mta
 from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
 from mta.bank.format import read_info, verify
-from mta.bank.notes import forget_marker, mark_stale, note_published, parts_to_rebuild, published, remove_leftovers
+from mta.bank.notes import forget_marker, mark_stale, parts_to_rebuild
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
+from mta.system.atomic import replacing_folder
 
 RUN = Run(calibration=CalibrationSettings(people=8, shots=3, queries=2, steps=1))
 OTHERS = people_of(9, prefix="other-")
@@ -42,24 +42,22 @@ def base():
     return base_of()
 
 
-def calibrated(folder, base, people=OTHERS, **how) -> mta.Bank:
-    return mta.Bank.open(folder / "bank", base).calibrate(base, people, run=RUN, **how)
+def calibrated(folder, base, people=OTHERS, out="copy", **how) -> mta.Bank:
+    return mta.Bank.open(folder / "bank", base).calibrate(base, people, folder / out, run=RUN, **how)
 
 
-def test_a_bank_is_calibrated_in_place(folder, base):
-    before = mta.Bank.open(folder / "bank", base)
-    (folder / "bank" / "LICENSE").write_text("mine")
-    (folder / "bank" / "published.json").write_text(json.dumps({"published": ["https://hub/one"]}))
+def test_a_calibrated_copy_has_the_trained_files_of_its_bank_which_stays(folder, base):
+    before, files = mta.Bank.open(folder / "bank", base), files_in(folder / "bank")
     after = calibrated(folder, base)
-    verify(folder / "bank", after.info, full=True)
+    verify(folder / "copy", after.info, full=True)
     assert (before.calibration, after.hash != before.hash) == (None, True)
     assert after.calibration.info == after.info.calibration
     assert after.calibration.info.people == 8
     assert {name: after.info.files[name] for name in before.info.files} == before.info.files
-    assert "What to expect" in (folder / "bank" / "README.md").read_text()
-    kept = {"LICENSE", "run.json", "metrics.jsonl", "config.yaml", "published.json"}
-    assert kept <= {path.name for path in (folder / "bank").iterdir()}
-    assert [path.name for path in folder.iterdir()] == ["bank"]
+    assert "What to expect" in (folder / "copy" / "README.md").read_text()
+    assert (folder / "copy" / "config.yaml").exists()
+    assert files_in(folder / "bank") == files
+    assert {path.name for path in folder.iterdir()} == {"bank", "copy"}
 
 
 def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base, monkeypatch):
@@ -83,17 +81,10 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
     parts = [bank.info.members.parts_of(person.id) for person in OTHERS]
     assert parts.count(["calibration"]) == 8
     used = OTHERS[parts.index(["calibration"])].id
-    assert mark_stale(folder / "bank", used) == ["calibration"]
+    assert mark_stale(bank.folder, used) == ["calibration"]
 
 
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
-
-
-def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
-    lock = FileLock(folder / "bank" / ".lock")
-    with lock, pytest.raises(InputError, match="another process is writing to"):
-        calibrated(folder, base)
-    assert calibrated(folder, base).calibration
 
 
 def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
@@ -102,111 +93,51 @@ def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
 
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
         calibrated(folder, base, on_step=forget)
-    assert read_info(folder / "bank").calibration is None
+    assert not (folder / "copy").exists()
 
 
-@pytest.mark.parametrize("out", [None, "copy"])
-@pytest.mark.parametrize("when", ["written", "renamed"])
-def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch, out, when):
-    bank, copy = folder / "bank", folder / out if out else None
-    before = calibrated(folder, base, people_of(10, prefix="more-")) if when == "renamed" else read_info(bank)
-    where, name = (Path, "rename") if when == "renamed" else (add_calibration, "write_described")
-    original, forgotten = getattr(where, name), []
+def test_a_person_forgotten_when_a_calibration_was_just_written_is_not_in_it(folder, base, monkeypatch):
+    forgotten = []
 
-    def forget_first(*given):
-        if not forgotten:
-            forgotten.append(forget_person(OTHERS[0].id, None, bank))
-        return original(*given)
+    @contextmanager
+    def forgetting(out):
+        with replacing_folder(out) as written:
+            yield written
+        forgotten.append(forget_person(OTHERS[0].id, None, folder / "bank"))
 
-    monkeypatch.setattr(where, name, forget_first)
+    monkeypatch.setattr(add_calibration, "replacing_folder", forgetting)
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
-        calibrated(folder, base, out=copy)
-    found = mta.Bank.open(bank, base, full=True)
-    assert forgotten[0].complete
-    assert found.hash == before.hash
-    assert found.info.members.parts_of(OTHERS[0].id) == []
-    assert parts_to_rebuild(bank) == []
-    assert [path.name for path in folder.iterdir()] == ["bank"]
-
-
-def test_what_is_noted_while_a_calibration_is_written_stays(folder, base, monkeypatch):
-    rename = Path.rename
-
-    def publish_first(path, target):
-        if path == folder / "bank":
-            note_published(path, "https://hub/one")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", publish_first)
-    calibrated(folder, base)
-    assert published(folder / "bank") == ["https://hub/one"]
-
-
-@pytest.mark.parametrize("renames", [1, 2])
-def test_a_calibration_that_cannot_replace_the_bank_leaves_it(folder, base, monkeypatch, renames):
-    before, rename, done = files_in(folder / "bank"), Path.rename, []
-
-    def fail(path, target):
-        done.append(target)
-        if len(done) == renames:
-            raise OSError("no space left")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no space left"):
         calibrated(folder, base)
-    assert files_in(folder / "bank") == before
+    assert forgotten[0].complete
+    assert parts_to_rebuild(folder / "bank") == []
     assert [path.name for path in folder.iterdir()] == ["bank"]
 
 
-def test_forgetting_removes_what_a_killed_calibration_left(folder, base):
-    left = [folder / f".bank.{'0' * 32}", folder / ".bank.replaced", folder / "bank" / "work"]
-    for place in left:
-        place.mkdir()
-        (place / "calibration.safetensors").write_bytes(b"measured")
-    (folder / f".bank-2.{'0' * 32}").mkdir()
+def test_forgetting_removes_what_a_killed_build_left(folder):
+    work = folder / "bank" / "work"
+    work.mkdir()
+    (work / "anchors.safetensors").write_bytes(b"trained")
     forget_person(OTHERS[0].id, None, folder / "bank")
-    assert not any(place.exists() for place in left)
-    assert {path.name for path in folder.iterdir()} == {"bank", f".bank-2.{'0' * 32}"}
-
-
-def test_a_bank_that_a_calibration_renames_is_not_taken_for_a_leftover(folder):
-    (folder / "bank").rename(folder / ".bank.replaced")
-    assert remove_leftovers(folder / "bank") == []
-    assert read_info(folder / ".bank.replaced")
-
-
-@pytest.mark.parametrize("closed", ["mount", "parent"])
-def test_a_bank_that_cannot_be_replaced_is_refused_before_anything_is_measured(folder, base, monkeypatch, closed):
-    if closed == "mount":
-        monkeypatch.setattr(Path, "is_mount", lambda path: path == folder / "bank")
-    else:
-        monkeypatch.setattr(add_calibration.os, "access", lambda path, mode: path != folder)
-    why = "it is a mount point" if closed == "mount" else "is not writable"
-    with pytest.raises(BankError, match=rf"cannot be replaced by the calibrated bank: .*{why}\n  Calibrate a copy:"):
-        calibrated(folder, base, on_step=lambda *_: pytest.fail("measured"))
+    assert not work.exists()
 
 
 def test_a_copy_follows_its_bank_in_forgetting(folder, base):
     (folder / "bank" / "needs-rebuild.json").write_text(json.dumps({"needs_rebuild": ["anchor", "calibration"]}))
-    calibrated(folder, base, out=folder / "copy")
+    calibrated(folder, base)
     assert parts_to_rebuild(folder / "copy") == ["anchor"]
 
 
 def test_a_copy_replaces_no_other_bank(folder, base):
-    copy = calibrated(folder, base, out=folder / "copy")
-    before = read_info(folder / "bank").hash
+    before = calibrated(folder, base).hash
     with pytest.raises(BankError, match="exists already"):
-        copy.calibrate(base, OTHERS, run=RUN, out=folder / "bank")
-    assert read_info(folder / "bank").hash == before
+        calibrated(folder, base)
+    assert read_info(folder / "copy").hash == before
 
 
-def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
-    before = calibrated(folder, base)
+def test_too_few_people_are_refused(folder, base):
     with pytest.raises(InputError, match=r"all except 3 are in the bank, .* 8 are needed"):
         calibrated(folder, base, people_of(3, prefix="few-"))
-    after = mta.Bank.open(folder / "bank", base, full=True)
-    assert (after.hash, after.calibration.info) == (before.hash, before.calibration.info)
+    assert not (folder / "copy").exists()
 
 
 def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(folder, base):
@@ -214,15 +145,8 @@ def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(
     forget_person(OTHERS[0].id, None, folder / "bank")
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
         calibrated(folder, base, since=since)
-    assert mta.Bank.open(folder / "bank", base).calibration is None
+    assert not (folder / "copy").exists()
     calibrated(folder, base, OTHERS[1:])
-
-
-def test_a_bank_that_cannot_be_written_is_calibrated_in_a_copy(folder, base, tmp_path, monkeypatch):
-    before = files_in(folder / "bank")
-    monkeypatch.setattr(add_calibration, "exclusive", lambda _: pytest.fail("locked"))
-    assert calibrated(folder, base, out=tmp_path / "copy").info.calibration
-    assert files_in(folder / "bank") == before
 
 
 def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
@@ -232,13 +156,15 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
         calibrated(folder, narrow)
 
 
-def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
+def test_another_calibration_is_without_that_of_a_forgotten_person(folder, base):
     bank = calibrated(folder, base)
     used = next(p.id for p in OTHERS if bank.info.members.parts_of(p.id))
-    forget_person(used, None, folder / "bank")
-    assert parts_to_rebuild(folder / "bank") == ["calibration"]
-    calibrated(folder, base, [person for person in OTHERS if person.id != used])
-    assert parts_to_rebuild(folder / "bank") == []
+    forget_person(used, None, bank.folder)
+    assert parts_to_rebuild(bank.folder) == ["calibration"]
+    people = [person for person in OTHERS if person.id != used]
+    again = bank.calibrate(base, people, folder / "again", run=RUN)
+    assert parts_to_rebuild(again.folder) == []
+    assert again.info.members.parts_of(used) == []
 
 
 def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):

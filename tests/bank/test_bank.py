@@ -147,14 +147,16 @@ def test_a_bank_of_another_schema_version_is_refused(folder, version):
     )
 
 
-def test_a_description_with_an_unknown_key_is_refused(folder):
-    rewritten(folder, colour="red")
-    assert corrupt(folder).startswith(f"{folder / 'bank.json'} does not describe a bank: 1 validation error")
-
-
-def test_a_description_of_an_invalid_task_is_refused(folder):
-    rewritten(folder, task={"name": "x"})
-    assert corrupt(folder).startswith(f"{folder} cannot be read: ")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "{folder}/bank.json does not describe a bank: 1 validation error"),
+        ({"task": {"name": "x"}}, "{folder} cannot be read: "),
+    ],
+)
+def test_a_sealed_description_of_no_bank_is_refused(folder, changes, message):
+    rewritten(folder, **changes)
+    assert corrupt(folder).startswith(message.format(folder=folder))
 
 
 @pytest.mark.parametrize("described", ["", "[]", "null", "3", "{}", '{"version": 3}', "[" * 100000, "\x00"])

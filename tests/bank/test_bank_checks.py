@@ -40,16 +40,6 @@ def test_a_change_that_hides_its_time_is_noticed_by_a_full_check(folder):
     corrupt(folder, full=True)
 
 
-def test_a_touched_bank_is_checked_again_and_opens(folder, monkeypatch):
-    os.utime(folder / "anchors.safetensors", (1, 1))  # the change has another time, however coarse the clock
-    Bank.open(folder, BASE)
-    (folder / "anchors.safetensors").touch()
-    taken = hashes_taken(monkeypatch)
-    Bank.open(folder, BASE)
-    Bank.open(folder, BASE)
-    assert len(taken) == 1
-
-
 def test_a_bank_opens_with_a_read_only_cache(folder, cache):
     cache.write_text("a file where the cache folder should be")
     assert len(Bank.open(folder, BASE)) == 3

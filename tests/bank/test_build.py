@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import kill
 import pytest
 import torch
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped_among_anchors, trained
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped, trained
 from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -84,7 +85,7 @@ def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
 
 def test_a_build_goes_on_with_other_memory(built, tmp_path):
     """The hint of a build that found no memory asks for less."""
-    stopped_among_anchors(tmp_path / "bank")
+    stopped(tmp_path / "bank")
     stages = []
     other = TINY_RUN.model_copy(update={"memory": "3GiB"})
     out = build(tmp_path / "bank", run=other, on_step=lambda stage, step: stages.append(stage))
@@ -171,13 +172,8 @@ def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(t
         def encode(self, texts):
             return super().encode([text[::-1] for text in texts])
 
-    def stop(stage, step):
-        if stage == "calibration" and step.step == stop_at:
-            raise KeyboardInterrupt
-
     fresh = made("fresh", encoder=Turned())
-    with pytest.raises(KeyboardInterrupt):
-        made("bank", on_step=stop)
+    stopped(tmp_path / "bank", "calibration", stop_at, candidates=people_of(candidates, prefix="somebody-c"))
     resumed = made("bank", encoder=Turned())
     assert read_info(fresh).members != read_info(made("other")).members
     assert trained(resumed) == trained(fresh)
@@ -185,29 +181,23 @@ def test_a_build_resumed_where_encodings_differ_keeps_nothing_of_other_anchors(t
 
 def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(built, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-
-    def stop(stage, step):
-        if stage == "anchors" and step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}), on_step=stop)
+    stopped(tmp_path / "bank", at=3, run=TINY_RUN.model_copy(update={"seed": 1}))
     before = stamps(tmp_path / "bank")
     with pytest.raises(BankError, match="holds an interrupted build from other people, another base, or"):
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
-    assert trained(build(tmp_path / "bank", resume=False)) == trained(built)
+    shutil.rmtree(tmp_path / "bank" / "work")
+    assert trained(build(tmp_path / "bank")) == trained(built)
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_build_in_the_folder_of_another_process_is_refused_and_changes_nothing(tmp_path, resume):
-    stopped_among_anchors(tmp_path / "bank")
+def test_a_build_in_the_folder_of_another_process_is_refused_and_changes_nothing(tmp_path):
+    stopped(tmp_path / "bank")
     before = stamps(tmp_path / "bank")
     with (
         FileLock(tmp_path / "bank" / ".lock"),
         pytest.raises(InputError, match="another process is writing to"),
     ):
-        build(tmp_path / "bank", resume=resume)
+        build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
 
 
@@ -248,5 +238,5 @@ def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BankError, match=r"holds thesis.txt, which does not belong to a bank\n  Choose an empty"):
-        build(tmp_path, resume=False)
+        build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

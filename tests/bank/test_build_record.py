@@ -13,8 +13,6 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.calibration.info import Gain
-from mta.bank.card import body
 from mta.bank.context import Build
 from mta.bank.format import ANCHORS, read_info, with_hash
 from mta.config import Run, Training
@@ -31,14 +29,6 @@ def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
     assert "| cut | 6 items left out, 0 texts shortened |" in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert Run.model_validate(yaml.safe_load(recipe)) == TINY_RUN == info.run
-
-
-def test_the_card_draws_gains_with_their_intervals_on_one_axis(built):
-    gains = [Gain(shots=n, people=9, mean=m, low=m - 0.01, high=m + 0.02, worse=0.0) for n, m in ((1, 0.0), (8, 0.02))]
-    info = read_info(built)
-    text = body(info.model_copy(update={"calibration": info.calibration.model_copy(update={"gains": tuple(gains)})}))
-    drawn = [line.split("`")[1] for line in text.splitlines() if " | merge | " in line]
-    assert drawn == ["━━━━━━●━━━━━━━━━━━············", "······┊·····━━━━━●━━━━━━━━━━━━"]
 
 
 def test_every_line_of_the_metrics_is_a_step(built):

@@ -9,8 +9,7 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration.chosen_settings import one_step, with_calibrated_settings
-from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo, Gain, one_step, with_calibrated_settings
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.card import in_words
 from mta.config import Run, StackSettings, override

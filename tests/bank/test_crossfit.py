@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibration.choices import RATES
-from mta.bank.calibration.chosen_settings import one_step, with_calibrated_settings
-from mta.bank.calibration.crossfit import ENOUGH, RIDGE, Calibrator
-from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.crossfit import ENOUGH, RATES, RIDGE, Calibrator
+from mta.bank.calibration.info import CalibrationInfo, one_step, with_calibrated_settings
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, Probe, key_of, run_probe
@@ -52,11 +50,13 @@ def known(people: int, shots: tuple[int, ...] = (4, 5, 6, 7, 8, 9)) -> list[Subj
 SETTINGS = CalibrationSettings(steps=1)
 
 
-def calibrated(scene, people, measure=None) -> Calibration:
+def calibrator(scene, people, measure=None) -> Calibrator:
     models = CalibrationWorker(*scene)
-    return Calibrator(
-        people, N, SETTINGS, measure or (lambda pieces: [(p, run_probe(models, p)) for p in pieces])
-    ).run()
+    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [(p, run_probe(models, p)) for p in pieces]))
+
+
+def calibrated(scene, people, measure=None) -> Calibration:
+    return calibrator(scene, people, measure).run()
 
 
 def same(one: Calibration, other: Calibration) -> None:
@@ -115,7 +115,7 @@ def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch
         return [(piece, run_probe(models, piece)) for piece in pieces]
 
     calibrated(scene, people, note)
-    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    steps = calibrator(scene, people)
     mu, *_ = steps.best_merge(steps.first_pass()[0])
     assert not torch.allclose(mu[0], mu[1])
     others = mu[1 - steps.fold]
@@ -240,8 +240,8 @@ def test_a_person_does_not_choose_the_newton_step_that_their_reported_gain_is_by
     monkeypatch.setattr(
         Calibrator, "coefficients", lambda self, fits, *_: torch.stack([fits[f].mu for f in 1 - self.fold])
     )
-    people, models = known(12), CalibrationWorker(*scene)
-    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    people = known(12)
+    steps = calibrator(scene, people)
     mu, _, best, optimism = steps.best_merge(steps.first_pass()[0])
     assert bool(mu.any())
     near(optimism[0], best[0])
@@ -259,7 +259,7 @@ def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
         made = [Probe("", "gradients", (one.all,), mu[None]) for u, one in enumerate(people) if u % 2 == fold]
         return curvature_of(torch.cat([run_probe(models, probe)[:, :-1] for probe in made]))
 
-    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, run_probe(models, p)) for p in pieces])
+    steps = calibrator(scene, people)
     mu, curvature, *_ = steps.best_merge(steps.first_pass()[0])
     assert bool(mu.any(1).all())
     near(curvature, torch.stack([at(one, fold) for fold, one in enumerate(mu)]))

@@ -1,7 +1,5 @@
 """Banks of LoRAs that exist already: their merges are those of PEFT."""
 
-import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -19,7 +17,6 @@ from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import standard_methods
 from mta.evaluation.methods import Merged
-from mta.lora.peft import CONFIG
 from mta.model.encoders import encode_people
 from mta.personalize.merge import Merge, coefficients, merge_loras
 
@@ -114,32 +111,6 @@ def test_without_items_no_anchor_is_near(trained, tmp_path, policy, k):
         with pytest.raises(ConfigError, match="the bank's anchors have no encodings"):
             coefficients(MergeSettings(policy=policy, k=k), similarity)
     assert coefficients(MergeSettings(policy="uniform", k=0), similarity).w.tolist() == [pytest.approx([1 / 5] * 5)]
-
-
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
-def test_what_is_more_than_a_lora_is_refused_and_nothing_is_written(trained, tmp_path, change):
-    folders, folder = trained[0], tmp_path / "dora"
-    folder.mkdir()
-    for file in folders[0].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | change))
-    with pytest.raises(InputError, match=f"dora: {next(iter(change))} is"):
-        imported(tmp_path / "bank", [*folders, folder])
-    assert not (tmp_path / "bank").exists()
-
-
-def test_loras_that_name_another_base_are_imported_with_a_warning(trained, tmp_path, caplog):
-    named, folders = {"ann": "/models/Tiny-LLAMA/", "bob": "owner/other-1b", "cem": None}, []
-    for folder in trained[0][:3]:
-        folders.append(shutil.copytree(folder, tmp_path / folder.name))
-        config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": named[folder.name]}
-        (folders[-1] / CONFIG).write_text(json.dumps(config))
-    imported(tmp_path / "bank", folders)
-    (said,) = [record.message for record in caplog.records]
-    assert said == "1 of 3 LoRAs name another base than tiny-llama: owner/other-1b"
-    caplog.clear()
-    imported(tmp_path / "fine", folders[::2])
-    assert not caplog.records
 
 
 def test_an_imported_bank_without_items_compares_only_merges_of_all(trained, tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
@@ -127,12 +127,6 @@ def test_no_file_contains_ids_or_texts(built):
 
 def test_nor_do_the_files_of_an_interrupted_build(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-
-    def stop(stage, step):
-        if stage == "anchors" and step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
+    stopped(tmp_path / "bank", at=3)
     assert (tmp_path / "bank" / "work" / "anchors-000.checkpoint").is_file()
     says_nothing_of_anybody(tmp_path / "bank")

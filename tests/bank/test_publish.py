@@ -22,7 +22,7 @@ from mta.bank.format import INFO, STALE, file_hashes, read_info
 from mta.bank.notes import mark_stale, published
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import Run
-from mta.errors import AssetError, BankCorrupt, BankError, BankNotFound, HubError, InputError
+from mta.errors import AssetError, BankCorrupt, BankError, BankNotFound, HubError
 from mta.personalize import forget_person
 from mta.store import Store
 from mta.system.hub import local_folder
@@ -238,32 +238,12 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     assert bank_upload(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
 
-def results_of(bank, **meta) -> dict:
-    interval = {"mean": 1.25, "low": 1.0, "high": 1.5}
-    methods = [
-        {
-            "name": "MTA",
-            "metrics": {"NLL": interval},
-            "differences": {"task LoRA": {"NLL": {**interval, "mean": -0.5}}},
-        },
-        {"name": "task LoRA", "metrics": {"NLL": interval, "MAE": interval}, "differences": {}},
-        {"name": "constant", "metrics": {"MAE": interval}, "differences": {}},
-    ]
-    about = {"command": "mta compare Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
-    return {"meta": about, "people": 16, "queries_per_person": 8, "methods": methods}
-
-
-def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results_of(bank)))
-    bank.push_to_hub(NAME, results=tmp_path / "results.json", license="apache-2.0")
+def test_the_card_is_one_the_hub_reads(hub, bank):
+    bank.push_to_hub(NAME, license="apache-2.0")
     text = hub.repos[NAME].files["README.md"].decode()
     data = ModelCard(text).data.to_dict()
     assert (data["license"], data["library_name"]) == ("apache-2.0", "merge-then-adapt")
     assert set(data["tags"]) >= {"lora", "arxiv:2511.20072"}
-    assert "| MTA | 1.250 [1.000, 1.500] | -0.500 [+1.000, +1.500] |" in text
-    assert "| task LoRA | 1.250 [1.000, 1.500] |  |" in text
-    assert "16 people who are not in the bank, 8 questions each" in text
-    assert "Xylograd" not in text
     assert f'bank = mta.Bank.from_pretrained("{NAME}", base)' in text
     assert "| people behind the task LoRA / candidates for anchors | 7 / 12 |" in text
     assert "| items per anchor | 6 to 6, " in text
@@ -281,21 +261,6 @@ def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
         rewritten(folder, base=base, run=run)
         card = ModelCard(bank_upload(folder, NAME).files["README.md"].decode())
         assert card.data.to_dict().get("base_model") == expected
-
-
-@pytest.mark.parametrize("written", ["[]", "{}", "no", '{"methods": [], "people": 1, "queries_per_person": 1}'])
-def test_results_that_are_none_are_refused(bank, tmp_path, written):
-    (tmp_path / "r.json").write_text(written)
-    said = refused(InputError, bank_upload, bank.folder, NAME, results=tmp_path / "r.json")
-    assert said.startswith(f"{tmp_path / 'r.json'} cannot be shown on the card: ")
-    assert said.endswith("\n  Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/")
-
-
-def test_results_of_another_bank_are_refused(bank, tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(results_of(bank, bank_seconds={"anchors": 1e6})))
-    assert "holds the results of another bank" in refused(
-        InputError, bank_upload, bank.folder, NAME, results=tmp_path / "r.json"
-    )
 
 
 # -- forgetting --------------------------------------------------------------------------------------------------------

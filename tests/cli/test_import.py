@@ -30,11 +30,13 @@ def test_loras_become_a_bank_that_personalizes(loras, tmp_path, monkeypatch):
     rows = (loras / "people.jsonl").read_text().replace('"person"', '"user"')
     (loras / "others.jsonl").write_text(f"{rows}not JSON\n")
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank", "--json"]
-    how += ["--people", loras / "others.jsonl", "--columns", "person=user", "--skip-bad", tmp_path / "bad.jsonl"]
-    made = mta("bank", "import", *(loras / name for name in LORAS), *how).json
+    columns = ["--columns", "person=user", "--skip-bad", tmp_path / "bad.jsonl"]
+    made = mta("bank", "import", *(loras / n for n in LORAS), *how, "--people", loras / "others.jsonl", *columns).json
     assert (made["anchors"], made["calibration"]) == (3, None)
+    calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--out", tmp_path / "next"]
+    assert mta(*calibrate, "--unrelated", "--json").json["calibration"]["people"] == 10
     new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
-    at = ["--bank", tmp_path / "bank", "--store", tmp_path / "people"]
+    at = ["--bank", tmp_path / "next", "--store", tmp_path / "people"]
     assert mta("personalize", new, *at, "--json").json["failed"] == {}
     assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
 
@@ -44,13 +46,13 @@ def test_a_bank_is_not_calibrated_on_people_who_may_be_behind_its_loras(loras, t
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
     mta("bank", "import", *(loras / name for name in LORAS), *how, "--out", tmp_path / "bank")
-    calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--json"]
+    calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--out", tmp_path / "next", "--json"]
     refused = run(*calibrate)
     assert refused.code == 1
     assert "3 of 3 imported LoRAs have the name of none of the 10" in refused.err
     assert "--unrelated" in refused.err
     assert mta(*calibrate, "--unrelated").json["calibration"]["people"] == 10
-    card = mta("bank", "show", tmp_path / "bank").out
+    card = mta("bank", "show", tmp_path / "next").out
     assert "whose ids are not names of imported LoRAs" in card
     assert "the bank was not trained on" not in card
     assert "The bank has no task LoRA: part of a gain can be the form of an answer" in card
@@ -63,7 +65,7 @@ def test_with_the_people_of_all_loras_nothing_needs_to_be_confirmed(loras, tmp_p
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank", "--json"]
     people = written(tmp_path / "all.jsonl", rows)
     mta("bank", "import", *(loras / name for name in LORAS), *how)
-    made = mta("bank", "calibrate", tmp_path / "bank", people, "--json").json
+    made = mta("bank", "calibrate", tmp_path / "bank", people, "--out", tmp_path / "next", "--json").json
     assert made["calibration"]["people"] == 10
 
 

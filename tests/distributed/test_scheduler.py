@@ -78,7 +78,7 @@ def made_up_cluster(good, workers, attempts=2):
 
 def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
     cluster, hired = made_up_cluster(good=1, workers=2)
-    found = list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One() for _ in range(40)]))
+    found = list(PieceScheduler(cluster, None, WorkerPool(None, None)).work_through([One() for _ in range(40)]))
     assert [one.result for one in found] == ["done"] * 40
     assert len(hired) == 1 + 2 * 2 + 1  # it has stopped trying
 
@@ -87,7 +87,7 @@ def test_a_machine_on_which_no_worker_starts_does_not_stop_the_others():
 def test_workers_that_all_cannot_start_end_the_run(workers):
     cluster, _ = made_up_cluster(good=0, workers=workers)
     with pytest.raises(ClusterError, match="3 workers in a row could not start"):
-        list(PieceScheduler(cluster, None, WorkerPool(None, {}, None)).work_through([One()]))
+        list(PieceScheduler(cluster, None, WorkerPool(None, None)).work_through([One()]))
 
 
 def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
@@ -101,7 +101,7 @@ def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
         died.turn = 0
         worker.run.remote = lambda function, piece, died=died: died
     hired.clear()
-    pool = WorkerPool(None, {}, None, idle=[*dead])
+    pool = WorkerPool(None, None, idle=[*dead])
     found = list(PieceScheduler(cluster, None, pool).work_through([One()]))
     assert [one.result for one in found] == ["done"]
     assert len(hired) == 1
@@ -118,7 +118,7 @@ def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again()
     opened.turn = 0
     worker.open.remote = lambda made: opened
     cluster = SimpleNamespace(ray=Ray(), workers=1, attempts=2, start_worker=lambda: worker, stop=lambda _: None)
-    (found,) = PieceScheduler(cluster, None, WorkerPool(None, {}, None, idle=[worker])).work_through([One()])
+    (found,) = PieceScheduler(cluster, None, WorkerPool(None, None, idle=[worker])).work_through([One()])
     assert found.error == "workers died of it, Died"
 
 
@@ -148,7 +148,7 @@ def test_pieces_that_need_the_cluster_leave_no_idle_workers(three):
     assert max(running) <= 3
 
 
-def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch, three):
+def test_workers_stay_for_the_next_passes_over_the_same_context(three):
     """As in a calibration, which asks for many passes: a new worker loads the base again."""
     cluster, hired, stopped = three
     first, second = (lambda: None), (lambda: None)
@@ -156,11 +156,8 @@ def test_workers_stay_for_the_next_passes_over_the_same_context(monkeypatch, thr
         found = list(cluster.run(None, [One() for _ in range(5)], opened_by(opener)))
         assert [one.result for one in found] == ["done"] * 5
         assert (len(hired), len(stopped)) == (count, left)
-    monkeypatch.setenv("MTA_KERNELS", "off")  # workers have the environment that they were started with
-    list(cluster.run(None, [One()], opened_by(second)))
-    assert (len(hired), len(stopped)) == (7, 6)
     cluster.dismiss()
-    assert len(stopped) == 7
+    assert len(stopped) == 6
 
 
 def test_a_worker_refuses_a_driver_with_other_sources(tmp_path, monkeypatch):

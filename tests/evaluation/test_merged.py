@@ -8,8 +8,7 @@ from batches import POSTERIOR, QUERIES, SHOTS, panel_of, same
 from batches import batch as batch  # the fixture
 from conftest import HashEncoder, memory_for, people_of
 
-from mta.bank.calibration.chosen_settings import one_step
-from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo, Gain, one_step
 from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, MergeThenAdapt, OneLora

@@ -15,7 +15,7 @@ from crowd import PEOPLE, QUESTION, same
 from tiny import base_of, tokenizer
 
 import mta
-from mta.config import CompareSettings, Run, load_settings, override
+from mta.config import CompareSettings, Run, load_settings
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, ConfigError, DataError, InputError, StoreError, UnsupportedModel
 from mta.evaluation.compare import compare
@@ -151,23 +151,13 @@ def test_a_bank_of_people_without_a_task_is_not_one_of_free_texts(tmp_path):
         mta.Bank.build(base_of(), people_of(16), tmp_path / "bank", anchors=3, encoder=HashEncoder())
 
 
-def test_a_task_lora_is_given_as_a_text_too_and_only_to_a_bank_with_one(tiny, tmp_path):
-    base, bank = tiny
-    given = {"task": "movielens-rating", "encoder": HashEncoder(), "task_lora": str(bank.folder / "task_lora")}
-    without = override(TINY_RUN, ["task_lora.enabled=false"])
-    with pytest.raises(InputError, match=r"task_lora is given, but task_lora\.enabled is false"):
-        mta.Bank.build(base, people_of(16), tmp_path / "bank", run=without, **given)
-    built = mta.Bank.build(base, people_of(16), tmp_path / "bank", run=TINY_RUN, **given)
-    assert all(torch.equal(a, b) for a, b in zip(built.task_lora.tensors().values(), bank.task_lora.tensors().values()))
-
-
 def test_nobody_is_built_or_calibrated_on_twice(tiny, tmp_path):
     base, bank = tiny
     people = people_of(16)
     with pytest.raises(InputError, match="1 people are given twice"):
         mta.Bank.build(base, people, tmp_path / "bank", task="movielens-rating", task_people=[people[3]], run=TINY_RUN)
     with pytest.raises(InputError, match="16 people are given twice"):
-        bank.calibrate(base, (one for one in [*people, *people]))
+        bank.calibrate(base, (one for one in [*people, *people]), tmp_path / "copy")
 
 
 class First(TaskLora):

@@ -9,16 +9,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mta.bank.add_calibration import calibrate_bank
 from mta.bank.build import build_bank
-from mta.bank.calibration.chosen_settings import with_calibrated_settings
+from mta.bank.calibration.info import with_calibrated_settings
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.context import Build
-from mta.bank.format import INDEX, BankInfo, check_base, read_adapters, read_calibration, read_info, restore, verify
+from mta.bank.format import (
+    INDEX,
+    BankInfo,
+    check_base,
+    read_adapters,
+    read_calibration,
+    read_info,
+    reading,
+    restore,
+    verify,
+)
 from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import CompareSettings, Run, override
@@ -73,11 +82,9 @@ class Bank:
         run: Run | None = None,
         encoder: Encoder | None = None,
         task_people: Sequence[Person] | None = None,
-        task_lora: str | Path | None = None,
         hold_out: int = 0,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
-        resume: bool = True,
         command: str = "",
         track: Track | None = None,
     ) -> Bank:
@@ -87,9 +94,8 @@ class Bank:
         are the candidates for anchors; people who share items stay together, unless more than half of all people do.
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
-        named here). ``task_lora`` is the folder of a task LoRA that was trained earlier on the same people with the
-        same settings. ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
-        A killed build resumes unless ``resume`` is False. ``command`` is recorded in the folder, and
+        named here). ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
+        A killed build resumes. ``command`` is recorded in the folder, and
         ``track`` opens a tracker for the steps.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -125,10 +131,8 @@ class Bank:
             people,
             run,
             Path(out),
-            task_lora=Path(task_lora) if task_lora else None,
             executor=executor or LocalExecutor(),
             on_step=on_step,
-            resume=resume,
             command=command,
             track=track,
         )
@@ -144,12 +148,10 @@ class Bank:
         folder = Path(folder)
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
-        try:
+        with reading(folder):
             verify(folder, info, full=full)
             task = Task.model_validate(info.task)
             vectors = load_file(folder / INDEX)["vectors"]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
         anchors, task_lora = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=restore(folder))
@@ -184,38 +186,37 @@ class Bank:
         self,
         base: BaseModel,
         people: Sequence[Person],
+        out: str | Path,
         *,
-        out: str | Path | None = None,
         run: Run | None = None,
         unrelated: bool = False,
         since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Calibrate the bank, or a copy of it in the new folder ``out``, on items that it was not trained on.
+        """Write a copy of the bank to ``out`` that is calibrated on items which it was not trained on, and open it.
 
-        Returns the calibrated bank, which has a new hash. States that were made before belong to the old hash:
-        personalize these people again. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
-        the people is behind an imported LoRA (see ``of_adapters``). ``since`` is what
-        ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
+        The copy has a new hash: personalize people again with it. Settings are those of ``run.calibration``.
+        ``unrelated`` confirms that none of the people is behind an imported LoRA (see ``of_adapters``). ``since`` is
+        what ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
         (BankError) if a person was forgotten after that.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
-        holds anything, or the bank's folder cannot be replaced.
+        holds anything.
         """
-        settings, copy, people = run or self.info.run, Path(out) if out else None, list(people)
+        people = list(people)
         check_distinct(people)
         calibrate_bank(
             self.folder,
             base,
             people,
-            settings,
-            out=copy,
+            run or self.info.run,
+            Path(out),
             unrelated=unrelated,
             since=since,
             executor=executor,
             on_step=on_step,
         )
-        return self.open(copy or self.folder, base)
+        return self.open(out, base)
 
     def with_calibrated_settings(self, run: Run | None = None) -> Run:
         """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""
@@ -234,18 +235,16 @@ class Bank:
         *,
         private: bool = True,
         token: str | None = None,
-        results: str | Path | None = None,
         license: str = "",
         with_members: bool = False,
     ) -> str:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
         A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
-        members is sent only ``with_members``. ``results`` is the results.json of ``mta compare --out``.
+        members is sent only ``with_members``.
         Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
         """
-        path = Path(results) if results else None
-        upload = bank_upload(self.folder, repo_id, results=path, license=license, with_members=with_members)
+        upload = bank_upload(self.folder, repo_id, license=license, with_members=with_members)
         return publish_bank(self.folder, repo_id, upload, private=private, token=token)
 
     def __len__(self) -> int:

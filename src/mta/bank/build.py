@@ -14,12 +14,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from mta.bank.anchors import train_anchors
+from mta.bank.anchors import Roles, choose_roles, train_anchors
 from mta.bank.calibration.calibrate import calibrate, plan_of
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
 from mta.bank.card import write_described
-from mta.bank.context import Build, BuildContext
+from mta.bank.context import Build, BuildContext, BuildKeys
 from mta.bank.format import (
     ANCHORS,
     CALIBRATION,
@@ -32,14 +32,11 @@ from mta.bank.format import (
     TASK_LORA,
     BankInfo,
     file_hashes,
-    has_task,
     read_info,
     write_task,
 )
-from mta.bank.keys import BuildKeys
-from mta.bank.roles import Roles, choose_roles
 from mta.bank.task_lora import pooled_items, train_task_lora
-from mta.data.history import Item, Person, named_items
+from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
 from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
@@ -60,18 +57,14 @@ def build_bank(build: Build) -> None:
 
     The task LoRA is trained on ``task_people``, and on candidates (``mta.bank.task_lora.pooled_candidates``), while the
     loss of ``held_out`` people falls; by default a tenth of ``task_people``. A given ``task_lora`` is copied.
-    A killed build resumes from its last checkpoint, if it may ``resume``. A finished bank is not changed, except for
+    A killed build resumes from its last checkpoint. A finished bank is not changed, except for
     fields of its task that do not affect training (``UNTRAINED``).
     Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
     _check_task_lora(build)
     context = _context(build)
     if _is_finished(context):
-        if not has_task(read_info(context.out), context.task):  # an unchanged task needs no lock
-            with exclusive(context.out):
-                if _is_finished(context):  # another process may have written another bank since
-                    write_task(context.out, context.task)
-        return
+        return write_task(context.out, context.task)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles, run = choose_roles(context), context.run
     context = replace(context, chosen=tuple(roles.chosen))
@@ -81,9 +74,6 @@ def build_bank(build: Build) -> None:
     with exclusive(context.out):  # another process may have finished or begun a build since the first look
         if _is_finished(context):
             return write_task(context.out, context.task)
-        if not context.resume:
-            shutil.rmtree(context.out / "work", ignore_errors=True)
-            (context.out / run_folder.METRICS).unlink(missing_ok=True)
         with context.record:
             context.record.begin()
             write_text(context.out / BEGUN, context.keys.training)
@@ -96,11 +86,7 @@ def build_bank(build: Build) -> None:
 
 
 def _check_task_lora(build: Build) -> None:
-    if not build.task_lora:
-        return
-    if not build.run.task_lora.enabled:
-        raise InputError(f"{build.task_lora} is given, but task_lora.enabled is false", hint="Leave one of them out.")
-    if read_peft(build.task_lora).shapes != build.base.targets:
+    if build.task_lora and read_peft(build.task_lora).shapes != build.base.targets:
         raise InputError(
             f"{build.task_lora} does not change exactly the {len(build.base.targets)} layers that a bank of "
             f"{build.base.name} changes",
@@ -116,7 +102,7 @@ def _context(build: Build) -> BuildContext:
     named = build.run.model_copy(update={"task": build.task.name, "encoder": build.encoder.name})
     run = build.base.as_loaded(named)
     hashed = [task_people, candidates, *([held_out] if held_out else [])]
-    keys = BuildKeys.of(build.base, build.task, build.encoder, hashed, run, build.task_lora)
+    keys = BuildKeys.of(build, run, hashed)
     record = RunFolder(
         folder=build.out,
         kind="bank",
@@ -136,11 +122,27 @@ def _context(build: Build) -> BuildContext:
 def _train(
     context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
 ) -> CalibrationInfo | None:
-    """Train the anchors over the task LoRA, calibrate the bank, and write both."""
+    """Train the anchors over the task LoRA, calibrate the bank on candidates who are not anchors, and write both."""
     anchors = train_anchors(context, jobs, plan, task_lora)
     write_tensors(context.out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
     write_tensors(context.out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
-    return _calibrate(context, anchors, task_lora, roles.calibrating)
+    (context.out / CALIBRATION).unlink(missing_ok=True)
+    if not context.run.calibration.enabled:
+        return None
+    context.record.stage_begins()
+    calibration = calibrate(
+        context.base,
+        context.task,
+        anchors,
+        task_lora,
+        roles.calibrating,
+        context.run,
+        executor=context.executor,
+        checkpoint=context.calibration_result,
+        on_step=partial(context.record.step, "calibration"),
+    )
+    write_tensors(context.out / CALIBRATION, calibration.tensors(), {})
+    return calibration.info
 
 
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
@@ -164,29 +166,6 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     plan_of(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan
-
-
-def _calibrate(
-    context: BuildContext, anchors: LoraBatch, task_lora: LoraBatch | None, people: Sequence[Person]
-) -> CalibrationInfo | None:
-    """Calibrate the bank on candidates who are not anchors, and write what it found; None if this is off."""
-    (context.out / CALIBRATION).unlink(missing_ok=True)
-    if not context.run.calibration.enabled:
-        return None
-    context.record.stage_begins()
-    found = calibrate(
-        context.base,
-        context.task,
-        anchors,
-        task_lora,
-        people,
-        context.run,
-        executor=context.executor,
-        checkpoint=context.calibration_result,
-        on_step=partial(context.record.step, "calibration"),
-    )
-    write_tensors(context.out / CALIBRATION, found.tensors(), {})
-    return found.info
 
 
 def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: CalibrationInfo | None) -> None:
@@ -232,8 +211,8 @@ def remove_work(out: Path) -> None:
 def _is_finished(context: BuildContext) -> bool:
     """Return whether the bank is complete, perhaps without its calibration.
 
-    Raises BankError for foreign files, BankRefused for another bank and, if the build may ``resume``, for an
-    interrupted build with other keys: its finished work would be overwritten.
+    Raises BankError for foreign files, BankRefused for another bank and for an interrupted build with other keys: its
+    finished work would be overwritten.
     """
     out, keys = context.out, context.keys
     if (out / INFO).exists():
@@ -251,10 +230,10 @@ def _is_finished(context: BuildContext) -> bool:
             f"{out} holds {other[0]}, which does not belong to a bank",
             hint="Choose an empty or a new folder with --out.",
         )
-    if context.resume and (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
+    if (out / BEGUN).exists() and (out / BEGUN).read_text(encoding="utf-8") != keys.training:
         raise BankRefused(
             f"{out} holds an interrupted build from other people, another base, or other settings (dtype, …)",
-            hint="Give the same again to resume it, or another folder with --out. To start over (in mta bank build, "
-            f"with --restart):  rm -r {shlex.quote(str(out / 'work'))}",
+            hint="Give the same again to resume it, or another folder with --out. To start over:  "
+            f"rm -r {shlex.quote(str(out / 'work'))}",
         )
     return False

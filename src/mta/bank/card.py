@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.laplace import BOUNDLESS
 from mta.bank.format import BankInfo, with_hash, write_info
 from mta.config.constants import NOTICEABLE
@@ -19,12 +17,10 @@ from mta.system.assets import ASSETS
 from mta.system.atomic import write_text
 from mta.system.hub import public_name
 
-_WIDTH = 30  # of a drawn interval, in characters
 
-
-def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
-    """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
-    return _front_matter(info, "merge-then-adapt", license) + body(info, place, results)
+def card(info: BankInfo, place: str = "path/to/this/folder", license: str = "") -> str:
+    """Return the card of a bank as Markdown, after the hub's metadata."""
+    return _front_matter(info, "merge-then-adapt", license) + body(info, place)
 
 
 def write_described(folder: Path, info: BankInfo) -> None:
@@ -34,7 +30,7 @@ def write_described(folder: Path, info: BankInfo) -> None:
     write_info(folder, whole)
 
 
-def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
+def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     """Return the card without the metadata."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
@@ -74,9 +70,7 @@ personal.personalize(mta.read_people("newcomers.jsonl", task=bank.task))
 personal.generate([("ann", "...")])
 ```
 
-## Results
-
-{results or "No results were given. To measure: `mta compare` on people who are not in the bank."}
+To measure: `mta compare` on people who are not in the bank.
 
 ## Limits
 
@@ -157,25 +151,11 @@ def gains_table(info: CalibrationInfo) -> str:
     measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
-        f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"
+        f"{gain.people} |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
-    head = f"| shots | | gain | worse by {NOTICEABLE:g} | people | |\n|---|---|---|---|---|---|\n"
+    head = f"| shots | | gain | worse by {NOTICEABLE:g} | people |\n|---|---|---|---|---|\n"
     return f"\n\n{head}{rows}" if rows else ""
-
-
-def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
-    """Draw a gain on the axis of all ``gains``: ● the mean, ━ its interval, ┊ no gain, · the rest."""
-    low, high = min(0.0, *(one.low for one in gains)), max(0.0, *(one.high for one in gains))
-
-    def place(value: float) -> int:
-        return round((value - low) / ((high - low) or 1.0) * (_WIDTH - 1))
-
-    cells = ["·"] * _WIDTH
-    cells[place(gain.low) : place(gain.high) + 1] = "━" * (place(gain.high) - place(gain.low) + 1)
-    cells[place(0.0)] = "┊"
-    cells[place(gain.mean)] = "●"
-    return "".join(cells)
 
 
 def in_words(info: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
@@ -199,26 +179,6 @@ def in_words(info: CalibrationInfo, people: str = "on items that the bank was no
     return " ".join([*parts, *notes])
 
 
-def table_of(results: Mapping[str, Any]) -> str:
-    """Return a table of each method's NLL from the results.json of ``mta compare --out``.
-
-    Settings and commands are not quoted, because they may name people and folders. Raises KeyError, TypeError,
-    ValueError.
-    """
-    rows = ["| | NLL (95% interval) | difference to the task LoRA |", "|---|---|---|"]
-    for method in results["methods"]:
-        if nll := method["metrics"].get("NLL"):
-            against = method["differences"].get("task LoRA", {}).get("NLL")
-            name = re.sub(r"[^\w ,.:+#()-]", "", str(method["name"]))
-            rows.append(f"| {name} | {_interval(nll)} | {_interval(against, '+') if against else ''} |")
-    if len(rows) == 2:
-        raise ValueError("no method with an NLL")
-    people, queries = int(results["people"]), int(results["queries_per_person"] or 0)
-    each = f", {queries} questions each" if queries else ""
-    about = f"NLL of the true answer on {people} people who are not in the bank{each}"
-    return f"{about}; means over people, lower is better, differences are paired.\n\n" + "\n".join(rows)
-
-
 def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
     """Return the metadata that the hub reads from a card, as YAML."""
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
@@ -235,7 +195,3 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
 def _base_note(info: BankInfo) -> str:
     """Return the note on the base in parentheses, or ""."""
     return f" ({info.base_note})" if info.base_note else ""
-
-
-def _interval(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mta.bank.keys import BuildKeys
+from mta.bank.format import file_hashes
 from mta.bank.worker import BankWorker, HeldOutPiece, LoraPiece, score_piece, train_piece
 from mta.config import Lora, Run, parse_size
+from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor, P, R
 from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch
+from mta.lora.peft import CONFIG, WEIGHTS
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import ParameterCounts
@@ -26,6 +29,9 @@ from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
+
+# Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
+NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", *ROUNDING_ONLY}
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,37 @@ class Build:
     task_lora: Path | None = None
     executor: Executor = field(default_factory=LocalExecutor)
     on_step: OnStep | None = None
-    resume: bool = True
     command: str = ""
     track: Track | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildKeys:
+    """The keys of one build. ``histories`` are the ids and item digests of each group of people."""
+
+    histories: list[list[list[str]]]
+    whole: str  # of the bank with its calibration
+    training: str  # of stages 0 and 1
+
+    @classmethod
+    def of(cls, build: Build, run: Run, groups: Sequence[Sequence[Person]]) -> BuildKeys:
+        """Return the keys of a build with whole settings; each group of people is in the order of ids."""
+        histories = [[[person.id, person.digest()] for person in group] for group in groups]
+
+        def key(calibrated: bool) -> str:
+            settings = run.model_dump(mode="json", exclude=NOT_IN_KEY if calibrated else {*NOT_IN_KEY, "calibration"})
+            if calibrated:  # a calibration measures stacks too
+                settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
+            fingerprints = [build.base.fingerprint, build.encoder.fingerprint, build.task.identity]
+            work = json_sha256([*fingerprints, settings, histories])
+            return json_sha256([work, file_hashes(build.task_lora, [CONFIG, WEIGHTS])]) if build.task_lora else work
+
+        return cls(histories, key(run.calibration.enabled), key(False))
+
+    @property
+    def secret(self) -> str:
+        """What only the people's histories give: the key of the whole bank is in ``bank.json``."""
+        return json.dumps([self.whole, self.histories])
 
 
 @dataclass(frozen=True)
@@ -98,8 +132,8 @@ class BuildContext(Build):
 
     def held_out_loss(self, task_lora: LoraBatch, job: Job, tokens_per_batch: int) -> float:
         """Return the loss of a job's examples per target token under a task LoRA. Raises BankError."""
-        ((_, found),) = self._compute(score_piece, [HeldOutPiece(job, task_lora, tokens_per_batch)])
-        return found
+        ((_, loss),) = self._compute(score_piece, [HeldOutPiece(job, task_lora, tokens_per_batch)])
+        return loss
 
     def _compute(
         self,

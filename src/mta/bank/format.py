@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
-REPLACED = ".{}.replaced"  # name beside a bank of the folder that a calibrated bank replaces
 STOPS = "stops"  # another text after each forgetting: a calibration of people who were read before is given up
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
@@ -105,14 +104,9 @@ def write_info(folder: Path, info: BankInfo) -> None:
     write_json(folder / INFO, values | {"sha256": seal(values)})
 
 
-def has_task(info: BankInfo, task: Task) -> bool:
-    """Return whether a bank has this task in every field."""
-    return Task.model_validate(info.task) == task
-
-
 def write_task(folder: Path, task: Task) -> None:
     """Replace a finished bank's task by one that differs in ``UNTRAINED`` only; the bank's hash does not change."""
-    if not has_task(info := read_info(folder), task):
+    if Task.model_validate((info := read_info(folder)).task) != task:
         write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
 
 
@@ -204,13 +198,20 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
         write_json(note, state, private=False)
 
 
-def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | None]:
-    """Return the anchors as stored, and the task LoRA if there is one. Raises BankCorrupt."""
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raise BankCorrupt for files of a bank that cannot be read."""
     try:
-        anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
-        task_lora = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
+        yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
+
+
+def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | None]:
+    """Return the anchors as stored, and the task LoRA if there is one. Raises BankCorrupt."""
+    with reading(folder):
+        anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
+        task_lora = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
     if len(anchors) != len(info.items) or (task_lora and task_lora.shapes != anchors.shapes):
         raise BankCorrupt(f"{folder}: anchors, task LoRA, and description do not match", hint=restore(folder))
     return anchors, task_lora
@@ -220,11 +221,9 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
     """Return the bank's calibration; None if it has none. Raises BankCorrupt."""
     if info.calibration is None:
         return None
-    try:
+    with reading(folder):
         tensors = load_file(folder / CALIBRATION)
         calibration = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=restore(folder)) from None
     if calibration.mu.shape != (len(info.items),) or calibration.curvature.shape != (len(info.items),) * 2:
         raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=restore(folder))
     return calibration

@@ -18,13 +18,12 @@ from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch, concatenate
-from mta.lora.peft import CONFIG, WEIGHTS, alpha_of, base_name_of, is_whole, read_peft
+from mta.lora.peft import CONFIG, WEIGHTS, alpha_of, is_whole, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.system.atomic import json_sha256, replacing_folder, write_tensors
 
 log = logging.getLogger("mta")
-_NAMED = 5  # bases in a warning
 
 
 def import_bank(
@@ -50,29 +49,37 @@ def import_bank(
     if people and (missing := owners.count(None)):
         log.warning("no items are given for %d of %d LoRAs: these cannot be retrieved by content", missing, len(ids))
     files = [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
-    settings = run.model_copy(
-        update={
-            "task": task.name,
-            "encoder": encoder.name,
-            "task_lora": run.task_lora.model_copy(update={"enabled": False}),
-            "calibration": run.calibration.model_copy(update={"enabled": False}),
-        }
-    )
-    loaded = base.as_loaded(settings)
-    info = BankInfo(
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        base_note=base.note,
-        task=task.model_dump(mode="json"),
-        encoder=loaded.encoder,
-        encoder_fingerprint=encoder.fingerprint,
-        run=loaded,
-        work=json_sha256([base.fingerprint, encoder.fingerprint, task.identity, files]),
-        items=tuple(len(owner.items) if owner else 0 for owner in owners),
-        members=Members.of(secrets.token_hex(32), [], ids, ids),
-        files={},
-    )
-    _write(out, info, concatenate(loras), _vectors(encoder, task, owners, run))
+    anchors = concatenate(loras)
+    changed = {
+        "task": task.name,
+        "encoder": encoder.name,
+        "bank": run.bank.model_copy(
+            update={
+                "anchors": len(anchors),
+                "lora": Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank)),
+            }
+        ),
+        "task_lora": run.task_lora.model_copy(update={"enabled": False}),
+        "calibration": run.calibration.model_copy(update={"enabled": False}),
+    }
+    loaded, vectors = base.as_loaded(run.model_copy(update=changed)), _vectors(encoder, task, owners, run)
+    with replacing_folder(out) as temporary:
+        write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
+        write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
+        info = BankInfo(
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            base_note=base.note,
+            task=task.model_dump(mode="json"),
+            encoder=loaded.encoder,
+            encoder_fingerprint=encoder.fingerprint,
+            run=loaded,
+            work=json_sha256([base.fingerprint, encoder.fingerprint, task.identity, files]),
+            items=tuple(len(owner.items) if owner else 0 for owner in owners),
+            members=Members.of(secrets.token_hex(32), [], ids, ids),
+            files=file_hashes(temporary, [ANCHORS, INDEX]),
+        )
+        write_described(temporary, info)
 
 
 def _read(folders: Sequence[Path], base: BaseModel) -> list[LoraBatch]:
@@ -92,17 +99,7 @@ def _read(folders: Sequence[Path], base: BaseModel) -> list[LoraBatch]:
             "count the task LoRA as often",
             hint="Give LoRAs that were trained apart, or build a bank from people's items:  mta bank build --help",
         )
-    _warn_of_other_bases(folders, base.name)
     return loras
-
-
-def _warn_of_other_bases(folders: Sequence[Path], base: str) -> None:
-    """Warn of LoRAs that name another base. Only the last parts of paths and hub ids count: copies of a base differ."""
-    named = [base_name_of(folder) for folder in folders]
-    others = [name for name in named if name and Path(name).name.casefold() != Path(base).name.casefold()]
-    if others:
-        names = ", ".join(sorted(set(others))[:_NAMED])
-        log.warning("%d of %d LoRAs name another base than %s: %s", len(others), len(folders), base, names)
 
 
 def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
@@ -132,14 +129,3 @@ def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run:
     vectors = encoded.new_zeros(len(owners), encoded.shape[1])
     vectors[known] = encoded
     return vectors
-
-
-def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor) -> None:
-    """Write the files of a bank beside ``out``, and rename the folder when it is complete."""
-    lora = Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank))
-    bank = info.run.bank.model_copy(update={"anchors": len(anchors), "lora": lora})
-    with replacing_folder(out) as temporary:
-        write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-        write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
-        run, files = info.run.model_copy(update={"bank": bank}), file_hashes(temporary, [ANCHORS, INDEX])
-        write_described(temporary, info.model_copy(update={"run": run, "files": files}))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
-import glob
 import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock
 
-from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, REPLACED, STALE, STOPS, read_info
+from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, STALE, STOPS, read_info
 from mta.bank.members import TrainedPart
 from mta.errors import BankError
-from mta.system.atomic import file_mode, read_json, sync_folder, unfinished_in, write_json, write_text
+from mta.system.atomic import file_mode, read_json, write_json, write_text
 
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -41,34 +39,23 @@ def forget_marker(folder: Path) -> str:
 
 
 def stop_calibration(folder: Path) -> None:
-    """Give up calibrations that begin with people who were read before, or are under way; remove what killed ones left.
+    """Give up calibrations that begin with people who were read before, or are under way; remove a killed build's work.
 
-    Raises BankError if it cannot be removed, or the folder cannot be read.
+    Raises BankError if the work cannot be removed, or the folder cannot be read.
     """
-    folder = folder.resolve()
     try:
         if not (folder / INFO).exists():
             return  # an unfinished build's
-        note_stop(folder)
-        if left := remove_leftovers(folder):
-            raise BankError(f"{left[0]} holds what was computed from people, and cannot be removed", hint=PERMISSIONS)
+        _note_stop(folder)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        if (folder / "work").exists():
+            reason = f"{folder / 'work'} holds what was computed from people, and cannot be removed"
+            raise BankError(reason, hint=PERMISSIONS)
     except OSError as error:
         raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed builds and calibrations left in a finished bank and beside it; return what cannot be."""
-    left = [folder / "work", *unfinished_in(folder.parent, glob.escape(folder.name))]
-    replaced = folder.with_name(REPLACED.format(folder.name))
-    if replaced.exists() and (folder / INFO).exists():  # in this order: a calibration may be about to rename it back
-        left.append(replaced)
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
-    sync_folder(folder.parent)
-    return [path for path in left if path.exists()]
-
-
-def note_stop(folder: Path) -> None:
+def _note_stop(folder: Path) -> None:
     """Write a new file ``stops``. Raises BankError, except for a folder that only others may write."""
     try:
         write_text(folder / STOPS, secrets.token_hex(8))
@@ -86,23 +73,18 @@ def parts_to_rebuild(folder: Path) -> list[str]:
     return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
 
 
-class StaleReport(NamedTuple):
-    """Message and hint for a bank that was trained on a forgotten person."""
-
-    found: str
-    hint: str
-
-
-def stale_report(folder: Path) -> StaleReport | None:
+def stale_report(folder: Path) -> BankError | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := parts_to_rebuild(folder)):
         return None
     message, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
     if parts == ["calibration"]:
-        return StaleReport(message, "Leave that person out, and calibrate again:  mta bank calibrate")
-    if info.plan or info.run.task_lora.enabled:
-        return StaleReport(message, "Leave that person out, and make it anew:  mta bank build --out NEW")
-    return StaleReport(message, "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW")
+        hint = "Leave that person out, and calibrate again:  mta bank calibrate --out NEW"
+    elif info.plan or info.run.task_lora.enabled:
+        hint = "Leave that person out, and make it anew:  mta bank build --out NEW"
+    else:
+        hint = "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW"
+    return BankError(message, hint=hint)
 
 
 def note_published(folder: Path, where: str) -> None:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mta.bank.card import card, table_of
+from mta.bank.card import card
 from mta.bank.format import (
     HASHED_FILES,
     INFO,
@@ -24,7 +24,7 @@ from mta.bank.format import (
     verify,
 )
 from mta.bank.notes import forget_marker, note_published, stale_report
-from mta.errors import BankCorrupt, BankError, BankNotFound, HubError, InputError
+from mta.errors import BankCorrupt, BankError, BankNotFound, HubError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Upload, is_hub_id, public_name, send, snapshot
@@ -32,27 +32,23 @@ from mta.system.hub import Upload, is_hub_id, public_name, send, snapshot
 _ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
 
-def bank_upload(
-    folder: Path, place: str, *, results: Path | None = None, license: str = "", with_members: bool = False
-) -> Upload:
+def bank_upload(folder: Path, place: str, *, license: str = "", with_members: bool = False) -> Upload:
     """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
-    ``results`` is a results.json, for the card. Raises BankError if a person in the bank asked to be forgotten or for
-    foreign files, BankCorrupt, InputError.
+    Raises BankError if a person in the bank asked to be forgotten or for foreign files, BankCorrupt, InputError.
     """
     since, info = forget_marker(folder), read_info(folder)
     _refuse_stale(folder, since)
     if with_members and info.members.hashed is None:
         raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
     verify(folder, info, full=True)
-    table = _results_table(results, info) if results else ""
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
     if with_members and info.members.hashed:
         sent[MEMBERS] = info.members.hashed.to_bytes()
     values = _portable(folder, sent)
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
-    sent[CARD] = card(public, place, table, license).encode()
+    sent[CARD] = card(public, place, license).encode()
     return Upload(dict(sorted(sent.items())), _facts(public, license, with_members), since)
 
 
@@ -74,7 +70,7 @@ def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = Tr
 def _refuse_stale(folder: Path, since: str) -> None:
     """Raise BankError if a person in a bank was forgotten, or any person after the marker ``since``."""
     if report := stale_report(folder):
-        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
+        raise BankError(f"{report.message}: the bank is not published", hint=report.hint)
     if forget_marker(folder) != since:
         raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Try again.")
 
@@ -144,21 +140,3 @@ def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
         "counts": f"{INFO} contains the number of items of each anchor, the task's wording, and all settings",
         "members": f"{MEMBERS} is sent too: {guess}" if with_members else f"not sent ({MEMBERS}): {guess}",
     }
-
-
-def _results_table(path: Path, info: BankInfo) -> str:
-    """Return the results.json of a comparison as a table for the card. Raises InputError."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        table, meta = table_of(results), results.get("meta", {})
-        seconds, evaluated = meta.get("bank_seconds", info.seconds), meta.get("bank_hash", info.hash)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be shown on the card: {type(error).__name__}: {str(error) or 'the file is empty'}",
-            hint="Give the results.json of:  mta compare people.jsonl --bank bank/ --out results/",
-        ) from None
-    if seconds != info.seconds or evaluated != info.hash:
-        raise InputError(
-            f"{path} holds the results of another bank", hint="Compare on this bank, and give its results."
-        )
-    return table

@@ -15,7 +15,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import own_fields
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
-from mta.system.atomic import copy_file, unfinished_in, write_text
+from mta.system.atomic import copy_file, write_text
 from mta.system.progress import Step
 from mta.training.trainer import Job
 
@@ -104,8 +104,6 @@ def train_task_lora(context: BuildContext, items: Sequence[Item], held_out: Sequ
     folder, done = context.out / TASK_LORA, context.out / "work" / "task.done"
     if not done.is_file() or done.read_text() != context.training_key:
         if given := context.task_lora:
-            for temporary in unfinished_in(folder, "*"):  # of a killed copy
-                temporary.unlink()
             for name in (CONFIG, WEIGHTS):
                 copy_file(given / name, folder / name)
         else:
@@ -125,11 +123,11 @@ def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequen
     held_tokens = context.plan([held], context.run.task_lora.lora).tokens_per_batch
     most, losses, best = context.run.task_lora.rounds, list[float](), None
     for number in range(most):
-        found = _train_round(context, number, most, job, tokens, best)
-        losses.append(context.held_out_loss(found, held, held_tokens))
+        trained = _train_round(context, number, most, job, tokens, best)
+        losses.append(context.held_out_loss(trained, held, held_tokens))
         if best and not losses[-1] < min(losses[:-1]):
             break
-        best = found
+        best = trained
     context.record.note(LOSSES, losses)
     assert best is not None  # there is at least one round
     return best
@@ -149,9 +147,9 @@ def _train_round(
         context.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
 
     piece = LoraPiece(name, "task LoRA", (replace(job, key=name),), tokens, start)
-    ((_, found),) = context.train([piece], "", on_step=on_step)
-    result.save(found.tensors(), {})
+    ((_, trained),) = context.train([piece], "", on_step=on_step)
+    result.save(trained.tensors(), {})
     context.checkpoint("", name).remove()
     if not context.executor.in_process:
         context.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
-    return found
+    return trained

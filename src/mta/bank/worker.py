@@ -104,10 +104,10 @@ def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
     start = piece.start or fresh(base.targets, lora.rank, lora.scale, run.seed, keys, base.master_dtype)
     checkpoint = worker.checkpoint(piece.name) if worker.checkpoint else None
 
-    def check(finite: bool, found: str) -> None:
+    def check(finite: bool, what: str) -> None:
         if not finite:
             hint = f"Lower {'bank' if stage == 'anchors' else 'task_lora'}.training.lr."
-            raise Diverged(f"training of the {stage} diverged: {found}, expected finite numbers", hint=hint)
+            raise Diverged(f"training of the {stage} diverged: {what}, expected finite numbers", hint=hint)
 
     def on_step(step: Step) -> None:
         check(step.loss is None or math.isfinite(step.loss), f"the mean loss of step {step.step} is {step.loss}")

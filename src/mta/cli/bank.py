@@ -30,7 +30,6 @@ def build(
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     hold_out: Annotated[int, Option(min=0, help="People to keep out of the bank, for mta compare on SOURCE.")] = 0,
-    resume: Annotated[bool, Option("--resume/--restart", help="Resume an interrupted build, or start over.")] = True,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
@@ -56,7 +55,6 @@ def build(
             hold_out=hold_out,
             executor=executor,
             on_step=screen.step,
-            resume=resume,
             command=options.command_line(),
             track=tracker,
         )
@@ -96,12 +94,10 @@ def import_(
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder of a bank; with --out, also a hub id (published with its members).")],
+    bank: Annotated[Path, Argument(help="Folder or hub id of a bank (published with its members).")],
     source: options.Source,
+    out: Annotated[Path, Option(help="New folder for the calibrated copy; the bank stays as it is.")],
     words: options.Words = None,
-    out: Annotated[
-        Path | None, Option(help="New folder for a calibrated copy; the bank stays as it is. Default: none, in place.")
-    ] = None,
     config: options.Config = None,
     device: options.Device = None,
     columns: options.Columns = None,
@@ -125,11 +121,6 @@ def calibrate(
     from mta.bank.notes import forget_marker
 
     folder = options.bank_at(bank)
-    if out is None and folder != bank:
-        raise InputError(
-            f"{bank} is on the hub: calibrated in place, its download here would differ from it",
-            hint="Calibrate a copy:  --out bank-2/",
-        )
     since = forget_marker(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
@@ -144,7 +135,7 @@ def calibrate(
         calibrated = opened.calibrate(
             base,
             people,
-            out=out,
+            out,
             run=run,
             unrelated=unrelated,
             since=since,
@@ -188,7 +179,7 @@ def show(
     if json:
         return show_json(info.model_dump(mode="json") | {"needs_rebuild": parts_to_rebuild(folder)})
     if report := stale_report(folder):
-        typer.echo(f"{report.found[0].upper()}{report.found[1:]}. {report.hint}\n")
+        typer.echo(f"{report.message[0].upper()}{report.message[1:]}. {report.hint}\n")
     typer.echo(body(info))
 
 
@@ -198,9 +189,6 @@ def publish(
     to: Annotated[str, Option(help="Repository on the hub: owner/name.")],
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
-    results: Annotated[
-        Path | None, Option(help="results.json of mta compare, to show on the card.", dir_okay=False)
-    ] = None,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
     with_members: Annotated[
         bool,
@@ -217,7 +205,7 @@ def publish(
     """
     from mta.bank.publish import bank_upload, publish_bank
 
-    upload = bank_upload(folder, to, results=results, license=license, with_members=with_members)
+    upload = bank_upload(folder, to, license=license, with_members=with_members)
     if json and dry_run:
         return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
     show_parcel(upload, to, private, err=not dry_run)

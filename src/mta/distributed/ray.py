@@ -62,15 +62,15 @@ class Cluster:
         self.most, self.threads, self.attempts = most, threads, attempts
         self.pool: WorkerPool | None = None
         self.ray = _connected(address, workers)
-        found = self.ray.cluster_resources()
-        self.gpus = 0 if gpu is False or not found.get("GPU") else 1  # of each worker
+        resources = self.ray.cluster_resources()
+        self.gpus = 0 if gpu is False or not resources.get("GPU") else 1  # of each worker
         self.on_gpu = bool(self.gpus)
-        room = int(found["GPU"] if self.gpus else found.get("CPU", 0) // threads)
+        room = int(resources["GPU"] if self.gpus else resources.get("CPU", 0) // threads)
         self.workers = workers or room
         if not room:
             self.close()
             raise ClusterError(
-                f"no room for a worker: it needs {threads} CPUs, the cluster has {found.get('CPU', 0):.0f}",
+                f"no room for a worker: it needs {threads} CPUs, the cluster has {resources.get('CPU', 0):.0f}",
                 hint="Ask for fewer threads, or add nodes.",
             )
 
@@ -89,10 +89,9 @@ class Cluster:
 
     def _pool_of(self, opener: Callable[[], Any]) -> WorkerPool:
         """Return the workers of the last call if they have this context, else new ones."""
-        environment = self._own()
-        if not self.pool or self.pool.opener != opener or self.pool.environment != environment:
+        if not self.pool or self.pool.opener != opener:
             self.dismiss()
-            self.pool = WorkerPool(opener, environment, self.ray.put((sources_digest(), opener)))
+            self.pool = WorkerPool(opener, self.ray.put((sources_digest(), opener)))
         return self.pool
 
     def dismiss(self) -> None:
@@ -137,7 +136,6 @@ class WorkerPool:
     """
 
     opener: Callable[[], Any]
-    environment: dict[str, str]
     sent: Any
     idle: list[Any] = field(default_factory=list)
     any_opened: bool = False
@@ -293,9 +291,9 @@ class Worker:
     def open(self, sent: tuple[str, Callable[[], Any]]) -> None:
         """Open the context. Raises ClusterError if this node has other sources of mta."""
         expected, opener = sent
-        if (found := sources_digest()) != expected:
+        if (digest := sources_digest()) != expected:
             raise ClusterError(
-                f"a worker has other sources of mta (sha256 {found[:12]}…), expected {expected[:12]}…",
+                f"a worker has other sources of mta (sha256 {digest[:12]}…), expected {expected[:12]}…",
                 hint="Install the same version on all machines.",
             )
         keep_freed_memory()  # allowed: an actor is its own process

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.chosen_settings import calibrated_merge, calibrated_stack
+from mta.bank.calibration.info import calibrated_merge, calibrated_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.data.history import Item, Person
 from mta.data.shots_and_queries import QueryOrder, shots_and_queries

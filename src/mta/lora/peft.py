@@ -112,12 +112,12 @@ def read_peft(folder: str | Path) -> LoraBatch:
     """
     config = _read_config(Path(folder))
     _refuse_more_than_lora(folder, config)
-    found = _pairs(folder, _read_weights(Path(folder)))
-    parts = {name: LoraBatch({name: pair}, _scale(folder, config, name, pair)) for name, pair in found.items()}
+    pairs = _pairs(folder, _read_weights(Path(folder)))
+    parts = {name: LoraBatch({name: pair}, _scale(folder, config, name, pair)) for name, pair in pairs.items()}
     if len({part.scale for part in parts.values()}) > 1:
         parts = {name: part.scaled_into_b() for name, part in parts.items()}
-    found = {name: part.factors[name] for name, part in parts.items()}
-    return replace(even(found), scale=next(iter(parts.values())).scale)
+    factors = {name: part.factors[name] for name, part in parts.items()}
+    return replace(even(factors), scale=next(iter(parts.values())).scale)
 
 
 def _scale(folder: str | Path, config: Mapping[str, Any], name: str, factors: Factors) -> float:
@@ -203,11 +203,6 @@ def _publish(temporary: Path, target: Path) -> None:
     for name in (WEIGHTS, CONFIG):
         (temporary / name).replace(target / name)
     sync_folder(target)
-
-
-def base_name_of(folder: str | Path) -> str:
-    """Return the name of the base in a PEFT folder; empty if the folder has none. Raises InputError."""
-    return str(_read_config(Path(folder)).get("base_model_name_or_path") or "")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

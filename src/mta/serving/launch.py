@@ -71,8 +71,8 @@ def check(store: str, bank: Path, strict: bool) -> None:
     Store(store).check()
     if report := stale_report(bank):
         if strict:
-            raise ConfigError(report.found, hint=f"{report.hint}\n  Or serve it without --strict.")
-        log.warning("%s; --strict would refuse this bank", report.found)
+            raise ConfigError(report.message, hint=f"{report.hint}\n  Or serve it without --strict.")
+        log.warning("%s; --strict would refuse this bank", report.message)
 
 
 def service_of(

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from mta.bank.calibration.chosen_settings import with_calibrated_settings
 from mta.bank.calibration.crossfit import planned_cost
-from mta.bank.calibration.info import CalibrationInfo, Gain
+from mta.bank.calibration.info import CalibrationInfo, Gain, with_calibrated_settings
 from mta.config import CompareSettings, Run
 from mta.errors import ConfigError
 from mta.model.adaptable import adapted_layers

@@ -5,7 +5,6 @@ Which passes these are, and what follows from them, is in crossfit.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
@@ -22,15 +21,10 @@ from mta.errors import BankError
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
-from mta.system.device import REACHED, gemm_rate
 from mta.system.progress import Step
-from mta.system.units import human_seconds
 from mta.training.checkpoint import Checkpoint
-from mta.training.packing import pack_for
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
-
-log = logging.getLogger("mta")
 
 
 def calibrate(
@@ -74,7 +68,7 @@ def calibrate(
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
-    calibrator = Calibrator(
+    return Calibrator(
         subjects,
         anchors=len(anchors),
         settings=run.calibration,
@@ -82,11 +76,7 @@ def calibrate(
         on_step=on_step,
         stacks=run.stack.enabled,
         together=together,
-    )
-    if base.device.type == "cpu" and subjects:
-        seconds = _expected_seconds(base, calibrator, len(anchors) * anchors.rank, tokens)
-        log.info("calibration: %d people, about %s in one process here", len(subjects), human_seconds(seconds))
-    return calibrator.run()
+    ).run()
 
 
 def plan_of(
@@ -104,11 +94,3 @@ def plan_of(
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
     return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE), on_gpu=on_gpu)
-
-
-def _expected_seconds(base: BaseModel, calibrator: Calibrator, ranks: int, tokens_per_batch: int) -> float:
-    """Return the time of a calibration on this CPU with ``ranks`` shared ranks, by the rate of its matrix products."""
-    examples = sum(len(one.all) for one in calibrator.subjects)
-    tokens = sum(len(row.tokens) for one in calibrator.subjects for row in pack_for(base, one.all, tokens_per_batch))
-    linear = sum(d * o for d, o in base.targets.values()) + ranks * base.footprint.sums.width
-    return calibrator.planned_cost * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))

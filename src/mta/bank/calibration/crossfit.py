@@ -19,27 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
 from mta.bank.calibration.info import DEFAULTS, CalibrationInfo, Gain
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
 from mta.config import CalibrationSettings
-from mta.config.constants import SHOTS
+from mta.config.constants import NOTICEABLE, SHOTS
 from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
+from mta.system.quantiles import student_t
 from mta.training.gates import GateGradients
 
+RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 PIECE = 16  # people computed and saved together, at most
 _TYPICAL = 8  # shots, for which merge and rate are chosen
 _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -95,13 +98,13 @@ class Calibrator:
             return self.without_people(first, notes)
         mu, curvature, population, optimism = self.best_merge(first)
         shots = [one.shots for one in self.subjects]
-        found = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
-        prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
+        single = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
+        prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
-        merges = {n: self.coefficients(fits, found, n) for n in counts}
+        merges = {n: self.coefficients(fits, single, n) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
         kind, merges, gains = self.best_kind(mu, population, merges, gains, own=prior < BOUNDLESS)
         if kind == _NO_MERGE:
@@ -111,8 +114,8 @@ class Calibrator:
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
 
         def reported(of: Mapping[int, Tensor]) -> tuple[Gain, ...]:
-            found = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
-            return tuple(self.gain_of(n, gain) for n, gain in found.items() if bool(gain.isfinite().all()))
+            honest = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
+            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in honest.items() if bool(gain.isfinite().all()))
 
         info = CalibrationInfo(
             ridge=RIDGE,
@@ -127,17 +130,17 @@ class Calibrator:
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
-        found = self.gradients(
+        single = self.gradients(
             [one.all for one in self.subjects], torch.zeros(len(self.subjects), self.anchors).double()
         )
-        whole = [all(bool(part.isfinite().all()) for part in one) for one in found]
+        whole = [all(bool(part.isfinite().all()) for part in one) for one in single]
         if lost := whole.count(False):
             self.subjects = [one for one, kept in zip(self.subjects, whole) if kept]
-            found = [one for one, kept in zip(found, whole) if kept]
+            single = [one for one, kept in zip(single, whole) if kept]
             self.assign_folds()
-        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.subjects)]
+        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(single, self.subjects)]
         self.pooled_loglik = torch.tensor(later).double()
-        return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
+        return single, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
 
     def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
         """Return a calibration without gains, so that merges are made by ``posterior``; F is from the few people."""
@@ -159,8 +162,8 @@ class Calibrator:
         honest, everyone = best, torch.ones(len(self.subjects), dtype=torch.bool)
         agreed = everyone  # so far, with everybody else's choices
         for number in range(self.settings.steps + 1):
-            found = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
-            rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
+            single = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
+            rows = [torch.cat([one.gradients for one, f in zip(single, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             if number == self.settings.steps:
                 break
@@ -203,35 +206,31 @@ class Calibrator:
         chosen, final = chosen_by_others(tried, self.shots >= typical, surely_best)  # numbers of rates
         if not final:
             return 0.0, {}
-        used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
+        used, gained = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
             columns = {0: gains[n]}
             if n == typical:
                 columns = dict(enumerate(tried.T))
             elif used:
                 columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
-            found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
-        return rates[final], found
+            gained[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
+        return rates[final], gained
 
-    def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
+    def coefficients(self, fits: Sequence[Calibration], single: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
         made = list[Tensor]()
-        for fold, one in zip(self.fold.tolist(), found):
+        for fold, one in zip(self.fold.tolist(), single):
             gradients, loglik = (part[-shots:] for part in one)
             count = torch.tensor([len(loglik)])
             made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
         return torch.cat(made)
 
-    def gain_of(self, shots: int, gains: Tensor) -> Gain:
-        """Return the mean of the gains (U,) of people who have so many shots, with its interval."""
-        return gain_of(shots, gains[self.shots >= shots])
-
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[GateGradients]:
         """Return the gradients and log-likelihoods of each person's single examples."""
-        found = self._measured("gradients", examples, w)
-        rows = torch.split(torch.cat(found), [len(one) for one in examples]) if found else ()
+        measured = self._measured("gradients", examples, w)
+        rows = torch.split(torch.cat(measured), [len(one) for one in examples]) if measured else ()
         return [GateGradients(one[:, :-1], one[:, -1]) for one in rows]
 
     def gains(self, w: Tensor) -> Tensor:
@@ -240,8 +239,8 @@ class Calibrator:
 
     def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
         """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
-        found = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
-        return (torch.cat(found) - self.pooled_loglik[:, None]) / self.tokens[:, None]
+        measured = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
+        return (torch.cat(measured) - self.pooled_loglik[:, None]) / self.tokens[:, None]
 
     def _measured(
         self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()
@@ -259,13 +258,13 @@ class Calibrator:
             for number, start in enumerate(range(0, len(examples), self.together))
         ]
         self.passes += 1
-        found = dict[str, Tensor]()
+        results = dict[str, Tensor]()
         for piece, result in self.measure(pieces):
-            found[piece.name] = result
+            results[piece.name] = result
             self.done += piece.cost
             if self.on_step:
                 self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned_cost)))
-        return [found[piece.name] for piece in pieces]
+        return [results[piece.name] for piece in pieces]
 
 
 def _typical(shots: Collection[int]) -> int:
@@ -273,9 +272,9 @@ def _typical(shots: Collection[int]) -> int:
     return _TYPICAL if _TYPICAL in shots else max(shots)
 
 
-def of_shots(found: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
+def of_shots(single: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
     """Return the part of people's gradients, example by example, that is of their shots, which come first."""
-    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(found, shots)]
+    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(single, shots)]
 
 
 def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: int, stacks: bool) -> int:
@@ -288,3 +287,51 @@ def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: i
     some = sum(min(own, n) for own in shots for n in counts)
     tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
     return newton + COSTS["gradients"] * every + len(counts) * queries + tried
+
+
+# -- choices from people's gains; source: our choice, docs/decisions/021 ----------------------------------------------
+
+
+def best_of(gains: Tensor, sure: float = 1.0) -> int:
+    """Return the candidate with the largest mean gain over candidate 0, less its standard error.
+
+    Gains (U, candidates). 0 is returned where no other gain exceeds ``sure`` standard errors.
+    """
+    if not len(gains):
+        return 0
+    more = gains - gains[:, :1]
+    mean, error = more.mean(0), standard_error(more)
+    clear = mean >= sure * error  # False where it is not a number
+    return int((mean - error).masked_fill(~clear, -math.inf).argmax())
+
+
+def surely_best(gains: Tensor) -> int:
+    """Return the best candidate; 0 where no other one gains beyond its 95% interval."""
+    return best_of(gains, sure=student_t(len(gains)))
+
+
+def best_on_average(gains: Tensor) -> int:
+    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
+    means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
+    return int(means.argmax()) if len(gains) else 0
+
+
+def standard_error(gains: Tensor) -> Tensor:
+    """Return the standard error of people's mean gain, (U, …) -> (…)."""
+    return gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.full_like(gains[0], math.inf)
+
+
+def chosen_by_others(gains: Tensor, counted: Tensor, choose: Callable[[Tensor], T]) -> tuple[list[T], T]:
+    """Return for each person what is chosen without them, and what is chosen by everybody.
+
+    Shapes: gains (U, candidates), counted (U,): people with gains that are looked at.
+    """
+    people = torch.arange(len(gains))
+    return [choose(gains[counted & (people != u)]) for u in range(len(gains))], choose(gains[counted])
+
+
+def gain_of(shots: int, gains: Tensor) -> Gain:
+    """Return the mean gain of people (U,) with its 95% interval."""
+    mean, half = float(gains.mean()), student_t(len(gains)) * float(standard_error(gains))
+    worse = float((gains < -NOTICEABLE).double().mean())
+    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

@@ -1,8 +1,10 @@
-"""The readable part of a calibration, as it is in ``bank.json``."""
+"""The readable part of a calibration, as it is in ``bank.json``, and the policy and stack that settings leave to it."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+
+from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 
 
 class Gain(BaseModel):
@@ -41,3 +43,43 @@ class CalibrationInfo(BaseModel):
 
 
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
+
+
+def with_calibrated_settings(run: Run, info: CalibrationInfo | None, shape: Lora) -> Run:
+    """Return the run with ``auto`` settings replaced by what the bank's calibration found: policy, stack's training.
+
+    ``shape`` is that of the stacks in the calibration.
+    """
+    merge = calibrated_merge(run.merge, info)
+    return run.model_copy(update={"merge": merge, "stack": calibrated_stack(run.stack, merge, info, shape)})
+
+
+def calibrated_merge(merge: MergeSettings, info: CalibrationInfo | None) -> MergeSettings:
+    """Return the settings of a merge with a policy other than ``auto``.
+
+    ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
+    """
+    policy = "laplace" if info and info.gains and merge.k == 0 else "posterior"
+    return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
+
+
+def calibrated_stack(
+    stack: StackSettings, merge: MergeSettings, info: CalibrationInfo | None, shape: Lora
+) -> StackSettings:
+    """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
+
+    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others,
+    the stack's own training counts.
+    """
+    as_measured = merge.policy == "laplace" and merge.scale == 1
+    alike = as_measured and stack.lora == shape
+    if not stack.calibrated or not alike or info is None or info.rate is None:
+        return stack.model_copy(update={"calibrated": False})
+    if not info.rate:
+        return stack.model_copy(update={"calibrated": False, "enabled": False})
+    return stack.model_copy(update={"calibrated": False, "training": one_step(info.rate)})
+
+
+def one_step(rate: float) -> Training:
+    """Return the training of a stack by one step over all shots; few shots get a lower rate."""
+    return Training(lr=rate, steps=1, batch_size=1_000_000, lr_shrink_examples=8)

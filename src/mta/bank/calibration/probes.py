@@ -6,14 +6,14 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.chosen_settings import one_step
-from mta.bank.worker import BankOpener
+from mta.bank.calibration.info import one_step
+from mta.bank.worker import BankOpener, BankWorker
 from mta.config import Run
 from mta.data.tasks.prompt import Example
 from mta.distributed.executor import Piece
@@ -80,22 +80,19 @@ class CalibrationWorker:
         return [Shared(self.task_lora)] if self.task_lora else []
 
     @cached_property
-    def opener(self) -> CalibrationOpener:
+    def opener(self) -> partial[CalibrationWorker]:
         """What opens the same worker in another process."""
-        cpu = torch.device("cpu")
-        bank = BankOpener(
-            self.base.as_loaded(self.run), self.base.fingerprint, self.task_lora and self.task_lora.to(cpu)
-        )
-        return CalibrationOpener(bank, self.anchors.to(cpu), self.tokens_per_batch)
+        bank = BankWorker(self.base, self.run, self.task_lora).opener
+        return partial(_opened, bank, self.anchors.to(torch.device("cpu")), self.tokens_per_batch)
 
     def gradients(self, piece: Probe) -> Tensor:
         people = [u for u, examples in enumerate(piece.examples) for _ in examples]
         jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
         at = piece.w[people].to(self.base.master_dtype)
-        found = gate_gradients(
+        gates = gate_gradients(
             self.base, jobs, self.anchors, at, self.task_adapters, tokens_per_batch=self.tokens_per_batch
         )
-        return torch.cat([found.gradients, found.loglik[:, None]], dim=1)
+        return torch.cat([gates.gradients, gates.loglik[:, None]], dim=1)
 
     def scores(self, piece: Probe) -> Tensor:
         return self._scored(piece.examples, [self._merge(piece)])
@@ -106,8 +103,8 @@ class CalibrationWorker:
         jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
         frozen, tokens = list[Adapters]([*self.task_adapters, merge]), self.tokens_per_batch
-        found = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
-        scaled = [replace(found, scale=found.scale * one / rate) for one in piece.rates]
+        trained = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
+        scaled = [replace(trained, scale=trained.scale * one / rate) for one in piece.rates]
         return torch.stack([self._scored(piece.queries, [merge, PerPerson(stack)]) for stack in scaled], dim=1)
 
     def _merge(self, piece: Probe) -> Gated:
@@ -115,22 +112,15 @@ class CalibrationWorker:
 
     def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> Tensor:
         adapters = [*self.task_adapters, *over]
-        found = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
-        return torch.stack([scores.double().sum() for scores in found])
+        loglik = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
+        return torch.stack([scores.double().sum() for scores in loglik])
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationOpener:
-    """Opens a ``CalibrationWorker``. Raises BankMismatch for another base, and load errors."""
-
-    bank: BankOpener
-    anchors: LoraBatch
-    tokens_per_batch: int
-
-    def __call__(self) -> CalibrationWorker:
-        worker = self.bank()
-        working = self.anchors.to(worker.base.device, worker.base.dtype)
-        return CalibrationWorker(worker.base, working, worker.task_lora, worker.run, self.tokens_per_batch)
+def _opened(bank: BankOpener, anchors: LoraBatch, tokens_per_batch: int) -> CalibrationWorker:
+    """Open a worker in another process. Raises BankMismatch for another base, and load errors."""
+    worker = bank()
+    working = anchors.to(worker.base.device, worker.base.dtype)
+    return CalibrationWorker(worker.base, working, worker.task_lora, worker.run, tokens_per_batch)
 
 
 def key_of(examples: Sequence[Example]) -> str:
