@@ -140,17 +140,10 @@ def test_bad_rows_can_be_skipped(tmp_path):
     assert [json.loads(line)["line"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [3, 4]
 
 
-@pytest.mark.parametrize(
-    ("text", "lines"),
-    [
-        ("text, such as a, b, or c", "person;text, such as a, b, or c;score\nann;Fine.;4\n"),
-        ("text (a; b; c; d)", '"person","text (a; b; c; d)","score"\n"ann","Fine.","4"\n'),
-        ("text (a,b)", "person; text (a,b); score\nann; Fine.; 4\n"),
-    ],
-)
-def test_delimiters_within_the_names_of_columns_do_not_split_them(tmp_path, text, lines):
-    (ann,) = read_people(written(tmp_path / "a.csv", lines), "lamp3", columns={"text": text})
-    assert ann.items[0].fields["text"].strip() == "Fine."
+def test_delimiters_within_quotes_do_not_split_names(tmp_path):
+    table = written(tmp_path / "a.csv", '"person","text (a; b; c; d)","score"\n"ann","Fine.","4"\n')
+    (ann,) = read_people(table, "lamp3", columns={"text": "text (a; b; c; d)"})
+    assert ann.items[0].fields["text"] == "Fine."
 
 
 def test_a_line_with_wrong_quotes_is_refused(tmp_path):

@@ -47,7 +47,8 @@ def csv_rows(path: Path, rejects: Rejects) -> Records:
     if not head:
         header = "person,input,output,time"
         raise DataError(f"{path} is empty; expected a header, such as {header}", hint=f"Write the first line  {header}")
-    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), _delimiter(head))
+    delimiter = max(DELIMITERS, key=re.sub('"[^"]*"', "", head).count)  # the most frequent one outside of quotes
+    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), delimiter)
     place, cells = next(records)
     names = [cell.strip() for cell in cells]
     _check_distinct(names, place)
@@ -58,12 +59,6 @@ def csv_rows(path: Path, rejects: Rejects) -> Records:
             yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
         else:
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
-
-
-def _delimiter(head: str) -> str:
-    """Return the most frequent delimiter outside of quotes; those before a space, as in texts, count half."""
-    bare = re.sub('"[^"]*"', "", head)
-    return max(DELIMITERS, key=lambda one: (2 * bare.count(one) - bare.count(f"{one} "), bare.count(one)))
 
 
 def _records(begin: Place, lines: Iterable[str], delimiter: str) -> Iterator[tuple[Place, list[str]]]:
