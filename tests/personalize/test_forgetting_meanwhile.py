@@ -11,7 +11,7 @@ from stores import state
 from mta.errors import PersonForgotten
 from mta.lora.peft import write_peft
 from mta.personalize import forget_person
-from mta.store import Store, tombstones
+from mta.store import Session, Store, tombstones
 from mta.store.maintenance import check, collect
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
@@ -92,9 +92,9 @@ def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(ur
 
     monkeypatch.setattr(Storage, "create", meanwhile)
     with pytest.raises(PersonForgotten):
-        store.save("bob", state(1), known)
+        Session(store, known).save("bob", state(1))
     assert (store.versions("bob"), check(store).people, store.files.sizes(store._path("bob"))) == ([], 0, {})
-    assert store.save("bob", state(1), store.tombstones.of("bob")) == 1  # of items that came in afterwards
+    assert store.save("bob", state(1)) == 1  # of items that came in afterwards
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -16,7 +16,7 @@ from mta.lora.peft import CONFIG, WEIGHTS, write_peft
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store import exports as module
-from mta.store.exports import Export, Exports, exports_from_bytes, exports_to_bytes
+from mta.store.exports import Export, exports_from_bytes, exports_to_bytes
 
 LIST = [Export("here", "/data/ann/adapter", "ab" * 32), Export("there", "/Grüße/\udcff", "cd" * 32)]
 
@@ -75,7 +75,7 @@ def test_an_export_that_is_refused_is_not_noted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         export_from(store, tmp_path / "file")
     assert store.exports.of(ANN) == [kept]
-    with pytest.raises(InputError, match="is a file"), store.exports.writing("bob", tmp_path / "file"):
+    with pytest.raises(InputError, match="is a file"), store.session("bob").exporting("bob", tmp_path / "file"):
         exported(tmp_path / "file")
     assert len([path for path in (tmp_path / "people").rglob("*.json")]) == 2  # no file for bob
 
@@ -96,7 +96,7 @@ def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr("mta.lora.peft._publish", killed)
         patch.setattr("mta.lora.peft.shutil.rmtree", lambda *_, **__: None)  # nobody cleans up after a kill
-        with pytest.raises(Killed), store.exports.writing(ANN, folder):
+        with pytest.raises(Killed), store.session(ANN).exporting(ANN, folder):
             write_peft(folder, adapter(0), "base")
     (folder.parent / ".ann.mine").mkdir()
     assert len([path for path in folder.parent.glob("**/.ann.*") if path.is_dir()]) == 2
@@ -106,14 +106,11 @@ def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(folder.glob(".*"))
 
 
-def test_an_export_that_was_killed_after_its_weights_appeared_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_was_killed_after_its_weights_appeared_is_removed(tmp_path: Path) -> None:
     store, folder = Store(tmp_path / "people"), tmp_path / "ann"
-    with monkeypatch.context() as patch:
-        patch.setattr(Exports, "_keep_out", killed)
-        with pytest.raises(Killed), store.exports.writing(ANN, folder) as written:
-            write_peft(folder, adapter(0), "base", on_weights=written)
+    with contextlib.suppress(Killed), store.session(ANN).exporting(ANN, folder) as written:
+        write_peft(folder, adapter(0), "base", on_weights=written)
+        raise Killed
     assert (folder / WEIGHTS).exists()
     assert store.exports.remove(ANN) == {}
     assert not folder.exists()
@@ -123,7 +120,7 @@ def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Pa
     store, folder = Store(tmp_path / "people"), tmp_path / "ann"
     export_from(store, folder)
     before = store.exports.of(ANN)
-    with contextlib.suppress(OSError), store.exports.writing(ANN, folder):
+    with contextlib.suppress(OSError), store.session(ANN).exporting(ANN, folder):
         assert store.exports.of(ANN)[: len(before)] == before
         raise OSError("the disk is full")
     assert store.exports.of(ANN) == before

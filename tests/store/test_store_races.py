@@ -108,7 +108,8 @@ def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
     def change() -> None:
         store = Store(tmp_path)
         barrier.wait()
-        store.change_history(ANN, lambda before: Person(ANN, (*(before.items if before else ()), items)))
+        session = store.session(ANN)
+        session.change_history(ANN, lambda: Person(ANN, (*(kept.items if (kept := store.history(ANN)) else ()), items)))
 
     threads = [threading.Thread(target=change) for _ in range(8)]
     for thread in threads:
@@ -125,7 +126,7 @@ def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
     store.save_history(person())
     next(tmp_path.rglob("history.json")).write_bytes(b"{")
     with pytest.raises(StateCorrupt):
-        store.change_history(ANN, lambda before: before or person())
+        store.session(ANN).change_history(ANN, lambda: store.history(ANN) or person())
     store.save_history(person())
     assert store.history(ANN) == person()
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mta.errors import PersonForgotten, StateCorrupt
+from mta.errors import StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
 from mta.store.state import opened_json, sealed_json
-from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
 from mta.system.storage import Storage
 
@@ -110,7 +109,6 @@ class Exports:
 
     files: Storage
     path: Callable[[str, bool], str]
-    tombstones: Tombstones
 
     def of(self, id: str) -> list[Export]:
         """Return the records of a person's exports. Raises StateCorrupt."""
@@ -123,16 +121,12 @@ class Exports:
         return any(export.has_these_weights() or not (folder / WEIGHTS).exists() for export in records)
 
     @contextlib.contextmanager
-    def writing(
-        self, id: str, folder: str | Path, since: Collection[str] | None = None
-    ) -> Iterator[Callable[[Path], None]]:
+    def writing(self, id: str, folder: str | Path) -> Iterator[Callable[[Path], None]]:
         """Record that a person's adapter is written to a folder of this host within the block.
 
         The export is recorded before the block, so that ``remove`` finds killed exports too. The yielded function
-        records complete weights: call it before they appear in the folder. If the person was forgotten after the
-        tombstones ``since`` were listed, the export is removed again. Raises StateCorrupt, PersonForgotten.
+        records complete weights: call it before they appear in the folder. Raises StateCorrupt.
         """
-        self.tombstones.check(id, since)
         export = Export.begun(folder)
         self._change(id, lambda known: [*known, export])  # keep the record of an earlier export until it is replaced
 
@@ -147,11 +141,8 @@ class Exports:
             if not export.has_these_weights():
                 self._change(id, lambda known: _without(known, export))
             raise
-        else:
-            place = export.host, export.folder
-            self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
-        finally:
-            self._keep_out(id, since)
+        place = export.host, export.folder
+        self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
 
     def remove(self, id: str) -> dict[Export | None, str]:
         """Remove a person's exported adapters, and keep their records; return those that are left, with the reasons."""
@@ -175,14 +166,6 @@ class Exports:
         self.path(id, True)  # creates the store, and so the folder of the lock
         with self.files.locked():
             self._write(id, change(self.of(id)))
-
-    def _keep_out(self, id: str, since: Collection[str] | None) -> None:
-        """Remove exports and their list if the person was forgotten meanwhile, and raise PersonForgotten."""
-        try:
-            self.tombstones.check(id, since)
-        except PersonForgotten:
-            self.forget(id)
-            raise
 
     def _write(self, id: str, exports: Sequence[Export]) -> None:
         path = self.path(id, bool(exports))

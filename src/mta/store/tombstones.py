@@ -43,11 +43,6 @@ class Tombstones:
             for name in before:
                 self.files.remove(f"{FOLDER}/{name}")
 
-    def remove_expired(self) -> None:
-        """Remove the tombstones that no process needs any more."""
-        for name in self.expired():
-            self.files.remove(name)
-
     def expired(self) -> list[str]:
         """Return the paths of expired tombstones, by the times in their names and this host's clock."""
         oldest = time.time() - LIFETIME
@@ -73,11 +68,6 @@ class Tombstones:
         ids = list(ids)
         new = {name.partition("-")[0] for name in self.names().difference(known)}
         return {id for id in ids if self.keyed(id) in new} if new else set()
-
-    def check(self, id: str, known: Collection[str] | None) -> None:
-        """Raise PersonForgotten if a person has tombstones that are not in ``known``; None checks nothing."""
-        if known is not None and self.since([id], known):
-            raise forgotten_meanwhile()
 
 
 def forgotten_meanwhile() -> PersonForgotten:
