@@ -173,7 +173,7 @@ def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_b
     assert first.exports_left == [
         f"{tmp_path}/disk/other host (on the host 'elsewhere')",
         f"{tmp_path}/refused (Permission denied)",
-        f"{tmp_path}/disk/not mounted (its parent folder is missing too: is a disk not mounted?)",
+        f"{tmp_path}/disk/not mounted (its weights are missing: removed, renamed, or on a disk that is not mounted)",
     ]
     assert personal.store.exports.of("p0") == kept
     monkeypatch.setattr(exports.platform, "node", lambda: "elsewhere")

@@ -42,13 +42,13 @@ from mta.errors import BankError, InputError
 from mta.model.base import BaseModel
 from mta.system.atomic import (
     copy_file,
+    exclusive,
     make_folder,
     replacing_folder,
     sync_folder,
     write_tensors,
     write_text,
 )
-from mta.system.exclusive import exclusive
 from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import CONFIG
 

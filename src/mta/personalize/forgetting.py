@@ -46,7 +46,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
         )
         if not failed and not keep_exports:  # exports that can never be removed are reported only once
             failed = _run(lambda: exports.append(store.exports.forget(person)))
-        failed += _run(lambda: [store.files.remove(name) for name in store.tombstones.expired()])
+        failed += _run(store.tombstones.remove_expired)
     # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
     damaged = {export: why for each in exports for export, why in each.items() if export is None}
     left = damaged | (exports[-1] if exports else {})

@@ -54,8 +54,8 @@ class Export:
             (folder / WEIGHTS).unlink()
             sync_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
-            if why := self._missing():
-                return f"{self.folder} ({why})"
+            if self.sha256:  # otherwise, the export was never finished
+                return f"{self.folder} (its weights are missing: removed, renamed, or on a disk that is not mounted)"
         except OSError as error:
             return f"{self.folder} ({error.strerror or error})"
         with contextlib.suppress(OSError):  # the folder holds other files, or was removed already
@@ -72,17 +72,6 @@ class Export:
         with contextlib.suppress(OSError):
             return file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
         return False
-
-    def _missing(self) -> str:
-        """Return why the weights are not in their folder; "" if the export was never finished."""
-        folder = Path(self.folder)
-        if not self.sha256:
-            return ""
-        if not folder.parent.is_dir():
-            return "its parent folder is missing too: is a disk not mounted?"
-        if not folder.is_dir():
-            return "missing: it was removed before, or moved"
-        return "its weights are missing: they were removed before, or renamed" if any(folder.iterdir()) else ""
 
     def is_final(self) -> bool:
         """Return whether ``remove`` can never succeed: the export was changed or moved.
@@ -124,7 +113,7 @@ class Exports:
     def writing(self, id: str, folder: str | Path) -> Iterator[Callable[[Path], None]]:
         """Record that a person's adapter is written to a folder of this host within the block.
 
-        The export is recorded before the block, so that ``remove`` finds killed exports too. The yielded function
+        The export is recorded before the block, so that ``forget`` finds killed exports too. The yielded function
         records complete weights: call it before they appear in the folder. Raises StateCorrupt.
         """
         export = Export.begun(folder)
@@ -144,20 +133,16 @@ class Exports:
         place = export.host, export.folder
         self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
 
-    def remove(self, id: str) -> dict[Export | None, str]:
-        """Remove a person's exported adapters, and keep their records; return those that are left, with the reasons."""
-        try:
-            return {export: left for export in self.of(id) if (left := export.remove())}
-        except StateCorrupt as error:  # a damaged list must not stop `forget`
-            return {None: f"all exports, if there are any ({error.message})"}
-
     def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
-        """Remove a person's exports; return those that are left, with the reasons.
+        """Remove a person's exported adapters; return those that are left, with the reasons.
 
         Of their records, keep only those that a later call can remove; with ``keep``, keep all.
         """
         with self.files.locked():
-            left = self.remove(id)
+            try:
+                left: dict[Export | None, str] = {export: why for export in self.of(id) if (why := export.remove())}
+            except StateCorrupt as error:  # a damaged list must not stop `forget`
+                left = {None: f"all exports, if there are any ({error.message})"}
             self._write(id, [export for export in left if export and (keep or not export.is_final())])
         return left
 

@@ -97,8 +97,7 @@ class Store:
         If the latest is that version or has the same work, do nothing. Raises PersonNotFound (which lists the
         versions), StateCorrupt, StoreConflict.
         """
-        session = self.session(id)
-        return session.save(id, self.load(id, version))
+        return self.session(id).save(id, self.load(id, version))
 
     def seal(self, id: str, version: int) -> str | None:
         """Return the sha256 of a version's content, read from the start of its file; None if there is no such version.
@@ -106,7 +105,7 @@ class Store:
         The number does not identify the content: after ``forget``, a person's versions start at 1 again.
         """
         beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", HEADER_BYTES)
-        return None if beginning is None else seal_of(beginning) or ""
+        return None if beginning is None else seal_of(beginning)
 
     def latest(self, id: str) -> int | None:
         """Return the number of the newest version, or None."""

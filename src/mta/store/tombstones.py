@@ -43,6 +43,11 @@ class Tombstones:
             for name in before:
                 self.files.remove(f"{FOLDER}/{name}")
 
+    def remove_expired(self) -> None:
+        """Remove the tombstones that no process needs any more."""
+        for name in self.expired():
+            self.files.remove(name)
+
     def expired(self) -> list[str]:
         """Return the paths of expired tombstones, by the times in their names and this host's clock."""
         oldest = time.time() - LIFETIME

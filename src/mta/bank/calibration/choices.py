@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mta.bank.calibration.info import Gain
 from mta.config.constants import NOTICEABLE
-from mta.system.quantiles import student_t
+from mta.system.units import student_t
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 T = TypeVar("T")
