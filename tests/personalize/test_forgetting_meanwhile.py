@@ -131,21 +131,6 @@ def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_
     assert forget_person("x0", Store(tmp_path / "people")).exports_left == []
 
 
-def test_an_export_that_is_interrupted_after_its_weights_appeared_is_found(tiny, tmp_path, monkeypatch):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-
-    def late(*words: object, **how: object) -> None:
-        write_peft(*words, **how)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mta.personalize.personalizer.write_peft", late)
-    with pytest.raises(KeyboardInterrupt):
-        personal.export("x0", tmp_path / "out")
-    assert forget_person("x0", personal.store).exports_left == []
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_person_is_forgotten_where_the_answer_to_a_tombstone_was_lost(tiny, tmp_path, monkeypatch):
     """Object stores repeat the request, and then find the file that they wrote."""
     personal = personalizer(*tiny, store=tmp_path / "people")

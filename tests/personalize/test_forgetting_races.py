@@ -1,6 +1,5 @@
 """Forgetting against readers and writers that are at work in the same moment."""
 
-import contextlib
 import errno
 import os
 import shutil
@@ -37,18 +36,6 @@ def test_a_state_read_between_tombstone_and_removal_is_not_saved(tmp_path, monke
     with pytest.raises(PersonForgotten):
         Session(store, known).save(ANN, old)
     assert ANN not in store
-
-
-def test_exports_of_one_person_that_overlap_are_both_noted(tmp_path):
-    store = Store(tmp_path / "people")
-    with store.session(ANN).exporting(ANN, tmp_path / "a"):
-        exported(tmp_path / "a")
-        export_from(store, tmp_path / "b", 1)
-    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b"}
-    with contextlib.suppress(OSError), store.session(ANN).exporting(ANN, tmp_path / "c"):
-        export_from(store, tmp_path / "d", 2)
-        raise OSError("full")
-    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b", "d"}
 
 
 def exporting(url, process, barrier):

@@ -87,16 +87,6 @@ def test_a_listing_that_fails_does_not_look_as_if_nobody_was_forgotten(tmp_path,
     fsspec.filesystem("memory").store.clear()
 
 
-def test_tombstones_of_one_person_are_those_of_the_whole_list(url: str) -> None:
-    store = Store(url)
-    store.save(ANN, state(0))
-    for id in (ANN, "bob", ANN):
-        store.tombstones.add(id)
-    assert len(store.tombstones.names()) == 2
-    assert store.tombstones.of(ANN) | store.tombstones.of("bob") == store.tombstones.names()
-    assert store.tombstones.of("cem") == frozenset()
-
-
 def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:
     store = Store(url)
     for n in range(3):

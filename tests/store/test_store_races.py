@@ -13,7 +13,6 @@ import pytest
 from files import folder_of
 from stores import ANN, everything, person, state
 
-from mta.data.history import Person
 from mta.errors import StateCorrupt, StoreConflict
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
@@ -99,26 +98,6 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
         thread.join()
     assert len(keys) == 8
     assert len(set(keys)) == 1
-
-
-def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
-    """As of gateways that append: each reads what the others wrote."""
-    barrier, items = threading.Barrier(8), person().items[0]
-
-    def change() -> None:
-        store = Store(tmp_path)
-        barrier.wait()
-        session = store.session(ANN)
-        session.change_history(ANN, lambda: Person(ANN, (*(kept.items if (kept := store.history(ANN)) else ()), items)))
-
-    threads = [threading.Thread(target=change) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    kept = Store(tmp_path).history(ANN)
-    assert kept is not None
-    assert len(kept.items) == 8
 
 
 def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
