@@ -70,10 +70,10 @@ def check_bank(state: State, bank_hash: str) -> None:
 def row_adapters(
     base: BaseModel, bank: Bank, owners: Sequence[State | SharedModel], stacked: bool = True
 ) -> list[Adapters]:
-    """Return task LoRA, merges, and stacks for rows that are numbered by ``owners``.
+    """Return task LoRA, merges, and stacks (only if ``stacked``) for rows that are numbered by ``owners``.
 
-    Each merge is computed in the mode that its stack was trained over. ``stacked=False`` leaves the stacks out. Rows
-    without a person get no merge and no stack; the base gets no task LoRA either.
+    Each merge is computed in the mode that its stack was trained over. Rows without a person get no merge and no stack;
+    the base gets no task LoRA either.
     """
     adapters: list[Adapters] = []
     for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):

@@ -92,17 +92,16 @@ class Store:
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
 
     def rollback(self, id: str, version: int) -> int:
-        """Save an earlier version's content as the newest version and return its number.
+        """Save an earlier version's content as the newest version, as ``save`` does, and return its number.
 
-        If the latest is that version or has the same work, do nothing. Raises PersonNotFound (which lists the
-        versions), StateCorrupt, StoreConflict.
+        Raises PersonNotFound (which lists the versions), StateCorrupt, StoreConflict.
         """
         return self.session(id).save(id, self.load(id, version))
 
     def seal(self, id: str, version: int) -> str | None:
         """Return the sha256 of a version's content, read from the start of its file; None if there is no such version.
 
-        The number does not identify the content: after ``forget``, a person's versions start at 1 again.
+        After ``forget``, a person's versions start at 1 again: the number does not identify the content.
         """
         beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", HEADER_BYTES)
         return None if beginning is None else seal_of(beginning)
@@ -142,11 +141,10 @@ class Store:
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
     def remove(self, id: str) -> bool:
-        """Remove a person's states and history; return False if there were none.
+        """Remove a person's history, then states from the oldest on; return False if there were none.
 
-        The order is: history, then states from the oldest on; each removal is flushed before the next one. After a
-        crash the newest state is still found under the id, and the call can be repeated. ``personalize.forgetting``
-        does the other steps.
+        After a crash the newest state is still found under the id, and the call can be repeated.
+        ``personalize.forgetting`` does the other steps.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
@@ -205,8 +203,7 @@ class Store:
 class Session:
     """Saves nothing for people who were forgotten after it began. Begin it before people's items are read.
 
-    What is computed from these items may take hours, and any process may forget a person meanwhile. ``known`` are the
-    tombstones that existed when the session began.
+    ``known`` are the tombstones that existed when the session began.
     """
 
     store: Store

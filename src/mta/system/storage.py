@@ -47,12 +47,9 @@ class Storage:
                 self.fs, root = url_to_fs(str(url))
         except Exception as error:  # some file systems connect at once, with errors of their own
             hint = "Check address, login, and network."
-            if isinstance(error, ImportError):  # fsspec names the package
-                hint = "pip install that package."
-            elif isinstance(error, ValueError):
-                hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
-            reason = str(error) or type(error).__name__
-            raise StoreError(f"the store cannot be opened: {reason}", hint=hint) from error
+            if isinstance(error, ImportError | ValueError):  # fsspec names the package
+                hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people), and install its package."
+            raise StoreError(f"the store cannot be opened: {str(error) or type(error).__name__}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         # Absolute, because the working directory may change.
@@ -159,8 +156,8 @@ class Storage:
     def exposed(self) -> str:
         """Return the command that removes other users' access to the storage; empty if they have none.
 
-        With ``MTA_SHARED=group`` the group may read. Checks the root and its direct entries, because a closed folder
-        protects everything below it. Storage that is not local has its own permissions.
+        With ``MTA_SHARED=group`` the group may read. Checks the root and its direct entries: a closed folder protects
+        everything below it. Storage that is not local has its own permissions.
         """
         if not self.local:
             return ""
