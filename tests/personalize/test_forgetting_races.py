@@ -143,12 +143,3 @@ def test_a_state_whose_saving_fails_after_its_person_was_forgotten_does_not_stay
         Session(store, known).save(ANN, state())
     monkeypatch.undo()
     assert (ANN in store, names(store.tombstones) != known) == (False, True)
-
-
-def test_weights_that_were_renamed_in_their_folder_are_named(tmp_path):
-    store = Store(tmp_path / "people")
-    export_from(store, tmp_path / "out")
-    (tmp_path / "out" / WEIGHTS).rename(tmp_path / "out" / "mine.safetensors")
-    (left,) = forget_person(ANN, store).exports_left
-    assert left.startswith(f"{tmp_path}/out (its weights are missing")
-    assert forget_person(ANN, store).exports_left == []

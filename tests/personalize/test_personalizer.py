@@ -294,10 +294,6 @@ def test_an_answer_that_leaves_no_room_for_its_question_is_an_error(known):
         known.generate([("x0", QUESTION)], max_new_tokens=most)
 
 
-def test_the_banks_settings_are_used_unless_others_are_given(tiny):
-    assert Personalizer(*tiny, encoder=HashEncoder()).run == TINY_RUN
-
-
 @pytest.mark.parametrize("rank", [2, 3])
 def test_people_with_stacks_of_different_ranks_answer_in_one_batch(known, tiny, rank):
     wide = StackSettings(lora=Lora(rank=rank, alpha=6.0), training=TINY_RUN.stack.training)

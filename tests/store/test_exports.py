@@ -1,8 +1,6 @@
 """Adapters that were exported: noted without a name, found and removed with the person, and nobody else's."""
 
 import contextlib
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -156,18 +154,6 @@ def test_another_hosts_export_is_removed_only_if_its_weights_are_here(
     assert (tmp_path / "changed" / WEIGHTS).exists()
 
 
-def test_an_export_that_cannot_be_removed_is_reported_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export = exported(tmp_path / "out")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    assert export.remove() == f"{tmp_path}/out (Permission denied)"
-
-
 @pytest.mark.parametrize("gone", [(CONFIG,), (CONFIG, WEIGHTS), (WEIGHTS,)])
 def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str, ...]) -> None:
     export = exported(tmp_path / "out")
@@ -177,15 +163,3 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
     assert export.remove() == (reported if WEIGHTS in gone else "")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     assert (tmp_path / "out").exists() is (WEIGHTS in gone)  # no weights of ours: what else lies there is not touched
-
-
-def test_a_person_with_a_damaged_list_can_be_forgotten(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state())
-    (path_of(store, ANN) / "exports.json").write_bytes(FILE[:-1])
-    with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
-        store.exports.of(ANN)
-    (reported,) = store.exports.forget(ANN).values()
-    assert reported.startswith("all exports, if there are any (")
-    assert forget_person(ANN, store).states_removed
-    assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

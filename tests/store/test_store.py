@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -260,17 +259,3 @@ def test_an_unusable_address_is_refused(tmp_path: Path) -> None:
     (tmp_path / "people").write_text("a file")
     with pytest.raises(StoreError, match=r"people/.* cannot be read or written: Not a directory\n  Check"):
         Store(tmp_path / "people").save(ANN, state())
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state(0))
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"2.safetensors cannot be read or written: No space left on device"):
-        store.save(ANN, state(1))
-    assert store.versions(ANN) == [1]
-    assert not [path for path, _ in everything(tmp_path) if path.name.startswith(".")]

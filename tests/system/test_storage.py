@@ -57,15 +57,6 @@ def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> 
     assert (str(folder.parent), []) in synced
 
 
-def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state())
-    folder = path_of(store, ANN)
-    (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
-    assert forget_person(ANN, store).states_removed
-    assert not folder.exists()
-
-
 def test_removing_a_linked_folder_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
