@@ -26,8 +26,8 @@ from mta.store import Store
 from mta.store.maintenance import stats
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
-from mta.system.device import cores, processor
-from mta.system.malloc import keep_freed_memory
+from mta.system.device import processor
+from mta.system.process import cores, keep_freed_memory
 from mta.system.provenance import commit, versions
 
 WORDS = ["merge.policy=similarity", "merge.k=2", "stack.training.steps=4"]

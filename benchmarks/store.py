@@ -20,7 +20,8 @@ from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import check, collect, stats
 from mta.store.state import State
-from mta.system.device import cores, processor
+from mta.system.device import processor
+from mta.system.process import cores
 from mta.system.provenance import commit
 
 TINY = {f"layers.{n}.{name}": (16, 16) for n in range(2) for name in ("q", "v")}

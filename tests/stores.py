@@ -55,6 +55,6 @@ def record_export(store: Store, id: str = ANN) -> None:
 
 
 def export_from(store: Store, folder: Path, seed: int = 0) -> Export:
-    with store.exports.writing(ANN, folder) as written:
+    with store.session(ANN).exporting(ANN, folder) as written:
         write_peft(folder, adapter(seed), "base", on_weights=written)
     return store.exports.of(ANN)[-1]

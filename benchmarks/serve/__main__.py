@@ -28,7 +28,8 @@ import torch
 
 from benchmarks.serve.load import cold, delay, load
 from mta.bank.format import read_info
-from mta.system.device import cores, processor
+from mta.system.device import processor
+from mta.system.process import cores
 
 UNASKED = 24  # people who are asked for the first time when that is timed
 

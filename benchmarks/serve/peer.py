@@ -17,7 +17,7 @@ from benchmarks.serve.server import made_up, opened
 from mta.lora.peft import write_peft
 from mta.serving.vllm.adapters import LoraExporter
 from mta.system.hub import local_folder
-from mta.system.malloc import keep_freed_memory
+from mta.system.process import keep_freed_memory
 
 RANK = 16
 

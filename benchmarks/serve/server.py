@@ -24,7 +24,7 @@ from mta.serving.launch import serve, service_of, vllm_of
 from mta.store import Store
 from mta.store.state import State
 from mta.system.device import run_in_short_thread
-from mta.system.malloc import keep_freed_memory
+from mta.system.process import keep_freed_memory
 
 LENGTH = 512  # tokens of a prompt and its answer
 

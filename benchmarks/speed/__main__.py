@@ -22,7 +22,7 @@ from benchmarks.speed.data import Absent
 from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
-from mta.system.malloc import keep_freed_memory
+from mta.system.process import keep_freed_memory
 
 
 def main(words: Sequence[str] | None = None) -> int:

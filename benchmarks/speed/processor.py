@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from benchmarks.speed.data import Absent
-from mta.system import device
+from mta.system import device, process
 
 _CPU = torch.device("cpu")
 _TOLD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16", "sve")
@@ -34,7 +34,7 @@ class Processor:
 def processor() -> Processor:
     """The one this runs on."""
     flags = device.cpuinfo("flags", "Features").split()
-    return Processor(device.cpu(), device.cores(), tuple(flag for flag in _TOLD if flag in flags))
+    return Processor(device.cpu(), process.cores(), tuple(flag for flag in _TOLD if flag in flags))
 
 
 def need(dtype: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mta.personalize import Personalizer as Personalizer
     from mta.personalize.adapters import BASE as BASE
     from mta.personalize.adapters import TASK as TASK
-    from mta.system.malloc import keep_freed_memory as keep_freed_memory
+    from mta.system.process import keep_freed_memory as keep_freed_memory
 
 _HOME = {
     "BASE": "mta.personalize.adapters",
@@ -37,7 +37,7 @@ _HOME = {
     "Person": "mta.data.history",
     "Personalizer": "mta.personalize",
     "Run": "mta.config",
-    "keep_freed_memory": "mta.system.malloc",
+    "keep_freed_memory": "mta.system.process",
     "load_task": "mta.data.tasks",
     "override": "mta.config",
     "read_people": "mta.data.readers",

@@ -1,8 +1,6 @@
 """Build a bank: equal inputs give equal banks, also after kills."""
 
-import errno
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -199,15 +197,6 @@ def test_a_build_in_the_folder_of_another_process_is_refused_and_changes_nothing
     ):
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
-
-
-def test_where_files_cannot_be_locked_a_build_goes_on(built, tmp_path, monkeypatch, caplog):
-    def without(*_, **__):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(FileLock, "acquire", without)
-    assert trained(build(tmp_path / "bank")) == trained(built)
-    assert "cannot be locked" in caplog.text
 
 
 def test_an_item_that_is_too_long_is_named_before_anything_is_trained(tmp_path):

@@ -109,15 +109,11 @@ def test_a_word_without_an_equals_sign_is_refused_with_the_form(word):
     assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  memory=8GiB"
 
 
-def test_a_value_that_is_not_yaml_is_reported():
-    error = refused(None, "bank.anchors=[1")
-    assert error.message == "'bank.anchors=[1': the value is not readable YAML"
-    assert error.hint == "If it is text, quote it:  'bank.anchors=\"…\"'"
-
-
-@pytest.mark.parametrize("value", ["2020-99-99", "0b_", "[" * 2000])
-def test_a_word_that_yaml_fails_on_is_an_error(value):
-    assert refused(None, f"seed={value}").message == f"'seed={value}': the value is not readable YAML"
+@pytest.mark.parametrize("value", ["[1", "2020-99-99", "0b_", "[" * 2000])
+def test_a_value_that_is_not_yaml_is_reported(value):
+    error = refused(None, f"seed={value}")
+    assert error.message == f"'seed={value}': the value is not readable YAML"
+    assert error.hint == "If it is text, quote it:  'seed=\"…\"'"
 
 
 def test_a_key_below_a_single_value_is_refused(tmp_path):

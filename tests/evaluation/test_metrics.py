@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels
 from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, corrected, resample
-from mta.system.quantiles import student_t
+from mta.system.units import student_t
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 

@@ -11,7 +11,7 @@ from stores import state
 from mta.errors import PersonForgotten
 from mta.lora.peft import write_peft
 from mta.personalize import forget_person
-from mta.store import Store, tombstones
+from mta.store import Session, Store, tombstones
 from mta.store.maintenance import check, collect
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
@@ -92,9 +92,9 @@ def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(ur
 
     monkeypatch.setattr(Storage, "create", meanwhile)
     with pytest.raises(PersonForgotten):
-        store.save("bob", state(1), known)
+        Session(store, known).save("bob", state(1))
     assert (store.versions("bob"), check(store).people, store.files.sizes(store._path("bob"))) == ([], 0, {})
-    assert store.save("bob", state(1), store.tombstones.of("bob")) == 1  # of items that came in afterwards
+    assert store.save("bob", state(1)) == 1  # of items that came in afterwards
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -129,21 +129,6 @@ def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_
         personal.export("x0", tmp_path / "out")
     monkeypatch.setattr("platform.node", lambda: "another")
     assert forget_person("x0", Store(tmp_path / "people")).exports_left == []
-
-
-def test_an_export_that_is_interrupted_after_its_weights_appeared_is_found(tiny, tmp_path, monkeypatch):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-
-    def late(*words: object, **how: object) -> None:
-        write_peft(*words, **how)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mta.personalize.personalizer.write_peft", late)
-    with pytest.raises(KeyboardInterrupt):
-        personal.export("x0", tmp_path / "out")
-    assert forget_person("x0", personal.store).exports_left == []
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_person_is_forgotten_where_the_answer_to_a_tombstone_was_lost(tiny, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Forgetting against readers and writers that are at work in the same moment."""
 
-import contextlib
 import errno
 import os
 import shutil
@@ -16,7 +15,7 @@ from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import WEIGHTS
 from mta.personalize.forgetting import forget_person
 from mta.serving.api.histories import Histories
-from mta.store import Store
+from mta.store import Session, Store
 from mta.store.maintenance import check
 from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
@@ -35,20 +34,8 @@ def test_a_state_read_between_tombstone_and_removal_is_not_saved(tmp_path, monke
     forget_person(ANN, Store(tmp_path))
     known, old = seen[0]
     with pytest.raises(PersonForgotten):
-        store.save(ANN, old, known)
+        Session(store, known).save(ANN, old)
     assert ANN not in store
-
-
-def test_exports_of_one_person_that_overlap_are_both_noted(tmp_path):
-    store = Store(tmp_path / "people")
-    with store.exports.writing(ANN, tmp_path / "a"):
-        exported(tmp_path / "a")
-        export_from(store, tmp_path / "b", 1)
-    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b"}
-    with contextlib.suppress(OSError), store.exports.writing(ANN, tmp_path / "c"):
-        export_from(store, tmp_path / "d", 2)
-        raise OSError("full")
-    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b", "d"}
 
 
 def exporting(url, process, barrier):
@@ -86,7 +73,7 @@ def test_an_export_that_fails_does_not_bring_the_list_of_a_forgotten_person_back
     known = store.tombstones.of(ANN)
 
     def fail():
-        with store.exports.writing(ANN, tmp_path / "b", known):
+        with Session(store, known).exporting(ANN, tmp_path / "b"):
             forget_person(ANN, Store(tmp_path / "people"))
             raise OSError("the disk is full")
 
@@ -136,24 +123,6 @@ def test_a_damaged_list_of_exports_is_named_once(tmp_path):
     assert forget_person(ANN, store).exports_left == []
 
 
-def test_a_state_saved_before_a_late_tombstone_is_removed(tmp_path, monkeypatch):
-    store, add, failed = Store(tmp_path), Tombstones.add, []
-    store.save(ANN, state())
-    known = store.tombstones.of(ANN)
-
-    def late(self, id):
-        if not failed:
-            failed.append(id)
-            raise StoreError("No space left on device", hint="-")
-        store.save(ANN, state(1), known)  # no note yet
-        monkeypatch.undo()
-        add(self, id)
-
-    monkeypatch.setattr(Tombstones, "add", late)
-    forget_person(ANN, Store(tmp_path))
-    assert ANN not in store
-
-
 @pytest.mark.parametrize("broken", ["hint", "look"])
 def test_a_state_whose_saving_fails_after_its_person_was_forgotten_does_not_stay(tmp_path, monkeypatch, broken):
     store, create, names = Store(tmp_path), Storage.create, Tombstones.names
@@ -171,40 +140,6 @@ def test_a_state_whose_saving_fails_after_its_person_was_forgotten_does_not_stay
 
     monkeypatch.setattr(Storage, "create", created)
     with pytest.raises(PersonForgotten if broken == "hint" else StoreError):
-        store.save(ANN, state(), known)
+        Session(store, known).save(ANN, state())
     monkeypatch.undo()
     assert (ANN in store, names(store.tombstones) != known) == (False, True)
-
-
-def test_a_state_that_is_saved_while_an_empty_folder_is_removed_stays(tmp_path, monkeypatch):
-    store, sizes, rmdir = Store(tmp_path), Storage.sizes, Path.rmdir
-    store.save(ANN, state())
-    folder = path_of(store, ANN)
-
-    def come_back():
-        if folder.is_dir() and not any(folder.iterdir()):
-            (folder / "1.safetensors").write_bytes(state(1).to_bytes())
-
-    def looked(storage, name):
-        found = sizes(storage, name)
-        come_back()
-        return found
-
-    def about_to_remove(path):
-        come_back()
-        rmdir(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "sizes", looked)
-        patch.setattr(Path, "rmdir", about_to_remove)
-        assert store.remove(ANN)
-    assert store.load(ANN) == state(1)
-
-
-def test_weights_that_were_renamed_in_their_folder_are_named(tmp_path):
-    store = Store(tmp_path / "people")
-    export_from(store, tmp_path / "out")
-    (tmp_path / "out" / WEIGHTS).rename(tmp_path / "out" / "mine.safetensors")
-    (left,) = forget_person(ANN, store).exports_left
-    assert left.startswith(f"{tmp_path}/out (its weights are missing")
-    assert forget_person(ANN, store).exports_left == []

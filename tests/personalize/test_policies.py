@@ -101,27 +101,6 @@ def test_posterior_is_bayes_with_the_task_lora_as_the_null_anchor(k, prior, temp
         near(found.w[u], [o / (prior + sum(odds)) for o in odds])
 
 
-def test_posterior_sums_to_less_than_one():
-    assert bool((weighed("posterior", k=0).w.sum(1) < 1).all())
-
-
-def test_posterior_is_the_prior_where_the_shots_prefer_no_anchor():
-    silent = evidence_of(TASK[:, None].expand(U, N))
-    found = coefficients(MergeSettings(policy="posterior", k=4, null_prior=0.8), SIMILARITY, silent)
-    near(found.w, [[0.2 / 4] * 4] * U)
-
-
-def test_posterior_is_nearly_nothing_where_no_anchor_beats_the_task_lora():
-    worse = evidence_of(TASK[:, None] - 60 + 0 * ANCHORS)
-    assert float(coefficients(MergeSettings(policy="posterior"), SIMILARITY, worse).w.sum(1).max()) < 1e-6
-
-
-def test_posterior_is_a_softmax_where_the_null_has_next_to_no_prior():
-    found = weighed("posterior", k=0, null_prior=1e-13, temperature=2.0)
-    for u in range(U):
-        near(found.w[u], shares([float(EVIDENCE.anchor_loglik[u, n]) / 2.0 for n in nearest(u, N)]))
-
-
 def test_fixed_gives_the_nearest_its_share_and_the_rest_alike():
     near(weighed("fixed", k=4, options={"share": 0.7}).w, [[0.7, 0.1, 0.1, 0.1]] * U)
     near(weighed("fixed", k=1, options={"share": 0.7}).w, [[0.7]] * U)
@@ -365,9 +344,3 @@ def test_laplace_refuses_a_bank_without_calibration_and_a_merge_of_some_anchors(
     with pytest.raises(ConfigError, match=r"merges all 4 anchors, but merge\.k is 2"):
         by_gradient(scene, calibration, settings={"k": 2})
     check_merge(MergeSettings(policy="laplace", k=4), 4, labelled=False, calibrated=True)
-
-
-# -- learned coefficients ----------------------------------------------------------------------------------------------
-
-
-# -- ways to compute a merge -------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             personal.forget("x0")
     assert "x0" in personal.store
-    gone = [f"{tmp_path / 'one'} (missing: it was removed before, or moved)"] if done == 3 else []
+    missing = "its weights are missing: removed, renamed, or on a disk that is not mounted"
+    gone = [f"{tmp_path / 'one'} ({missing})"] if done == 3 else []
     assert personal.forget("x0") == Forgotten(True, [], gone)
     assert not any((tmp_path / name).exists() for name in ("one", "two"))
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
 from crowd import PEOPLE, in_cohorts_of, same
-from files import path_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +16,6 @@ from mta.config import MergeSettings, override
 from mta.config.constants import NOTICEABLE
 from mta.data.history import Person
 from mta.distributed.executor import LocalExecutor
-from mta.errors import DataError
 from mta.personalize import Personalizer, stages
 from mta.personalize.adapters import stored_merges
 from mta.personalize.evidence import Evidence, Labels
@@ -27,7 +25,6 @@ from mta.personalize.shots import shots_of
 from mta.personalize.stages import adapt
 from mta.personalize.update import decide
 from mta.store import Store
-from mta.store.run_checkpoints import RunCheckpoints
 from mta.store.state import Losses
 
 U, N, C = 2, 4, 3
@@ -308,11 +305,6 @@ def test_other_settings_begin_anew(tiny, tmp_path, changes):
     assert personalizer(*tiny, tmp_path, **changes).update(GROWN[:1]).begun == 1
 
 
-def test_a_person_without_items_is_refused(tiny, tmp_path):
-    with pytest.raises(DataError, match="no item"):
-        started(tiny, tmp_path).update([Person("p0", ())])
-
-
 @pytest.mark.parametrize("action", ["retrain", "refresh"])
 def test_mates_do_not_count(by_policy, tmp_path, monkeypatch, action):
     *tiny, merge = by_policy
@@ -405,22 +397,6 @@ def test_a_state_that_another_process_made_meanwhile_is_not_replaced(tiny, tmp_p
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1]]
 
 
-def test_a_state_that_is_damaged_after_planning_fails_alone(tiny, tmp_path):
-    personal = started(tiny, tmp_path, YOUNG[:2])
-    state = path_of(personal.store, "p0") / "1.safetensors"
-
-    class Damaging(LocalExecutor):
-        def run(self, *given):
-            state.write_bytes(b"half")
-            return super().run(*given)
-
-    other = Personalizer(*tiny, personal.store, run=personal.run, encoder=HashEncoder(), executor=Damaging())
-    done = other.update(GROWN[:2])
-    assert list(done.failed) == ["p0"]
-    assert "1.safetensors" in str(done.failed["p0"])
-    assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1, 2]]
-
-
 @pytest.mark.parametrize("w", [(1.0, 1e-9, 1e-9), (0.5, 0.0, 0.2)])
 def test_a_posterior_that_float32_cannot_hold_begins_anew(tiny, tmp_path, monkeypatch, w):
     """The evidence of earlier items is lost in such coefficients."""
@@ -448,22 +424,6 @@ def test_a_policy_of_cosines_and_losses_gets_both_of_a_grown_history(tiny, tmp_p
     assert seen == [True, True]
 
 
-def test_one_update_keeps_its_workers(tiny, tmp_path):
-    asked = []
-
-    class Recording(LocalExecutor):
-        def run(self, function, pieces, context):
-            asked.append(context.opener)
-            return super().run(function, pieces, context)
-
-    personal = Personalizer(*tiny, tmp_path, run=TINY_RUN, encoder=HashEncoder(), executor=Recording())
-    personal.personalize(YOUNG[:1])
-    asked.clear()
-    personal.update(GROWN[:2])
-    assert len(asked) == 2
-    assert asked[0] == asked[1]
-
-
 def test_a_null_that_is_as_good_as_gone_comes_back():
     settings, ids = MergeSettings(policy="posterior", temperature=1.0), torch.arange(N).expand(U, N)
     sure = torch.zeros(U, N, dtype=torch.float32)
@@ -471,21 +431,6 @@ def test_a_null_that_is_as_good_as_gone_comes_back():
     against = evidence(4, 0)
     against.loglik[:, :, 1:] -= 30.0
     assert float(updated_coefficients(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01
-
-
-def test_an_update_that_is_repeated_removes_what_a_kill_at_its_end_left(tiny, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-
-        def killed(*_):
-            raise KeyboardInterrupt
-
-        patched.setattr(RunCheckpoints, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            personalizer(*tiny, tmp_path).update(YOUNG)
-    assert list((tmp_path / "work").iterdir())
-    done = personalizer(*tiny, tmp_path).update(YOUNG)
-    assert (done.unchanged, done.begun) == (4, 0)
-    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("start", ["zero", "posterior"])

@@ -22,7 +22,7 @@ PATHS = dict(
 
 
 def listed(path: str) -> set[tuple[str, str]]:
-    """File and name of each function on one path of the page; of ``Store`` and ``Session`` it is ``save``."""
+    """File and name of each function on one path of the page; of ``Session`` it is ``save``."""
     pairs = re.findall(r"`([\w/]+\.py)` \(([^)]+)\)", PATHS[path])
     return {(file, name) for file, names in pairs for name in re.findall(r"\w+", names)}
 
@@ -53,9 +53,9 @@ def passing_through(work, ends: set[str]) -> set[tuple[str, str]]:
 def test_the_page_lists_what_passes_people_on_to_their_states(trusting, tmp_path):
     run = override(TINY_RUN, ["merge.policy=laplace"])
     personal = Personalizer(*trusting, tmp_path / "people", run=run, encoder=HashEncoder())
-    ends = {"train_loras", "gate_gradients", "Store.save", "plan_cohorts", "Pipeline._stored", "Stages.losses"}
+    ends = {"train_loras", "gate_gradients", "Session.save", "plan_cohorts", "Pipeline._stored", "Stages.losses"}
     seen = passing_through(lambda: personal.personalize(people_of(3)), ends)
-    assert ("store/store.py", "Store") in seen
+    assert ("store/store.py", "Session") in seen
     assert seen <= listed("personalize")
     assert len(listed("personalize")) <= 28
 

@@ -29,7 +29,6 @@ def test_a_state_survives_its_file_bit_for_bit(dtype: torch.dtype) -> None:
     for name, f in made.stack.factors.items():
         assert torch.equal(back.stack.factors[name].a, f.a)
         assert torch.equal(back.stack.factors[name].b, f.b)
-    assert made.nbytes == len(made.to_bytes())
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -62,7 +61,7 @@ def test_losses_that_are_not_finite_are_neither_written_nor_read(wrong: float, w
 def test_a_state_without_a_stack_is_small() -> None:
     made = replace(state(), stack=None)
     assert State.from_bytes(made.to_bytes()) == made
-    assert made.nbytes < 1000
+    assert len(made.to_bytes()) < 1000
 
 
 @pytest.mark.integration

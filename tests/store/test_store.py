@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from test_state import FILE
 
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreError
 from mta.personalize.forgetting import forget_person
-from mta.store import Store
+from mta.store import Session, Store
 from mta.store.maintenance import check, stats
 
 
@@ -29,7 +28,7 @@ def test_a_store_keeps_versions(url: str) -> None:
     assert again.load(ANN) == state(1)
     assert again.load(ANN, 1) == state(0)
     assert (again.latest(ANN), again.versions(ANN), ANN in again, stats(again).people) == (2, [1, 2], True, 2)
-    assert again.nbytes(ANN) == state(0).nbytes + state(1).nbytes
+    assert again.nbytes(ANN) == len(state(0).to_bytes()) + len(state(1).to_bytes())
 
 
 def test_the_same_work_again_is_a_no_op(url: str) -> None:
@@ -55,7 +54,7 @@ def test_a_state_whose_answer_was_lost_is_not_kept_of_a_person_forgotten_meanwhi
 
     monkeypatch.setattr(type(store.files), "create", lambda _, name, data: created(name, data))
     with pytest.raises(PersonForgotten):
-        store.save(ANN, state(0), since=store.tombstones.of(ANN))
+        store.save(ANN, state(0))
     assert store.versions(ANN) == []
 
 
@@ -67,7 +66,7 @@ def test_tombstones_of_others_cost_a_person_no_request_each(tmp_path, monkeypatc
     monkeypatch.setattr(
         LocalFileSystem, "info", lambda *args, real=LocalFileSystem.info: asked.append(args) or real(*args)
     )
-    store.save(ANN, state(1), since=store.tombstones.of(ANN))
+    store.save(ANN, state(1))
     forget_person(ANN, store)
     assert len(asked) < 100
     assert store.tombstones.since([ANN, "other 7", "unknown"], ()) == {ANN, "other 7"}
@@ -83,25 +82,15 @@ def test_a_listing_that_fails_does_not_look_as_if_nobody_was_forgotten(tmp_path,
 
     monkeypatch.setattr(MemoryFileSystem, "ls", fails)
     with pytest.raises(StoreError, match="no network"):
-        store.save(ANN, state(1), since=())
+        Session(store, frozenset()).save(ANN, state(1))
     fsspec.filesystem("memory").store.clear()
-
-
-def test_tombstones_of_one_person_are_those_of_the_whole_list(url: str) -> None:
-    store = Store(url)
-    store.save(ANN, state(0))
-    for id in (ANN, "bob", ANN):
-        store.tombstones.add(id)
-    assert len(store.tombstones.names()) == 2
-    assert store.tombstones.of(ANN) | store.tombstones.of("bob") == store.tombstones.names()
-    assert store.tombstones.of("cem") == frozenset()
 
 
 def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:
     store = Store(url)
     for n in range(3):
         store.save(ANN, state(n))
-    assert list(store.sizes(ANN).items()) == [(n + 1, state(n).nbytes) for n in range(3)]
+    assert list(store.sizes(ANN).items()) == [(n + 1, len(state(n).to_bytes())) for n in range(3)]
     assert store.rollback(ANN, 1) == 4
     assert Store(url).load(ANN) == state(0)
     assert [store.load(ANN, n) for n in (1, 2, 3)] == [state(0), state(1), state(2)]
@@ -268,19 +257,5 @@ def test_an_unusable_address_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot be opened: .*nosuch.*\n  Give a folder, or a URL"):
         Store("nosuch://people")
     (tmp_path / "people").write_text("a file")
-    with pytest.raises(StoreError, match=r"people/store.json cannot be read or written: Not a directory\n  Check"):
+    with pytest.raises(StoreError, match=r"people/.* cannot be read or written: Not a directory\n  Check"):
         Store(tmp_path / "people").save(ANN, state())
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state(0))
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"2.safetensors cannot be read or written: No space left on device"):
-        store.save(ANN, state(1))
-    assert store.versions(ANN) == [1]
-    assert not [path for path, _ in everything(tmp_path) if path.name.startswith(".")]

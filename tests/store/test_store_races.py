@@ -13,7 +13,6 @@ import pytest
 from files import folder_of
 from stores import ANN, everything, person, state
 
-from mta.data.history import Person
 from mta.errors import StateCorrupt, StoreConflict
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
@@ -101,31 +100,12 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
     assert len(set(keys)) == 1
 
 
-def test_changes_of_one_history_at_once_all_remain(tmp_path: Path) -> None:
-    """As of gateways that append: each reads what the others wrote."""
-    barrier, items = threading.Barrier(8), person().items[0]
-
-    def change() -> None:
-        store = Store(tmp_path)
-        barrier.wait()
-        store.change_history(ANN, lambda before: Person(ANN, (*(before.items if before else ()), items)))
-
-    threads = [threading.Thread(target=change) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    kept = Store(tmp_path).history(ANN)
-    assert kept is not None
-    assert len(kept.items) == 8
-
-
 def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save_history(person())
     next(tmp_path.rglob("history.json")).write_bytes(b"{")
     with pytest.raises(StateCorrupt):
-        store.change_history(ANN, lambda before: before or person())
+        store.session(ANN).change_history(ANN, lambda: store.history(ANN) or person())
     store.save_history(person())
     assert store.history(ANN) == person()
 

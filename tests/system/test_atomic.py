@@ -163,14 +163,6 @@ def test_a_folder_appears_whole_in_place_of_none_or_an_empty_one(tmp_path: Path)
     ]
 
 
-def test_an_empty_folder_keeps_its_mode(tmp_path: Path) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared").chmod(0o2770)
-    with replacing_folder(tmp_path / "shared") as temporary:
-        write_text(temporary / "file", "text")
-    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o2770
-
-
 def test_a_folder_is_not_published_over_another_or_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
@@ -206,15 +198,6 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
 
     monkeypatch.setattr(os, "fsync", noted)
     return seen
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.ENOTSUP])
-def test_files_are_written_on_a_file_system_that_cannot_flush_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    refuse_folders(monkeypatch, code)
-    write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text"
 
 
 def refuse_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:

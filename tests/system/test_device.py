@@ -75,9 +75,3 @@ def test_a_missing_device_is_reported():
 def test_an_unknown_dtype_is_named_with_the_known_ones():
     with pytest.raises(ModelError, match=r"'float8'.*expected auto, float32, bfloat16, float64"):
         pick_dtype("float8", torch.device("cpu"))
-
-
-def test_float64_is_refused_where_the_device_has_none():
-    with pytest.raises(ModelError, match="device 'mps' has no float64") as caught:
-        pick_dtype("float64", torch.device("mps"))
-    assert caught.value.hint == "Use dtype=float32, or --device cpu."

@@ -9,7 +9,6 @@ import pytest
 from files import path_of, path_of_open
 from fsspec.implementations.memory import MemoryFileSystem
 from stores import ANN, state
-from test_atomic import mode
 
 from mta.errors import StoreError
 from mta.personalize.forgetting import forget_person
@@ -58,15 +57,6 @@ def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> 
     assert (str(folder.parent), []) in synced
 
 
-def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(ANN, state())
-    folder = path_of(store, ANN)
-    (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
-    assert forget_person(ANN, store).states_removed
-    assert not folder.exists()
-
-
 def test_removing_a_linked_folder_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
@@ -96,17 +86,6 @@ def test_a_folder_is_removed_while_another_process_removes_its_files(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_only_partly_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise FileNotFoundError
-
-    files = Storage(tmp_path)
-    files.create("work/1", b"data")
-    monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(StoreError, match="is still there"):
-        files.remove_folder("work")
-
-
 def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
@@ -123,18 +102,6 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
         with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
             change()
     assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["mine"]
-
-
-def test_without_hard_links_a_created_file_is_readable_by_its_owner_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    Storage(tmp_path).create("ab/1", b"data")
-    assert mode(tmp_path / "ab" / "1") == 0o600
-    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize("shared", ["", "group"])
@@ -179,17 +146,10 @@ def test_a_file_system_that_knows_no_setting_of_ours_can_hold_a_store(monkeypatc
     assert Store("strict://people").latest(ANN) == 1
 
 
-@pytest.mark.parametrize(
-    ("code", "hint"),
-    [(errno.ENOLCK, "This file system cannot lock files. Put the store on a local disk."), (errno.EIO, "Check the ")],
-)
-def test_a_store_that_cannot_be_locked_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, hint: str
-) -> None:
+def test_a_store_that_cannot_be_locked_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
-        raise OSError(code, "no")
+        raise OSError(errno.ENOLCK, "no")
 
     monkeypatch.setattr(storage.FileLock, "acquire", refuse)
-    with pytest.raises(StoreError, match="cannot be locked: no") as caught, Storage(tmp_path).locked():
+    with pytest.raises(StoreError, match="cannot be locked: no\n  Check the "), Storage(tmp_path).locked():
         pytest.fail("entered without the lock")
-    assert caught.value.hint.startswith(hint)

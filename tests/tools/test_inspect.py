@@ -78,7 +78,7 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
     store.save("x0", replace(first, policy="top1", work="a" * 64))
     store.save("x0", replace(first, policy="fixed", work="b" * 64))
     Path(store.files.at(f"{store._path('x0')}/2.safetensors")).write_bytes(b"half")
-    size = first.nbytes
+    size = len(first.to_bytes())
     assert versions_of("x0", store) == [
         SavedVersion(1, size, first.work, "posterior", False),
         SavedVersion(2, 4, None, None, False),

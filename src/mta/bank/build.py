@@ -41,8 +41,7 @@ from mta.data.tasks.load import task_file
 from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft
-from mta.system.atomic import unfinished_in, write_tensors, write_text
-from mta.system.exclusive import exclusive
+from mta.system.atomic import exclusive, unfinished_in, write_tensors, write_text
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.training.plan import Plan

@@ -14,8 +14,7 @@ import typer
 from mta import __version__
 from mta.cli import bank, compare, data, machine, person, personalize, predict, serve, store
 from mta.errors import MtaError
-from mta.system.cores import limit_threads
-from mta.system.malloc import keep_freed_memory
+from mta.system.process import keep_freed_memory, limit_threads
 
 app = typer.Typer(
     name="mta",

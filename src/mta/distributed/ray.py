@@ -21,9 +21,8 @@ from typing import Any, Generic
 from mta.distributed.executor import C, P, PieceResult, R
 from mta.errors import ClusterError, Diverged, MtaError, StoreError
 from mta.system.atomic import SHARED
-from mta.system.device import cores
 from mta.system.extras import require
-from mta.system.malloc import keep_freed_memory
+from mta.system.process import cores, keep_freed_memory
 from mta.system.provenance import sources_digest
 
 log = logging.getLogger("mta")

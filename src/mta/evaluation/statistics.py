@@ -13,7 +13,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.metrics import BETTER_LOW, KINDS, Answers, PersonScore
 from mta.personalize.merge import Merge
-from mta.system.quantiles import student_t
+from mta.system.units import student_t
 
 
 @dataclass(frozen=True, slots=True)

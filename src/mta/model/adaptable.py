@@ -17,8 +17,7 @@ log = logging.getLogger("mta")
 def longest_text(config: Any, asked: int) -> int:
     """Return how many of the ``asked`` tokens a text may have: at most ``max_position_embeddings``; for longrope, less.
 
-    If one row is longer than the original length, longrope changes the frequencies of all rows of a pass. (Dynamic RoPE
-    changes them only beyond ``max_position_embeddings``.)
+    If one row is longer than the original length, longrope changes the frequencies of all rows of a pass.
     """
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

@@ -111,8 +111,8 @@ class BaseModel:
     ) -> BaseModel:
         """Load by asset name, local folder, or hub id. Raises AssetError, ModelError, UnsupportedModel.
 
-        ``gradient_checkpointing`` keeps one layer's activations and recomputes the others in the backward pass, for big
-        bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
+        ``gradient_checkpointing`` recomputes activations in the backward pass, for big bases and long texts. ``check``
+        is called with the fingerprint before the weights are loaded.
         """
         place, name = pick_device(device), os.path.expanduser(name)
         model, tokenizer, fingerprint = _read(load_weights, name, pick_dtype(dtype, place), check)
@@ -127,8 +127,7 @@ class BaseModel:
     def outline(cls, run: Run, check: Check | None = None) -> BaseModel:
         """Return the base of a run without weights: its layers are on the ``meta`` device and take no memory.
 
-        The outline has tokenizer, prompts, fingerprint, shapes, and stop tokens, but cannot compute. ``check`` and
-        errors are those of ``load``.
+        It cannot compute. ``check`` and errors are those of ``load``.
         """
         dtype = pick_dtype(run.dtype, pick_device(run.device))
         name = os.path.expanduser(run.base)
@@ -138,7 +137,7 @@ class BaseModel:
     def as_loaded(self, run: Run) -> Run:
         """Return the run with this base as loaded and with absolute folders, so that other processes load the same.
 
-        Of several GPUs, another process may see only its own: a device is named without a number.
+        A device is named without a number: of several GPUs, another process may see only its own.
         """
         encoder = run.encoder if run.encoder == "base" else _place(run.encoder)  # "base": no folder
         given = {"base": self.place, "encoder": encoder, "device": run.device.partition(":")[0]}
@@ -225,8 +224,7 @@ class BaseModel:
     def in_training(self) -> Iterator[None]:
         """Checkpoint layers within the block if ``gradient_checkpointing`` is on.
 
-        transformers requires training mode for that. Only the checkpointed layers get it, not the modules inside, so
-        dropout stays off.
+        transformers requires training mode for that. The modules inside do not get it, so dropout stays off.
         """
         every = self.model.modules() if self.gradient_checkpointing else ()
         layers = [module for module in every if hasattr(module, "gradient_checkpointing")]
@@ -244,7 +242,7 @@ class BaseModel:
         """Return next-token logits at chosen places of token trees; the LM head computes no other token.
 
         Shapes: tokens, ends, positions (B, T), where token i sees token j exactly when j <= i < ends[j];
-        where (n,) flat indices into B * T -> (n, V). Trees are best given on the CPU, where their blocks are searched.
+        where (n,) flat indices into B * T -> (n, V). Give trees on the CPU, where their blocks are searched.
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
@@ -286,7 +284,6 @@ class BaseModel:
 
     @cached_property
     def _keywords(self) -> frozenset[str]:
-        """Keywords of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
     def _choose_rows(self, reference: Reference, blockable: bool) -> None:

@@ -1,4 +1,4 @@
-"""Estimate the tensor memory of a pass through a base from the shapes of its modules, without measurements.
+"""Estimate the tensor memory of a pass through a base from the shapes of its modules.
 
 For every token, a training pass keeps the inputs of norms and of linear layers, the queries, keys, values, and
 attention weights, and the inputs of activation functions for the backward pass. A target token adds a row of logits and
@@ -258,9 +258,7 @@ def _norm(module: nn.Module) -> str:
 
 
 def _routed(module: nn.Module, config: Any) -> tuple[int, int, int] | None:
-    """Return how many inputs all experts of a token have, and their last layers, and the number of these experts.
-
-    None for modules without experts.
+    """Return the inputs of a token's experts, those of their last layers, and how many they are; else None.
 
     Experts are stored as one parameter of three dimensions per layer, not as linear layers. A module whose forward has
     no argument for the chosen experts computes all of them.

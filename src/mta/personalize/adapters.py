@@ -67,10 +67,9 @@ def check_bank(state: State, bank_hash: str) -> None:
 def row_adapters(
     base: BaseModel, bank: Bank, owners: Sequence[State | SharedModel], stacked: bool = True
 ) -> list[Adapters]:
-    """Return task LoRA, merges, and stacks for rows that are numbered by ``owners``.
+    """Return task LoRA, merges, and stacks (only if ``stacked``) for rows that are numbered by ``owners``.
 
-    ``stacked=False`` leaves the stacks out. Rows without a person get no merge and no stack; the base gets no task LoRA
-    either.
+    Rows without a person get no merge and no stack; the base gets no task LoRA either.
     """
     adapters = merge_adapters(bank, stored_merges(owners, base.master_dtype))
     if bank.task_lora:

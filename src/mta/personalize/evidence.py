@@ -88,14 +88,14 @@ def gather_evidence(
     labeled = all(job.alternatives for job in jobs)
     scored = [[e for labels in job.alternatives for e in labels] if labeled else job.examples for job in jobs]
     passes, total = len(anchors) + 1, sum(len(job.examples) for job in jobs)
-    found: list[list[Tensor]] = []
+    by_pass: list[list[Tensor]] = []
     for number in range(passes):
         parts = [shared.batch for shared in task_adapters] + ([anchors.select([number - 1])] if number else [])
         adapters = [Shared(join(parts))] if parts else []  # one term per layer: fewer passes over the activations
-        found.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch, memory=memory))
+        by_pass.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch, memory=memory))
         if on_step:
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
-    scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # one (examples, 1 + N) for each person
+    scores = [torch.stack(columns, -1).double() for columns in zip(*by_pass)]  # one (examples, 1 + N) for each person
     labels = _labels(jobs, scores) if labeled else None
     counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
@@ -110,8 +110,8 @@ def _labels(jobs: Sequence[ShotsJob], scores: Sequence[Tensor]) -> Labels:
     most, kinds = max(len(job.examples) for job in jobs), len(jobs[0].alternatives[0])
     table = torch.zeros(len(jobs), most, kinds, scores[0].shape[-1], dtype=torch.float64)
     gold = torch.full((len(jobs), most), -1)
-    for u, (job, found) in enumerate(zip(jobs, scores)):
-        table[u, : len(job.examples)] = found.view(len(job.examples), kinds, -1)
+    for u, (job, own) in enumerate(zip(jobs, scores)):
+        table[u, : len(job.examples)] = own.view(len(job.examples), kinds, -1)
         for m, (example, labels) in enumerate(zip(job.examples, job.alternatives)):
             gold[u, m] = [label.target for label in labels].index(example.target)
     return Labels(table, gold)

@@ -50,16 +50,16 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
     damaged = {export: why for each in exports for export, why in each.items() if export is None}
     left = damaged | (exports[-1] if exports else {})
-    found = replace(_stop_and_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
+    done = replace(_stop_and_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
         reasons = [error.message for error in failed]
-        reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in found.unmarked.items()]
+        reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in done.unmarked.items()]
         raise StoreError(
             f"not all files of the person could be removed: {'; '.join(reasons)}",
             hint="Fix the cause, then forget the person again.",
         )
     again = any(export and not export.is_final() for export in left)
-    return replace(found, complete=not found.unmarked and not again)
+    return replace(done, complete=not done.unmarked and not again)
 
 
 def _run_twice(*steps: Callable[[], object]) -> list[StoreError]:
@@ -86,22 +86,22 @@ def _run(*steps: Callable[[], object]) -> list[StoreError]:
 
 def _stop_and_mark(person: str, banks: Sequence[Path]) -> Forgotten:
     """Give up the banks' unfinished calibrations, and mark the banks trained on the person as needing a rebuild."""
-    found = Forgotten(False, [])
+    marked = Forgotten(False, [])
     for bank in banks:
         try:
             stop_calibration(bank)  # first: a calibration that ends before this has its people among the members
         except BankError as error:
-            found.unmarked[str(bank)] = error.message
+            marked.unmarked[str(bank)] = error.message
         try:
             members = read_info(bank).members
             if members.hashed is None:
-                found.unknown.append(str(bank))
+                marked.unknown.append(str(bank))
             if parts := members.parts_of(person):
-                found.needs_rebuild.extend(part for part in parts if part not in found.needs_rebuild)
+                marked.needs_rebuild.extend(part for part in parts if part not in marked.needs_rebuild)
                 try:
                     mark_stale(bank, person)
                 finally:  # only now: publishing notes the copy, then reads the mark
-                    found.published.extend(published(bank))
+                    marked.published.extend(published(bank))
         except BankError as error:
-            found.unmarked[str(bank)] = error.message
-    return found
+            marked.unmarked[str(bank)] = error.message
+    return marked

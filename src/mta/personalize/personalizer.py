@@ -82,8 +82,8 @@ class Personalizer(Pipeline):
         task = self.bank.task
         jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
         memory = parse_size(self.run.memory)
-        found = log_likelihood(self.base, jobs, adapters, owners=owners, memory=memory)
-        return [float(scores[0]) for scores in found]
+        scores = log_likelihood(self.base, jobs, adapters, owners=owners, memory=memory)
+        return [float(row[0]) for row in scores]
 
     def label_scores(
         self, rows: Sequence[tuple[PersonOrModel, Sequence[Item]]], *, stacked: bool = True
@@ -97,8 +97,8 @@ class Personalizer(Pipeline):
             raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         memory, items = parse_size(self.run.memory), [items for _, items in rows]
-        found = label_scores(self.base, task, items, adapters, owners=owners, memory=memory, on_examples=_warn_of_cuts)
-        return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
+        rated = label_scores(self.base, task, items, adapters, owners=owners, memory=memory, on_examples=_warn_of_cuts)
+        return [scores.clone() for scores in rated]  # inference tensors could not be changed or trained through
 
     def shares(self, rows: Sequence[tuple[PersonOrModel, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
         """Return the probability of every label for each row's question, the most likely label first.
@@ -154,10 +154,10 @@ class Personalizer(Pipeline):
         Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
         removed = self._unsaved.pop(person, None) is not None
-        found = forget_person(person, self.store, self.bank.folder, keep_exports=keep_exports)
-        for bank, reason in found.unmarked.items():
+        forgotten = forget_person(person, self.store, self.bank.folder, keep_exports=keep_exports)
+        for bank, reason in forgotten.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
-        return replace(found, states_removed=removed or found.states_removed)
+        return replace(forgotten, states_removed=removed or forgotten.states_removed)
 
     def _adapters(self, owners: Sequence[PersonOrModel], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""

@@ -156,7 +156,7 @@ class Pipeline:
             checkpoints.drop()
         done = self._compute(personalize_cohort, everybody, missing, session, on_step, checkpoints)
         if checkpoints and not done.crashed:  # diverged training would diverge again: no cohort is kept for it
-            checkpoints.finish()  # even without missing people: a run killed after its last state may have left files
+            checkpoints.drop()  # even without missing people: a run killed after its last state may have left files
         wanted = {item.person.id for item in missing}  # a resumed cohort has people who are up to date, too
         failed = {id: error for id, error in (done.crashed | done.errors).items() if id in wanted}
         return Personalized(

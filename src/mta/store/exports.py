@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mta.errors import PersonForgotten, StateCorrupt
+from mta.errors import StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
 from mta.store.state import opened_json, sealed_json
-from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
 from mta.system.storage import Storage
 
@@ -55,8 +54,8 @@ class Export:
             (folder / WEIGHTS).unlink()
             sync_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
-            if why := self._missing():
-                return f"{self.folder} ({why})"
+            if self.sha256:  # otherwise, the export was never finished
+                return f"{self.folder} (its weights are missing: removed, renamed, or on a disk that is not mounted)"
         except OSError as error:
             return f"{self.folder} ({error.strerror or error})"
         with contextlib.suppress(OSError):  # the folder holds other files, or was removed already
@@ -73,17 +72,6 @@ class Export:
         with contextlib.suppress(OSError):
             return file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
         return False
-
-    def _missing(self) -> str:
-        """Return why the weights are not in their folder; "" if the export was never finished."""
-        folder = Path(self.folder)
-        if not self.sha256:
-            return ""
-        if not folder.parent.is_dir():
-            return "its parent folder is missing too: is a disk not mounted?"
-        if not folder.is_dir():
-            return "missing: it was removed before, or moved"
-        return "its weights are missing: they were removed before, or renamed" if any(folder.iterdir()) else ""
 
     def is_final(self) -> bool:
         """Return whether ``remove`` can never succeed: the export was changed or moved.
@@ -110,7 +98,6 @@ class Exports:
 
     files: Storage
     path: Callable[[str, bool], str]
-    tombstones: Tombstones
 
     def of(self, id: str) -> list[Export]:
         """Return the records of a person's exports. Raises StateCorrupt."""
@@ -123,16 +110,12 @@ class Exports:
         return any(export.has_these_weights() or not (folder / WEIGHTS).exists() for export in records)
 
     @contextlib.contextmanager
-    def writing(
-        self, id: str, folder: str | Path, since: Collection[str] | None = None
-    ) -> Iterator[Callable[[Path], None]]:
+    def writing(self, id: str, folder: str | Path) -> Iterator[Callable[[Path], None]]:
         """Record that a person's adapter is written to a folder of this host within the block.
 
-        The export is recorded before the block, so that ``remove`` finds killed exports too. The yielded function
-        records complete weights: call it before they appear in the folder. If the person was forgotten after the
-        tombstones ``since`` were listed, the export is removed again. Raises StateCorrupt, PersonForgotten.
+        The export is recorded before the block, so that ``forget`` finds killed exports too. The yielded function
+        records complete weights: call it before they appear in the folder. Raises StateCorrupt.
         """
-        self.tombstones.check(id, since)
         export = Export.begun(folder)
         self._change(id, lambda known: [*known, export])  # keep the record of an earlier export until it is replaced
 
@@ -147,26 +130,19 @@ class Exports:
             if not export.has_these_weights():
                 self._change(id, lambda known: _without(known, export))
             raise
-        else:
-            place = export.host, export.folder
-            self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
-        finally:
-            self._keep_out(id, since)
-
-    def remove(self, id: str) -> dict[Export | None, str]:
-        """Remove a person's exported adapters, and keep their records; return those that are left, with the reasons."""
-        try:
-            return {export: left for export in self.of(id) if (left := export.remove())}
-        except StateCorrupt as error:  # a damaged list must not stop `forget`
-            return {None: f"all exports, if there are any ({error.message})"}
+        place = export.host, export.folder
+        self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
 
     def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
-        """Remove a person's exports; return those that are left, with the reasons.
+        """Remove a person's exported adapters; return those that are left, with the reasons.
 
         Of their records, keep only those that a later call can remove; with ``keep``, keep all.
         """
         with self.files.locked():
-            left = self.remove(id)
+            try:
+                left: dict[Export | None, str] = {export: why for export in self.of(id) if (why := export.remove())}
+            except StateCorrupt as error:  # a damaged list must not stop `forget`
+                left = {None: f"all exports, if there are any ({error.message})"}
             self._write(id, [export for export in left if export and (keep or not export.is_final())])
         return left
 
@@ -175,14 +151,6 @@ class Exports:
         self.path(id, True)  # creates the store, and so the folder of the lock
         with self.files.locked():
             self._write(id, change(self.of(id)))
-
-    def _keep_out(self, id: str, since: Collection[str] | None) -> None:
-        """Remove exports and their list if the person was forgotten meanwhile, and raise PersonForgotten."""
-        try:
-            self.tombstones.check(id, since)
-        except PersonForgotten:
-            self.forget(id)
-            raise
 
     def _write(self, id: str, exports: Sequence[Export]) -> None:
         path = self.path(id, bool(exports))

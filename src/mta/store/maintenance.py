@@ -27,8 +27,7 @@ _KINDS = {  # kind of a file -> pattern of its names; the first match counts, an
     "state": rf"{_PERSON}/[1-9][0-9]*\.safetensors",
     "history": rf"{_PERSON}/history\.json",
     "exports": rf"{_PERSON}/exports\.json",
-    # Temporary files, which a writer renames or links when complete; and a file of earlier releases.
-    "leftover": rf"(.*/)?\.[^/]+\.[0-9a-f]{{32}}|{_PERSON}/latest\.json",
+    "leftover": r"(.*/)?\.[^/]+\.[0-9a-f]{32}",  # temporary files, which a writer renames or links when complete
     "work": f"{WORK}/{RUN}/.+",  # a stopped run resumes from it
     "key": r"store\.json",
     "lock": re.escape(LOCK),
@@ -118,11 +117,10 @@ def stats(store: Store) -> Stats:
 def collect(
     store: Store,
     keep: int | None = None,
-    older: float = 3600.0,
     dry: bool = False,
     on_person: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Remove temporary files older than ``older`` seconds and, with ``keep``, all but each person's newest versions.
+    """Remove temporary files of an hour ago and, with ``keep``, all but each person's newest versions.
 
     Also removes runs that stopped a week ago, and expired tombstones. If a person's newest version is damaged, all of
     that person's versions are kept. Returns the removed files (with ``dry``: the files to remove) and their bytes. An
@@ -142,7 +140,7 @@ def collect(
     old += [
         name
         for name, age in ages.items()
-        if (age > older if kinds[name] == "leftover" else _folder(name) not in running)  # a run's latest file counts
+        if (age > 3600 if kinds[name] == "leftover" else _folder(name) not in running)  # a run's latest file counts
     ]
     removed = {name: sizes[name] for name in old}
     if not dry:

@@ -52,19 +52,15 @@ class RunCheckpoints:
         path = self.files.inside(f"{self.name}/{digest[:24]}.checkpoint")
         return Checkpoint(path, digest, allowed=self.allowed)
 
-    def finish(self) -> None:
-        """Remove the folder of the finished run. ``mta.store.maintenance.collect`` removes those of stopped runs."""
-        self.drop()
-        _remove_if_empty(self.files)
-
     def drop(self) -> None:
-        """Remove the folder, so that the run starts from the beginning."""
+        """Remove the folder. ``mta.store.maintenance.collect`` removes those of stopped runs."""
         self.files.remove_folder(self.name)
+        _remove_if_empty(self.files)
 
 
 def drop_runs(files: Storage) -> None:
     """Remove the folders of all runs over a store, if it is one. Raises StoreError."""
-    if files.exists(KEY_FILE):
+    if files.read(KEY_FILE):
         for name in files.names(FOLDER):
             if re.fullmatch(RUN, name):
                 files.remove_folder(f"{FOLDER}/{name}")

@@ -117,11 +117,6 @@ class State:
     def __hash__(self) -> int:
         return hash(self.work)
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the state's file in bytes."""
-        return len(self.to_bytes())
-
     def to_bytes(self) -> bytes:
         """Return one safetensors file: the stack's tensors, and all else as JSON under the metadata key ``state``.
 
@@ -170,13 +165,10 @@ class State:
         return cls(**kept, stack=stack, losses=losses)
 
 
-def seal_of(beginning: bytes) -> str | None:
-    """Return the sha256 in a state's file, read from its first ``HEADER_BYTES``; equal sha256 means equal files."""
-    return (
-        beginning[_DIGEST].decode()
-        if beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= HEADER_BYTES
-        else None
-    )
+def seal_of(beginning: bytes) -> str:
+    """Return the sha256 in a state's file, read from its first ``HEADER_BYTES``; "" for another file."""
+    is_state = beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= HEADER_BYTES
+    return beginning[_DIGEST].decode() if is_state else ""
 
 
 def state_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:

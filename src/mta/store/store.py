@@ -21,8 +21,7 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         self.files = Storage(url)
         self.tombstones = Tombstones(self.files, self._buried)
-        self.exports = Exports(self.files, self._path, self.tombstones)
+        self.exports = Exports(self.files, self._path)
         self._key = b""
 
     def session(self, id: str | None = None) -> Session:
@@ -74,34 +73,9 @@ class Store:
             )
         self._open(write=False)
 
-    def save(self, id: str, state: State, since: Collection[str] | None = None, after: int | None = None) -> int:
-        """Save a state as the next version and return its number; if the latest has the same work, do nothing.
-
-        ``since`` are the tombstones that existed when the person's items were received; ``after`` is the version that
-        was the latest when the work began, 0 for none. Raises PersonForgotten if the person was forgotten since then,
-        and StoreConflict if another writer saved other work since then.
-        """
-        self.tombstones.check(id, since)
-        path, last = self._path(id, write=True), self.latest(id) or 0
-        if last and self._work(f"{path}/{last}.safetensors") == state.work:
-            return last
-        if after is not None and last != after:
-            raise overtaken(id)
-        version = last + 1
-        name = f"{version}.safetensors"
-        try:
-            self.files.create(f"{path}/{name}", state.to_bytes())
-        except FileExistsError:
-            if self._work(f"{path}/{name}") != state.work:  # if equal, perhaps by an earlier attempt of this call
-                raise StoreConflict(
-                    f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
-                    hint=f"Save again: it becomes version {version + 1}.",
-                ) from None
-        except StoreError:  # the state may have been written nevertheless
-            self._keep_out(id, since, name)
-            raise
-        self._keep_out(id, since, name)
-        return version
+    def save(self, id: str, state: State) -> int:
+        """Save a state in a session of this person that begins now: see ``Session.save``."""
+        return self.session(id).save(id, state)
 
     def load(self, id: str, version: int | None = None) -> State:
         """Return the latest state of a person, or an earlier version. Raises PersonNotFound, StateCorrupt."""
@@ -118,21 +92,19 @@ class Store:
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
 
     def rollback(self, id: str, version: int) -> int:
-        """Save an earlier version's content as the newest version and return its number.
+        """Save an earlier version's content as the newest version, as ``save`` does, and return its number.
 
-        If the latest is that version or has the same work, do nothing. Raises PersonNotFound (which lists the
-        versions), StateCorrupt, StoreConflict.
+        Raises PersonNotFound (which lists the versions), StateCorrupt, StoreConflict.
         """
-        session = self.session(id)
-        return session.save(id, self.load(id, version))
+        return self.session(id).save(id, self.load(id, version))
 
     def seal(self, id: str, version: int) -> str | None:
         """Return the sha256 of a version's content, read from the start of its file; None if there is no such version.
 
-        The number does not identify the content: after ``forget``, a person's versions start at 1 again.
+        After ``forget``, a person's versions start at 1 again: the number does not identify the content.
         """
         beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", HEADER_BYTES)
-        return None if beginning is None else seal_of(beginning) or ""
+        return None if beginning is None else seal_of(beginning)
 
     def latest(self, id: str) -> int | None:
         """Return the number of the newest version, or None."""
@@ -159,34 +131,9 @@ class Store:
         """Return the bytes stored for a person: all versions, history, exports."""
         return sum(self.files.sizes(self._path(id)).values())
 
-    def save_history(self, person: Person, since: Collection[str] | None = None) -> None:
-        """Save a person's items and queries (opt-in), replacing those saved before; ``forget`` removes them.
-
-        ``since`` is as in ``save``. Raises PersonForgotten.
-        """
-        path = self._path(person.id, write=True)  # creates a new store, in which the lock is a file
-        with self.files.locked():
-            self._write_history(path, person, since)
-
-    def change_history(
-        self, id: str, change: Callable[[Person | None], Person], since: Collection[str] | None = None
-    ) -> Person:
-        """Save and return what ``change`` makes of the history saved before (None without one).
-
-        In a local store, no other process changes it meanwhile; so ``change`` must save and export nothing itself.
-        Raises PersonForgotten, StateCorrupt for a damaged history, and what ``change`` raises.
-        """
-        path = self._path(id, write=True)
-        with self.files.locked():
-            self._write_history(path, person := change(self.history(id)), since)
-        return person
-
-    def _write_history(self, path: str, person: Person, since: Collection[str] | None) -> None:
-        self.tombstones.check(person.id, since)
-        try:
-            self.files.replace(f"{path}/history.json", history_to_bytes(person))
-        finally:
-            self._keep_out(person.id, since, "history.json")
+    def save_history(self, person: Person) -> None:
+        """Save a history in a session of this person that begins now: see ``Session.save_history``."""
+        self.session(person.id).save_history(person)
 
     def history(self, id: str) -> Person | None:
         """Return what ``save_history`` saved, or None. Raises StateCorrupt."""
@@ -194,11 +141,10 @@ class Store:
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
     def remove(self, id: str) -> bool:
-        """Remove a person's states and history; return False if there were none.
+        """Remove a person's history, then states from the oldest on; return False if there were none.
 
-        The order is: history, then states from the oldest on; each removal is flushed before the next one. After a
-        crash the newest state is still found under the id, and the call can be repeated. ``personalize.forgetting``
-        does the other steps.
+        After a crash the newest state is still found under the id, and the call can be repeated.
+        ``personalize.forgetting`` does the other steps.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
@@ -206,20 +152,6 @@ class Store:
             self.files.remove(f"{path}/{name}")
         remove_if_empty(self.files, path)
         return bool(names)
-
-    def _keep_out(self, id: str, since: Collection[str] | None, name: str) -> None:
-        """Remove a file that was just written if the person was forgotten meanwhile, and raise PersonForgotten.
-
-        ``forget`` writes its tombstone before it lists files, so it finds this file, or this call the tombstone. If
-        tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
-        """
-        try:
-            self.tombstones.check(id, since)
-        except StoreError as error:
-            if isinstance(error, PersonForgotten) or version_of(name):
-                self.files.remove(f"{self._path(id)}/{name}")
-            remove_if_empty(self.files, self._path(id))
-            raise
 
     def _path(self, id: str, write: bool = False) -> str:
         if not isinstance(id, str) or not id:
@@ -266,20 +198,12 @@ class Store:
                 hint="Restore the file from a backup: without its key, no person in the store can be found.",
             ) from error
 
-    def _work(self, name: str) -> str | None:
-        """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""
-        try:
-            return State.from_bytes(self.files.read(name) or b"").work
-        except StateCorrupt:
-            return None
-
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """Saves nothing for people who were forgotten after it began. Begin it before people's items are read.
 
-    What is computed from these items may take hours, and any process may forget a person meanwhile. ``known`` are the
-    tombstones that existed when the session began.
+    ``known`` are the tombstones that existed when the session began.
     """
 
     store: Store
@@ -295,20 +219,90 @@ class Session:
             raise forgotten_meanwhile()
 
     def save(self, id: str, state: State, after: int | None = None) -> int:
-        """Save a state as the next version and return its number. See ``Store.save``."""
-        return self.store.save(id, state, self.known, after)
+        """Save a state as the next version and return its number; if the latest has the same work, do nothing.
+
+        ``after`` is the version that was the latest when the work began, 0 for none. Raises PersonForgotten, and
+        StoreConflict if another writer saved other work since then.
+        """
+        self.check(id)
+        store = self.store
+        path, last = store._path(id, write=True), store.latest(id) or 0
+        if last and self._work(f"{path}/{last}.safetensors") == state.work:
+            return last
+        if after is not None and last != after:
+            raise overtaken(id)
+        version = last + 1
+        name = f"{path}/{version}.safetensors"
+        try:
+            store.files.create(name, state.to_bytes())
+        except FileExistsError:
+            if self._work(name) != state.work:  # if equal, perhaps by an earlier attempt of this call
+                raise StoreConflict(
+                    f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
+                    hint=f"Save again: it becomes version {version + 1}.",
+                ) from None
+        except StoreError:  # the state may have been written nevertheless
+            self._keep_out(id, name)
+            raise
+        self._keep_out(id, name)
+        return version
 
     def save_history(self, person: Person) -> None:
-        """Save a person's items and queries (opt-in). See ``Store.save_history``."""
-        self.store.save_history(person, self.known)
+        """Save a person's items and queries (opt-in), replacing those saved before. Raises PersonForgotten."""
+        self.change_history(person.id, lambda: person)
 
-    def change_history(self, id: str, change: Callable[[Person | None], Person]) -> Person:
-        """Save and return what ``change`` makes of a history. See ``Store.change_history``."""
-        return self.store.change_history(id, change, self.known)
+    def change_history(self, id: str, made: Callable[[], Person]) -> Person:
+        """Save and return the history that ``made`` returns, which may read ``Store.history``.
 
-    def exporting(self, id: str, folder: str | Path) -> AbstractContextManager[Callable[[Path], None]]:
-        """Record that a person's adapter is written to a folder within the block. See ``Exports.writing``."""
-        return self.store.exports.writing(id, folder, self.known)
+        In a local store, no other process changes it meanwhile; so ``made`` must save and export nothing itself.
+        Raises PersonForgotten, and what ``made`` raises.
+        """
+        path = self.store._path(id, write=True)  # creates a new store, in which the lock is a file
+        with self.store.files.locked():
+            person = made()
+            self.check(id)
+            try:
+                self.store.files.replace(f"{path}/history.json", history_to_bytes(person))
+            finally:
+                self._keep_out(id, f"{path}/history.json")
+        return person
+
+    @contextlib.contextmanager
+    def exporting(self, id: str, folder: str | Path) -> Iterator[Callable[[Path], None]]:
+        """Record that a person's adapter is written to a folder of this host within the block. See ``Exports.writing``.
+
+        If the person was forgotten meanwhile, the export is removed again. Raises StateCorrupt, PersonForgotten.
+        """
+        self.check(id)
+        try:
+            with self.store.exports.writing(id, folder) as written:
+                yield written
+        finally:
+            if self.forgotten([id]):
+                self.store.exports.forget(id)
+                raise forgotten_meanwhile()
+
+    def _keep_out(self, id: str, name: str) -> None:
+        """Remove a file that was just written if the person was forgotten meanwhile, and raise PersonForgotten.
+
+        ``forget`` writes its tombstone before it lists files, so it finds this file, or this call the tombstone. If
+        tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
+        """
+        folder, _, file = name.rpartition("/")
+        try:
+            self.check(id)
+        except StoreError as error:
+            if isinstance(error, PersonForgotten) or version_of(file):
+                self.store.files.remove(name)
+            remove_if_empty(self.store.files, folder)
+            raise
+
+    def _work(self, name: str) -> str | None:
+        """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""
+        try:
+            return State.from_bytes(self.store.files.read(name) or b"").work
+        except StateCorrupt:
+            return None
 
 
 def version_of(name: str) -> int:

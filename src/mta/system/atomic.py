@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from mta.errors import ConfigError, InputError, StoreError
 
 if TYPE_CHECKING:
@@ -146,18 +148,12 @@ def replacing_folder(
 ) -> Iterator[Path]:
     """Yield the path of a temporary folder beside ``path``, or ``inside`` it. After the block, rename it to ``path``.
 
-    ``path`` is missing or an empty folder, whose mode and group stay, unless ``publish(temporary, path)`` replaces the
-    rename. On an error in the block, the temporary folder is removed.
+    ``path`` is missing or an empty folder, unless ``publish(temporary, path)`` replaces the rename. On an error in the
+    block, the temporary folder is removed.
     """
     temporary = _temporary(path.absolute() / path.name if inside else path.absolute())
     try:
         yield temporary
-        if path.is_dir() and not inside:
-            before = path.stat()
-            with contextlib.suppress(OSError):  # one may not be in that group
-                os.chown(temporary, -1, before.st_gid)
-            with _where_supported():
-                temporary.chmod(stat.S_IMODE(before.st_mode))
         publish(temporary, path)
         sync_folder(temporary.parent)
     finally:
@@ -188,6 +184,20 @@ def sync_folder(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is created if missing. Raises InputError if another process holds it."""
+    make_folder(folder)
+    try:
+        lock = FileLock(folder / ".lock", mode=file_mode()).acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process is writing to {folder}", hint="Wait until it has ended, or choose another folder."
+        ) from None
+    with lock:
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

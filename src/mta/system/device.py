@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mta.errors import ModelError
-from mta.system.cores import cores as cores
 
 T = TypeVar("T")
 _SETTING = threading.Lock()  # guards the number of threads, which compute_with reads, sets and restores
@@ -92,8 +91,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
                 f"dtype {dtype!r} cannot be used; expected auto, {', '.join(_DTYPES)}",
                 hint="Leave it to the machine:  dtype=auto",
             )
-        if device.type == "mps" and dtype == "float64":
-            raise ModelError("device 'mps' has no float64", hint="Use dtype=float32, or --device cpu.")
         return _DTYPES[dtype]
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
@@ -160,8 +157,6 @@ def clock(device: torch.device) -> float:
     """Return the time in seconds after all work that was given to a device: a GPU computes while Python goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
     return time.monotonic()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shlex
 import shutil
@@ -24,9 +23,7 @@ from mta.system.atomic import SHARED, file_mode, is_shared, owner_only, replacin
 T = TypeVar("T")
 R = TypeVar("R")
 _TOGETHER = 16  # requests at once, because remote storage answers slowly
-_REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
 _WAIT = 60.0  # seconds for the lock: each holder reads and writes one small file
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 LOCK = ".lock"  # an empty file in the root of local storage
 
 
@@ -50,12 +47,9 @@ class Storage:
                 self.fs, root = url_to_fs(str(url))
         except Exception as error:  # some file systems connect at once, with errors of their own
             hint = "Check address, login, and network."
-            if isinstance(error, ImportError):  # fsspec names the package
-                hint = "pip install that package."
-            elif isinstance(error, ValueError):
-                hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
-            reason = str(error) or type(error).__name__
-            raise StoreError(f"the store cannot be opened: {reason}", hint=hint) from error
+            if isinstance(error, ImportError | ValueError):  # fsspec names the package
+                hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people), and install its package."
+            raise StoreError(f"the store cannot be opened: {str(error) or type(error).__name__}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         # Absolute, because the working directory may change.
@@ -70,10 +64,6 @@ class Storage:
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             return bytes(self.fs.cat_file(self.at(name), end=first))
         return None
-
-    def exists(self, name: str) -> bool:
-        with self._reported(self.at(name)):
-            return bool(self.fs.exists(self.at(name)))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return names and sizes (bytes) of the files and links in a folder; empty if the folder does not exist."""
@@ -117,27 +107,19 @@ class Storage:
     def remove_folder(self, name: str) -> None:
         """Remove a folder with its content if it exists; for a symbolic link, remove only the link.
 
-        A local removal is on disk when the call returns. Raises StoreError if the folder remains.
+        A local removal is on disk when the call returns.
         """
         place = self.at(name)
         with self._reported(place):
-            for _ in range(_REMOVALS):
+            if not self.local:
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm(place, recursive=True)
+                return
+            path = self.inside(name)
+            while os.path.lexists(path):
                 with contextlib.suppress(FileNotFoundError):  # another process removed the folder, or a file in it
-                    if not self.local:
-                        self.fs.rm(place, recursive=True)
-                    elif self.inside(name).is_symlink():
-                        os.unlink(place)
-                    else:
-                        shutil.rmtree(place)
-                if not (os.path.lexists(place) if self.local else self.fs.exists(place)):
-                    break
-            else:
-                raise StoreError(
-                    f"{place} is still there after {_REMOVALS} removals, expected none: another process writes it",
-                    hint="Stop the other process, then repeat the command.",
-                )
-            if self.local:
-                sync_folder(Path(place).parent)
+                    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            sync_folder(path.parent)
 
     def each(self, work: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
         """Yield the result of ``work``, which writes here, for each value, in order: on a local disk one by one."""
@@ -160,7 +142,7 @@ class Storage:
         place, mode = self.at(name), {"mode": "create"} if create else {}  # not every file system takes the argument
         with self._reported(place):
             if self.local:
-                with replacing(self.inside(name), publish=_link if create else os.replace) as temporary:
+                with replacing(self.inside(name), publish=os.link if create else os.replace) as temporary:
                     temporary.write(data)
                 return
             if create and self.fs.exists(place):
@@ -174,8 +156,8 @@ class Storage:
     def exposed(self) -> str:
         """Return the command that removes other users' access to the storage; empty if they have none.
 
-        With ``MTA_SHARED=group`` the group may read. Checks the root and its direct entries, because a closed folder
-        protects everything below it. Storage that is not local has its own permissions.
+        With ``MTA_SHARED=group`` the group may read. Checks the root and its direct entries: a closed folder protects
+        everything below it. Storage that is not local has its own permissions.
         """
         if not self.local:
             return ""
@@ -217,9 +199,7 @@ class Storage:
             lock = FileLock(path, timeout=_WAIT, mode=file_mode())
             lock.acquire()
         except OSError as error:  # includes filelock's Timeout
-            hint = "Check the store's permissions and free space, and that no stopped process holds the lock."
-            if error.errno == errno.ENOLCK:  # NFS without a lock daemon
-                hint = "This file system cannot lock files. Put the store on a local disk."
+            hint = "Check the store's permissions, disk, and file system, and that no stopped process holds the lock."
             raise StoreError(f"{path} cannot be locked: {error.strerror or error}", hint) from error
         try:
             yield
@@ -239,19 +219,6 @@ class Storage:
                 f"{path} cannot be read or written: {getattr(error, 'strerror', None) or error}",
                 hint="Check the store's address, permissions and free space, then repeat. No file is half written.",
             ) from error
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Link a complete file to its name. Raises FileExistsError if the name exists."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
-            file.write(temporary.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _find_local(root: Path) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Sizes and durations in words."""
+"""Sizes and durations in words, and the width of intervals."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def human_seconds(seconds: float) -> str:
     if seconds < 99.5:
         return "0" if seconds == 0 else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def student_t(n: int) -> float:
+    """Return how many standard errors the 95% interval of a mean of ``n`` values extends to each side: Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(n - 1, 1), 0.975))

@@ -24,7 +24,8 @@ from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
-from mta.system.device import REACHED, cores, cpu, dtype_name, gemm_rate, pick_dtype
+from mta.system.device import REACHED, cpu, dtype_name, gemm_rate, pick_dtype
+from mta.system.process import cores
 
 _FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 _FIELDS += ["num_key_value_heads", "tie_word_embeddings"]

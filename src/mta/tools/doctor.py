@@ -21,8 +21,9 @@ from mta.config import Run, parse_size
 from mta.errors import ModelError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.system.assets import ASSETS, cache_dir, is_present
-from mta.system.device import cores, dtype_name, pick_device, pick_dtype, processor
+from mta.system.device import dtype_name, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS, install
+from mta.system.process import cores
 from mta.system.provenance import version_of
 from mta.system.units import human_bytes, human_memory
 

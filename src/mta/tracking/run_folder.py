@@ -27,9 +27,9 @@ import torch
 
 from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.system.atomic import append_lines, write_json, write_text
-from mta.system.device import cores, dtype_name, processor
-from mta.system.exclusive import exclusive
+from mta.system.atomic import append_lines, exclusive, write_json, write_text
+from mta.system.device import dtype_name, processor
+from mta.system.process import cores
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
 

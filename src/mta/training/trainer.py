@@ -24,7 +24,7 @@ from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.model.base import BaseModel
 from mta.model.footprint import TextLengths
 from mta.system.device import moved
-from mta.system.malloc import give_back_memory
+from mta.system.process import give_back_memory
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate

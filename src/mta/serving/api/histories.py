@@ -13,7 +13,7 @@ from mta.data.sharing import missing_from
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.limits import Shares
 from mta.serving.engine import Refused
-from mta.store import Store
+from mta.store import Session, Store
 
 ROOM = 1 << 28  # bytes of items in memory
 _PERSON, _ITEM, _TEXT = 320, 360, 16  # bytes besides the texts' own objects; tests/serving/test_histories.py measures
@@ -50,7 +50,8 @@ class Histories:
         since = self._store.tombstones.of(id)
         if keep:
             beside = self._of(id, since)
-            return len(self._store.change_history(id, lambda kept: self._joined(kept, id, new, beside), since).items)
+            session = Session(self._store, since)
+            return len(session.change_history(id, lambda: self._joined(self._store.history(id), id, new, beside)).items)
         stored = self._store.history(id)
         more = len(stored.items) if stored and len(stored.items) > self._limit else 0
         person = self._joined(self._of(id, since), id, new, stored, more)

@@ -1,6 +1,7 @@
-"""How glibc's malloc treats freed memory in this process. ``mta`` changes it; the library changes it on request only.
+"""What this process takes of the machine: its cores, and how glibc's malloc treats freed memory.
 
-Does not import torch. Does nothing on systems other than Linux with glibc.
+Does not import torch. ``mta`` limits the threads and changes malloc; the library changes malloc on request only, and
+only on Linux with glibc.
 """
 
 from __future__ import annotations
@@ -11,11 +12,41 @@ import os
 from pathlib import Path
 from typing import Any
 
+_CGROUP = Path("/sys/fs/cgroup")
+_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of cgroups v2 and v1
 _HUGE = 2 << 20  # bytes of a huge page
 _POINTER = ctypes.c_void_p
 _TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14  # from malloc.h and mman.h
 
 _keeps = False  # keep_freed_memory was called in this process
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use: by its affinity, and by the quota of its container."""
+    return min(_affinity(), _quota() or _affinity())
+
+
+def limit_threads() -> None:
+    """Limit the threads of torch to ``cores``, unless OMP_NUM_THREADS is set. Call this before torch is imported.
+
+    OpenMP counts the cores of the affinity only: on a quota of 4 of 64 cores, 64 threads would take turns.
+    """
+    if cores() < _affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> int | None:
+    """Return the CPU quota of this process's cgroup in cores, rounded up; None if there is none."""
+    for names in _QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # another version, or "max"
+            quota, period = (int(word) for name in names for word in (_CGROUP / name).read_text().split())
+            if quota > 0 and period > 0:  # -1: no quota
+                return -(-quota // period)
+    return None
 
 
 def keep_freed_memory() -> None:
@@ -45,9 +76,7 @@ def give_back_memory(keep: int) -> None:
     """
     if not _keeps:
         return
-    with contextlib.suppress(
-        OSError, AttributeError, ValueError, KeyError
-    ):  # not every kernel has all files and fields
+    with contextlib.suppress(OSError, AttributeError, ValueError, KeyError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallinfo2.restype = _Mallinfo
         status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
