@@ -288,7 +288,12 @@ def test_metrics_count_and_contain_no_ids(world):
     with pytest.raises(openai.NotFoundError):
         said(world.client("team"), "person:team/dee")
     text = httpx2.get(f"{world.url}/metrics", timeout=60).text
-    for name in ("mta_requests_total", "mta_first_token_seconds_count", "mta_engine_merges", "mta_answer_tokens_total"):
+    for name in (
+        "mta_requests_total",
+        "mta_first_token_seconds_count",
+        "mta_engine_activated",
+        "mta_answer_tokens_total",
+    ):
         assert name in text
     assert {name for line in text.splitlines() for name in re.findall(r'(\w+)="', line)} <= {"kind", "status", "le"}
     for secret in ("person:ann", "team/cy", "team/dee", "Film"):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -170,7 +169,7 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
     """
     if started:
         raise ConfigError("--vllm starts a server, --vllm-url names a running one", hint="Give only one of the two.")
-    if not (url.startswith("unix:/") or _is_http(url)):
+    if not url.startswith(("unix:/", "http://", "https://")):
         raise ConfigError(
             f"--vllm-url is {url!r}", hint="Give the server's address:  http://127.0.0.1:8001  or  unix:/path/to/socket"
         )
@@ -187,14 +186,6 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
             hint="Stop the other gateway first: each would unload adapters that the other one uses.",
         ) from None
     return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""), lock=lock)
-
-
-def _is_http(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is no number
-        return False
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:
