@@ -84,7 +84,6 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
 
 def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "_PATIENCE", 0.2)
-    monkeypatch.setattr(limits, "_LINGER", 0.2)
     with (
         served(*tiny, tmp_path) as here,
         socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2])), timeout=60) as caller,

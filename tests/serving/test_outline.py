@@ -19,7 +19,7 @@ from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.launch import service_of, vllm_settings
 from mta.serving.vllm.server import Remote, VllmNotStarted
-from mta.store.tombstones import NOTHING
+from mta.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_j
     await jobs.forget("nobody")  # needs none
     assert jobs._trainer is None
     jobs._load = with_encoder(jobs._load)
-    jobs.put(ann)
+    jobs.put(ann, service.store.session())
     await asyncio.wait_for(jobs._working, 120)
     assert jobs.status(ann.id).state == "done", jobs.status(ann.id)
     assert materialized(service.base) == []
@@ -107,7 +107,7 @@ def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, t
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalize(people_of(3), NOTHING)
+        found = jobs._personalize(people_of(3), Store(tmp_path / "people").session())
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count

@@ -92,7 +92,7 @@ def test_ask_add_personalize_and_forget(page, world):
         page.find_element("css selector", f"#item [name={name}]").send_keys(text)
     page.find_element("css selector", "#add button[type=submit]").click()
     until(page, lambda: "1 items are in memory" in at(page, "done").text)
-    (added,) = world.service.histories.of("ann", frozenset()).items
+    (added,) = world.service.histories.of("ann").items
     assert added.time == pytest.approx(time.time(), abs=600)  # after all others, so that the state is updated with it
     at(page, "personalize").click()
     until(page, lambda: "version 2" in at(page, "done").text)

@@ -34,7 +34,7 @@ from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ModelRequest
 from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version, named
-from mta.store import Store
+from mta.store import Session, Store
 from mta.system.atomic import read_json
 
 log = logging.getLogger("mta")
@@ -69,7 +69,7 @@ class Service:
     histories: Histories = field(init=False)
     _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
     answers: Shares = field(init=False)  # open ones
-    _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
+    _swept: Session | None = field(default=None, init=False)  # of the latest sweep
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
@@ -201,12 +201,13 @@ class Service:
         await run_in_threadpool(self.histories.drop_forgotten)
         await self.jobs.drop_forgotten()
         owners = {key.scope for key in self.keys.keys if key.rights == "person"}
-        before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
+        session = await run_in_threadpool(self.store.session)
+        gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
-        gone = [id for id, names in self._tombstones.items() if not names <= before.get(id, names)]
         askers = [name for id in gone for name in self.keys_of(id)]
         if removed or askers:
             await self.engine.drop(removed, askers)
+        self._swept = session
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""
