@@ -180,7 +180,7 @@ def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
         (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'scope' is required"),
         (["--insecure-local", "--store", "nowhere"], "no store"),
         (["--insecure-local", "--rights", "person", "--scope", "ann"], "--rights needs --new-key"),
-        (["--insecure-local", "--vllm-folder", "FOLDER"], "--vllm-folder needs --vllm-url"),
+        (["--insecure-local", "--vllm", "python", "--vllm-folder", "FOLDER"], "--vllm starts a server"),
     ],
 )
 def test_mistakes_are_reported_and_nothing_is_served(made, tmp_path, words, said):
