@@ -81,18 +81,6 @@ def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
     assert count(world, kind, 503) == refused > 0  # what a fallback answers is not an error
 
 
-def test_a_client_retrieves_the_models_that_its_key_may_use_and_no_others(world):
-    name = world.service.base.name
-    for key, known in (
-        ("serve", [name, "task", "person:bob", "person:team/cy", "person:ann@v1#merged"]),
-        ("ann", ["person:ann"]),
-    ):
-        assert [world.client(key).models.retrieve(model).id for model in known] == known
-    for model in ("person:bob", "person:nobody", "gpt-9"):
-        with pytest.raises(openai.NotFoundError, match="does not exist, or this key may not use it"):
-            world.client("ann").models.retrieve(model)
-
-
 def test_a_prompt_that_is_too_long_has_openais_code(world):
     with pytest.raises(openai.BadRequestError) as error:
         world.client("serve").completions.create(model="task", prompt="x" * 400, max_tokens=5)

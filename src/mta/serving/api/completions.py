@@ -32,18 +32,8 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the base and the pooled model; a person key also sees its own model."""
     has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.scope) is not None
     names = [service.base.name, TASK.value, *([person_name(key.scope)] if has_model else [])]
-    return {"object": "list", "data": [_model(name) for name in names]}
-
-
-@router.get("/v1/models/{name:path}")
-async def model(service: Gateway, name: str, key: Caller) -> dict[str, Any]:
-    """Return a model that the key may use: the base, the pooled model, or a person's."""
-    await service.resolve_model(name, key)
-    return _model(name)
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mta"}
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
+    return {"object": "list", "data": data}
 
 
 @router.post("/v1/chat/completions")
