@@ -83,15 +83,6 @@ def test_a_history_has_a_limit_and_keeps_its_queries(world):
         http.delete(where)
 
 
-def test_a_time_in_milliseconds_becomes_seconds_as_in_files(world):
-    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields), "time": 1717113600000}
-    with world.http("team") as http:
-        http.post("/v1/people/team/timed/history", json={"items": [item], "keep": True})
-        (kept,) = world.service.store.history("team/timed").items
-        assert kept.time == 1717113600.0
-        http.delete("/v1/people/team/timed")
-
-
 def test_a_grown_history_updates_the_state_at_the_cost_of_its_new_items(world, monkeypatch):
     person, computed = people_of(1, items=7, seed=4)[0], []
     items = [{"fields": dict(item.fields), "time": n} for n, item in enumerate(person.items)]

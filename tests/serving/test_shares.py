@@ -14,7 +14,6 @@ from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories, size_of
 from mta.serving.api.jobs import Jobs
-from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
@@ -147,19 +146,6 @@ async def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_q
             put(f"other/{n}")
         with pytest.raises(QueueFull):
             put("other/2")
-
-
-def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
-    answers = Shares(8, each=2)
-    for name in ("a", "b", "c"):
-        assert answers.fits(name, 2)
-        answers.add(name, 2)
-    assert not answers.fits("a", 1)
-    assert not answers.fits("d", 1)
-    assert answers.fits("", 2)
-    assert not answers.fits("", 3)
-    answers.remove("a", 1)
-    assert answers.fits("d", 1)
 
 
 @pytest.mark.anyio
