@@ -82,7 +82,7 @@ def test_create_a_key_then_start_ask_and_stop_a_server(made):
             client.chat.completions.create(model="person:bartholomew", **asked)
         item = {"fields": {"title": "Film 3", "genres": "Drama", "rating": "4"}}
         with httpx2.Client(base_url=json.loads(output)["url"], headers={"Authorization": f"Bearer {secret}"}) as http:
-            for path in ("/v1/people/ann0", "/v1/people/bartholomew", "/v1/models/person:ann0"):
+            for path in ("/v1/people/ann0", "/v1/people/bartholomew"):
                 http.get(path, timeout=60)
             http.post("/v1/people/bartholomew/history", json={"items": [item]}, timeout=60)
     finally:
@@ -180,7 +180,7 @@ def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
         (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'scope' is required"),
         (["--insecure-local", "--store", "nowhere"], "no store"),
         (["--insecure-local", "--rights", "person", "--scope", "ann"], "--rights needs --new-key"),
-        (["--insecure-local", "--vllm-folder", "FOLDER"], "--vllm-folder needs --vllm-url"),
+        (["--insecure-local", "--vllm", "python", "--vllm-folder", "FOLDER"], "--vllm starts a server"),
     ],
 )
 def test_mistakes_are_reported_and_nothing_is_served(made, tmp_path, words, said):

@@ -64,18 +64,16 @@ def test_default_max_tokens_is_the_tasks_limit_for_people_and_the_remaining_leng
     assert counts[world.service.base.name] > 12
 
 
-def test_n_stop_seed_and_logprobs(world):
+def test_stop_seed_and_logprobs(world):
     client = world.client("serve")
-    how = {"model": "person:bob", "messages": ASKED, "max_tokens": 10, "temperature": 1.5, "seed": 5, "n": 3}
-    first, again = (client.chat.completions.create(**how, logprobs=True, top_logprobs=2) for _ in range(2))
-    texts = [choice.message.content for choice in first.choices]
-    assert texts == [choice.message.content for choice in again.choices]
-    assert len(set(texts)) > 1
-    for choice in first.choices:
-        for token in choice.logprobs.content:
-            first, second = token.top_logprobs
-            assert first.logprob >= second.logprob
-            assert first.logprob >= token.logprob
+    how = {"model": "person:bob", "messages": ASKED, "max_tokens": 10, "temperature": 1.5}
+    sampled = [client.chat.completions.create(**how, seed=n, logprobs=True, top_logprobs=2) for n in (5, 5, 6)]
+    first, again, other = (found.choices[0] for found in sampled)
+    assert first.message.content == again.message.content != other.message.content
+    for token in first.logprobs.content:
+        likeliest, second = token.top_logprobs
+        assert likeliest.logprob >= second.logprob
+        assert likeliest.logprob >= token.logprob
     whole = said(client, "person:bob")
     stop = whole[4:6]
     assert said(client, "person:bob", stop=[stop]) == whole[: whole.index(stop)]
@@ -262,10 +260,8 @@ def test_bad_requests_get_an_explanation(world, change, named):
     ("path", "body"),
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Great \ud83d"}]}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}),
         ("/v1/chat/completions", {"messages": ASKED, "stop": "\ud83d"}),
         ("/v1/completions", {"prompt": "Great \ud83d"}),
-        ("/v1/classify", {"input": "Great \ud83d"}),
         ("/v1/classify", {"input": ["Great", "\ud83d"]}),
         ("/v1/people/eve/history", {"items": [{"fields": {"title": "\ud83d"}}]}),
         ("/v1/people/eve/history", {"items": [{"fields": {"\ud83d": "Alien"}}]}),
@@ -323,10 +319,3 @@ def test_cached_token_counts_do_not_reveal_another_callers_prompts(world):
     ]
     assert cached[:2] == [0, 0]
     assert cached[2] > 10
-
-
-def test_a_person_key_has_a_limit_of_answers_at_once(world):
-    for _ in range(2):  # what was refused holds nothing
-        with pytest.raises(openai.BadRequestError, match="at most 8 at once"):  # waiting would not help
-            world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)
-        assert len(world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=8).choices) == 8

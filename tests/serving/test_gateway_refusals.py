@@ -81,22 +81,9 @@ def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
     assert count(world, kind, 503) == refused > 0  # what a fallback answers is not an error
 
 
-def test_a_client_retrieves_the_models_that_its_key_may_use_and_no_others(world):
-    name = world.service.base.name
-    for key, known in (
-        ("serve", [name, "task", "person:bob", "person:team/cy", "person:ann@v1#merged"]),
-        ("ann", ["person:ann"]),
-    ):
-        assert [world.client(key).models.retrieve(model).id for model in known] == known
-    for model in ("person:bob", "person:nobody", "gpt-9"):
-        with pytest.raises(openai.NotFoundError, match="does not exist, or this key may not use it"):
-            world.client("ann").models.retrieve(model)
-
-
-@pytest.mark.parametrize("letters", [400, 10**5])
-def test_a_prompt_that_is_too_long_has_openais_code(world, letters):
+def test_a_prompt_that_is_too_long_has_openais_code(world):
     with pytest.raises(openai.BadRequestError) as error:
-        world.client("serve").completions.create(model="task", prompt="x" * letters, max_tokens=5)
+        world.client("serve").completions.create(model="task", prompt="x" * 400, max_tokens=5)
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as error:
         world.client("serve").completions.create(model="task", prompt="", max_tokens=5)
@@ -137,16 +124,6 @@ def test_a_body_without_its_content_type_is_explained(world):
         found = http.post("/v1/completions", content=b'{"model": "task", "prompt": "x"}')
     assert found.status_code == 400
     assert "send the header Content-Type: application/json" in found.json()["error"]["message"]
-
-
-def test_a_list_of_one_prompt_is_a_prompt(world):
-    """LangChain sends a list and an empty logit_bias."""
-    how = {"model": "person:ann", "max_tokens": 4, "temperature": 0}
-    completions = world.client("serve").completions
-    one = completions.create(prompt="Film 7", **how).choices[0].text
-    assert completions.create(prompt=["Film 7"], logit_bias={}, **how).choices[0].text == one
-    with pytest.raises(openai.BadRequestError, match="2 prompts; send one per request"):
-        completions.create(prompt=["Film 7", "Film 8"], **how)
 
 
 def test_proxies_do_not_hold_back_the_events_of_a_stream(world):

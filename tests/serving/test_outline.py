@@ -19,7 +19,7 @@ from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.launch import service_of, vllm_settings
 from mta.serving.vllm.server import Remote, VllmNotStarted
-from mta.store.tombstones import NOTHING
+from mta.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
 def test_only_a_strict_gateway_watches_its_bank(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     for strict, watched in ((True, (bank.folder, bank.hash)), (False, None)):
-        remote = Remote("http://127.0.0.1:9", tmp_path)
+        remote = Remote(tmp_path)
         service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, strict=strict)
         assert service.strict_bank == watched
 
@@ -60,7 +60,7 @@ def test_only_a_strict_gateway_watches_its_bank(world, tmp_path):
 @pytest.mark.parametrize(("slots", "own"), [(32, 8), (8, 2), (4, 1), (1, 1)])
 def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slots, own):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
-    remote = Remote("http://127.0.0.1:9", tmp_path)
+    remote = Remote(tmp_path)
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, slots=slots)
     assert service.limits.own == own
 
@@ -69,14 +69,14 @@ def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slot
 async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
-    remote = Remote("http://127.0.0.1:9", tmp_path)
+    remote = Remote(tmp_path)
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote)
     jobs, (ann,) = service.jobs, people_of(1, prefix="ann")
     assert materialized(service.base) == materialized(jobs.personal.base) == []
     await jobs.forget("nobody")  # needs none
     assert jobs._trainer is None
     jobs._load = with_encoder(jobs._load)
-    jobs.put(ann)
+    jobs.put(ann, service.store.session())
     await asyncio.wait_for(jobs._working, 120)
     assert jobs.status(ann.id).state == "done", jobs.status(ann.id)
     assert materialized(service.base) == []
@@ -107,7 +107,7 @@ def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, t
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalize(people_of(3), NOTHING)
+        found = jobs._personalize(people_of(3), Store(tmp_path / "people").session())
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count

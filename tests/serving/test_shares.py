@@ -14,7 +14,6 @@ from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories, size_of
 from mta.serving.api.jobs import Jobs
-from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
@@ -110,88 +109,61 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
 
 
 @asynccontextmanager
-async def busy(most=256):
+async def busy(folder, most=256):
     """Jobs whose running one, of the person "first", goes on until the block ends or ``going_on`` is set."""
-    going_on, forgotten = threading.Event(), []
+    going_on, forgotten, store = threading.Event(), [], Store(folder)
     personal = SimpleNamespace(
         update=lambda people, **how: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()),
-        store=None,
         forget=lambda person, **how: forgotten.append(person) or person,
     )
     jobs = Jobs(personal, most)
-    jobs.put(Person.of("first", [item()]))
+
+    def put(id, key=LOCAL, count=1):
+        jobs.put(Person.of(id, [item()] * count), store.session(id), key)
+
+    put("first")
     while jobs._waiting():
         await asyncio.sleep(0.01)
     try:
-        yield jobs, forgotten, going_on
+        yield jobs, put, forgotten, going_on
     finally:
         going_on.set()
         await jobs.close()
 
 
 @pytest.mark.anyio
-async def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
-    async with busy(most=8) as (jobs, *_):
+async def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters(tmp_path):
+    async with busy(tmp_path, most=8) as (_, put, *_):
         for owner in range(1, 4):
             for n in range(2):
-                jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
+                put(f"team{owner}/{n}", team(owner))
             with pytest.raises(QueueFull):
-                jobs.put(Person.of(f"team{owner}/2", [item()]), team(owner))
+                put(f"team{owner}/2", team(owner))
         with pytest.raises(QueueFull):
-            jobs.put(Person.of("team4/0", [item()]), team(4))
-        jobs.put(Person.of("team1/1", [item()]), team(1))  # who waits already is only given newer items
+            put("team4/0", team(4))
+        put("team1/1", team(1))  # who waits already is only given newer items
         for n in range(2):
-            jobs.put(Person.of(f"other/{n}", [item()]))
+            put(f"other/{n}")
         with pytest.raises(QueueFull):
-            jobs.put(Person.of("other/2", [item()]))
-
-
-def test_keys_together_leave_a_quarter_of_the_answers_to_the_operator():
-    answers = Shares(8, each=2)
-    for name in ("a", "b", "c"):
-        assert answers.fits(name, 2)
-        answers.add(name, 2)
-    assert not answers.fits("a", 1)
-    assert not answers.fits("d", 1)
-    assert answers.fits("", 2)
-    assert not answers.fits("", 3)
-    answers.remove("a", 1)
-    assert answers.fits("d", 1)
+            put("other/2")
 
 
 @pytest.mark.anyio
-async def test_keys_take_turns_and_a_job_has_few_items():
-    async with busy() as (jobs, *_):
-        for n in range(5):
-            jobs.put(Person.of(f"team1/{n}", [item()] * 100), team(1))
-        jobs.put(Person.of("team2/0", [item()] * 50), team(2))
-        jobs.put(Person.of("other", [item()] * 300))
-        assert list(jobs._next()) == ["team1/0", "team2/0"]  # more than 256 items with the next in turn
-        for id in ("team1/0", "team2/0", "team1/1", "team1/2"):
-            await jobs.forget(id)
-        jobs.put(Person.of("team1/3", [item()] * 400), team(1))
-        assert list(jobs._next()) == ["team1/3"]  # one person at least
+async def test_a_job_has_few_items(tmp_path):
+    async with busy(tmp_path) as (jobs, put, *_):
+        for n in range(3):
+            put(f"{n}", count=100)
+        assert list(jobs._next()) == ["0", "1"]  # more than 256 items with the next
+        for n in range(2):
+            await jobs.forget(f"{n}")
+        put("2", count=400)
+        assert list(jobs._next()) == ["2"]  # one person at least
 
 
 @pytest.mark.anyio
-async def test_items_of_people_who_wait_take_their_keys_share_of_memory(monkeypatch):
-    monkeypatch.setattr("mta.serving.api.jobs.ROOM", ROOM)
-
-    async with busy() as (jobs, *_):
-        jobs.put(Person.of("team1/0", [item(36_000)]), team(1))
-        with pytest.raises(QueueFull):
-            jobs.put(Person.of("team1/1", [item(8000)]), team(1))
-        jobs.put(Person.of("team1/0", [item(38_000)]), team(1))  # in place of the items before
-        jobs.put(Person.of("team2/0", [item(8000)]), team(2))
-        jobs.put(Person.of("other", [item(110_000)]))
-        with pytest.raises(QueueFull):
-            jobs.put(Person.of("another", [item(8000)]))
-
-
-@pytest.mark.anyio
-async def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
-    async with busy() as (jobs, forgotten, going_on):
-        jobs.put(Person.of("other", [item()]))
+async def test_forgetting_waits_only_for_the_job_that_the_person_is_in(tmp_path):
+    async with busy(tmp_path) as (jobs, put, forgotten, going_on):
+        put("other")
         assert await jobs.forget("other") == "other"
         assert forgotten == ["other"]
         waiting = asyncio.create_task(jobs.forget("first"))
@@ -206,8 +178,8 @@ async def test_forgetting_waits_only_for_the_job_that_the_person_is_in():
 
 
 @pytest.mark.anyio
-async def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
-    async with busy() as (jobs, forgotten, going_on):
+async def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it(tmp_path):
+    async with busy(tmp_path) as (jobs, _, forgotten, going_on):
         forgetting = asyncio.create_task(jobs.forget("first"))
         await asyncio.sleep(0.05)
         await jobs.close(patience=0.2)
@@ -224,6 +196,6 @@ def test_items_that_came_by_a_file_too_count_once(tmp_path):
     histories.append("ann", [two, two], False)
     store.save_history(Person.of("ann", [one, two]))  # as the nightly update of a file keeps it
     histories.append("ann", [three], False)
-    assert histories.of("ann", frozenset()).items == (one, two, two, three)  # sent twice, kept once
+    assert histories.of("ann").items == (one, two, two, three)  # sent twice, kept once
     store.save_history(Person.of("ann", [one, two, two, three]))
-    assert histories.of("ann", frozenset()).items == (one, two, two, three)
+    assert histories.of("ann").items == (one, two, two, three)

@@ -52,7 +52,7 @@ def test_tokens_with_log_probabilities_keep_their_spaces(strip):
     made = byte_fallback_tokenizer(strip)
     formatter = logprobs_formatter(made)
     tokens = tuple(Token(id, -1.0) for id in made.encode("b ab").ids)
-    shown = formatter.choice([AnswerText(0, "b ab", tokens, "stop")])["logprobs"]
+    shown = formatter.choice([AnswerText("b ab", tokens, "stop")])["logprobs"]
     assert shown["tokens"] == ["b", " a", "b"]
 
 
@@ -61,7 +61,7 @@ def test_a_token_with_log_probabilities_is_decoded_once(monkeypatch):
     decode = formatter.tokenizer.decode
     monkeypatch.setattr(formatter.tokenizer, "decode", lambda ids: decoded.append(ids) or decode(ids))
     tokens = tuple(Token(3 + n % 5, -1.0, tuple((id, -2.0) for id in range(3, 13))) for n in range(50))
-    shown = formatter.choice([AnswerText(0, "", tokens, "stop")])["logprobs"]
+    shown = formatter.choice([AnswerText("", tokens, "stop")])["logprobs"]
     assert len(shown["tokens"]) == 50
     assert len(decoded) == 10
 
@@ -127,5 +127,5 @@ def test_of_tokens_with_the_same_text_the_likeliest_has_its_log_probability():
     formatter = logprobs_formatter(made)
     half, other, whole = map(made.token_to_id, ("<0xE2>", "<0xE3>", "a"))
     token = Token(half, -0.5, ((half, -0.5), (other, -1.0), (whole, -3.0)))
-    found = formatter.choice([AnswerText(0, "?", (token,), "length")])["logprobs"]
+    found = formatter.choice([AnswerText("?", (token,), "length")])["logprobs"]
     assert found["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -0.5, "a": -3.0}]

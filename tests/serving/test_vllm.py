@@ -19,7 +19,6 @@ import pytest
 from contract import PYTHON, WITH_VLLM, Lent, World, closing, collect, prompt_of, vllm_server
 from served import served
 
-from mta.errors import ConfigError
 from mta.personalize.forgetting import forget_person
 from mta.serving.engine import EngineGone, EngineRequest, wire_name
 from mta.serving.launch import remote_of
@@ -62,10 +61,7 @@ async def test_adapters_are_unloaded_before_their_files_are_deleted(world, serve
             assert await collect(engine, request) == world.expected(request), n
         await engine.adapters.unloads_ended()
         assert len(await listed(engine)) <= 1 + 3
-        facts = engine.facts()
-    assert facts["activated"][0] <= 3
-    assert facts["unloaded"][0] >= 24 + 20
-    assert facts["cut_error_max"][0] < 1e-5
+        assert engine.facts()["activated"][0] <= 3
     assert sum(path.is_dir() for path in server.folder.iterdir()) <= 3
     assert server.up
 
@@ -171,11 +167,9 @@ def test_openais_client_reaches_vllm_only_through_the_gateway(world, server, tmp
 @pytest.mark.anyio
 async def test_a_gateway_can_use_a_running_server(world, server):
     request = request_of(world, 7)
-    async with closing(world.vllm(remote_of(f"unix:{server.socket}", server.folder))) as engine:
+    async with closing(world.vllm(remote_of(server.folder))) as engine:
         assert await collect(engine, request) == world.expected(request)
     assert server.up
-    with pytest.raises(ConfigError, match="vllm-folder"):
-        remote_of("http://127.0.0.1:1", None)
 
 
 @pytest.mark.anyio

@@ -98,7 +98,8 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     with torch.inference_mode(), adapters.opened(slice(0, 3)):
         slots.logits(slice(0, 3), [[5, 6]] * 3)
     own_adapter = sum(part[0].numel() for own in adapters._own.values() for part in own)
-    row = slots.cache.nbytes / 3 / base.dtype.itemsize + own_adapter + adapters._ranks
+    kept = sum(part[0].numel() for pair in slots.cache.kept for part in pair)
+    row = kept + own_adapter + adapters._ranks
     predicted = memory(shape, bank.info.run, DataSizes(context=48))
     assert predicted.row == 2 * row
     shared = sum(part[: adapters._ranks].numel() for a, b in adapters._shared.values() for part in (a, b.mT))

@@ -109,9 +109,11 @@ def serve(
     slots: Annotated[int, Option(min=1, help="Most answers at once; a person's key gets a quarter.")] = 32,
     vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
     vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
-    vllm_url: Annotated[str | None, Option(help="Answer with a vLLM server that runs here: http://… or unix:…")] = None,
     vllm_folder: Annotated[
-        Path | None, Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
+        Path | None,
+        Option(
+            help="Answer with the vLLM server that runs here with this MTA_VLLM_FOLDER.", file_okay=False, exists=True
+        ),
     ] = None,
     rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
     strict: Annotated[
@@ -138,11 +140,12 @@ def serve(
             "--rights": (rights, "--new-key", new_key),
             "--scope": (scope, "--new-key", new_key),
             "--vllm-args": (vllm_args, "--vllm", vllm),
-            "--vllm-folder": (vllm_folder, "--vllm-url", vllm_url),
         }
     )
     known = serving.keys_for(keys, host, insecure_local, port)
-    remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
+    if vllm and vllm_folder:
+        raise ConfigError("--vllm starts a server, --vllm-folder has a running one", hint="Give only one of the two.")
+    remote = serving.remote_of(vllm_folder) if vllm_folder else None
     weights = not (remote or vllm)
     serving.check(store, bank, strict)
     changes = options.MERGE_AND_STACK

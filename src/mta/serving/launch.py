@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -84,7 +83,7 @@ def service_of(
     *,
     rate: int = 0,
     slots: int = 32,
-    vllm: VllmServer | Remote | None = None,
+    vllm: Remote | None = None,
     strict: bool = False,
 ) -> Service:
     """Build the service: an engine, embedded or vLLM, and a personalizer.
@@ -132,7 +131,7 @@ def _with_weights(outline: Personalizer) -> Personalizer:
 @contextmanager
 def vllm_of(
     python: str | None, remote: Remote | None, base: BaseModel, bank: Path, store: str, *, slots: int, args: str
-) -> Iterator[VllmServer | Remote | None]:
+) -> Iterator[Remote | None]:
     """Yield ``remote``, or with ``python`` a vLLM server that runs within the block; its start takes about a minute.
 
     Raises ConfigError, VllmNotStarted.
@@ -163,21 +162,11 @@ def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots
     return VllmSettings(python, *paths, length, rank, slots, args=(f"--dtype={dtype}", *words))
 
 
-def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remote:
-    """Return a vLLM server that already runs on this machine and serves only this gateway.
+def remote_of(folder: Path) -> Remote:
+    """Return the vLLM server that already runs here, with this folder, and serves only this gateway.
 
-    VLLM_API_KEY holds its key. Raises ConfigError.
+    Raises ConfigError.
     """
-    if started:
-        raise ConfigError("--vllm starts a server, --vllm-url names a running one", hint="Give only one of the two.")
-    if not (url.startswith("unix:/") or _is_http(url)):
-        raise ConfigError(
-            f"--vllm-url is {url!r}", hint="Give the server's address:  http://127.0.0.1:8001  or  unix:/path/to/socket"
-        )
-    if folder is None:
-        raise ConfigError(
-            "--vllm-url also needs the folder of the vLLM plugin", hint="Pass its MTA_VLLM_FOLDER:  --vllm-folder DIR"
-        )
     lock = FileLock(folder / "gateway.lock", timeout=0, mode=file_mode())
     try:
         lock.acquire()
@@ -186,15 +175,7 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
             f"another gateway uses the vLLM server of {folder}",
             hint="Stop the other gateway first: each would unload adapters that the other one uses.",
         ) from None
-    return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""), lock=lock)
-
-
-def _is_http(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is no number
-        return False
+    return Remote(folder, lock)
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:

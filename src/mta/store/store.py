@@ -209,6 +209,12 @@ class Session:
     store: Store
     known: frozenset[str]
 
+    @classmethod
+    def joint(cls, sessions: Iterable[Session]) -> Session:
+        """Return one session of the people of several sessions, at least one, which ``Store.session(id)`` began."""
+        first, *others = sessions
+        return cls(first.store, first.known.union(*(other.known for other in others)))
+
     def forgotten(self, ids: Iterable[str]) -> set[str]:
         """Return the people among ``ids`` who were forgotten since the session began, from one listing."""
         return self.store.tombstones.since(ids, self.known)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from mta.system.storage import Storage
 
 FOLDER = "forgotten"
 LIFETIME = 7 * 24 * 3600.0  # seconds: no process holds items, and no stopped run is resumed, after this time
-NOTHING: frozenset[str] = frozenset()
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9]{1,12}-[0-9a-f]{16}")
 
 
@@ -59,14 +57,8 @@ class Tombstones:
 
     def of(self, id: str) -> frozenset[str]:
         """Return the names of a person's tombstones."""
-        return self.of_each([id])[id]
-
-    def of_each(self, ids: Iterable[str]) -> dict[str, frozenset[str]]:
-        """Return the names of each person's tombstones, from one listing."""
-        named = defaultdict[str, set[str]](set)
-        for name in self.names():
-            named[name.partition("-")[0]].add(name)
-        return {id: frozenset(named.get(self.keyed(id), ())) if named else NOTHING for id in ids}
+        names = self.names()
+        return frozenset(name for name in names if name.startswith(f"{self.keyed(id)}-")) if names else names
 
     def since(self, ids: Iterable[str], known: Collection[str]) -> set[str]:
         """Return the people among ``ids`` with tombstones that are not in ``known``, from one listing."""

@@ -24,7 +24,6 @@ from mta.serving.api.errors import error_of
 from mta.serving.api.limits import Guard
 from mta.serving.api.schemas import error_body
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.engine import model_name
 
 router = APIRouter()
 
@@ -80,15 +79,6 @@ async def describe_task(service: Gateway, key: Caller) -> dict[str, Any]:
     item = fields(task.item) | {"labels": task.labels if task.labelled else None}
     question = fields(task.query or task.item) | {"labels": task.labels, "examples": task.examples}
     return {"name": task.name, "description": task.description, **question, "item": item, "base": base}
-
-
-@router.get("/v1/adapters")
-async def adapters(service: Gateway, key: Caller) -> dict[str, Any]:
-    """List the people's models in memory, for routers that send a person where their model is. Admin keys only."""
-    if key.rights != "admin":
-        raise HTTPException(403, "only an admin key may list people's models")
-    names = sorted(set(map(model_name, await service.engine.versions())))
-    return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mta"} for name in names]}
 
 
 @router.get("/", include_in_schema=False)

@@ -90,8 +90,6 @@ class Keys(Settings):
             hint = f"{what}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        if from_env and ENV in {key.name for key in in_file}:
-            raise ConfigError(f"{path}: {ENV} is the name of the key in the environment", hint="Rename this key.")
         return cls(keys=(*in_file, *from_env))
 
     def of(self, secret: str) -> Key | None:

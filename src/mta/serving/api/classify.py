@@ -46,7 +46,6 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
         scored = await together(_scored(service.engine, one, places) for one in asked)
     tokens, cached = sum(len(one.prompt) for one in asked), sum(piece.cached for piece in scored)
     service.metrics.prompt_tokens.inc(tokens)
-    service.metrics.cached_tokens.inc(cached)
     data = []
     for index, piece in enumerate(scored):
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
@@ -60,7 +59,6 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
 def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key) -> EngineRequest:
     """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
     prompts = service.base.prompts
-    service.refuse_long(len(text))
     EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from mta.serving.api.auth import Key
 from mta.serving.api.errors import error_of
 from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.api.streaming import stream_answers, until_disconnect
+from mta.serving.api.streaming import stream_answer, until_disconnect
 from mta.serving.engine import EngineRequest, Refused, ServedModel, person_name
 
 router = APIRouter()
@@ -31,18 +32,8 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the base and the pooled model; a person key also sees its own model."""
     has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.scope) is not None
     names = [service.base.name, TASK.value, *([person_name(key.scope)] if has_model else [])]
-    return {"object": "list", "data": [_model(name) for name in names]}
-
-
-@router.get("/v1/models/{name:path}")
-async def model(service: Gateway, name: str, key: Caller) -> dict[str, Any]:
-    """Return a model that the key may use: the base, the pooled model, or a person's."""
-    await service.resolve_model(name, key)
-    return _model(name)
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mta"}
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
+    return {"object": "list", "data": data}
 
 
 @router.post("/v1/chat/completions")
@@ -69,13 +60,10 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
         events = _events(formatter, asked, request, first, parts, partial(service.count_error, kind))
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
-    complete: list[list[AnswerText]] = [[] for _ in range(request.n)]
-    async for part in parts:
-        complete[part.index].append(part)
-    tokens = sum(len(part.tokens) for answer in complete for part in answer)
-    usage = usage_of(len(asked.prompt), tokens, complete[0][-1].cached)
-    choices = await service.apart_from_store(lambda: [formatter.choice(answer) for answer in complete])
-    return JSONResponse(formatter.body(choices, usage))
+    answer = [part async for part in parts]
+    usage = usage_of(len(asked.prompt), sum(len(part.tokens) for part in answer), answer[-1].cached)
+    choice = await service.apart_from_store(formatter.choice, answer)
+    return JSONResponse(formatter.body([choice], usage))
 
 
 def _tokenized(service: Service, request: Request, who: ServedModel, key: Key) -> EngineRequest:
@@ -87,16 +75,14 @@ def _tokenized(service: Service, request: Request, who: ServedModel, key: Key) -
     length, limit, prompts = service.length, service.limits.max_tokens, service.base.prompts
     if isinstance(request, ChatRequest):
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
-        letters, most = sum(len(turn["content"]) for turn in turns), request.max_completion_tokens or request.max_tokens
+        prompt, most = service.chat_tokens(turns), request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
-        letters, most, top = len(request.prompt), request.max_tokens or 16, request.logprobs  # 16 is OpenAI's default
-    service.refuse_long(letters)
+        prompt, most, top = prompts.text(request.prompt), request.max_tokens or 16, request.logprobs  # OpenAI's 16
     if (most or 0) > limit:
         raise Refused(
             f"max_tokens is {most}; an answer may have at most {limit} tokens", hint=f"Send max_tokens: {limit}"
         )
-    prompt = service.chat_tokens(turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
     usual = limit if who is BASE else prompts.answer_tokens(service.task)
     return EngineRequest(
         prompt,
@@ -119,15 +105,13 @@ async def _events(
     on_error: Callable[[MtaError], None],
 ) -> AsyncIterator[str]:
     """Yield server-sent events in OpenAI's format."""
-    started: set[int] = set()
     tokens = cached = 0
     try:
         part: AnswerText | None = first
         while part:
             tokens, cached = tokens + len(part.tokens), part.cached
-            for event in formatter.events(part, first=part.index not in started):
+            for event in formatter.events(part, first=part is first):
                 yield _event(event)
-            started.add(part.index)
             part = await anext(parts, None)
         if (request.stream_options or {}).get("include_usage"):
             yield _event(formatter.body([], usage_of(len(asked.prompt), tokens, cached)))
@@ -144,19 +128,20 @@ def _event(value: dict[str, Any]) -> str:
 async def _counted_parts(
     service: Service, kind: str, asked: EngineRequest, request: Request, key: Key
 ) -> AsyncIterator[AnswerText]:
-    """Yield the pieces of all answers, and record metrics."""
-    count, start, last = service.metrics, time.monotonic(), dict[int, float]()
+    """Yield the pieces of an answer, and record metrics."""
+    metrics, start, last = service.metrics, time.monotonic(), 0.0
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     before = asked.prompt[-1:] if isinstance(request, CompletionRequest) else ()  # a turn begins a text
-    with service.counted(kind, key, request.n):
-        async for part in stream_answers(service.engine, asked, service.base.tokenizer, request.n, stops, before):
-            now = time.monotonic()
-            if part.index not in last:
-                count.first_token.observe(now - start)
-                count.prompt_tokens.inc(len(asked.prompt))
-            elif part.tokens:
-                count.token_gap.observe((now - last[part.index]) / len(part.tokens))
-            last[part.index] = now
-            count.cached_tokens.inc(part.cached if part.finish else 0)
-            count.answer_tokens.inc(len(part.tokens))
-            yield part
+    answer = stream_answer(service.engine, asked, service.base.tokenizer, stops, before)
+    with service.counted(kind, key):
+        async with aclosing(answer):
+            async for part in answer:
+                now = time.monotonic()
+                if not last:
+                    metrics.first_token.observe(now - start)
+                    metrics.prompt_tokens.inc(len(asked.prompt))
+                elif part.tokens:
+                    metrics.token_gap.observe((now - last) / len(part.tokens))
+                last = now
+                metrics.answer_tokens.inc(len(part.tokens))
+                yield part

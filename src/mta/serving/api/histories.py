@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mta.data.history import Item, Person
-from mta.data.readers.rows import DATES_FROM
 from mta.data.sharing import missing_from
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.limits import Shares
@@ -16,16 +15,16 @@ from mta.serving.engine import Refused
 from mta.store import Session, Store
 
 ROOM = 1 << 28  # bytes of items in memory
-_PERSON, _ITEM, _TEXT = 320, 360, 16  # bytes besides the texts' own objects; tests/serving/test_histories.py measures
+_PERSON, _ITEM, _TEXT = 580, 360, 16  # bytes besides the texts' own objects; tests/serving/test_histories.py measures
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A person's items in memory, and the person's tombstones from when they arrived."""
+    """A person's items in memory, and the session in which the newest ones arrived."""
 
     person: Person
     share: str  # of the key that sent the newest items
-    since: frozenset[str]
+    session: Session
     size: int
 
 
@@ -42,19 +41,11 @@ class Histories:
         self._lock = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
-        """Add items; return how many are stored, or held in memory, now. Raises Refused for too many, PersonForgotten.
-
-        The limit counts both, an item in both once. To a longer history, which a file brought, it adds as many again,
-        but only in memory.
-        """
-        since = self._store.tombstones.of(id)
+        """Add items; return how many are stored, or held in memory, now. Raises Refused, PersonForgotten."""
+        session = self._store.session(id)
         if keep:
-            beside = self._of(id, since)
-            session = Session(self._store, since)
-            return len(session.change_history(id, lambda: self._joined(self._store.history(id), id, new, beside)).items)
-        stored = self._store.history(id)
-        more = len(stored.items) if stored and len(stored.items) > self._limit else 0
-        person = self._joined(self._of(id, since), id, new, stored, more)
+            return len(session.change_history(id, lambda: self._joined(self._store.history(id), id, new)).items)
+        person = self._joined(self._of(id), id, new)
         size, share = size_of(person), key.share
         if share and size > self._shares.each:
             raise Refused(
@@ -65,25 +56,21 @@ class Histories:
             self._drop(id)
             while (name := self._shares.giving_way(share, size)) is not None and self._drop_oldest(name):
                 pass
-            self._held[id] = _Held(person, share, since, size)
+            self._held[id] = _Held(person, share, session, size)
             self._shares.add(share, size)
         return len(person.items)
 
-    def _joined(
-        self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None, more: int = 0
-    ) -> Person:
+    def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
         known = before or Person(id, ())
-        _check_times([*known.items, *(beside.items if beside else ())], new)
         person = Person.of(id, (*known.items, *new), known.queries)
-        others = missing_from(person.items, beside.items) if beside else ()
-        self.check_count(len(person.items) + len(others), more)
+        self.check_count(len(person.items))
         return person
 
-    def check_count(self, count: int, more: int = 0) -> None:
-        """Raise Refused for more items than a history may have, and ``more``."""
-        if count > self._limit + more:
+    def check_count(self, count: int) -> None:
+        """Raise Refused for more items than a history may have."""
+        if count > self._limit:
             raise Refused(
-                f"a history may have at most {self._limit + more} items, this one would have {count}",
+                f"a history may have at most {self._limit} items, this one would have {count}",
                 hint="Send fewer items, or let a file bring them: mta personalize --update --keep-histories",
             )
 
@@ -97,50 +84,44 @@ class Histories:
             self._shares.remove(held.share, held.size)
         return held is not None
 
-    def _of(self, id: str, known: frozenset[str]) -> Person | None:
-        """Return the person's items in memory; drop them if older than one of the tombstones ``known``."""
-        with self._lock:
-            held = self._held.get(id)
-            if held and not known <= held.since:
-                self._drop(id)
-                return None
-            return held.person if held else None
+    def _of(self, id: str) -> Person | None:
+        """Return the person's items in memory; drop them if the person was forgotten since."""
+        held = self._held.get(id)
+        if held and held.session.forgotten([id]):
+            self._drop_same({id: held})
+            return None
+        return held.person if held else None
 
-    def of(self, id: str, known: frozenset[str]) -> Person | None:
-        """Return all items of a person, stored and in memory, or None. ``known`` are the person's tombstones."""
-        kept, held = self._store.history(id), self._of(id, known)
+    def of(self, id: str) -> Person | None:
+        """Return all items of a person, stored and in memory, or None."""
+        kept, held = self._store.history(id), self._of(id)
         stored = kept.items if kept else ()
         items = (*stored, *missing_from(stored, held.items if held else ()))  # a file may have brought them, too
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
         """Return the number of items that are only in memory."""
-        held = self._held.get(id)
-        return len(held.person.items) if held and self._store.tombstones.of(id) <= held.since else 0
+        person = self._of(id)
+        return len(person.items) if person else 0
 
     def drop_forgotten(self) -> None:
-        """Drop items in memory that are older than a tombstone."""
+        """Drop items in memory of people who were forgotten since."""
         with self._lock:
             before = dict(self._held)
-        for id, names in self._store.tombstones.of_each(before).items():
-            with self._lock:  # items that came after the listing have tombstones of their own
-                if self._held.get(id) is before[id] and not names <= before[id].since:
+        gone = Session.joint(held.session for held in before.values()).forgotten(before) if before else ()
+        self._drop_same({id: before[id] for id in gone})
+
+    def _drop_same(self, gone: Mapping[str, _Held]) -> None:
+        """Drop these items, unless others took their place meanwhile."""
+        with self._lock:
+            for id, held in gone.items():
+                if self._held.get(id) is held:
                     self._drop(id)
 
     def forget(self, id: str) -> bool:
         """Drop a person's items from memory; return whether there were any."""
         with self._lock:
             return self._drop(id)
-
-
-def _check_times(known: Sequence[Item], new: Sequence[Item]) -> None:
-    """Raise Refused for a new item with a small number as its time, where other items have dates."""
-    dated = any((item.time or 0) >= DATES_FROM for item in (*known, *new))
-    if dated and (small := [item.time for item in new if item.time is not None and abs(item.time) < DATES_FROM]):
-        raise Refused(
-            f"an item's time is {small[0]:g}, and other items of this person have dates",
-            hint="Give seconds since 1970, or leave the time out: the item then follows all known ones.",
-        )
 
 
 def size_of(person: Person) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,11 +23,9 @@ from mta.personalize import Personalizer
 from mta.personalize.forgetting import Forgotten
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.errors import public_message
-from mta.serving.api.histories import ROOM, size_of
 from mta.serving.api.limits import Shares
 from mta.serving.engine import QueueFull
-from mta.store import Session
-from mta.store.tombstones import NOTHING
+from mta.store import Session, Store
 from mta.system.device import compute_with
 
 log = logging.getLogger("mta")
@@ -52,8 +49,7 @@ class _Entry:
 
     person: Person | None
     share: str  # of the key that put the person; "" is the operator
-    since: frozenset[str]  # the person's tombstones from before the items were read
-    size: int  # bytes of the items
+    session: Session  # which began before the items were read
     status: Status = Status("waiting")
 
 
@@ -73,19 +69,16 @@ class Jobs:
         self._working: asyncio.Task[None] | None = None  # runs one job after another, while people wait
         self._closed = False
 
-    def put(self, person: Person, key: Key = LOCAL, since: frozenset[str] = NOTHING) -> Status:
+    def put(self, person: Person, session: Session, key: Key = LOCAL) -> Status:
         """Queue a person for personalization; a person already waiting gets the new items.
 
-        ``since`` are the person's tombstones from before the items were read. Raises QueueFull if the key's share of
-        the queue, or of the memory for items, is full (``Shares``).
+        ``session`` began before the items were read. Raises QueueFull if the key's share of the queue is full.
         """
-        entry, waiting = _Entry(person, key.share, since, size_of(person)), self._waiting()
-        places, memory = Shares(self.most), Shares(ROOM)
+        entry, waiting, places = _Entry(person, key.share, session), self._waiting(), Shares(self.most)
         for id, other in waiting.items():
             if id != person.id:
                 places.add(other.share, 1)
-                memory.add(other.share, other.size)
-        if not (places.fits(key.share, 1) and memory.fits(key.share, entry.size)):
+        if not places.fits(key.share, 1):
             raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
         if person.id not in waiting:
             self._entries.pop(person.id, None)  # a new entry goes to the end of the queue
@@ -98,26 +91,19 @@ class Jobs:
         return {id: entry for id, entry in self._entries.items() if entry.status.state == "waiting"}
 
     def _next(self) -> dict[str, _Entry]:
-        """Return who is personalized now: the keys' first people in turn, as many as fit into a job, at least one."""
-        turns, ranked = Counter[str](), list[tuple[int, str, _Entry]]()
-        for id, entry in self._waiting().items():
-            ranked.append((turns[entry.share], id, entry))
-            turns[entry.share] += 1
+        """Return who is personalized now: the first people of the queue, as many as fit into a job, at least one."""
         chosen, items = dict[str, _Entry](), 0
-        for _, id, entry in sorted(ranked, key=lambda one: one[0]):
+        for id, entry in self._waiting().items():
             items += len(entry.person.items) if entry.person else 0
             if chosen and (items > ITEMS or len(chosen) == TOGETHER):
                 break
             chosen[id] = entry
         return chosen
 
-    def status(self, person: str, tombstones: frozenset[str] = frozenset()) -> Status | None:
-        """Return a person's progress, or None if nothing was requested since the server started or the forgetting.
-
-        ``tombstones`` are the person's.
-        """
+    def status(self, person: str) -> Status | None:
+        """Return a person's progress, or None if nothing was requested since the server started or the forgetting."""
         entry = self._entries.get(person)
-        return entry.status if entry and tombstones <= entry.since else None
+        return entry.status if entry and not entry.session.forgotten([person]) else None
 
     async def forget(self, person: str) -> Forgotten:
         """Remove a person from the queue, and delete everything stored about the person.
@@ -132,14 +118,14 @@ class Jobs:
         return report
 
     async def drop_forgotten(self) -> None:
-        """Drop waiting people and statuses that are older than a tombstone.
+        """Drop waiting people and statuses of people who were forgotten since.
 
         For running people, ``Personalizer.update`` saves nothing and no status is set.
         """
-        if store := self.personal.store:
-            before = dict(self._entries)
-            for id, tombstones in (await run_in_threadpool(store.tombstones.of_each, before)).items():
-                if self._entries.get(id) is before[id] and not tombstones <= before[id].since:  # else it was put again
+        if before := dict(self._entries):
+            session = Session.joint(entry.session for entry in before.values())
+            for id in await run_in_threadpool(session.forgotten, before):
+                if self._entries.get(id) is before[id]:  # else it was put again
                     del self._entries[id]
 
     async def close(self, patience: float = _PATIENCE) -> None:
@@ -157,8 +143,8 @@ class Jobs:
             for entry in running.values():
                 entry.status = Status("running")
             people = [entry.person for entry in running.values() if entry.person]
-            since = NOTHING.union(*(entry.since for entry in running.values()))
-            self._job = _in_thread(partial(self._statuses, people, since))
+            session = Session.joint(entry.session for entry in running.values())
+            self._job = _in_thread(partial(self._statuses, people, session))
             del people
             await asyncio.wait([self._job])
             results = {} if self._job.cancelled() else self._job.result()
@@ -174,35 +160,35 @@ class Jobs:
             for id in finished[:-REMEMBERED]:  # the store shows the result for the others
                 del self._entries[id]
 
-    def _statuses(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
-        """Personalize people; return each one's status, except for people forgotten after the tombstones ``since``."""
-        results, store = self._personalize(people, since), self.personal.store
+    def _statuses(self, people: list[Person], session: Session) -> dict[str, Status]:
+        """Personalize people; return each one's status, except for people who were forgotten meanwhile."""
+        results = self._personalize(people, session)
         with suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
-            for id in store.tombstones.since(results, since) if store else ():  # possibly after the state was saved
+            for id in session.forgotten(results):  # possibly after the state was saved
                 del results[id]
         return results
 
-    def _personalize(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
+    def _personalize(self, people: list[Person], session: Session) -> dict[str, Status]:
         done = None
         try:
             self._trainer = self._trainer or self._load()
-            session = Session(self._trainer.store, since) if self._trainer.store else None
             done = self._trainer.update(people, fewer=True, session=session)  # grown histories cost only the new items
         except Exception as error:
             if len(people) == 1 or not self._trainer:
                 return {person.id: _failed(error) for person in people}
         if done is None:
             # One person's items must not fail the others. Outside of ``except``, the error no longer holds memory.
-            return {id: status for person in people for id, status in self._personalize([person], since).items()}
+            return {id: status for person in people for id, status in self._personalize([person], session).items()}
         saved = [person.id for person in people if person.id not in done.forgotten]
-        return {id: Status("done", self._latest(id)) for id in saved} | {
+        return {id: Status("done", _latest(session.store, id)) for id in saved} | {
             id: _failed(error) for id, error in done.failed.items()
         }
 
-    def _latest(self, person: str) -> int | None:
-        with suppress(MtaError):
-            return self.personal.store.latest(person) if self.personal.store else None
-        return None
+
+def _latest(store: Store, person: str) -> int | None:
+    with suppress(MtaError):
+        return store.latest(person)
+    return None
 
 
 def _in_thread(work: Callable[[], dict[str, Status]]) -> asyncio.Future[dict[str, Status]]:

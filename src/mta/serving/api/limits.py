@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict, deque
-from contextlib import suppress
 
 from fastapi import HTTPException
 from pydantic import Field
@@ -21,7 +20,6 @@ from mta.serving.api.schemas import error_body
 log = logging.getLogger("mta")
 
 _PATIENCE = 30.0  # seconds to receive a body
-_LINGER = 2.0  # seconds to read the rest of a refused body
 _CLOSE = {"Connection": "close"}
 
 
@@ -141,18 +139,4 @@ class Guard:
 
 
 async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send a refusal, then read and drop the rest of the body for a while.
-
-    Closing a connection with unread bytes resets it, and the caller would lose the refusal.
-    """
-
-    async def unfinished(message: Message) -> None:
-        await send({**message, "more_body": True})
-
-    refusal = JSONResponse(error_body(message, "invalid_request_error"), status, _CLOSE)
-    await refusal(scope, receive, unfinished)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER):
-            while (await receive()).get("more_body", False):
-                pass
-    await send({"type": "http.response.body", "body": b""})
+    await JSONResponse(error_body(message, "invalid_request_error"), status, _CLOSE)(scope, receive, send)

@@ -19,7 +19,6 @@ class Metrics:
         self.token_gap = _seconds(registry, "token", "Time between two tokens of an answer")
         self.answer = _seconds(registry, "answer", "Time from request to the end of the answer")
         self.prompt_tokens = Counter("mta_prompt_tokens", "Prompt tokens", registry=registry)
-        self.cached_tokens = Counter("mta_cached_tokens", "Prompt tokens reused from the KV cache", registry=registry)
         self.answer_tokens = Counter("mta_answer_tokens", "Generated tokens", registry=registry)
         self.open = Gauge("mta_open_answers", "Answers running or waiting", registry=registry)
         self._engine: dict[str, Gauge] = {}

@@ -76,21 +76,21 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
     await service.check_fresh()
     latest = body.latest if body else None
     async with service.lock(id):
-        since = await run_in_threadpool(service.store.tombstones.of, id)
-        person = await run_in_threadpool(service.histories.of, id, since)
+        session = await run_in_threadpool(service.store.session, id)
+        person = await run_in_threadpool(service.histories.of, id)
         if person is None:
             raise Refused("this person has no items", hint="Append some first: POST …/history")
         if latest is None:
             await run_in_threadpool(_check_not_fewer, service.store, person)
         chosen = person.latest(latest) if latest else person
-        return _status_body(service.jobs.put(chosen, key, since))
+        return _status_body(service.jobs.put(chosen, session, key))
 
 
 @router.get("/{id:path}/personalize")
 async def status(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     """Return the progress of stages 2 and 3."""
     _own(key, id)
-    progress = service.jobs.status(id, await run_in_threadpool(service.store.tombstones.of, id))
+    progress = await run_in_threadpool(service.jobs.status, id)
     if progress is None:
         raise UnknownOrForbidden(
             "no personalization of this person was asked for since the server started",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mta.serving.engine import Finish, Token
 
@@ -39,7 +39,6 @@ class Message(_Request):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: ValidText | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)]
-    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -61,7 +60,7 @@ class Common(ModelRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Literal[1] = 1
     stop: ValidText | Annotated[list[ValidText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
@@ -90,22 +89,7 @@ class CompletionRequest(Common):
     """``POST /v1/completions``."""
 
     prompt: ValidText
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] = False
-    best_of: Literal[1] | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        """Accept a list of one prompt, as LangChain sends it."""
-        if not isinstance(prompt, list):
-            return prompt
-        if not all(isinstance(one, str) for one in prompt):
-            raise ValueError("lists of tokens are not accepted; send text")
-        if len(prompt) != 1:
-            raise ValueError(f"{len(prompt)} prompts; send one per request")
-        return prompt[0]
 
 
 class ClassifyRequest(ModelRequest):
@@ -119,9 +103,8 @@ Request = ChatRequest | CompletionRequest
 
 @dataclass(frozen=True, slots=True)
 class AnswerText:
-    """A piece of answer ``index``: text that is final, its tokens, and the reason if the answer ended."""
+    """A piece of an answer: text that is final, its tokens, and the reason if the answer ended."""
 
-    index: int
     text: str
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
@@ -129,7 +112,7 @@ class AnswerText:
 
 
 class ResponseFormatter:
-    """Formats the answers to one request as OpenAI objects."""
+    """Formats the answer to one request as OpenAI objects."""
 
     def __init__(self, request: Request, model: str, tokenizer: Any) -> None:
         self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
@@ -149,22 +132,21 @@ class ResponseFormatter:
     def choice(self, parts: Sequence[AnswerText]) -> dict[str, Any]:
         """Return the complete choice that consists of ``parts``."""
         text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
-        message = {"role": "assistant", "content": text}
-        return self._choice(parts[-1].index, {"message": message}, text, tokens, parts[-1].finish)
+        return self._choice({"message": {"role": "assistant", "content": text}}, text, tokens, parts[-1].finish)
 
     def events(self, part: AnswerText, first: bool) -> list[dict[str, Any]]:
         """Return the stream events of a part: its text, then, if the answer ended, the reason."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": part.text} if part.text or first else {})
-        choices = [self._choice(part.index, {"delta": delta}, part.text, part.tokens, None)]
+        choices = [self._choice({"delta": delta}, part.text, part.tokens, None)]
         if part.finish:
-            choices.append(self._choice(part.index, {"delta": {}}, "", (), part.finish))
+            choices.append(self._choice({"delta": {}}, "", (), part.finish))
         return [self.body([choice]) for choice in choices]
 
     def _choice(
-        self, index: int, chat: dict[str, Any], text: str, tokens: Sequence[Token], finish: Finish | None
+        self, chat: dict[str, Any], text: str, tokens: Sequence[Token], finish: Finish | None
     ) -> dict[str, Any]:
         body = chat if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        return {"index": 0, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         scored = [token for token in tokens if token.logprob is not None]

@@ -33,15 +33,14 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ModelRequest
-from mta.serving.engine import TOO_LONG, Engine, QueueFull, Refused, ServedModel, Version, named
-from mta.store import Store
+from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version, named
+from mta.store import Session, Store
 from mta.system.atomic import read_json
 
 log = logging.getLogger("mta")
 P = ParamSpec("P")
 T = TypeVar("T")
 _WORKERS = 4  # threads that tokenize and format
-_LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Service:
     histories: Histories = field(init=False)
     _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
     answers: Shares = field(init=False)  # open ones
-    _tombstones: dict[str, frozenset[str]] = field(default_factory=dict, init=False)  # of key owners, as handled
+    _swept: Session | None = field(default=None, init=False)  # of the latest sweep
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
@@ -145,16 +144,6 @@ class Service:
         names: dict[ServedModel, str] = {TASK: TASK.value, BASE: self.base.name}
         return names.get(who, requested)
 
-    def refuse_long(self, letters: int) -> None:
-        """Raises Refused for a text that cannot fit, without tokenizing it."""
-        length = self.length
-        if letters > length * _LETTERS:
-            raise Refused(
-                f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
-                hint=f"Send at most {length * _LETTERS} characters.",
-                code=TOO_LONG,
-            )
-
     def chat_tokens(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Return the tokens of a conversation. Raises Refused for messages that the base's chat template rejects."""
         try:
@@ -167,19 +156,14 @@ class Service:
         return self._locks.setdefault(person, asyncio.Lock())
 
     @contextmanager
-    def counted(self, kind: str, key: Key, count: int) -> Iterator[None]:
+    def counted(self, kind: str, key: Key, count: int = 1) -> Iterator[None]:
         """Reserve ``count`` answers for a key, so that no person key can take all slots, and count a success.
 
-        Raises QueueFull, Refused for more answers than the key may ever have at once.
+        Raises QueueFull.
         """
-        start, most = time.monotonic(), self.limits.own
-        if key.share and count > most:
-            raise Refused(
-                f"{count} answers were asked for; this key may have at most {most} at once",
-                hint=f"Send n: {most}, or less.",
-            )
+        start = time.monotonic()
         if not self.answers.fits(key.share, count):
-            allowed = f"; this key may have at most {most} at once" if key.share else ""
+            allowed = f"; this key may have at most {self.limits.own} at once" if key.share else ""
             raise QueueFull(f"too many answers are running or waiting{allowed}", hint="Wait for one to end.")
         self.answers.add(key.share, count)
         self.metrics.open.inc(count)
@@ -217,12 +201,13 @@ class Service:
         await run_in_threadpool(self.histories.drop_forgotten)
         await self.jobs.drop_forgotten()
         owners = {key.scope for key in self.keys.keys if key.rights == "person"}
-        before, self._tombstones = self._tombstones, await run_in_threadpool(self.store.tombstones.of_each, owners)
+        session = await run_in_threadpool(self.store.session)
+        gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
-        gone = [id for id, names in self._tombstones.items() if not names <= before.get(id, names)]
         askers = [name for id in gone for name in self.keys_of(id)]
         if removed or askers:
             await self.engine.drop(removed, askers)
+        self._swept = session
 
     def keys_of(self, person: str) -> list[str]:
         """Return the names of the person's own keys, under which other models were asked, too."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -66,47 +65,25 @@ class Detokenizer:
         return str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
 
 
-async def stream_answers(
-    engine: Engine, request: EngineRequest, tokenizer: Any, count: int, stops: Sequence[str], before: Sequence[int] = ()
-) -> AsyncIterator[AnswerText]:
-    """Stream the parts of ``count`` answers, which continue ``before``, each until its first stop text.
+async def stream_answer(
+    engine: Engine, request: EngineRequest, tokenizer: Any, stops: Sequence[str], before: Sequence[int] = ()
+) -> AsyncGenerator[AnswerText]:
+    """Stream the parts of an answer, which continues ``before``, until its first stop text.
 
-    Closing the iterator cancels all answers.
+    Closing the generator cancels the answer.
     """
-    parts: asyncio.Queue[AnswerText | BaseException] = asyncio.Queue()
-
-    async def stream_one(index: int) -> None:
-        seeded = request if request.seed is None else replace(request, seed=request.seed + index)
-        text = Detokenizer(tokenizer, stops, before)
-        held: list[Token] = []  # tokens with text that is still held back
-        try:
-            async with aclosing(engine.answer(seeded)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    shown = text.add(piece.token.id) if piece.token else text.end()
-                    held += [piece.token] if piece.token else []
-                    finish: Finish | None = "stop" if text.stopped else piece.finish
-                    if shown or finish:
-                        parts.put_nowait(AnswerText(index, shown, tuple(held), finish, piece.cached))
-                        held = []
-                    if finish:
-                        return
-        except BaseException as error:
-            parts.put_nowait(error)
-            raise
-
-    tasks = [asyncio.create_task(stream_one(index)) for index in range(count)]
-    try:
-        running = count
-        while running:
-            part = await parts.get()
-            if isinstance(part, BaseException):
-                raise part
-            yield part
-            running -= part.finish is not None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    text = Detokenizer(tokenizer, stops, before)
+    held: list[Token] = []  # tokens with text that is still held back
+    async with aclosing(engine.answer(request)) as pieces:  # type: ignore[type-var]
+        async for piece in pieces:
+            shown = text.add(piece.token.id) if piece.token else text.end()
+            held += [piece.token] if piece.token else []
+            finish: Finish | None = "stop" if text.stopped else piece.finish
+            if shown or finish:
+                yield AnswerText(shown, tuple(held), finish, piece.cached)
+                held = []
+            if finish:
+                return
 
 
 async def until_disconnect(http: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -55,7 +55,6 @@ class EmbeddedEngine(Engine):
         self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
         self._loading: dict[ServedModel, list[AnswerRow]] = {}  # rows that wait for each adapter being loaded
-        self._loaded = 0  # adapters loaded since the start
         self.died = False
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gone = False  # the thread accepts no calls
@@ -124,15 +123,12 @@ class EmbeddedEngine(Engine):
             await done.wait()
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Return metrics of rows, adapter cache, and KV cache."""
+        """Return metrics of rows, adapters, and failures."""
         scheduler = self.scheduler
         return {
             "running": (scheduler.running, "Rows that are generating tokens"),
-            "filling": (len(scheduler.rows) - scheduler.running, "Rows in prefill"),
             "waiting": (len(scheduler.waiting), "Rows waiting for a slot"),
             "activated": (len(self.activated), "Cached models: versions of people, base, and pooled model"),
-            "merges": (self._loaded, "Adapter cache misses since the start, also of base and pooled model"),
-            "cache_bytes": (scheduler.slots.cache.nbytes, "Bytes of the KV cache"),
             "failed_steps": (scheduler.failed, "Failed passes, admissions, and merges since the start"),
             "lost": (scheduler.lost, "Answers ended by such failures since the start"),
         }
@@ -209,7 +205,6 @@ class EmbeddedEngine(Engine):
         if self._loading.get(who) is not rows:
             return  # dropped meanwhile
         del self._loading[who]
-        self._loaded += 1
         rows = [row for row in rows if not row.cancelled]
         if isinstance(adapter, MtaError):
             for row in rows:

@@ -76,11 +76,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         """Return 0. Transformers uses this length only without explicit positions, and we always pass positions."""
         return 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(kept.nbytes for kept in chain(*self.kept))
-
 
 Owner = tuple[ServedModel, str]  # (person, version, and mode; caller)
 

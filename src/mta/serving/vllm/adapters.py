@@ -28,11 +28,9 @@ from mta.personalize.adapters import BASE, SharedModel, adapter_parts
 from mta.serving.engine import ServedModel, Version, from_wire
 from mta.store import Store
 from mta.store.state import State
-from mta.system.atomic import write_json
 from mta.system.device import seeded
 
 log = logging.getLogger("mta")
-CUT = "cut.json"  # in an adapter's folder: the relative error of the truncation
 _OVERSAMPLING = 8  # additional directions in the randomized svd, for accurate last singular values
 _ITERATIONS = 4  # power iterations of the randomized svd
 _OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.[0-9a-f]{32})?")
@@ -89,12 +87,11 @@ class AdapterFolders:
         """Write an adapter; return whether its parts fit a slot."""
         owner = self.store.load(who.person, who.number) if isinstance(who, Version) else who
         try:
-            adapter, error = self._exporter.adapter(owner, isinstance(who, SharedModel) or who.stacked)
+            adapter, _ = self._exporter.adapter(owner, isinstance(who, SharedModel) or who.stacked)
         except InputError as unfit:  # does not know whose state it is
             log.warning("an adapter could not be built: %s", unfit)
             return False
         write_peft(folder, adapter, "", whole=True)
-        write_json(folder / CUT, {"error": error})
         return True
 
     def _is_stored(self, who: ServedModel) -> bool:

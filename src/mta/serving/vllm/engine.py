@@ -107,12 +107,10 @@ class VllmEngine(Engine):
         return await self.adapters.versions()
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Return metrics of answers, adapters, and truncation errors."""
+        """Return metrics of answers and adapters."""
         return {
             "running": (len(self._open), "Answers running or waiting in vLLM"),
             "activated": (len(self.adapters), "Adapters that vLLM may have loaded"),
-            "unloaded": (self.adapters.unloaded, "Adapters unloaded since the start"),
-            "cut_error_max": (self.adapters.cut_error(), "Largest relative error of truncated merges"),
         }
 
     async def close(self) -> None:

@@ -92,7 +92,5 @@ def _follow_parent(parent: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if parent and Path("/proc").is_dir() and not Path(f"/proc/{parent}").exists():  # it died before we started
-        os.kill(os.getpid(), signal.SIGTERM)
     if os.getppid() == parent:  # false in vLLM's child processes, and without a parent
         threading.Thread(target=watch, name="mta-parent", daemon=True).start()

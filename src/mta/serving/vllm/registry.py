@@ -7,12 +7,11 @@ adapter, and crashes if the files are missing. VLLM's table of names never shrin
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import httpx2 as httpx
 
 from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, from_wire, together, wire_name
-from mta.serving.vllm.adapters import CUT, folder_of
+from mta.serving.vllm.adapters import folder_of
 
 log = logging.getLogger("mta")
 _RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
@@ -41,20 +40,11 @@ class AdapterRegistry:
 
     def __init__(self, client: httpx.AsyncClient, folder: Path, count: int) -> None:
         self.client, self.folder, self.count = client, folder, count
-        self.unloaded = 0
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self._unloads: set[asyncio.Task[None]] = set()  # of idle adapters
 
     def __len__(self) -> int:
         return len(self._loaded)
-
-    def cut_error(self) -> float:
-        """Return the largest relative error of truncation among the loaded adapters."""
-        errors = [0.0]
-        for name in self._loaded:
-            with suppress(OSError, ValueError, KeyError):  # vLLM may still build one
-                errors.append(json.loads((self.folder / folder_of(name) / CUT).read_text(encoding="utf-8"))["error"])
-        return max(errors)
 
     @asynccontextmanager
     async def held(self, who: ServedModel) -> AsyncIterator[str]:
@@ -139,7 +129,6 @@ class AdapterRegistry:
                     await self._asked("POST", "/v1/unload_lora_adapter", (200, 404), json={"lora_name": name})
                     shutil.rmtree(self.folder / folder_of(name), ignore_errors=True)
                     del self._loaded[name]
-                    self.unloaded += 1
 
     async def _asked(self, method: str, path: str, expected: tuple[int, ...], **how: Any) -> httpx.Response | None:
         """Return vLLM's response; None if the server has stopped, because a stopped server holds nothing.

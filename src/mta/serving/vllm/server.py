@@ -75,15 +75,18 @@ class VllmSettings:
 
 @dataclass
 class Remote:
-    """A server on this machine: its address, its plugin's adapter folder, and its key. ``stop`` leaves it running.
+    """A server on this machine, by its plugin's adapter folder, which also has its socket. ``stop`` leaves it running.
 
-    ``url`` is an http URL, or ``unix:`` followed by a socket path. ``lock`` is held for the lifetime of this object.
+    ``lock`` is held for the lifetime of this object.
     """
 
-    url: str
     folder: Path
-    key: str = ""
     lock: object = None
+
+    @property
+    def socket(self) -> Path:
+        """Where the server listens."""
+        return self.folder / "socket"
 
     @property
     def up(self) -> bool:
@@ -92,11 +95,8 @@ class Remote:
 
     def client(self) -> httpx.AsyncClient:
         """Return a client of the server."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        socket = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
-        transport = httpx.AsyncHTTPTransport(uds=socket, limits=httpx.Limits(max_connections=None))
-        url = "http://vllm" if socket else self.url
-        return httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=30)
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_connections=None))
+        return httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=30)
 
     def gone(self) -> EngineGone:
         """Return the error of a request that the server did not answer."""
@@ -115,9 +115,8 @@ class VllmServer(Remote):
                 f"no Python at {settings.python!r} to run vLLM with",
                 hint="Create one (docs/how-to/vllm.md):  make vllm   and pass  --vllm .vllm/bin/python",
             )
-        folder, lock = _new_folder()
-        super().__init__(f"unix:{folder / 'socket'}", folder, lock=lock)
-        self.settings, self.socket, self.log = settings, folder / "socket", folder / "log"
+        super().__init__(*_new_folder())
+        self.settings, self.log = settings, self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
