@@ -20,7 +20,6 @@ from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
-from mta.evaluation.methods import method_names
 from mta.evaluation.protocol import TestBatch
 from mta_lab.behind import behind_bank
 from mta_lab.experiments import runner
@@ -30,6 +29,7 @@ from mta_lab.experiments.results import Results, read_records
 from mta_lab.experiments.runner import run_experiment
 from mta_lab.experiments.workspace import BATCH, MAIN, Workspace, batches
 from mta_lab.methods.combined import folds_of
+from mta_lab.methods.named import method_names
 from mta_lab.reports.report import report
 
 pytestmark = pytest.mark.integration

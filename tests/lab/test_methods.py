@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from batches import PEOPLE, POSTERIOR, QUERIES, panel_of, same
+from batches import PEOPLE, POSTERIOR, panel_of, same
 from batches import batch as batch  # the fixture
 from conftest import people_of
 
@@ -15,22 +15,14 @@ from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import (
-    METHODS,
     Base,
     GlobalConstant,
     Merged,
     MergeThenAdapt,
-    Method,
-    Outcome,
     OwnConstant,
     TaskLora,
-    method_class,
-    method_names,
-    parse_method,
-    register,
 )
 from mta.evaluation.methods.plain import best_pull
-from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
@@ -40,12 +32,13 @@ from mta_lab.experiments.facts import fidelity, relative_error
 from mta_lab.methods.averaged import AveragedThenAdapt, merge_factor
 from mta_lab.methods.by_layer import MergedByLayer, layer_groups
 from mta_lab.methods.combined import Chosen, Pag, Rag, folds_of
+from mta_lab.methods.named import method_class, method_names, parse_method
 from mta_lab.methods.prompts import profiled
 from mta_lab.methods.published import ITEMS_PER_ANCHOR, PerPcs, Prime, anchor_inputs, gate_of, mean_inputs
 from mta_lab.methods.subset import MergedAmong
 from mta_lab.policies import Learned
 
-# -- the registry ------------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------------
 
 
 def test_parse_method_reads_a_name_or_settings():
@@ -67,21 +60,6 @@ def test_methods_from_papers_cite_them():
     }
     kinds = {name: method_class(name) for name in method_names()}
     assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == published
-
-
-def test_a_new_method_can_be_registered(batch):
-    @register
-    class Always(Method):
-        method: str = "always"
-        name: str = "always 3"
-
-        def run(self, batch, seed):
-            return Outcome([Answers(["3"] * len(items)) for items in batch.queries], 0.0, 0.0)
-
-    try:
-        assert parse_method("always").run(batch, 0).answers[0].texts == ["3"] * QUERIES
-    finally:
-        del METHODS["always"]
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------------

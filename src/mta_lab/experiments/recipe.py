@@ -15,7 +15,8 @@ from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
 from mta.data.shots_and_queries import QueryOrder
 from mta.errors import ConfigError, InputError
-from mta.evaluation.methods import AnyMethod, Method, method_class
+from mta.evaluation.methods import Method
+from mta_lab.methods.named import AnyMethod, method_class
 
 FOLDER = Path(str(resources.files("mta_lab"))) / "recipes"
 Which = Literal["test", "development"]

@@ -10,8 +10,8 @@ from torch import Tensor
 from mta.config import MergeSettings, StackSettings
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import MTA_PAPER, adapted, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge

@@ -12,8 +12,8 @@ import torch
 from mta.config import MergeSettings
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import answered, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import learn
 from mta.system.device import clock
 from mta_lab.policies import Learned

@@ -18,8 +18,8 @@ from mta.config import MergeSettings
 from mta.data.tasks.prompt import Example
 from mta.errors import InputError
 from mta.evaluation.methods.merged import answered
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.personalize.merge import Merge, merge_adapters

@@ -11,8 +11,8 @@ from mta.bank.anchors import one_per_cluster
 from mta.config import MergeSettings
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import MTA_PAPER, answered, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import Merge, coefficients, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_named
 from mta.system.device import clock

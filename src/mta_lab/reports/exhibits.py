@@ -11,7 +11,7 @@ from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
-from mta.evaluation.methods import AnyMethod, OneLora
+from mta.evaluation.methods import Method, OneLora
 from mta.evaluation.reports.figures import Measured, Picture, growth, shares
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
@@ -185,7 +185,7 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
     return text + markdown(heads, rows), pictures
 
 
-def _is_calibrated(method: AnyMethod, merge: MergeSettings) -> bool:
+def _is_calibrated(method: Method, merge: MergeSettings) -> bool:
     """Return whether a method reads the bank's calibration; ``merge`` are the recipe's settings."""
     return (getattr(method, "merge", None) or merge).policy in ("auto", "laplace")
 

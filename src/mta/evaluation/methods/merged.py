@@ -12,9 +12,9 @@ import torch
 
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.method import Method, Outcome, answer, register
+from mta.evaluation.methods.method import Method, answer
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, can_merge, merge_adapters
 from mta.personalize.policies import policy_of
@@ -25,7 +25,6 @@ from mta.training.plan import parameters_of
 MTA_PAPER = "https://arxiv.org/abs/2511.20072"
 
 
-@register
 class OneLora(Method):
     """One LoRA per person, trained on the shots over the task LoRA: OPPU at rank 8, "adapt only" at the stack's rank.
 
@@ -44,7 +43,6 @@ class OneLora(Method):
         return adapted(batch, self.name, self.lora, self.training or batch.run.stack.training, seed)
 
 
-@register
 class Merged(Method):
     """Stage 2 alone: a merge of the bank. Only anchor numbers and coefficients are stored."""
 
@@ -64,7 +62,6 @@ class Merged(Method):
         return answered(batch, *batch.merge(batch.merge_settings(self.merge), seed))
 
 
-@register
 class MergeThenAdapt(Method):
     """MTA: stage 2, then the stack on top of it."""
 
@@ -114,9 +111,9 @@ def adapted(
             own = merge.select(cohort)
             frozen += as_adapters(own) if as_adapters else merge_adapters(batch.bank, own)
         jobs = [batch.jobs[i] for i in cohort]
-        found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
+        stacks = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += clock(batch.base.device) - start
-        answers += answer(batch, cohort, [*frozen, PerPerson(found)])
+        answers += answer(batch, cohort, [*frozen, PerPerson(stacks)])
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
