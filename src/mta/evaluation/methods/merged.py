@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -23,6 +23,16 @@ from mta.system.device import clock
 from mta.training.plan import parameters_of
 
 MTA_PAPER = "https://arxiv.org/abs/2511.20072"
+
+
+class MergeMethod(Method):
+    """A method with its own ``merge``, or that of the run; it fits the tasks and banks that its merge fits."""
+
+    if TYPE_CHECKING:  # a field of the subclasses: their order is part of the digest
+        merge: MergeSettings | None
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return self.merge is None or can_merge(self.merge, anchors, task.labelled, calibrated)
 
 
 class OneLora(Method):
@@ -43,16 +53,13 @@ class OneLora(Method):
         return adapted(batch, self.name, self.lora, self.training or batch.run.stack.training, seed)
 
 
-class Merged(Method):
+class Merged(MergeMethod):
     """Stage 2 alone: a merge of the bank. Only anchor numbers and coefficients are stored."""
 
     paper: ClassVar[str] = MTA_PAPER
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     @property
     def seeded(self) -> bool:
@@ -62,7 +69,7 @@ class Merged(Method):
         return answered(batch, *batch.merge(batch.merge_settings(self.merge), seed))
 
 
-class MergeThenAdapt(Method):
+class MergeThenAdapt(MergeMethod):
     """MTA: stage 2, then the stack on top of it."""
 
     paper: ClassVar[str] = MTA_PAPER
@@ -71,9 +78,6 @@ class MergeThenAdapt(Method):
     name: str = "MTA"
     merge: MergeSettings | None = None
     stack: StackSettings | None = None
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         settings = batch.merge_settings(self.merge)
@@ -144,8 +148,3 @@ def bytes_of(merge: Merge) -> float:
         return len(json.dumps([ids.tolist(), w.tolist(), *gradients]))
 
     return fmean(map(one, range(len(merge.ids))))
-
-
-def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
-    """Return whether the settings of a merge, if any, work for a task and a bank."""
-    return settings is None or can_merge(settings, anchors, task.labelled, calibrated)
