@@ -19,8 +19,8 @@ from mta.tracking.run_folder import sittings
 
 def in_bank(bank: Bank, part: TrainedPart, candidates: Iterable[Person]) -> list[Person]:
     """Return the candidates whom a part of a bank was trained on, with whole histories, in the bank's order."""
-    found = [person for person in candidates if bank.info.members.trained(person.id, part)]
-    return sorted(found, key=lambda person: person.id)
+    trained = [person for person in candidates if bank.info.members.trained(person.id, part)]
+    return sorted(trained, key=lambda person: person.id)
 
 
 def behind_task_lora(

@@ -140,7 +140,7 @@ def attack(
     command = options.command_line("mta-lab")
     given = source, words, bank, out, config, seed, device, columns, skip_bad, track
     with opened("privacy", AttackSettings, *given) as session:
-        found = privacy(
+        findings = privacy(
             session.base,
             session.bank,
             session.people,
@@ -149,10 +149,10 @@ def attack(
             on_step=session.folder.step,
             say=session.screen.say,
         )
-        session.folder.outcome = found.outcome()
+        session.folder.outcome = findings.outcome()
         if out:
-            report.write(found, out, command)
-    show_json(report.to_json(found, command)) if json else report.show(found, screen.tables())
+            report.write(findings, out, command)
+    show_json(report.to_json(findings, command)) if json else report.show(findings, screen.tables())
 
 
 @app.command()
@@ -172,10 +172,10 @@ def score(
     asked = load_task(task)
     with options.readable(resolve(true)) as gold, options.readable(str(answers)) as mine:
         golds = read_answers(gold, asked)
-        found = lamp_scores(asked, read_answers(mine, asked, empty=True), golds)
+        scores = lamp_scores(asked, read_answers(mine, asked, empty=True), golds)
     if json:
-        return show_json(found | {"questions": len(golds)})
-    typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")
+        return show_json(scores | {"questions": len(golds)})
+    typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()) + f"  questions {len(golds)}")
 
 
 @app.command()

@@ -32,10 +32,10 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
             hint='Give a file of outputs with questions in it: {"task": "LaMP_3", "golds": [{"id": …, "output": …}]}',
         )
     predicted, expected = [answers[id].strip() for id in golds], [golds[id].strip() for id in golds]
-    found = dict(measure(task, Answers(predicted), expected).metrics)
+    scores = dict(measure(task, Answers(predicted), expected).metrics)
     if task.metric == "accuracy":  # labels that occur in neither the answers nor the golds have an F1 of 0
         labels = list(task.labels or ())
-        found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
+        scores["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
     if task.metric == "mae":  # over all questions: a mean over people would be another number
-        found["RMSE"] = float(distances(task, predicted, expected).square().mean().sqrt())
-    return {metric: found[metric] for metric in _SCORES[task.metric]}
+        scores["RMSE"] = float(distances(task, predicted, expected).square().mean().sqrt())
+    return {metric: scores[metric] for metric in _SCORES[task.metric]}

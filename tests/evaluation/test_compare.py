@@ -101,12 +101,6 @@ def test_rows_have_the_order_names_and_costs_of_the_methods(batch):
     assert found.row("MTA").merge.ids.shape == (PEOPLE, 3)
 
 
-def test_the_standard_methods_have_different_names(task):
-    names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(), task, 5)]
-    assert len(set(names)) == len(names)
-    assert {"task LoRA", "OPPU", "MTA"} <= set(names)
-
-
 def test_a_brief_comparison_has_what_its_guide_names(task):
     names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(brief=True), task, 5)]
     merge = Merged(merge=TINY_RUN.merge).name

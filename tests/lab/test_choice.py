@@ -12,10 +12,10 @@ from mta.data.history import Item, Person
 from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, OneLora, Outcome, TaskLora
-from mta.evaluation.methods.method import parse_method
 from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import TestBatch
 from mta_lab.methods.combined import Chosen, folds_of, pick
+from mta_lab.methods.named import parse_method
 from mta_lab.methods.prompts import profiled
 
 

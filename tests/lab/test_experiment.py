@@ -19,8 +19,7 @@ from mta.config import override
 from mta.data.history import Item, People, Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
-from mta.errors import ConfigError, DataError, InputError
-from mta.evaluation.methods import method_names
+from mta.errors import DataError, InputError
 from mta.evaluation.protocol import TestBatch
 from mta_lab.behind import behind_bank
 from mta_lab.experiments import runner
@@ -30,6 +29,7 @@ from mta_lab.experiments.results import Results, read_records
 from mta_lab.experiments.runner import run_experiment
 from mta_lab.experiments.workspace import BATCH, MAIN, Workspace, batches
 from mta_lab.methods.combined import folds_of
+from mta_lab.methods.named import method_names
 from mta_lab.reports.report import report
 
 pytestmark = pytest.mark.integration
@@ -360,8 +360,6 @@ def test_development_people_are_not_test_people_and_have_their_own_folder(world,
 
 def test_two_sets_give_one_table(finished, tmp_path):
     other = shutil.copytree(finished, tmp_path / "other")
-    with pytest.raises(DataError, match="two folders would have the report"):
-        report([finished, other], tmp_path / "report")
     (other / "sizes.json").write_text(json.dumps(json.loads((other / "sizes.json").read_text()) | {"data": "other"}))
     report([finished, other], tmp_path / "report")
     text = (tmp_path / "report" / "README.md").read_text()
@@ -379,13 +377,6 @@ def test_mistakes_are_refused(world, cache, tmp_path):
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["splits.json"]
     with pytest.raises(InputError, match="brings no data"):
         Workspace.open(load_experiment("lamp3"), tmp_path)
-    with pytest.raises(ConfigError, match="no such method: 'oppo'"):
-        override(load_experiment("smoke"), ["exhibits.main=[{methods: [oppo]}]"])
-    two = "[{methods: [{method: merge, name: twice}, {method: mta, name: twice}]}]"
-    with pytest.raises(ConfigError, match="two methods called 'twice'"):
-        override(load_experiment("smoke"), [f"exhibits.main={two}"])
-    with pytest.raises(ConfigError, match="exhibits are lists of parts"):
-        override(load_experiment("smoke"), ["exhibits.main={methods: [base]}"])
     with pytest.raises(DataError, match=r"holds no scores\.jsonl"):
         read_records(tmp_path / "one")
 

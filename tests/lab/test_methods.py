@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from batches import PEOPLE, POSTERIOR, QUERIES, panel_of, same
+from batches import PEOPLE, POSTERIOR, panel_of, same
 from batches import batch as batch  # the fixture
 from conftest import people_of
 
@@ -13,24 +13,16 @@ from mta.config import MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
-from mta.errors import ConfigError, InputError
+from mta.errors import InputError
 from mta.evaluation.methods import (
-    METHODS,
     Base,
     GlobalConstant,
     Merged,
     MergeThenAdapt,
-    Method,
-    Outcome,
     OwnConstant,
     TaskLora,
-    method_class,
-    method_names,
-    parse_method,
-    register,
 )
 from mta.evaluation.methods.plain import best_pull
-from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch
 from mta.personalize.evidence import gather_evidence
@@ -40,12 +32,13 @@ from mta_lab.experiments.facts import fidelity, relative_error
 from mta_lab.methods.averaged import AveragedThenAdapt, merge_factor
 from mta_lab.methods.by_layer import MergedByLayer, layer_groups
 from mta_lab.methods.combined import Chosen, Pag, Rag, folds_of
+from mta_lab.methods.named import method_class, method_names, parse_method
 from mta_lab.methods.prompts import profiled
 from mta_lab.methods.published import ITEMS_PER_ANCHOR, PerPcs, Prime, anchor_inputs, gate_of, mean_inputs
 from mta_lab.methods.subset import MergedAmong
 from mta_lab.policies import Learned
 
-# -- the registry ------------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------------
 
 
 def test_parse_method_reads_a_name_or_settings():
@@ -55,11 +48,6 @@ def test_parse_method_reads_a_name_or_settings():
     assert parse_method(found.model_dump(mode="json")) == found
 
 
-def test_an_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match="no such method: 'lora-per-person'"):
-        parse_method("lora-per-person")
-
-
 def test_methods_from_papers_cite_them():
     published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"} | {
         "merge-among",
@@ -67,21 +55,6 @@ def test_methods_from_papers_cite_them():
     }
     kinds = {name: method_class(name) for name in method_names()}
     assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == published
-
-
-def test_a_new_method_can_be_registered(batch):
-    @register
-    class Always(Method):
-        method: str = "always"
-        name: str = "always 3"
-
-        def run(self, batch, seed):
-            return Outcome([Answers(["3"] * len(items)) for items in batch.queries], 0.0, 0.0)
-
-    try:
-        assert parse_method("always").run(batch, 0).answers[0].texts == ["3"] * QUERIES
-    finally:
-        del METHODS["always"]
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------------
@@ -200,17 +173,6 @@ def test_layer_groups_have_equal_depth():
     assert layer_groups(names, 3) == [0, 0, 1, 1, 2, 2]
     assert layer_groups(names, 1) == [0] * 6
     assert layer_groups(names[:2], 5) == [0, 1]
-
-
-def test_one_group_of_layers_equals_the_learned_policy(batch):
-    training = Training(lr=0.5, steps=3, batch_size=64, eps=1.0, clip=1e9)
-    start, _ = batch.merge(POSTERIOR, 0)
-    bank = batch.bank
-    how = (batch.base, batch.jobs, bank.device_anchors, bank.task_adapters, start, training)
-    plain, grouped = learn(*how), learn(*how, groups=[0] * len(bank.device_anchors.names))
-    torch.testing.assert_close(grouped.w, plain.w[:, None].expand_as(grouped.w))
-    apart = learn(*how, groups=layer_groups(bank.device_anchors.names, 2))
-    assert not torch.allclose(apart.w[:, 0], apart.w[:, -1])
 
 
 def test_gradients_of_groups_sum_to_the_gradient_of_all_layers(batch):

@@ -53,9 +53,6 @@ STRANGERS = people_of(24, prefix="stranger-", seed=7)
 EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
 
 
-# -- the arithmetic ----------------------------------------------------------------------------------------------------
-
-
 # -- selection of people ----------------------------------------------------------------------------------------------
 
 MEMORIZING = TINY_RUN.model_copy(
@@ -288,8 +285,6 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
 
 
 def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
-    from mta.data.tasks import load_task
-
     base, task = base_of(), load_task("text")
 
     def wrote(prefix, people):

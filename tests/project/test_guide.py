@@ -12,9 +12,9 @@ from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings, plugins
 from mta.evaluation.context import Context
-from mta.evaluation.methods import method_class, method_names
 from mta.evaluation.protocol import TestBatch
 from mta_lab.experiments.recipe import load_experiment
+from mta_lab.methods.named import method_class, method_names
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md").read_text()
 

@@ -74,10 +74,10 @@ def from_scores(task: Task, scores: Tensor) -> Answers:
 def measure(task: Task, answers: Answers, golds: Sequence[str], written: bool = True) -> PersonScore:
     """Return all metrics of a task for one person; without ``written`` only the NLL of free text."""
     nll = query_nll(task, answers, golds)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if answers.nll is None or written:
-        found = _rouge(answers.texts, golds) if task.metric == "rouge" else _exact(task, answers, golds)
-    return PersonScore(found | ({} if nll is None else {"NLL": float(nll.mean())}), nll)
+        metrics = _rouge(answers.texts, golds) if task.metric == "rouge" else _exact(task, answers, golds)
+    return PersonScore(metrics | ({} if nll is None else {"NLL": float(nll.mean())}), nll)
 
 
 def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | None:
@@ -104,23 +104,23 @@ def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, floa
     accuracy = {"accuracy": sum(text == gold for text, gold in zip(answers.texts, golds)) / len(golds)}
     if task.metric != "mae":
         return accuracy
-    found = {"MAE": float(distances(task, answers.texts, golds).mean())}
+    metrics = {"MAE": float(distances(task, answers.texts, golds).mean())}
     if answers.scores is not None:
-        found["MAE (median)"] = float(distances(task, median_labels(task, answers.scores), golds).mean())
-    return found | accuracy
+        metrics["MAE (median)"] = float(distances(task, median_labels(task, answers.scores), golds).mean())
+    return metrics | accuracy
 
 
 def distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor:
     """Return |prediction - gold|; text that is not a number counts as the farther end of the scale, as in LaMP."""
     values = [float(label) for label in task.labels or ()]
-    found = []
+    errors = []
     for text, gold in zip(texts, map(float, golds)):
         try:
             distance = abs(float(text) - gold)
         except ValueError:
             distance = math.nan
-        found.append(distance if math.isfinite(distance) else max(gold - min(values), max(values) - gold))
-    return torch.tensor(found, dtype=torch.float64)
+        errors.append(distance if math.isfinite(distance) else max(gold - min(values), max(values) - gold))
+    return torch.tensor(errors, dtype=torch.float64)
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
@@ -132,14 +132,16 @@ def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1"}
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     letters = [letter for gold in golds for letter in gold if letter.isalpha()]
     foreign = 2 * sum(not letter.isascii() for letter in letters) > len(letters)
     for suffix, stems in (("", False), (", stemmed", True)):
         scorer = RougeScorer([*names.values()], use_stemmer=stems, tokenizer=_AllLetters() if foreign else None)
         scores = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
-        found |= {name + suffix: sum(one[key].fmeasure for one in scores) / len(scores) for name, key in names.items()}
-    return found
+        metrics |= {
+            name + suffix: sum(one[key].fmeasure for one in scores) / len(scores) for name, key in names.items()
+        }
+    return metrics
 
 
 class _AllLetters:

@@ -52,20 +52,19 @@ def sample_answers(
     task = personal.bank.task
     askers: list[PersonOrModel] = [TASK, *(person.id for person in people)]
     rows = [(who, fields) for who in askers for fields in questions]
-    found: Sequence[Answer] = personal.generate(rows) if task.labels is None else _ordered(personal.shares(rows), task)
+    answered: Sequence[Answer]
+    if task.labels is None:
+        answered = personal.generate(rows)
+    else:
+        answered = [{label: shares[label] for label in task.labels} for shares in personal.shares(rows)]
     each = len(questions)
-    pooled, *answers = (tuple(found[n : n + each]) for n in range(0, len(found), each))
+    pooled, *answers = (tuple(answered[n : n + each]) for n in range(0, len(answered), each))
     own_answers = tuple(
         PersonAnswers(one.id, _about(task, one), _shots(task, one), own) for one, own in zip(people, answers)
     )
     return SampleAnswers(
         tuple(next(iter(fields.values())) for fields in questions), task.labels or (), pooled, own_answers
     )
-
-
-def _ordered(found: Sequence[Mapping[str, float]], task: Task) -> list[dict[str, float]]:
-    """Return the probabilities in the order of the task's labels."""
-    return [{label: one[label] for label in task.labels or ()} for one in found]
 
 
 def _about(task: Task, person: Person) -> str:

@@ -26,8 +26,8 @@ PAPER_MERGE = MergeSettings(policy="similarity", k=2)
 def bank_facts(bank: Bank) -> dict[str, Any]:
     """Return a bank's hash, what it costs (its anchors, the seconds of each stage, its bytes), and its calibration."""
     kept = sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file())
-    found = bank.info.calibration.model_dump(mode="json") if bank.info.calibration else None
-    return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept, "calibration": found}
+    card = bank.info.calibration.model_dump(mode="json") if bank.info.calibration else None
+    return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept, "calibration": card}
 
 
 def use_to_others(batches: Sequence[TestBatch], seed: int) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def case_study(batch: TestBatch, settings: MergeSettings, seed: int) -> dict[str
     adapt = OneLora(name="adapt only", lora=stack.lora, training=stack.training)
     answers = {}
     for method in [Base(), TaskLora(), Merged(merge=settings), adapt, MergeThenAdapt()]:
-        found = method.run(batch, seed).answers[0]
-        nll = query_nll(task, found, batch.golds[0])
-        scores = None if found.scores is None else found.scores[-1].double().softmax(0).tolist()
+        own = method.run(batch, seed).answers[0]
+        nll = query_nll(task, own, batch.golds[0])
+        scores = None if own.scores is None else own.scores[-1].double().softmax(0).tolist()
         answers[method.name] = {
-            "text": found.texts[-1],
+            "text": own.texts[-1],
             "nll": None if nll is None else float(nll[-1]),
             "labels": scores and dict(zip(task.labels or (), scores)),
         }

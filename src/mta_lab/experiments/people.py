@@ -137,7 +137,7 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     test = [p for p in splits.select("test", people) if has_enough_items(task, p, *protocol)]
     asked = [query for p in test for query in shots_and_queries(task, p, *protocol)[1]]
     trained = splits.select("task", people) + splits.select("candidates", people)
-    found = Copies(people, task).in_histories(trained, asked)
-    if found:
-        log.warning("%d of %d test queries also occur in the histories of training people", found, len(asked))
-    return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
+    copies = Copies(people, task).in_histories(trained, asked)
+    if copies:
+        log.warning("%d of %d test queries also occur in the histories of training people", copies, len(asked))
+    return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": copies}

@@ -15,7 +15,8 @@ from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.config.schema import Seed
 from mta.data.shots_and_queries import QueryOrder
 from mta.errors import ConfigError, InputError
-from mta.evaluation.methods import AnyMethod, Method, method_class
+from mta.evaluation.methods import Method
+from mta_lab.methods.named import AnyMethod, method_class
 
 FOLDER = Path(str(resources.files("mta_lab"))) / "recipes"
 Which = Literal["test", "development"]
@@ -168,12 +169,12 @@ def _tuned(method: Any, tuned: Mapping[str, Any]) -> Any:
     def default(name: str) -> Any:
         return kind.model_fields[name].get_default() if name in kind.model_fields else None
 
-    found = merged_over(values, tuned.get(str(values.get("name", default("name"))), {}))
-    if over := found.get("over", default("over")):
-        found["over"] = _tuned(_as_values(over), tuned)
-    if isinstance(candidates := found.get("candidates", default("candidates")), list | tuple):
-        found["candidates"] = [_tuned(_as_values(one), tuned) for one in candidates]
-    return found
+    settings = merged_over(values, tuned.get(str(values.get("name", default("name"))), {}))
+    if over := settings.get("over", default("over")):
+        settings["over"] = _tuned(_as_values(over), tuned)
+    if isinstance(candidates := settings.get("candidates", default("candidates")), list | tuple):
+        settings["candidates"] = [_tuned(_as_values(one), tuned) for one in candidates]
+    return settings
 
 
 def _as_values(method: Any) -> Any:

@@ -218,17 +218,19 @@ class Results:
         """
         common = {seed for seed in self.seeds(name, shots, among) if seeds is None or seed in seeds}
         rows = [
-            (one.name, bank, [found[s] for s in sorted(found) if s in common or not one.uses_bank])
-            for one, bank, found in self._methods(name, shots, among)
+            (one.name, bank, [by_seed[s] for s in sorted(by_seed) if s in common or not one.uses_bank])
+            for one, bank, by_seed in self._methods(name, shots, among)
         ]
-        if not rows or not all(found for _, _, found in rows):
+        if not rows or not all(by_seed for _, _, by_seed in rows):
             return None  # no seed that all methods have
-        people = sorted(set.intersection(*(set(records) for _, _, found in rows for records in found)))
+        people = sorted(set.intersection(*(set(records) for _, _, by_seed in rows for records in by_seed)))
         if not people:
             return None
         methods = [method for method, _, _ in rows]
         titles = [m if methods.count(m) == 1 or bank == MAIN_BANK else f"{m} ({bank})" for m, bank, _ in rows]
-        averaged = [_row(title, [[s[p] for p in people] for s in found]) for title, (_, _, found) in zip(titles, rows)]
+        averaged = [
+            _row(title, [[s[p] for p in people] for s in by_seed]) for title, (_, _, by_seed) in zip(titles, rows)
+        ]
         first = rows[0][2][0]
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 
@@ -237,9 +239,9 @@ class Results:
 
         A seed with less than half of the people of another one, or of those asked for, was interrupted: it is left out.
         """
-        found = [seeds for method, _, seeds in self._methods(name, shots, among) if method.uses_bank]
-        common = set.intersection(*map(set, found)) if found else set()
-        people = {seed: len(set.intersection(*(set(seeds[seed]) for seeds in found))) for seed in common}
+        methods = [seeds for method, _, seeds in self._methods(name, shots, among) if method.uses_bank]
+        common = set.intersection(*map(set, methods)) if methods else set()
+        people = {seed: len(set.intersection(*(set(seeds[seed]) for seeds in methods))) for seed in common}
         most = min(max(people.values(), default=0), self.recipe.compared or math.inf)
         return sorted(seed for seed in common if 2 * people[seed] >= most)
 

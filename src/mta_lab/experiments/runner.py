@@ -131,8 +131,8 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
                 known.add((run.where, run.batch, run.full))
                 yield run
 
-    found = workspace.executor.run(compute_records, missing(), workspace)
-    for number, outcome in enumerate(found, 1):
+    outcomes = workspace.executor.run(compute_records, missing(), workspace)
+    for number, outcome in enumerate(outcomes, 1):
         if outcome.result is None:
             hint = "Finished results are kept: correct this, or repeat the command."
             raise ClusterError(f"{outcome.piece}: {outcome.error}", hint=hint)

@@ -137,16 +137,16 @@ class Workspace:
             return
         again = f"Give another folder with --out, or repeat its own recipe:  mta-lab evaluate {self.out / RECIPE}"
         if other := difference(read_recipe(self.out), self.recipe):
-            key, found, expected = other
+            key, earlier, expected = other
             raise InputError(
-                f"{self.out} holds results of another recipe: {key} is {repr(found)[:80]}, "
+                f"{self.out} holds results of another recipe: {key} is {repr(earlier)[:80]}, "
                 f"expected {repr(expected)[:80]}",
                 hint=again,
             )
-        found = read_beside(self.out / SIZES).get("digest")
-        if found != self.sizes["digest"]:
+        digest = read_beside(self.out / SIZES).get("digest")
+        if digest != self.sizes["digest"]:
             raise InputError(
-                f"{self.out} holds results of other people, items, or another task: their digest is {found}, "
+                f"{self.out} holds results of other people, items, or another task: their digest is {digest}, "
                 f"expected {self.sizes['digest']}",
                 hint="Give another folder with --out, or --data as before.",
             )

@@ -8,16 +8,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mta.config import MergeSettings, StackSettings
-from mta.data.tasks.task import Task
-from mta.evaluation.methods.merged import MTA_PAPER, adapted, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.merged import MTA_PAPER, MergeMethod, adapted
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge
 
 
-class AveragedThenAdapt(Method):
+class AveragedThenAdapt(MergeMethod):
     """Stage 2 with averaged factors (``merge_factor``), then the stack on top of it."""
 
     paper: ClassVar[str] = MTA_PAPER
@@ -26,9 +24,6 @@ class AveragedThenAdapt(Method):
     name: str = "MTA, averaged"
     merge: MergeSettings = MergeSettings(policy="similarity", k=2)
     stack: StackSettings = StackSettings()
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         anchors = batch.bank.device_anchors

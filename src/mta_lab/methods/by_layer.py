@@ -10,16 +10,14 @@ from typing import ClassVar, Literal
 import torch
 
 from mta.config import MergeSettings
-from mta.data.tasks.task import Task
-from mta.evaluation.methods.merged import answered, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.merged import MergeMethod, answered
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import learn
 from mta.system.device import clock
 from mta_lab.policies import Learned
 
 
-class MergedByLayer(Method):
+class MergedByLayer(MergeMethod):
     """The learned policy with separate coefficients for each of ``groups`` equally deep groups of layers."""
 
     seeded: ClassVar[bool] = True
@@ -28,9 +26,6 @@ class MergedByLayer(Method):
     merge: MergeSettings | None = None
     groups: int = 3
     learned: Learned = Learned()
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         settings, bank = batch.merge_settings(self.merge), batch.bank
@@ -56,6 +51,6 @@ class MergedByLayer(Method):
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:
     """Return the group of each adapted layer: ranges of equal depth, numbered from the input on."""
-    blocks = [int(found[0]) if (found := re.findall(r"\d+", name)) else 0 for name in names]
+    blocks = [int(numbers[0]) if (numbers := re.findall(r"\d+", name)) else 0 for name in names]
     depth = max(blocks) + 1
     return [block * min(groups, depth) // depth for block in blocks]

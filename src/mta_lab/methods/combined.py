@@ -6,19 +6,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import SerializeAsAny, model_validator
 from torch import Tensor
 
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Form, Task
 from mta.errors import InputError
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt
-from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod
+from mta.evaluation.methods.method import Method, OverMethod
 from mta.evaluation.methods.plain import Base, TaskLora
 from mta.evaluation.metrics import Answers, query_nll
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.model.generate import generate
 from mta.system.device import clock
+from mta_lab.methods.named import AnyMethod
 from mta_lab.methods.prompts import profiled
 
 _DESCRIBE = Task(
@@ -38,7 +39,7 @@ class _Prompted(OverMethod):
 
     if TYPE_CHECKING:  # fields of the subclasses: their order is part of the digest
         k: int = 1
-        over: AnyMethod = Base()
+        over: SerializeAsAny[Method] = Base()
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         start = clock(batch.base.device)
@@ -47,9 +48,9 @@ class _Prompted(OverMethod):
         seconds = clock(batch.base.device) - start
         if self.k:  # the shots must be stored for retrieval
             stored += [batch.bank.task.sentence(item) for person in batch.people for item in person.items]
-        found = self.over.outcome(shown, seed)
-        each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(batch.people)
-        return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
+        outcome = self.over.outcome(shown, seed)
+        each = outcome.bytes_per_person + sum(len(text.encode()) for text in stored) / len(batch.people)
+        return replace(outcome, seconds=outcome.seconds + seconds, bytes_per_person=each)
 
     def descriptions(self, batch: TestBatch) -> list[str]:
         """Return a text about each person; empty for none."""
@@ -66,7 +67,7 @@ class Rag(_Prompted):
     method: Literal["rag"] = "rag"
     name: str = "RAG"
     k: int = 1
-    over: AnyMethod = Base()
+    over: SerializeAsAny[Method] = Base()
 
 
 class Pag(_Prompted):
@@ -77,7 +78,7 @@ class Pag(_Prompted):
     name: str = "PAG"
     k: int = 1
     tokens: int = 48
-    over: AnyMethod = Base()
+    over: SerializeAsAny[Method] = Base()
 
     def descriptions(self, batch: TestBatch) -> list[str]:
         base, task = batch.base, batch.bank.task
@@ -140,13 +141,13 @@ class Chosen(Method):
         return picks, sum(outcome.seconds for outcome in outcomes)
 
     def _nll(self, number: int, folds: TestBatch, answers: Answers, row: int) -> Tensor:
-        found = query_nll(folds.task, answers, folds.golds[row])
-        if found is None:
+        nll = query_nll(folds.task, answers, folds.golds[row])
+        if nll is None:
             raise InputError(
                 f"method {self.candidates[number].name!r} gives no probabilities, which {self.name!r} compares",
                 hint="Leave it out of candidates:",
             )
-        return found
+        return nll
 
 
 def folds_of(batch: TestBatch, count: int) -> tuple[TestBatch, list[int]]:

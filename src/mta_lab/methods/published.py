@@ -18,8 +18,8 @@ from mta.config import MergeSettings
 from mta.data.tasks.prompt import Example
 from mta.errors import InputError
 from mta.evaluation.methods.merged import answered
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.personalize.merge import Merge, merge_adapters
@@ -73,8 +73,8 @@ def anchor_inputs(batch: TestBatch) -> dict[str, Tensor]:
         people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in context.anchors]
         jobs = [shots_of(context.base, context.bank.task, person).examples for person in people]
         context.kept["anchor inputs"] = mean_inputs(context.base, jobs, context.bank.task_adapters)
-    found: dict[str, Tensor] = context.kept["anchor inputs"]
-    return found
+    inputs: dict[str, Tensor] = context.kept["anchor inputs"]
+    return inputs
 
 
 @torch.inference_mode()
@@ -144,10 +144,10 @@ class Prime(Method):
             candidates = np.stack([search.ask() for search in searches], axis=1)  # (candidates, U, K)
             losses = []
             for w in torch.from_numpy(candidates[: self.budget - evaluations]).to(begun.w):
-                found = self._losses(batch, Merge(begun.ids, w), settings)
-                better = found < least
-                best[better], least[better] = w[better], found[better]
-                losses.append(found)
+                tried = self._losses(batch, Merge(begun.ids, w), settings)
+                better = tried < least
+                best[better], least[better] = w[better], tried[better]
+                losses.append(tried)
             evaluations += len(losses)
             if len(losses) == len(candidates):  # otherwise the budget is spent
                 for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
@@ -157,13 +157,13 @@ class Prime(Method):
     @staticmethod
     def _losses(batch: TestBatch, merge: Merge, settings: MergeSettings) -> Tensor:
         """Return the loss of each person's shots under their merge, (U,)."""
-        found = list[Tensor]()
+        logliks = list[Tensor]()
         plan = batch.plan(1, settings)
         for cohort in plan.cohorts:
             adapters = [*batch.bank.task_adapters, *merge_adapters(batch.bank, merge.select(cohort))]
             examples = [batch.jobs[u].examples for u in cohort]
-            found += log_likelihood(batch.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
-        return torch.stack([-scores.sum() for scores in found])
+            logliks += log_likelihood(batch.base, examples, adapters, tokens_per_batch=plan.tokens_per_batch)
+        return torch.stack([-scores.sum() for scores in logliks])
 
 
 def _normal_draws(seed: int, person: str) -> Callable[..., npt.NDArray[np.float64]]:

@@ -10,15 +10,14 @@ from pydantic import model_validator
 from mta.bank.anchors import one_per_cluster
 from mta.config import MergeSettings
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.merged import MTA_PAPER, answered, fits
-from mta.evaluation.methods.method import Method, Outcome
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.merged import MTA_PAPER, MergeMethod, answered
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import Merge, coefficients, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_named
 from mta.system.device import clock
 
 
-class MergedAmong(Method):
+class MergedAmong(MergeMethod):
     """Stage 2 alone, as if the bank held only ``anchors`` anchors."""
 
     paper: ClassVar[str] = MTA_PAPER
@@ -37,7 +36,7 @@ class MergedAmong(Method):
         return self
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated) and self.anchors <= anchors
+        return super().fits(task, anchors, calibrated) and self.anchors <= anchors
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         return answered(batch, *_among(batch, self.merge, self.anchors))
@@ -50,8 +49,8 @@ def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge
     reads = needs_evidence(settings)
     evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
     start = clock(batch.base.device)
-    found = coefficients(settings, similarity, evidence)
-    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(batch.base.master_dtype))
+    chosen_merge = coefficients(settings, similarity, evidence)
+    merge = Merge(torch.tensor(chosen)[chosen_merge.ids], chosen_merge.w.to(batch.base.master_dtype))
     share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
     share += batch.encoding_seconds if needs_encodings(settings) else 0.0
     return merge, clock(batch.base.device) - start + share

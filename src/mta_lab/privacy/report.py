@@ -19,34 +19,34 @@ from mta_lab.privacy.sampling import AT_LEAST
 from mta_lab.reports.figures import forest
 
 
-def show(found: Findings, console: Console) -> None:
+def show(findings: Findings, console: Console) -> None:
     """Print the table, the attacked people, and warnings."""
-    console.print(table(found))
-    for sentence in sentences(found):
+    console.print(table(findings))
+    for sentence in sentences(findings):
         console.print(sentence, highlight=False)
 
 
-def table(found: Findings) -> Table:
+def table(findings: Findings) -> Table:
     """Return one row per kind of model, grouped by the attacked items. The TPR is that of ``judged``."""
-    names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
+    names = list(dict.fromkeys(name for row in findings.rows for name in row.attacks))
     built = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     built.add_column("model")
     for name in [f"AUC\n{name}" for name in names] + [f"TPR at\n{FPR:.0%} FPR"]:
         built.add_column(name, justify="right")
     about = ""
-    for row in found.rows:
+    for row in findings.rows:
         if row.about != about:
             about = row.about
             built.add_section()
             built.add_row(f"[bold]{about}[/]")
         aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
-        built.add_row(f"  {row.model}", *aucs, _cell(judged(row, found.meta)[1].tpr))
+        built.add_row(f"  {row.model}", *aucs, _cell(judged(row, findings.meta)[1].tpr))
     return built
 
 
-def sentences(found: Findings) -> list[str]:
+def sentences(findings: Findings) -> list[str]:
     """Return sentences: the attacked people, how to read the numbers, and what an anchor's coefficient reveals."""
-    meta, items = found.meta, found.meta["items"]
+    meta, items = findings.meta, findings.meta["items"]
     others = f"{items['others']} items of {meta['others']} people outside the bank"
     attacked = f"{items['anchors']} items of {meta['anchors']} anchors"
     untrained = "was not trained on any anchor's item"
@@ -67,21 +67,21 @@ def sentences(found: Findings) -> list[str]:
     return lines
 
 
-def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
+def to_json(findings: Findings, command: str | None = None) -> dict[str, Any]:
     """Return all findings as JSON values, with the ``command`` that repeats the attack if given."""
     return {
-        "meta": found.meta | ({} if command is None else {"command": command}),
+        "meta": findings.meta | ({} if command is None else {"command": command}),
         "fpr": FPR,
-        "rows": [asdict(row) for row in found.rows],
+        "rows": [asdict(row) for row in findings.rows],
     }
 
 
-def write(found: Findings, out: Path, command: str = "") -> None:
+def write(findings: Findings, out: Path, command: str = "") -> None:
     """Write ``results.json``, ``privacy.svg``, and ``privacy.png`` to ``out``. ``command`` reproduces them."""
-    write_json(out / "results.json", to_json(found, command=command))
+    write_json(out / "results.json", to_json(findings, command=command))
     rows = []
-    for row in found.rows:
-        name, one = judged(row, found.meta)
+    for row in findings.rows:
+        name, one = judged(row, findings.meta)
         shifted = Interval(one.auc.mean - 0.5, one.auc.low - 0.5, one.auc.high - 0.5)
         rows.append((f"{row.about}: {row.model}, {name}", shifted))
     forest(rows, "AUC - 0.5: 0 is guessing (95% intervals)").save(out / "privacy")

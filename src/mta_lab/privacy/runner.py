@@ -111,9 +111,9 @@ def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
     """Return the merges of the targets: equal weights of the K nearest anchors, and last the run's own merge."""
     uniform = {"policy": "uniform", "scale": 1.0, "options": {}}
     numbers = [*(k for k in KS if k < anchors), anchors]
-    found = {f"uniform, K = {k}": run.merge.model_copy(update=uniform | {"k": k}) for k in numbers}
+    by_name = {f"uniform, K = {k}": run.merge.model_copy(update=uniform | {"k": k}) for k in numbers}
     own = f"{run.merge.policy}, K = {run.merge.k or anchors}"
-    return {name: settings for name, settings in found.items() if name != own} | {own: run.merge}
+    return {name: settings for name, settings in by_name.items() if name != own} | {own: run.merge}
 
 
 def _meta(batch: TestBatch, sample: AttackSample, settings: AttackSettings) -> dict[str, Any]:

@@ -138,8 +138,8 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
             f"{len(anchors)} of the bank's {len(bank)} anchors are among the {people} people given; all are needed",
             hint="Give the people the bank was built from, and others, in one source.",
         )
-    found, built = [len(person.items) for person in anchors], list(bank.info.items)
-    if changed := sum(now != then for now, then in zip(found, built)):
+    given, built = [len(person.items) for person in anchors], list(bank.info.items)
+    if changed := sum(now != then for now, then in zip(given, built)):
         raise InputError(
             f"{changed} of {len(bank)} anchors have other items than when the bank was built; "
             "the items that the bank was trained on are unknown",

@@ -234,10 +234,10 @@ def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
         query = parse_query(task, text_in(row, "input"), output, id)
     except DataError as error:
         raise Bad("input", error.message) from None
-    if found := task.wrong(query):
-        if found[0] == task.form(query).target:
-            raise Bad("output" if place else "gold", found[1], place)
-        raise Bad("input", f"{found[0]} is {found[1]}")
+    if wrong := task.wrong(query):
+        if wrong[0] == task.form(query).target:
+            raise Bad("output" if place else "gold", wrong[1], place)
+        raise Bad("input", f"{wrong[0]} is {wrong[1]}")
     return query
 
 
@@ -290,10 +290,10 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
     which names file, line, and field.
     """
     outputs = path if empty else _outputs_of(path)
-    found = outputs_in(outputs, task, Rejects(hint="Correct the answer."), empty=empty)
+    answers = outputs_in(outputs, task, Rejects(hint="Correct the answer."), empty=empty)
     if task.labels and not empty:
-        found = {id: gold._replace(output=as_label(gold.output, task.labels)) for id, gold in found.items()}
-    for gold in () if empty else found.values():  # a model may answer with anything
+        answers = {id: gold._replace(output=as_label(gold.output, task.labels)) for id, gold in answers.items()}
+    for gold in () if empty else answers.values():  # a model may answer with anything
         if task.labels and gold.output not in task.labels:
             raise data_error(
                 gold.place,
@@ -301,7 +301,7 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
                 f"{gold.output!r} is no label of task {task.name!r}; expected one of {', '.join(task.labels)}",
                 hint="Give the model's answers first, and the true ones with --true; or another --task.",
             )
-    return {id: gold.output for id, gold in found.items()}
+    return {id: gold.output for id, gold in answers.items()}
 
 
 def _outputs_of(path: Path) -> Path:

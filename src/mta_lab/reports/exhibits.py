@@ -11,7 +11,7 @@ from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
-from mta.evaluation.methods import AnyMethod, OneLora
+from mta.evaluation.methods import Method, OneLora
 from mta.evaluation.reports.figures import Measured, Picture, growth, shares
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
@@ -28,18 +28,18 @@ Exhibit = Callable[[Results, str], Drawn | None]
 """Function of the results and the exhibit's name; None if there are not enough results."""
 
 
-def sections(found: Results) -> list[Section]:
+def sections(results: Results) -> list[Section]:
     """Return every exhibit that has been run."""
-    names = [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]
+    names = [name for name in results.recipe.exhibits if name in results.meta["exhibits"]]
     titled = {name: EXHIBITS.get(name, (name, _compared)) for name in names}
-    drawn = [(title, draw(found, name)) for name, (title, draw) in titled.items()]
-    expected = _expected(found)
+    drawn = [(title, draw(results, name)) for name, (title, draw) in titled.items()]
+    expected = _expected(results)
     return [Section(title, *made) for title, made in drawn if made] + ([expected] if drawn and expected else [])
 
 
-def _expected(found: Results) -> Section | None:
+def _expected(results: Results) -> Section | None:
     """Return what the cards of the main banks say of gains, to compare with the gains that were measured."""
-    calibrations = {name: facts["calibration"] for name, facts in found.facts.items() if facts.get("calibration")}
+    calibrations = {name: facts["calibration"] for name, facts in results.facts.items() if facts.get("calibration")}
     texts = list[str]()
     for name, values in calibrations.items():
         known = CalibrationInfo.model_validate(values)  # an earlier one promised a gain without shots, too
@@ -48,12 +48,12 @@ def _expected(found: Results) -> Section | None:
     return Section("What the banks' cards expect", "\n".join(texts), {}) if texts else None
 
 
-def _compared(found: Results, name: str) -> Drawn | None:
+def _compared(results: Results, name: str) -> Drawn | None:
     """Any list of methods: the table, and the difference of each method to the pooled model."""
-    comparison = found.comparison(name)
+    comparison = results.comparison(name)
     if comparison is None or len(comparison.rows) < 2:
         return None
-    text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
+    text = _setting(results, comparison, name) + "\n" + markdown(*rows_of(comparison))
     measure, pictures = comparison.yardstick, dict[str, Picture]()
     if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
@@ -62,9 +62,9 @@ def _compared(found: Results, name: str) -> Drawn | None:
     return text, pictures
 
 
-def _against(found: Results, name: str) -> Drawn | None:
+def _against(results: Results, name: str) -> Drawn | None:
     """The table of any list of methods, and MTA's difference to each of them."""
-    drawn, comparison = _compared(found, name), found.comparison(name)
+    drawn, comparison = _compared(results, name), results.comparison(name)
     if drawn is None or comparison is None or OURS not in comparison.names:
         return drawn
     others = [row for row in comparison.names if row not in (OURS, POOLED)]
@@ -79,12 +79,12 @@ def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval
     return [(name, difference) for name in names if (difference := comparison.difference(name, POOLED, measure))]
 
 
-def _shots(found: Results, name: str) -> Drawn | None:
+def _shots(results: Results, name: str) -> Drawn | None:
     """Score against the number of shots: differences to the pooled model on the same questions."""
-    numbers = [m for part in found.recipe.exhibits[name] for m in part.shots if found.comparison(name, m)]
-    ran = [set(found.seeds(name, m)) for m in numbers]
+    numbers = [m for part in results.recipe.exhibits[name] for m in part.shots if results.comparison(name, m)]
+    ran = [set(results.seeds(name, m)) for m in numbers]
     seeds = set.intersection(*ran) if ran else set()  # numbers of different seeds could not be compared
-    many = {m: c for m in numbers if (c := found.comparison(name, m, seeds))}
+    many = {m: c for m in numbers if (c := results.comparison(name, m, seeds))}
     if not many:
         return None
     first = next(iter(many.values()))
@@ -97,7 +97,9 @@ def _shots(found: Results, name: str) -> Drawn | None:
     heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     same = (
-        f" The questions are always the same last {found.recipe.queries} items." if found.recipe.ask == "last" else ""
+        f" The questions are always the same last {results.recipe.queries} items."
+        if results.recipe.ask == "last"
+        else ""
     )
     only = (
         f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
@@ -108,12 +110,12 @@ def _shots(found: Results, name: str) -> Drawn | None:
     return text + markdown(heads, rows), {name: picture}
 
 
-def _seeds(found: Results, name: str) -> Drawn | None:
+def _seeds(results: Results, name: str) -> Drawn | None:
     """The main methods; then differences per seed: how much depends on the clusters and the training order."""
-    drawn, together, seeds = _against(found, name), found.comparison(name), found.seeds(name)
+    drawn, together, seeds = _against(results, name), results.comparison(name), results.seeds(name)
     if drawn is None or together is None or len(seeds) < 2:
         return drawn
-    columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seeds=[seed]))}
+    columns = {f"seed {seed}": c for seed in seeds if (c := results.comparison(name, seeds=[seed]))}
     columns["all"] = together
     measure, names, text = together.yardstick, together.names, drawn[0]
     for other in [one for one in (POOLED, RIVAL) if one in names]:
@@ -126,8 +128,8 @@ def _seeds(found: Results, name: str) -> Drawn | None:
 def _over(pattern: str, x_label: str) -> Exhibit:
     """An exhibit with methods named by a series and a number: ``by loss, K = 4``."""
 
-    def draw(found: Results, name: str) -> Drawn | None:
-        compared, comparison = _compared(found, name), found.comparison(name)
+    def draw(results: Results, name: str) -> Drawn | None:
+        compared, comparison = _compared(results, name), results.comparison(name)
         if compared is None or comparison is None:
             return None
         measure, series, level = comparison.yardstick, dict[str, dict[float, Interval]](), {POOLED: 0.0}
@@ -144,22 +146,24 @@ def _over(pattern: str, x_label: str) -> Exhibit:
     return draw
 
 
-def _efficiency(found: Results, name: str) -> Drawn | None:
+def _efficiency(results: Results, name: str) -> Drawn | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    bank = found.facts.get(bank_name(MAIN_BANK, found.recipe.seeds[0]))
+    bank = results.facts.get(bank_name(MAIN_BANK, results.recipe.seeds[0]))
     if not bank:
         return None
     seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []
-    for method in [method for part in found.recipe.exhibits[name] for method in part.methods]:
-        records = sorted(found.of(method, found.recipe.seeds[0]), key=lambda r: r.person)
+    for method in [method for part in results.recipe.exhibits[name] for method in part.methods]:
+        records = sorted(results.of(method, results.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
-        kept, pooled = fmean(record.bytes for record in records), found.recipe.run.task_lora
+        kept, pooled = fmean(record.bytes for record in records), results.recipe.run.task_lora
         if isinstance(method, OneLora):  # which needs nothing of the bank but the task LoRA
             start = bank["seconds"].get("task LoRA", 0.0)
             base = kept * pooled.lora.rank / method.lora.rank if pooled.enabled else 0.0
         else:
-            unused = 0.0 if _is_calibrated(method, found.recipe.run.merge) else bank["seconds"].get("calibration", 0.0)
+            unused = (
+                0.0 if _is_calibrated(method, results.recipe.run.merge) else bank["seconds"].get("calibration", 0.0)
+            )
             start, base = sum(bank["seconds"].values()) - unused, float(bank["bytes"])
         sums = list(accumulate((record.seconds for record in records), initial=start))
         each = (sums[-1] - start) / len(records)
@@ -185,14 +189,14 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
     return text + markdown(heads, rows), pictures
 
 
-def _is_calibrated(method: AnyMethod, merge: MergeSettings) -> bool:
+def _is_calibrated(method: Method, merge: MergeSettings) -> bool:
     """Return whether a method reads the bank's calibration; ``merge`` are the recipe's settings."""
     return (getattr(method, "merge", None) or merge).policy in ("auto", "laplace")
 
 
-def _banks(found: Results, name: str) -> Drawn | None:
+def _banks(results: Results, name: str) -> Drawn | None:
     """How useful each bank is to other people, and the error of cheaper merges."""
-    banks = {name: facts for name, facts in found.facts.items() if "others" in facts}
+    banks = {name: facts for name, facts in results.facts.items() if "others" in facts}
     if not banks:
         return None
     rows = []
@@ -210,9 +214,9 @@ def _banks(found: Results, name: str) -> Drawn | None:
     return text + markdown(heads, rows), {}
 
 
-def _case(found: Results, name: str) -> Drawn | None:
+def _case(results: Results, name: str) -> Drawn | None:
     """Figure 5: one person's question from shots to answers."""
-    case = found.case
+    case = results.case
     if not case:
         return None
     anchors = [
@@ -242,12 +246,12 @@ def _case(found: Results, name: str) -> Drawn | None:
     return text, pictures
 
 
-def _setting(found: Results, comparison: Comparison, name: str) -> str:
-    seeds = found.seeds(name)
+def _setting(results: Results, comparison: Comparison, name: str) -> str:
+    seeds = results.seeds(name)
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
     people, independent = comparison.people, comparison.independent
     groups = f" in {independent} groups that share no items" if independent < people else ""
-    shots, queries = found.recipe.shots, comparison.queries_each or found.recipe.queries
+    shots, queries = results.recipe.shots, comparison.queries_each or results.recipe.queries
     asked = {
         "last": f"The questions are each person's last {queries} items, the shots are the {shots} items before them.",
         "next": f"The shots are each person's first {shots} items, the questions are the {queries} items after them.",
@@ -255,8 +259,8 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     over_seeds = ", and Student's t over seeds" if len(seeds) > 1 else ""
     few = f" Fewer than {FEW} independent units: intervals may be too narrow." if independent < FEW else ""
     return (
-        f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
-        f"bootstrap over {'groups' if groups else 'people'}{over_seeds}; differences are paired. "
+        f"{results.name}: {people} people{groups}, {said}. {asked[results.recipe.ask]} Means over people; "
+        f"95% intervals by bootstrap over {'groups' if groups else 'people'}{over_seeds}; differences are paired. "
         f"Worse off: people with an NLL more than {NOTICEABLE:g} above the {POOLED}'s.{few}\n"
     )
 

@@ -48,7 +48,7 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     """
     experiments = [Results.read(folder) for folder in folders if _is_experiment(folder)]
     runs = {folder.resolve(): run_sections(folder) for folder in folders if not _is_experiment(folder)}
-    names = [found.name for found in experiments] + [folder.name for folder in runs]
+    names = [one.name for one in experiments] + [folder.name for folder in runs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(
             f"two folders would have the report {out / min(twice)}", hint="Write their reports to different --out."
@@ -57,13 +57,14 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         raise DataError(
             f"the report of {own[0]} would be written into that folder", hint="Choose another folder with --out."
         )
-    tests = [found for found in experiments if found.meta.get("which", "test") == "test"]
-    claims = primary([found for found in tests if found.meta["exhibits"] != ["efficiency"]])  # which is about costs
+    tests = [one for one in experiments if one.meta.get("which", "test") == "test"]
+    claims = primary([one for one in tests if one.meta["exhibits"] != ["efficiency"]])  # which is about costs
     named = [Section("Primary comparisons, named in advance", claims)] if claims else []
     drawn = []
-    for found in experiments:
+    for experiment in experiments:
         more = named if len(experiments) == 1 else []
-        drawn += [f"{found.name}: {title}" for title in _experiment(found, out / found.name, texts, more)]
+        titles = _experiment(experiment, out / experiment.name, texts, more)
+        drawn += [f"{experiment.name}: {title}" for title in titles]
     if len(experiments) > 1:
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
@@ -94,18 +95,18 @@ def _is_experiment(folder: Path) -> bool:
     return runs[-1]["kind"] == KIND if runs else any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
 
 
-def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Section]) -> list[str]:
+def _experiment(experiment: Results, folder: Path, texts: bool, more: Sequence[Section]) -> list[str]:
     if not texts and (folder / ANSWERS).exists():
         raise DataError(
             f"{folder / ANSWERS} holds people's texts, from an earlier report with --texts",
             hint="Remove that folder, or write to another --out.",
         )
     make_folder(folder)
-    if not texts and found.case:
-        found.case.update(_without_texts(found.case))
-    made = [*sections(found), *more]
-    _copy(found, folder, texts)
-    write_report(folder, found.recipe.about or found.name, _sizes(found), made)
+    if not texts and experiment.case:
+        experiment.case.update(_without_texts(experiment.case))
+    made = [*sections(experiment), *more]
+    _copy(experiment, folder, texts)
+    write_report(folder, experiment.recipe.about or experiment.name, _sizes(experiment), made)
     return [section.title for section in made]
 
 
@@ -140,21 +141,21 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _copy(found: Results, folder: Path, texts: bool) -> None:
-    if folder.resolve() == found.folder.resolve():
+def _copy(experiment: Results, folder: Path, texts: bool) -> None:
+    if folder.resolve() == experiment.folder.resolve():
         return
-    write_without_texts(found.records, folder / f"{SCORES}.gz")
-    runs = [{name: run[name] for name in _SHOWN if name in run} for run in found.meta.get("runs", ())]
-    meta = found.meta | {"runs": runs}
-    for name, value in ((SIZES, found.sizes), (META, meta), (FACTS, found.facts), (CASE, found.case)):
+    write_without_texts(experiment.records, folder / f"{SCORES}.gz")
+    runs = [{name: run[name] for name in _SHOWN if name in run} for run in experiment.meta.get("runs", ())]
+    meta = experiment.meta | {"runs": runs}
+    for name, value in ((SIZES, experiment.sizes), (META, meta), (FACTS, experiment.facts), (CASE, experiment.case)):
         if value:
             write_json(folder / name, value)
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier experiment
-    recipe = found.folder / RECIPE
-    copy_file(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
+    recipe = experiment.folder / RECIPE
+    copy_file(recipe if recipe.exists() else experiment.folder.parent / RECIPE, folder / RECIPE)
     if texts:
-        lamp_answers(found.records, found.task, folder / ANSWERS)
+        lamp_answers(experiment.records, experiment.task, folder / ANSWERS)
 
 
 def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +165,8 @@ def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
     return {"shots": [], "query": "", "answers": answers} | ({} if labelled else {"gold": ""})
 
 
-def _sizes(found: Results) -> str:
-    sizes, meta = found.sizes, found.meta
+def _sizes(experiment: Results) -> str:
+    sizes, meta = experiment.sizes, experiment.meta
     parts = [f"{name} {sizes[name]}" for name in ("task", "candidates", "development", "test") if name in sizes]
     enough = [f"{count} for {m}" for m, count in sizes.get("test people with shots", {}).items()]
     note = f" ({meta['note']})" if meta.get("note") else ""
@@ -223,15 +224,15 @@ def _sittings(folder: Path) -> list[dict[str, Any]]:
 def _methods(path: Path) -> list[Section]:
     """The scores of a comparison, and the differences to the pooled model."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "methods" not in found:
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+        if "methods" not in comparison:
             return []  # of a privacy attack
-        rows = {row["name"]: row for row in found["methods"]}
-        measure = "NLL" if any("NLL" in row["metrics"] for row in rows.values()) else found["primary"]
+        rows = {row["name"]: row for row in comparison["methods"]}
+        measure = "NLL" if any("NLL" in row["metrics"] for row in rows.values()) else comparison["primary"]
         scores = {n: Interval(**row["metrics"][measure]) for n, row in rows.items() if measure in row["metrics"]}
         pooled = {name: row["differences"].get(POOLED, {}).get(measure) for name, row in rows.items()}
         differences = [(name, Interval(**one)) for name, one in pooled.items() if one]
-        people = found["people"]
+        people = comparison["people"]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

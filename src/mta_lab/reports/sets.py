@@ -15,7 +15,7 @@ def overview(many: Sequence[Results]) -> str:
 
     Each set's columns are over the people whom all of its methods have.
     """
-    compared = [(found.name, comparison) for found in many if (comparison := found.comparison("main"))]
+    compared = [(results.name, comparison) for results in many if (comparison := results.comparison("main"))]
     if not compared:
         return ""
     names = list(dict.fromkeys(name for _, c in compared for name in c.names))
@@ -40,20 +40,20 @@ def primary(many: Sequence[Results]) -> str:
     whatever other methods have, in the exhibit with most people, and then most seeds. (People who are trained only to
     measure times have no results of the task LoRA.)
     """
-    named = [(found, other) for found in many for other in found.recipe.primary]
-    tests = [_widest(found, other) for found, other in named]
+    named = [(results, other) for results in many for other in results.recipe.primary]
+    tests = [_widest(results, other) for results, other in named]
     run = [test for test, *_ in filter(None, tests)]
     if not run:
         return ""
-    rows, results = [], iter(corrected(run, len(named)))
-    for (found, other), test in zip(named, tests):
+    rows, tested = [], iter(corrected(run, len(named)))
+    for (results, other), test in zip(named, tests):
         cells = ["", "", "", "not run", ""]
         if test:
             resampled, people, seeds = test
-            interval, p = next(results)
+            interval, p = next(tested)
             counts = str(people), str(resampled.count), str(seeds)
             cells = [*counts, f"{interval.mean:+.3f} {brackets(interval)}", f"{p:.4f}"]
-        rows.append([found.name, other, *cells])
+        rows.append([results.name, other, *cells])
     said = (
         f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
         "Measured by NLL where there is one."
@@ -62,12 +62,12 @@ def primary(many: Sequence[Results]) -> str:
     return f"{said}\n\n{markdown(heads, rows)}"
 
 
-def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
+def _widest(results: Results, other: str) -> tuple[Resampled, int, int] | None:
     """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
     tried: list[tuple[Resampled, int, int]] = []
     for exhibit in ("seeds", "main"):
         rows = (OURS, other, POOLED)
-        comparison = found.comparison(exhibit, among=rows)
+        comparison = results.comparison(exhibit, among=rows)
         if comparison and (test := comparison.resampled(OURS, other, comparison.yardstick)):
-            tried.append((test, comparison.people, len(found.seeds(exhibit, among=rows))))
+            tried.append((test, comparison.people, len(results.seeds(exhibit, among=rows))))
     return max(tried, key=lambda one: one[1:], default=None)

@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import SerializeAsAny
 
 from mta.data.history import Person
 from mta.data.tasks.task import PROFILE, Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
-from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.methods.method import Method, OverMethod
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import Merge
 
 
-@register
 class PopulationMerge(Method):
     """One merge for everybody: the population's best, from the bank's calibration. Nothing is stored per person."""
 
@@ -37,7 +37,6 @@ class PopulationMerge(Method):
         return replace(answered(batch, merge, seconds=0.0), bytes_per_person=0.0)
 
 
-@register
 class OtherPerson(OverMethod):
     """Another person's model: ``over`` learns from the shots of another tested person, always the same one.
 
@@ -46,7 +45,7 @@ class OtherPerson(OverMethod):
 
     method: Literal["other-person"] = "other-person"
     name: str = "MTA, other person's shots"
-    over: AnyMethod = MergeThenAdapt()
+    over: SerializeAsAny[Method] = MergeThenAdapt()
     uses_other_people: ClassVar[bool] = True
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
@@ -65,7 +64,7 @@ def givers_of(people: Sequence[Person], among: Sequence[Person]) -> list[Person]
     """
     order = sorted(among, key=lambda person: hashlib.sha256(person.id.encode()).digest())
     places = {person.id: place for place, person in enumerate(order)}
-    found = []
+    givers = []
     for person in people:
         following = order[places[person.id] + 1 :] + order[: places[person.id]]
         others = (other for other in following if not person.group or other.group != person.group)
@@ -74,5 +73,5 @@ def givers_of(people: Sequence[Person], among: Sequence[Person]) -> list[Person]
                 f"of {len(among)} people one is alone or shares items with all: no other person to take shots from",
                 hint="Test more people.",
             )
-        found.append(giver)
-    return found
+        givers.append(giver)
+    return givers

@@ -6,15 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.method import Method, Outcome, answer, register
+from mta.evaluation.methods.method import Method, answer
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, can_merge, merge_adapters
 from mta.personalize.policies import policy_of
@@ -25,7 +25,16 @@ from mta.training.plan import parameters_of
 MTA_PAPER = "https://arxiv.org/abs/2511.20072"
 
 
-@register
+class MergeMethod(Method):
+    """A method with its own ``merge``, or that of the run; it fits the tasks and banks that its merge fits."""
+
+    if TYPE_CHECKING:  # a field of the subclasses: their order is part of the digest
+        merge: MergeSettings | None
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return self.merge is None or can_merge(self.merge, anchors, task.labelled, calibrated)
+
+
 class OneLora(Method):
     """One LoRA per person, trained on the shots over the task LoRA: OPPU at rank 8, "adapt only" at the stack's rank.
 
@@ -44,17 +53,13 @@ class OneLora(Method):
         return adapted(batch, self.name, self.lora, self.training or batch.run.stack.training, seed)
 
 
-@register
-class Merged(Method):
+class Merged(MergeMethod):
     """Stage 2 alone: a merge of the bank. Only anchor numbers and coefficients are stored."""
 
     paper: ClassVar[str] = MTA_PAPER
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     @property
     def seeded(self) -> bool:
@@ -64,8 +69,7 @@ class Merged(Method):
         return answered(batch, *batch.merge(batch.merge_settings(self.merge), seed))
 
 
-@register
-class MergeThenAdapt(Method):
+class MergeThenAdapt(MergeMethod):
     """MTA: stage 2, then the stack on top of it."""
 
     paper: ClassVar[str] = MTA_PAPER
@@ -74,9 +78,6 @@ class MergeThenAdapt(Method):
     name: str = "MTA"
     merge: MergeSettings | None = None
     stack: StackSettings | None = None
-
-    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
-        return fits(self.merge, task, anchors, calibrated)
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         settings = batch.merge_settings(self.merge)
@@ -114,9 +115,9 @@ def adapted(
             own = merge.select(cohort)
             frozen += as_adapters(own) if as_adapters else merge_adapters(batch.bank, own)
         jobs = [batch.jobs[i] for i in cohort]
-        found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
+        stacks = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += clock(batch.base.device) - start
-        answers += answer(batch, cohort, [*frozen, PerPerson(found)])
+        answers += answer(batch, cohort, [*frozen, PerPerson(stacks)])
     return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
@@ -147,8 +148,3 @@ def bytes_of(merge: Merge) -> float:
         return len(json.dumps([ids.tolist(), w.tolist(), *gradients]))
 
     return fmean(map(one, range(len(merge.ids))))
-
-
-def fits(settings: MergeSettings | None, task: Task, anchors: int, calibrated: bool) -> bool:
-    """Return whether the settings of a merge, if any, work for a task and a bank."""
-    return settings is None or can_merge(settings, anchors, task.labelled, calibrated)

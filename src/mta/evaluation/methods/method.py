@@ -1,38 +1,25 @@
-"""The base class of methods, their registry, and how every method that uses a model asks it the queries."""
+"""The base class of methods, and how every method that uses a model asks it the queries."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny
 
-from mta.config import parse_size, plugins
+from mta.config import parse_size
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
-from mta.errors import ConfigError, Diverged
+from mta.errors import Diverged
 from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, TestBatch
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
 from mta.system.atomic import json_sha256
 from mta.training.scoring import label_scores, log_likelihood
-
-__all__ = [
-    "METHODS",
-    "AnyMethod",
-    "Method",
-    "Outcome",
-    "OverMethod",
-    "answer",
-    "method_class",
-    "method_names",
-    "parse_method",
-    "register",
-]
 
 
 class Method(Settings, ABC):
@@ -85,8 +72,10 @@ class Method(Settings, ABC):
         scores = [measure(batch.task, answers, golds, batch.write_texts) for answers, golds in pairs]
         for score in scores:
             if not all(map(math.isfinite, score.metrics.values())):
-                found = f"a person's score is not finite: {dict(score.metrics)}"
-                raise Diverged(f"{self.name}, seed {seed}: {found}", hint="Lower its rate (lr).")
+                raise Diverged(
+                    f"{self.name}, seed {seed}: a person's score is not finite: {dict(score.metrics)}",
+                    hint="Lower its rate (lr).",
+                )
         return outcome, scores
 
     @abstractmethod
@@ -101,47 +90,11 @@ def _unnamed(settings: Any) -> Any:
     return [_unnamed(value) for value in settings] if isinstance(settings, list) else settings
 
 
-METHODS: dict[str, type[Method]] = {}
-GROUP = "mta.methods"  # of the entry points by which methods of other packages are found
-M = TypeVar("M", bound=Method)
-
-
-def register(kind: type[M]) -> type[M]:
-    """Class decorator: make the method available in recipes, under the default of its field ``method``."""
-    METHODS[kind.model_fields["method"].default] = kind
-    return kind
-
-
-def parse_method(value: Any) -> Method:
-    """Return the method of a recipe entry: a name, or a mapping with ``method`` and settings. Raises ConfigError."""
-    if isinstance(value, Method):
-        return value
-    values = {"method": value} if isinstance(value, str) else value
-    name = values.get("method") if isinstance(values, Mapping) else None
-    kind = method_class(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ConfigError(f"no such method: {value!r}", hint=f"Use one of: {', '.join(method_names())}.")
-    return kind.model_validate(values)
-
-
-def method_class(name: str) -> type[Method] | None:
-    """Return the class of methods with this name; None without one."""
-    return METHODS.get(name) or plugins.load(GROUP, name)
-
-
-def method_names() -> list[str]:
-    """Return the names of all methods, those of other packages included."""
-    return sorted({*METHODS, *plugins.names(GROUP)})
-
-
-AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
-
-
 class OverMethod(Method):
     """A method that changes what another one, ``over``, gets to see."""
 
     if TYPE_CHECKING:  # a field of the subclasses: their order is part of the digest
-        over: AnyMethod
+        over: SerializeAsAny[Method]
 
     @property
     def seeded(self) -> bool:
@@ -171,8 +124,8 @@ def answer(batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters]
         return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters, memory=memory)]
     jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
     tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
-    found = log_likelihood(base, jobs, adapters, memory=memory)
-    nll = [-scores.double() / own for scores, own in zip(found, tokens)]
+    logliks = log_likelihood(base, jobs, adapters, memory=memory)
+    nll = [-scores.double() / own for scores, own in zip(logliks, tokens)]
     if not batch.write_texts:
         return [Answers([""] * len(items), nll=own) for items, own in zip(queries, nll)]
     longest = base.prompts.answer_tokens(task)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.method import Method, Outcome, answer, register
+from mta.evaluation.methods.method import Method, answer
 from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import TestBatch
+from mta.evaluation.protocol import Outcome, TestBatch
 
 
 class _Constant(Method):
@@ -27,7 +27,6 @@ class _Constant(Method):
         return task.labelled
 
 
-@register
 class GlobalConstant(_Constant):
     """The shares of the labels among the task people; the answer is their median rating or most frequent label.
 
@@ -43,7 +42,6 @@ class GlobalConstant(_Constant):
         return Outcome([answers(len(items)) for items in batch.queries], 0.0, 0.0)
 
 
-@register
 class OwnConstant(_Constant):
     """The shares of the labels among a person's shots, pulled to those of everybody; the answer is that of the shots.
 
@@ -64,7 +62,6 @@ class OwnConstant(_Constant):
         return Outcome(answers, 0.0, float(len(everybody)))
 
 
-@register
 class Base(Method):
     """The base model without adapters."""
 
@@ -76,7 +73,6 @@ class Base(Method):
         return Outcome(answer(batch, range(len(batch.people)), []), 0.0, 0.0)
 
 
-@register
 class TaskLora(Method):
     """The pooled model: the strongest method that does not personalize."""
 
@@ -90,8 +86,8 @@ class TaskLora(Method):
 
 def _counts(task: Task, people: Sequence[Person]) -> Tensor:
     """Return how often each label occurs in the items of people, (labels,)."""
-    found = Counter(task.target(item) for person in people for item in person.items)
-    return torch.tensor([found[label] for label in task.labels or ()], dtype=torch.float64)
+    counts = Counter(task.target(item) for person in people for item in person.items)
+    return torch.tensor([counts[label] for label in task.labels or ()], dtype=torch.float64)
 
 
 def _shares(counts: Tensor) -> Tensor:

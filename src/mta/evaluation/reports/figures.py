@@ -156,9 +156,9 @@ def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str
     def draw(ax: Any) -> None:
         labels = list(next(iter(groups.values())))
         width = 0.8 / len(groups)
-        for n, (name, found) in enumerate(groups.items()):
+        for n, (name, share) in enumerate(groups.items()):
             x = [place + (n - (len(groups) - 1) / 2) * width for place in range(len(labels))]
-            ax.bar(x, [found[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
+            ax.bar(x, [share[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
         ax.set_xticks(range(len(labels)), [f"{one} (true)" if one == gold else one for one in labels])
         ax.set(xlabel=x_label, ylabel=y_label)
         ax.legend(**LEGEND)
@@ -193,19 +193,15 @@ def coefficient_bars(
     return [Picture(alt, partial(draw, person=p), (4.4, 0.28 * rows + 0.45)) for p, alt in enumerate(alts)]
 
 
-def _top(merge: Merge, person: int, most: int) -> list[tuple[int, float]]:
-    w = merge.w[person].double()
-    strongest = w.abs().argsort(descending=True, stable=True)[:most].tolist()
-    return [(int(merge.ids[person, k]), float(w[k])) for k in strongest if abs(w[k]) >= 0.005]
-
-
 def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tuple[str, float, bool]]:
     """Label, coefficient, and whether the coefficient is an anchor's."""
-    top = _top(merge, person, most)
-    named = [(f"anchor {n}" + (f" ({items[n]} items)" if items else ""), w, True) for n, w in top]
-    total = float(merge.w[person].double().sum())
-    if merge.w.shape[1] > len(top) and abs(rest := total - sum(w for _, w in top)) >= 0.005:
-        named.append((f"{merge.w.shape[1] - len(top)} other anchors", rest, True))
+    w = merge.w[person].double()
+    strongest = w.abs().argsort(descending=True, stable=True)[:most].tolist()
+    top = [(int(merge.ids[person, k]), float(w[k])) for k in strongest if abs(w[k]) >= 0.005]
+    named = [(f"anchor {n}" + (f" ({items[n]} items)" if items else ""), share, True) for n, share in top]
+    total = float(w.sum())
+    if len(w) > len(top) and abs(rest := total - sum(share for _, share in top)) >= 0.005:
+        named.append((f"{len(w) - len(top)} other anchors", rest, True))
     # Coefficients with a sum below 1 come from a policy with a null anchor: the rest goes to the pooled model.
     return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
 

@@ -19,7 +19,7 @@ MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the
 
 def verdict(comparison: Comparison) -> list[str]:
     """Return what the comparison shows about MTA, in sentences that need no knowledge of the method."""
-    names, metrics = comparison.names, _metrics(comparison)
+    names, metrics = comparison.names, metrics_of(comparison)
     if OURS not in names:
         return [f"{OURS} is not among the methods compared."]
     said: list[str] = []
@@ -30,11 +30,7 @@ def verdict(comparison: Comparison) -> list[str]:
     ):
         for metric in metrics:
             if difference := comparison.difference(OURS, other, metric):
-                judgement = judge(metric, difference, comparison.independent)
-                if judgement == "unclear" and metric == "NLL" and _is_small(difference, comparison.independent):
-                    said.append(_equal(called, difference))
-                else:
-                    said.append(_compared(judgement, called, metric, difference))
+                said.append(_compared(called, metric, difference, comparison.independent))
     if shares := comparison.worse_off(OURS, POOLED):
         said.append(_harm(comparison.people, *shares))
     if RIVAL in names:
@@ -51,11 +47,11 @@ def headline(comparison: Comparison) -> str:
     """Return one sentence about MTA and the task LoRA."""
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
     said: dict[str, list[str]] = {}
-    for metric in _metrics(comparison):
+    for metric in metrics_of(comparison):
         if difference := comparison.difference(OURS, POOLED, metric):
             said.setdefault(words[judge(metric, difference, comparison.independent)], []).append(metric)
-    found = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
-    return f"{OURS} against the {POOLED}: {found}" if found else "Methods compared"
+    judgements = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
+    return f"{OURS} against the {POOLED}: {judgements}" if judgements else "Methods compared"
 
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
@@ -79,14 +75,19 @@ def better_side(metric: str) -> str:
     return "lower" if metric in BETTER_LOW else "higher"
 
 
-def _metrics(comparison: Comparison) -> list[str]:
+def metrics_of(comparison: Comparison) -> list[str]:
+    """Return the primary metric, and the one that differences are judged by if it is another."""
     return list(dict.fromkeys((comparison.primary, comparison.yardstick)))
 
 
-def _compared(judgement: Judgement, called: str, metric: str, difference: Interval) -> str:
+def _compared(called: str, metric: str, difference: Interval, units: int) -> str:
+    judgement = judge(metric, difference, units)
     gain, low, high = difference.mean, difference.low, difference.high
     if metric in BETTER_LOW:
         gain, low, high = -gain, -high, -low
+    if judgement == "unclear" and metric == "NLL" and units > 1 and max(high, -low) < NOTICEABLE:
+        interval = f"95% interval from {_said(high)} to {_said(low)}"
+        return f"NLL: {OURS} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
     if judgement == "unclear":
         mean, start, end = map(_said, (gain, low, high))
         said = f"no clear difference between {OURS} and {called}"
@@ -98,16 +99,6 @@ def _compared(judgement: Judgement, called: str, metric: str, difference: Interv
 
 def _said(gain: float) -> str:
     return f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'}" if gain else "equal"
-
-
-def _is_small(difference: Interval, units: int) -> bool:
-    """Return whether a difference in NLL is surely smaller than what counts as worse off."""
-    return units > 1 and max(-difference.low, difference.high) < NOTICEABLE
-
-
-def _equal(called: str, difference: Interval) -> str:
-    interval = f"95% interval from {_said(-difference.low)} to {_said(-difference.high)}"
-    return f"NLL: {OURS} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
 
 
 def _harm(people: int, share: float, clearly: float | None) -> str:

@@ -11,7 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.metrics import KINDS
-from mta.evaluation.reports.summary import MEANING, OURS, POOLED, RIVAL, better_side, judge, title_of, verdict
+from mta.evaluation.reports.summary import (
+    MEANING,
+    OURS,
+    POOLED,
+    RIVAL,
+    better_side,
+    judge,
+    metrics_of,
+    title_of,
+    verdict,
+)
 from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
@@ -28,13 +38,12 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
-    names, people = comparison.names, comparison.people
-    first, measure = comparison.primary, comparison.yardstick
+    names, people, measure = comparison.names, comparison.people, comparison.yardstick
     columns = {"method": names}
     for metric in dict.fromkeys((*KINDS[comparison.task.metric].columns, measure)):
         shown = str if metric.startswith("ROUGE") else lambda score: f"{score.mean:.3f}"
         columns[metric] = [shown(score) if (score := comparison.score(name, metric)) else "" for name in names]
-    for metric in dict.fromkeys((measure, first)):
+    for metric in dict.fromkeys((measure, comparison.primary)):
         for other in (POOLED, RIVAL):
             columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
     shares = [comparison.worse_off(name, POOLED) for name in names]
@@ -77,8 +86,9 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
 
 def show_scores(comparison: Comparison, console: Console) -> None:
     """Print one line per method, and how to read it."""
-    metrics = dict.fromkeys((comparison.primary, comparison.yardstick))
-    means = [f"{m}: {MEANING[m] + ', ' if m in MEANING else ''}{better_side(m)} is better." for m in metrics]
+    means = [
+        f"{m}: {MEANING[m] + ', ' if m in MEANING else ''}{better_side(m)} is better." for m in metrics_of(comparison)
+    ]
     console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(table(comparison))
     console.print(
@@ -92,8 +102,7 @@ def show_scores(comparison: Comparison, console: Console) -> None:
 def table(comparison: Comparison) -> Table:
     """Return one row per method: scores, the change from the pooled model, people worse off, time, and bytes."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    measure, people = comparison.yardstick, comparison.people
-    metrics = list(dict.fromkeys((comparison.primary, measure)))
+    people, metrics = comparison.people, metrics_of(comparison)
     for title in ("method", *metrics, "change", "harmed", "time", "kept"):
         made.add_column(title, justify="left" if title == "method" else "right")
     for row in comparison.rows:
