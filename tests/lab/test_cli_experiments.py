@@ -1,6 +1,7 @@
 """``mta-lab evaluate`` on a recipe, and ``mta-lab report``: on a small world."""
 
 import json
+from pathlib import Path
 
 import pytest
 from world import closed, mta, run
@@ -8,7 +9,9 @@ from world import world as world  # the fixture
 
 pytestmark = pytest.mark.integration
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
+FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,18 @@ def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
     said = run(*command[:-1], "tune")
     assert said.code == 1
     assert "--on development" in said.err
+
+
+@pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
+def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
+    """Real data through the whole pipeline, on a tiny base. Checks that it runs, not the scores."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no {name}: real data are beside the repository, not in it")
+    recipe, out = name.split("_")[0], tmp_path / "runs"
+    small = ["run.task_lora.items=8", "run.bank.max_items=4", "queries=2", "run.max_tokens=300"]
+    words = [f"run.base={world.base}", *TINY, *FEW, *small]
+    mta("evaluate", recipe, *words, "--data", SHARED / name, "--out", out, "--exhibit", "ablation")
+    mta("report", out, "--out", tmp_path / "report", "--texts")
+    folder = tmp_path / "report" / name
+    assert "| MTA |" in (folder / "README.md").read_text()
+    assert list((folder / "answers").glob("mta-main-8-0.json"))

@@ -32,7 +32,7 @@ from mta.config import CalibrationSettings
 from mta.config.constants import NOTICEABLE, SHOTS
 from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
-from mta.system.quantiles import student_t
+from mta.system.units import student_t
 from mta.training.gates import GateGradients
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step

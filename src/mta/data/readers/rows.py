@@ -20,7 +20,6 @@ from mta.data.tasks.task import Task, as_text, is_number, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
-DATES_FROM = 1e8  # seconds since 1970: smaller numbers count something else, such as a person's items
 OTHER_LABELS = f"{HINT}\n  Other labels need a task of your own:  --task mine.yaml  (docs/how-to/add-a-task.md)"
 NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 
