@@ -12,7 +12,7 @@ SHOTS, QUERIES, PEOPLE = 4, 2, 3
 POSTERIOR = MergeSettings(policy="posterior", k=0)
 
 
-def panel_of(tiny, shots=SHOTS, **changes):
+def batch_of(tiny, shots=SHOTS, **changes):
     base, bank = tiny
     anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.parts_of(p.id)]
     anchors.sort(key=lambda person: person.id)
@@ -22,7 +22,7 @@ def panel_of(tiny, shots=SHOTS, **changes):
 
 @pytest.fixture
 def batch(tiny):
-    return panel_of(tiny)
+    return batch_of(tiny)
 
 
 def same(one, other, tolerance=0.0):

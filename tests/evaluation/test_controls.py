@@ -25,13 +25,13 @@ from mta_lab.methods.prompts import profiled
 PEOPLE = people_of(4, prefix="x", seed=7)
 
 
-def panel_of(base, bank) -> TestBatch:
+def batch_of(base, bank) -> TestBatch:
     return TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), PEOPLE, shots=4, queries=2)
 
 
 @pytest.fixture
 def batch(tiny):
-    return panel_of(*tiny)
+    return batch_of(*tiny)
 
 
 @given(groups=st.lists(st.sampled_from(["", "a", "b"]), min_size=1, max_size=8), order=st.randoms())
@@ -64,7 +64,7 @@ def test_other_persons_shots_give_other_persons_models(batch, over):
         torch.testing.assert_close(found.answers[u].scores, expected.answers[giver].scores, rtol=0, atol=1e-10)
 
 
-def test_a_panel_of_some_people_takes_others_from_all_tested_people(tiny):
+def test_a_batch_of_some_people_takes_others_from_all_tested_people(tiny):
     context = Context(*tiny, HashEncoder(), TINY_RUN)
     every = TestBatch.of(context, PEOPLE, shots=4, queries=2)
     some = TestBatch.of(context, PEOPLE[1:3], shots=4, queries=2, tested=PEOPLE)
@@ -78,7 +78,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     base, bank = tiny
     mu = torch.linspace(-0.5, 0.7, len(bank), dtype=torch.float64)
     known = Calibration(mu, torch.eye(len(bank), dtype=torch.float64), CalibrationInfo(ridge=0.3, prior=1.0))
-    batch = panel_of(base, replace(bank, calibration=known))
+    batch = batch_of(base, replace(bank, calibration=known))
     found = PopulationMerge().run(batch, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
     dense = merge_loras(bank.device_anchors, merge)
@@ -91,7 +91,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
 def test_without_a_calibration_there_is_no_population_merge(tiny):
     base, bank = tiny
     with pytest.raises(ConfigError, match="the bank has no calibration"):
-        PopulationMerge().run(panel_of(base, replace(bank, calibration=None)), seed=0)
+        PopulationMerge().run(batch_of(base, replace(bank, calibration=None)), seed=0)
 
 
 def test_the_control_of_a_method_that_does_not_personalize_is_the_method(batch):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import POSTERIOR, QUERIES, SHOTS, panel_of, same
+from batches import POSTERIOR, QUERIES, SHOTS, batch_of, same
 from batches import batch as batch  # the fixture
 from conftest import HashEncoder, memory_for, people_of
 
@@ -71,6 +71,6 @@ def test_prime_evaluates_each_person_as_often_as_its_budget_says(tiny, monkeypat
         return losses(*words)
 
     monkeypatch.setattr(Prime, "_losses", staticmethod(counted))
-    found = Prime(k=2, budget=budget).run(panel_of(tiny), 0)
+    found = Prime(k=2, budget=budget).run(batch_of(tiny), 0)
     assert len(calls) == budget
     assert torch.isfinite(found.merge.w).all()

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from batches import PEOPLE, POSTERIOR, panel_of, same
+from batches import PEOPLE, POSTERIOR, batch_of, same
 from batches import batch as batch  # the fixture
 from conftest import people_of
 
@@ -14,14 +14,7 @@ from mta.data.history import Item, Person
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation.methods import (
-    Base,
-    GlobalConstant,
-    Merged,
-    MergeThenAdapt,
-    OwnConstant,
-    TaskLora,
-)
+from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, OwnConstant, TaskLora
 from mta.evaluation.methods.plain import best_pull
 from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch
@@ -49,12 +42,9 @@ def test_parse_method_reads_a_name_or_settings():
 
 
 def test_methods_from_papers_cite_them():
-    published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"} | {
-        "merge-among",
-        "mta-averaged",
-    }
+    cited = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora", "merge-among", "mta-averaged"}
     kinds = {name: method_class(name) for name in method_names()}
-    assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == published
+    assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == cited
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------------
@@ -98,8 +88,8 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(batch):
     torch.testing.assert_close(found.pooled_loglik, anew.pooled_loglik)
     assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, options={"strength": 1.0})
-    anew_panel = TestBatch(batch.context, folds.people, folds.queries, batch.task)
-    torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
+    anew = TestBatch(batch.context, folds.people, folds.queries, batch.task)
+    torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew.merge(settings, 0)[0].w)
 
 
 def test_folds_hold_out_every_shot_once_and_never_train_on_it(batch):
@@ -113,10 +103,10 @@ def test_folds_hold_out_every_shot_once_and_never_train_on_it(batch):
 
 
 def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
-    first = panel_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
+    first = batch_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
     found, seconds = first.evidence, first.evidence_seconds
     monkeypatch.setattr("mta.evaluation.context.gather_evidence", None)
-    again = panel_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
+    again = batch_of(tiny, evidence_of=partial(kept_evidence, tmp_path))
     assert torch.equal(again.evidence.loglik, found.loglik)
     assert torch.equal(again.evidence.labels.scores, found.labels.scores)
     assert again.evidence_seconds == seconds
@@ -300,7 +290,7 @@ def test_an_anchor_is_its_own_nearest_gate(batch):
 
 def test_per_pcs_needs_the_anchors_histories(tiny):
     with pytest.raises(InputError, match="needs the anchors' histories"):
-        PerPcs().run(panel_of(tiny, anchors=()), 0)
+        PerPcs().run(batch_of(tiny, anchors=()), 0)
 
 
 def test_mean_inputs_do_not_depend_on_padding_or_batch(batch):
@@ -335,9 +325,9 @@ def test_shares_of_labels_are_those_of_the_shots_pulled_to_everybodys(batch):
 def test_constants_come_from_the_task_people_and_not_from_the_tested(tiny):
     """Only as many items of a task person are looked at for the pull as the tested people have shots."""
     task_people = [ratings_of(*"2222213454"), ratings_of(*"3333312455")]
-    context = replace(panel_of(tiny).context, task_people=task_people)
+    context = replace(batch_of(tiny).context, task_people=task_people)
     known = TestBatch(
-        context, [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2, panel_of(tiny).task
+        context, [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2, batch_of(tiny).task
     )
     everybody = torch.tensor([3, 7, 7, 4, 4]).double() / 25
     constant, own = (method.run(known, 0).answers[0].scores.exp()[0] for method in (GlobalConstant(), OwnConstant()))
@@ -356,7 +346,7 @@ def test_shares_are_pulled_as_far_as_people_are_alike():
 
 
 def test_with_one_shot_chosen_keeps_the_default(tiny):
-    batch = panel_of(tiny, shots=1)
+    batch = batch_of(tiny, shots=1)
     assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(batch, 0).chosen) == {"task LoRA"}
 
 
