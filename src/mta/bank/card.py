@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.info import CalibrationInfo, Gain
 from mta.bank.calibration.laplace import BOUNDLESS
 from mta.bank.format import BankInfo, with_hash, write_info
 from mta.config.constants import NOTICEABLE
@@ -16,6 +17,8 @@ from mta.lora.peft import CARD, MARK
 from mta.system.assets import ASSETS
 from mta.system.atomic import write_text
 from mta.system.hub import public_name
+
+_WIDTH = 30  # of a drawn interval, in characters
 
 
 def card(info: BankInfo, place: str = "path/to/this/folder", license: str = "") -> str:
@@ -151,11 +154,25 @@ def gains_table(info: CalibrationInfo) -> str:
     measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
-        f"{gain.people} |\n"
+        f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
-    head = f"| shots | | gain | worse by {NOTICEABLE:g} | people |\n|---|---|---|---|---|\n"
+    head = f"| shots | | gain | worse by {NOTICEABLE:g} | people | |\n|---|---|---|---|---|---|\n"
     return f"\n\n{head}{rows}" if rows else ""
+
+
+def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
+    """Draw a gain on the axis of all ``gains``: ● the mean, ━ its interval, ┊ no gain, · the rest."""
+    low, high = min(0.0, *(one.low for one in gains)), max(0.0, *(one.high for one in gains))
+
+    def place(value: float) -> int:
+        return round((value - low) / ((high - low) or 1.0) * (_WIDTH - 1))
+
+    cells = ["·"] * _WIDTH
+    cells[place(gain.low) : place(gain.high) + 1] = "━" * (place(gain.high) - place(gain.low) + 1)
+    cells[place(0.0)] = "┊"
+    cells[place(gain.mean)] = "●"
+    return "".join(cells)
 
 
 def in_words(info: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
