@@ -51,7 +51,7 @@ def compare(
     queries items, are left out. key=value sets the comparison (shots=4 queries=10) and overrides merge.…, stack.…,
     memory and dtype of the bank.
 
-    Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
+    Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=posterior
     """
     require("eval")  # before a model is loaded
     command, given = options.command_line(), (source, words, bank, out, config, seed, device, columns, skip_bad, track)

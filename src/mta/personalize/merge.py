@@ -173,9 +173,8 @@ def fit_merge(
 
     ``similarity`` (U, N) is the cosine of person and anchor, required if ``needs_encodings``.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
-    only. The laplace, posterior, and loss policies then return the result of all items; ridge and learned start
-    from the earlier coefficients and are pulled to them; policies that read only encodings are given all items' and
-    keep of ``earlier`` the anchors that were retrieved by losses.
+    only: laplace and posterior then return the result of all items, a policy that learns starts from the earlier
+    coefficients, and one that reads only encodings is given those of all items.
     ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.
     """
