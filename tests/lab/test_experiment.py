@@ -110,9 +110,9 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     main, seen = workspace.bank(MAIN, 0), {}
     build = workspace_module.build_bank
 
-    def watched(base, task, encoder, people, candidates, run, out, **how):
-        seen[out.name] = people, how["held_out"]
-        return build(base, task, encoder, people, candidates, run, out, **how)
+    def watched(given):
+        seen[given.out.name] = given.task_people, given.held_out
+        return build(given)
 
     pools = []
     monkeypatch.setattr(workspace_module, "build_bank", watched)
