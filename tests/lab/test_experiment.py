@@ -218,7 +218,7 @@ def test_a_bank_that_comes_before_the_main_one_has_its_task_lora_too(world, cach
 
 def test_workers_of_a_cluster_have_the_people_that_were_read(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path / "run", read=lambda path, task: read_people(path, task)[:28])
-    there = workspace.opener()()
+    there = workspace.opener()
     assert (there.people, there.splits, there.sizes) == (workspace.people, workspace.splits, workspace.sizes)
     assert len(there.people) == 28
 
