@@ -67,7 +67,8 @@ def test_the_wheel_holds_recipes_tasks_report_and_type_marker(wheel):
     assert {"mta/py.typed", "mta/recipes/movielens.yaml", "mta/evaluation/reports/report.html.jinja"} <= names
     assert "mta/data/tasks/builtin/lamp3.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not [name for name in names if not name.startswith(("mta/", "merge_then_adapt-"))]
+    assert "mta_lab/recipes/_paper.yaml" in names
+    assert not [name for name in names if not name.startswith(("mta/", "mta_lab/", "merge_then_adapt-"))]
 
 
 def test_the_sdist_holds_everything_needed_to_build(unpacked):
