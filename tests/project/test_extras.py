@@ -12,7 +12,6 @@ import pytest
 from mta.cli.compare import compare
 from mta.cli.machine import demo
 from mta.cli.serve import serve
-from mta.data.bm25 import retrieve
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.distributed.ray import Cluster
@@ -22,6 +21,7 @@ from mta.evaluation.reports import figures
 from mta.system.assets import fetch
 from mta.system.extras import EXTRAS, install
 from mta.tracking.trackers import SINKS, tracker
+from mta_lab.bm25 import retrieve
 from mta_lab.cli import attack, evaluate, report, score
 from mta_lab.methods.published import Prime
 
@@ -58,13 +58,13 @@ def test_without_extras_a_bank_is_built_and_people_are_personalized_answered_and
 FEATURES = {
     "a gateway": ("serve", "fastapi", lambda: serve()),
     "an experiment": ("lab", "cma", lambda: evaluate("lamp3")),
-    "a comparison": ("eval", "bm25s", lambda: compare("people.jsonl")),
+    "a comparison": ("eval", "matplotlib", lambda: compare("people.jsonl")),
     "an attack": ("lab", "cma", lambda: attack("people.jsonl")),
     "scores": ("lab", "rouge-score", lambda: score(Path("mine.json"), "true.json", "lamp3")),
     "a report": ("lab", "matplotlib", lambda: report([Path("runs")])),
     "a demo": ("eval", "rouge-score", lambda: demo()),
     "ROUGE": ("eval", "rouge-score", lambda: measure(load_task("lamp4"), Answers(["a"]), ["b"])),
-    "BM25": ("eval", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
+    "BM25": ("lab", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
     "CMA-ES": ("lab", "cma", lambda: Prime().run(None, 0)),
     "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),

@@ -157,10 +157,10 @@ def test_a_device_that_computes_nothing_is_a_problem(monkeypatch):
 
 
 def test_missing_extras_that_a_demo_needs_are_a_problem(cache, monkeypatch):
-    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("bm25s", "gguf") else "1.0")
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("matplotlib", "gguf") else "1.0")
     needed, assets = doctor._extras()
-    assert (needed.verdict, needed.found) == ("problem", "not installed: bm25s")
-    assert needed.hint == "A demo needs it: pip install bm25s matplotlib rouge-score"
+    assert (needed.verdict, needed.found) == ("problem", "not installed: matplotlib")
+    assert needed.hint == "A demo needs it: pip install matplotlib rouge-score"
     assert (assets.name, assets.verdict) == ("assets", "problem")
     monkeypatch.setattr(doctor, "is_present", lambda name: True)
     assert [one.name for one in doctor._extras()] == ["eval"]

@@ -11,7 +11,7 @@ from mta.errors import MissingExtra
 EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packages, as in pyproject.toml
     {
         "assets": ("accelerate", "gguf"),
-        "eval": ("bm25s", "matplotlib", "rouge-score"),
+        "eval": ("matplotlib", "rouge-score"),
         "lab": ("bm25s", "cma", "matplotlib", "rouge-score"),
         "serve": ("fastapi", "httpx2", "prometheus-client", "uvicorn"),
         "tables": ("pyarrow",),

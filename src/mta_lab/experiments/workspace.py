@@ -17,7 +17,6 @@ from mta.bank.context import Build
 from mta.bank.format import TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
-from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
@@ -35,6 +34,7 @@ from mta.system.assets import ASSETS, resolve
 from mta.system.atomic import json_sha256, write_json, write_text
 from mta.system.progress import OnStep
 from mta_lab.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
+from mta_lab.bm25 import with_profiles
 from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names

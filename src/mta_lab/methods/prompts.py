@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mta.data.bm25 import with_profiles
 from mta.evaluation.protocol import TestBatch
+from mta_lab.bm25 import with_profiles
 
 
 def profiled(batch: TestBatch, k: int, before: Sequence[str] = ()) -> TestBatch:

@@ -12,7 +12,7 @@ from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.methods import Method, OneLora
-from mta.evaluation.reports.figures import Measured, Picture, growth, shares
+from mta.evaluation.reports.figures import Picture, shares
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
@@ -151,7 +151,7 @@ def _efficiency(results: Results, name: str) -> Drawn | None:
     bank = results.facts.get(bank_name(MAIN_BANK, results.recipe.seeds[0]))
     if not bank:
         return None
-    seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []
+    seconds, stored, rows = dict[str, figures.Measured](), dict[str, figures.Measured](), []
     for method in [method for part in results.recipe.exhibits[name] for method in part.methods]:
         records = sorted(results.of(method, results.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
@@ -176,8 +176,8 @@ def _efficiency(results: Results, name: str) -> Drawn | None:
     if not rows:
         return None
     pictures = {
-        f"{name}-time": growth(seconds, "training, all people", human_seconds),
-        f"{name}-bytes": growth(stored, "stored, all people", human_bytes),
+        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds),
+        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes),
     }
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]

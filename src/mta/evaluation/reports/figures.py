@@ -20,7 +20,7 @@ from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import replacing
 from mta.system.extras import require
-from mta.system.units import human_bytes, human_seconds
+from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,13 +44,6 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
 }
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
-Measured = tuple[Sequence[tuple[float, float]], float, float]
-"""Points (people, total) of a growing total, and the line through them: its start, and its growth per person."""
-_PEOPLE = [10 ** (n / 4) for n in range(25)]  # numbers of people for fitted lines, up to a million
-_TICKS: Mapping[Callable[[float], str], Sequence[float]] = {
-    human_seconds: (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000),
-    human_bytes: [10**n for n in range(3, 16, 2)],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +80,6 @@ class Picture:
             figure = Figure(figsize=self.size, layout="constrained", facecolor="white")
             self.draw(figure.add_subplot())
             yield figure
-
-
-def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], str]) -> Picture:
-    """Totals over the number of people, both axes logarithmic: measured points solid, fitted lines dashed.
-
-    ``unit`` is ``human_seconds`` or ``human_bytes``.
-    """
-
-    def draw(ax: Any) -> None:
-        for n, (name, (points, start, each)) in enumerate(curves.items()):
-            colour = COLOURS[n % len(COLOURS)]
-            if points:
-                ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
-            called = f"{name}, fitted line" if points else name
-            fitted = [start + people * each for people in _PEOPLE]
-            ax.plot(_PEOPLE, fitted, color=colour, linewidth=1.2, dashes=(4, 3), label=called)
-        ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
-        low, high = ax.get_ylim()
-        shown = [tick for tick in _TICKS[unit] if low <= tick <= high]
-        ax.set_yticks(shown, [unit(tick) for tick in shown])
-        people = [10**n for n in range(7)]
-        ax.set_xticks(people, [f"{count:,}" for count in people])
-        ax.minorticks_off()
-        ax.legend(loc="upper left", **LEGEND)
-
-    return Picture(f"{label} over the number of people: {listed(curves)}.", draw)
 
 
 def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Picture:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mta.bank.task_lora import not_kept_back
-from mta.data.bm25 import retrieve, with_profile, with_profiles
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.tasks import Task, load_task, task_names
+from mta_lab.bm25 import retrieve, with_profile, with_profiles
 
 LAMP4 = load_task("lamp4")
 

@@ -17,7 +17,7 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
     Texts are those that encoders see: without targets, so an answer does not influence retrieval.
     Source: BM25 with the library's defaults, as in LaMP (arXiv:2304.11406) and, with k = 1, in the paper's README.
     """
-    require("eval", "bm25s")
+    require("lab", "bm25s")
     import bm25s
 
     if k < 1 or not earlier:
