@@ -90,24 +90,6 @@ def test_workers_that_all_cannot_start_end_the_run(workers):
         list(PieceScheduler(cluster, None, WorkerPool(None, None)).work_through([One()]))
 
 
-def test_workers_that_died_before_the_call_cost_a_piece_no_attempt():
-    cluster, hired = made_up_cluster(good=2, workers=2)
-    dead = [cluster.start_worker() for _ in range(2)]
-    for worker in dead:
-
-        def died():
-            raise Died
-
-        died.turn = 0
-        worker.run.remote = lambda function, piece, died=died: died
-    hired.clear()
-    pool = WorkerPool(None, None, idle=[*dead])
-    found = list(PieceScheduler(cluster, None, pool).work_through([One()]))
-    assert [one.result for one in found] == ["done"]
-    assert len(hired) == 1
-    assert not [worker for worker in pool.idle if worker in dead]
-
-
 def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again():
     def died():
         raise Died

@@ -159,7 +159,6 @@ class PieceScheduler(Generic[P, R]):
     def __init__(self, cluster: Cluster, function: Callable[[C, P], R], pool: WorkerPool) -> None:
         self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
         self.function, self.pool, self.idle = self.ray.put(function), pool, pool.idle
-        self.from_before = {id(worker) for worker in pool.idle}  # of an earlier call: they may have died since
         self.waiting: deque[_Task[P]] = deque()
         self.opening: dict[Any, Any] = {}  # ref -> worker
         self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
@@ -232,7 +231,7 @@ class PieceScheduler(Generic[P, R]):
         try:
             result = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            self._is_idle(worker)
+            self.idle.append(worker)
             cause = _cause(error)
             # The store itself (a subclass is about one person's state), or diverged training, as without a cluster.
             if type(cause) in (StoreError, Diverged):
@@ -240,30 +239,14 @@ class PieceScheduler(Generic[P, R]):
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
             self.cluster.stop(worker)
-            if id(worker) in self.from_before:  # perhaps with its machine, before this call
-                self._stop_those_from_before(worker)
-                self.waiting.appendleft(task)
-            elif task.attempts > 1:
+            if task.attempts > 1:
                 self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
             else:
                 yield from self._failed(task, f"workers died of it, {_kind(error)}")
         else:
-            self._is_idle(worker)
+            self.idle.append(worker)
             self.any_result = True
             yield PieceResult(task.piece, result)
-
-    def _is_idle(self, worker: Any) -> None:
-        """Note that a worker has answered and can get another piece."""
-        self.idle.append(worker)
-        self.from_before.discard(id(worker))
-
-    def _stop_those_from_before(self, dead: Any) -> None:
-        """Stop the idle workers of an earlier call: their machine may be the one that is gone with ``dead``."""
-        old = [one for one in self.idle if id(one) in self.from_before]
-        for worker in old:
-            self.idle.remove(worker)
-            self.cluster.stop(worker)
-        self.from_before -= {id(dead), *map(id, old)}  # others may get these ids
 
     def _failed(self, task: _Task[P], error: str) -> Iterator[PieceResult[P, R]]:
         """Split a failed piece, or yield its error if it cannot be split."""
