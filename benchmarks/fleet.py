@@ -23,7 +23,7 @@ from mta.distributed.ray import Cluster
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.store import Store
-from mta.store.maintenance import stats
+from mta.store.maintenance import check
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
 from mta.system.device import processor
@@ -57,14 +57,14 @@ def measured(
         )
     whole = reported[-1][1] - reported[0][1]
     (first, since), (last, until) = reported[args.workers], reported[-1]
-    found = stats(Store(store))
+    found = check(Store(store))
     return {
         "people": done.trained,
         "failed": len(done.failed),
         "seconds": round(whole, 1),
         "seconds before the first cohort is done": round(reported[1][1] - reported[0][1], 1),
         "seconds a person": round((until - since) / (last - first), 4),
-        "bytes a person": found.bytes_per_person,
+        "bytes a person": found.bytes / max(found.people, 1),
         "bytes": found.bytes,
     }
 

@@ -18,7 +18,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.personalize.forgetting import forget_person
 from mta.store import Store
-from mta.store.maintenance import check, collect, stats
+from mta.store.maintenance import check, collect
 from mta.store.state import State
 from mta.system.device import processor
 from mta.system.process import cores
@@ -60,7 +60,7 @@ def rates(folder: Path, count: int) -> dict[str, float]:
     ids = [f"person {n}" for n in range(count)]
     values = {"put": timed(lambda: [store.save(id, state(0, stack)) for id in ids])}
     values["get"] = timed(lambda: [store.load(id) for id in ids])
-    values["list"] = timed(lambda: stats(store))
+    values["list"] = timed(store.files.find)
     values["check"] = timed(lambda: check(store))
     some = ids[: max(count // 10, 1)]
     for id in some:

@@ -14,7 +14,7 @@ from test_state import FILE
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreError
 from mta.personalize.forgetting import forget_person
 from mta.store import Session, Store
-from mta.store.maintenance import check, stats
+from mta.store.maintenance import check
 
 
 def test_a_store_keeps_versions(url: str) -> None:
@@ -27,7 +27,7 @@ def test_a_store_keeps_versions(url: str) -> None:
     again = Store(url)
     assert again.load(ANN) == state(1)
     assert again.load(ANN, 1) == state(0)
-    assert (again.latest(ANN), again.versions(ANN), ANN in again, stats(again).people) == (2, [1, 2], True, 2)
+    assert (again.latest(ANN), again.versions(ANN), ANN in again, check(again).people) == (2, [1, 2], True, 2)
     assert again.nbytes(ANN) == len(state(0).to_bytes()) + len(state(1).to_bytes())
 
 
@@ -149,7 +149,7 @@ def test_ids_are_distinguished_and_never_written(tmp_path: Path) -> None:
         store.save(id, state(n))
         store.save_history(person(id))
     assert [store.load(id).seed for id in ids] == list(range(len(ids)))
-    assert stats(store).people == len(ids)
+    assert check(store).people == len(ids)
     for path, content in everything(tmp_path):
         for id in (ANN, "passwd", "имя", "x" * 500):
             assert id not in str(path.relative_to(tmp_path))
@@ -195,7 +195,7 @@ def test_forgetting_leaves_nothing(url: str) -> None:
     assert forget_person(ANN, store).states_removed is False
     assert (ANN in store, store.history(ANN), store.versions(ANN), store.nbytes(ANN)) == (False, None, [], 0)
     assert folder_of(store, ANN) not in " ".join(store.files.fs.find(store.files.root, withdirs=True))
-    assert (store.load("bob"), stats(store).people) == (state(5), 1)
+    assert (store.load("bob"), check(store).people) == (state(5), 1)
     assert store.save(ANN, state(9)) == 1
     forget_person(ANN, store)
     store.save_history(person())

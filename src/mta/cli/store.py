@@ -1,4 +1,4 @@
-"""``mta store``: check, measure, and clean up a store."""
+"""``mta store``: check and clean up a store."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mta.cli import options
 from mta.cli.screen import Screen, show_json
 from mta.system.units import human_bytes
 
-app = typer.Typer(help="Check, measure, and clean up a store of people's states.", no_args_is_help=True)
+app = typer.Typer(help="Check and clean up a store of people's states.", no_args_is_help=True)
 Url = Annotated[str, Argument(help="The store: a folder or an fsspec URL.")]
 
 
 @app.command()
 def check(store: Url = "people", json: options.Json = False) -> None:
-    """Read every state, history and list of exports; exits with 1 if one is damaged.
+    """Read and count every state, history and list of exports; exits with 1 if one is damaged.
 
     Example:  mta store check people/
     """
@@ -32,7 +32,8 @@ def check(store: Url = "people", json: options.Json = False) -> None:
         show_json(asdict(report))
     else:
         exports = f", {report.exports} lists of exports" if report.exports else ""
-        lines = [f"{report.people} people, {report.states} states and {report.histories} histories{exports} read"]
+        read = f"{report.people} people, {report.states} states and {report.histories} histories{exports} read"
+        lines = [f"{read}: {human_bytes(report.bytes)}"]
         if len(report.banks) > 1:
             lines += [f"newest state of bank {bank[:8]}…: {count} people" for bank, count in report.banks.items()]
         lines += [f"damaged: {name}: {wrong}" for name, wrong in report.damaged.items()]
@@ -45,22 +46,6 @@ def check(store: Url = "people", json: options.Json = False) -> None:
         typer.echo("\n".join(lines))
     if report.damaged:
         raise typer.Exit(1)
-
-
-@app.command()
-def stats(store: Url = "people", json: options.Json = False) -> None:
-    """Count people, versions, histories and bytes, without reading any file.
-
-    Example:  mta store stats s3://bucket/people --json
-    """
-    from mta.store import Store, maintenance
-
-    counts = maintenance.stats(Store(store))
-    if json:
-        return show_json(asdict(counts))
-    typer.echo(f"{counts.people} people, {counts.versions} versions, {counts.histories} histories kept by opt-in")
-    each = f"{human_bytes(counts.bytes_per_person)} a person (median {human_bytes(counts.median_bytes)}"
-    typer.echo(f"{human_bytes(counts.bytes)}: {each}, most {human_bytes(counts.most_bytes)})")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Maintenance of a store: check all files, count them, and remove old ones.
+"""Maintenance of a store: check and count all files, and remove old ones.
 
 Files are named relative to the store's root; the names contain no ids.
 """
@@ -6,7 +6,6 @@ Files are named relative to the store's root; the names contain no ids.
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,24 +47,12 @@ class Health:
     states: int
     histories: int
     exports: int  # lists of exported adapters
+    bytes: int  # of all states, histories, and lists
     damaged: dict[str, str]
     leftovers: list[str]
     strangers: list[str]
     banks: dict[str, int]  # hash of a bank -> people whose newest state is of it
     exposed: str  # if others can read the files, the command that prevents it
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counts and sizes of a store. ``people`` have a state. Bytes of a person: all versions, history, exports."""
-
-    people: int
-    versions: int
-    histories: int
-    bytes: int
-    bytes_per_person: float
-    median_bytes: float
-    most_bytes: int
 
 
 def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total: None) -> Health:
@@ -74,7 +61,8 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
     Raises StoreError if there is no store.
     """
     store.check()
-    kinds = {name: _kind(name) for name in store.files.find()}
+    sizes = store.files.find()
+    kinds = {name: _kind(name) for name in sizes}
     read = [name for name, kind in kinds.items() if kind in _READERS]
     damaged, newest = dict[str, str](), dict[str, tuple[int, str]]()  # person -> version and its bank
     for n, (name, (wrong, bank)) in enumerate(zip(read, in_threads(lambda name: _examined(store, name), read)), 1):
@@ -92,26 +80,13 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         states=len(whole["state"]),
         histories=len(whole["history"]),
         exports=len(whole["exports"]),
+        bytes=sum(sizes[name] for name in read),
         damaged=damaged,
         leftovers=whole["leftover"],
         strangers=whole["stranger"],
         banks=dict(Counter(bank for _, bank in newest.values())),
         exposed=store.files.exposed(),
     )
-
-
-def stats(store: Store) -> Stats:
-    """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
-    store.check()
-    sizes, kinds, known = Counter[str](), Counter[str](), set[str]()
-    for name, size in store.files.find().items():
-        if (kind := _kind(name)) in _READERS:
-            kinds[kind] += 1
-            sizes[_folder(name)] += size
-            known |= {_folder(name)} if kind == "state" else set()
-    each = [sizes[person] for person in known] or [0]
-    weights = sizes.total(), statistics.mean(each), statistics.median(each), max(each)
-    return Stats(len(known), kinds["state"], kinds["history"], *weights)
 
 
 def collect(
