@@ -76,7 +76,7 @@ def main() -> None:
         store.save(person, made_up(base, bank, person))
     lora = "--no-enable-lora" if args.alone else ""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM is stopped, too
-    with vllm_of(args.vllm or None, None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
+    with vllm_of(args.vllm or None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
         service = service_of(base, bank, Run(), args.store, Keys(), slots=args.slots, vllm=vllm)
         if vllm:
             service.engine.stops = frozenset()  # type: ignore[attr-defined]

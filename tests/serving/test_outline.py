@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from mta.model.base import BaseModel
 from mta.serving.api.auth import Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.launch import service_of, vllm_settings
-from mta.serving.vllm.server import Remote, VllmNotStarted
+from mta.serving.vllm.server import VllmNotStarted, VllmServer, VllmSettings
 from mta.store import Store
 
 
@@ -52,7 +53,7 @@ def test_an_outline_describes_the_base_and_holds_no_weights(world):
 def test_only_a_strict_gateway_watches_its_bank(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     for strict, watched in ((True, (bank.folder, bank.hash)), (False, None)):
-        remote = Remote(tmp_path)
+        remote = VllmServer(VllmSettings(sys.executable, "base", "bank", "people", 64))
         service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, strict=strict)
         assert service.strict_bank == watched
 
@@ -60,7 +61,7 @@ def test_only_a_strict_gateway_watches_its_bank(world, tmp_path):
 @pytest.mark.parametrize(("slots", "own"), [(32, 8), (8, 2), (4, 1), (1, 1)])
 def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slots, own):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
-    remote = Remote(tmp_path)
+    remote = VllmServer(VllmSettings(sys.executable, "base", "bank", "people", 64))
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote, slots=slots)
     assert service.limits.own == own
 
@@ -69,7 +70,7 @@ def test_a_persons_key_gets_at_most_a_quarter_of_the_slots(world, tmp_path, slot
 async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
-    remote = Remote(tmp_path)
+    remote = VllmServer(VllmSettings(sys.executable, "base", "bank", "people", 64))
     service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote)
     jobs, (ann,) = service.jobs, people_of(1, prefix="ann")
     assert materialized(service.base) == materialized(jobs.personal.base) == []

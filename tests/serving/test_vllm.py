@@ -19,10 +19,7 @@ import pytest
 from contract import PYTHON, WITH_VLLM, Lent, World, closing, collect, prompt_of, vllm_server
 from served import served
 
-from mta.personalize.forgetting import forget_person
-from mta.serving.engine import EngineGone, EngineRequest, wire_name
-from mta.serving.launch import remote_of
-from mta.serving.vllm.adapters import folder_of
+from mta.serving.engine import EngineGone, EngineRequest
 from mta.serving.vllm.server import VllmNotStarted, VllmServer
 
 pytestmark = WITH_VLLM
@@ -162,26 +159,6 @@ def test_openais_client_reaches_vllm_only_through_the_gateway(world, server, tmp
             for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/v1/tokenize", "/tokenize"):
                 assert http.post(path, json={}).status_code in (404, 405)
             assert "person" not in http.get("/metrics").text.partition("mta_engine")[2]
-
-
-@pytest.mark.anyio
-async def test_a_gateway_can_use_a_running_server(world, server):
-    request = request_of(world, 7)
-    async with closing(world.vllm(remote_of(server.folder))) as engine:
-        assert await collect(engine, request) == world.expected(request)
-    assert server.up
-
-
-@pytest.mark.anyio
-async def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, server):
-    who = world.renew("before", 70)
-    async with closing(world.vllm(Lent(server))) as earlier:
-        await collect(earlier, EngineRequest(tuple(prompt_of(1)), who, COUNT))
-    async with closing(world.vllm(Lent(server))) as engine:
-        forget_person("before", world.store)
-        await engine.forget("before")
-        assert not any(name.startswith("person:before") for name in await listed(engine))
-    assert not (server.folder / folder_of(wire_name(who))).exists()
 
 
 def test_the_command_line_starts_and_stops_vllm(world):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -13,7 +12,6 @@ from mta.serving.api.completions import _event
 from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, Version, wire_name
 from mta.serving.vllm.engine import VllmEngine, _read
 from mta.serving.vllm.registry import AdapterRegistry
-from mta.serving.vllm.server import VllmSettings
 
 ODD = "a\N{NEXT LINE}b\N{LINE SEPARATOR}c\N{PARAGRAPH SEPARATOR}d\x0b"
 
@@ -49,26 +47,19 @@ PERSON = Version("ann", 1, seal="a" * 16)
 
 
 class Server:
-    """Stands in for vLLM: lists ``models``, and unloads them with the ``statuses`` in turn, then with 200."""
+    """Stands in for vLLM: unloads adapters with the ``statuses`` in turn, then with 200."""
 
-    def __init__(self, *models, statuses=()):
-        self.models, self.statuses, self.unloaded = [wire_name(one) for one in models], list(statuses), []
-        self.listing, self.unloading = asyncio.Event(), asyncio.Event()  # a request has come
-        self.may_list, self.may_unload = asyncio.Event(), asyncio.Event()
-        self.may_list.set()
+    def __init__(self, *statuses):
+        self.statuses, self.unloaded = list(statuses), []
+        self.unloading, self.may_unload = asyncio.Event(), asyncio.Event()  # a request has come; it is answered
         self.may_unload.set()
 
     async def answer(self, request):
-        if request.method == "GET":
-            self.listing.set()
-            await self.may_list.wait()
-            return httpx2.Response(200, json={"data": [{"id": name} for name in ("base", *self.models)]})
         self.unloading.set()
         await self.may_unload.wait()
-        status, name = self.statuses.pop(0) if self.statuses else 200, json.loads(request.content)["lora_name"]
+        status = self.statuses.pop(0) if self.statuses else 200
         if status == 200:
-            self.unloaded.append(name)
-            self.models = [one for one in self.models if one != name]
+            self.unloaded.append(json.loads(request.content)["lora_name"])
         return httpx2.Response(status)
 
     @asynccontextmanager
@@ -89,8 +80,10 @@ async def used(registry, who, until=None, begun=None):
 
 @pytest.mark.anyio
 async def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
-    server = Server(PERSON, Version("ann", 2, seal="b" * 16))
+    server = Server()
     async with server.registry(tmp_path) as registry:
+        for version in PERSON, Version("ann", 2, seal="b" * 16):
+            await used(registry, version)
         await registry.drop({PERSON}.__contains__, list)
     assert server.unloaded == [wire_name(PERSON)]
 
@@ -98,7 +91,7 @@ async def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_versio
 @pytest.mark.anyio
 async def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
     """Nobody who asks is told to forget a person again, and the log says what failed."""
-    async with Server(statuses=[500, 500]).registry(tmp_path, count=0) as registry:  # idle ones are unloaded at once
+    async with Server(500, 500).registry(tmp_path, count=0) as registry:  # idle ones are unloaded at once
         for _ in range(2):
             await used(registry, PERSON)
         await registry.unloads_ended()
@@ -107,20 +100,11 @@ async def test_an_adapter_that_was_not_unloaded_answers_on(tmp_path, caplog):
 
 
 @pytest.mark.anyio
-async def test_adapters_of_an_earlier_gateway_make_room_first(tmp_path):
-    server = Server(PERSON)
-    async with server.registry(tmp_path, count=1) as registry:
-        assert await registry.versions() == {PERSON}
-        await used(registry, Version("new", 1, seal="a" * 16))
-        await registry.unloads_ended()
-    assert server.unloaded == [wire_name(PERSON)]
-
-
-@pytest.mark.anyio
 async def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
-    server = Server(PERSON, statuses=[500])
+    server = Server(500)
     server.may_unload.clear()
     async with server.registry(tmp_path) as registry:
+        await used(registry, PERSON)
         dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, list))
         await server.unloading.wait()
         using = asyncio.create_task(used(registry, PERSON))
@@ -132,11 +116,12 @@ async def test_a_dropped_adapter_that_was_not_unloaded_answers_nobody(tmp_path):
 
 @pytest.mark.anyio
 async def test_a_dropped_adapter_that_was_not_unloaded_is_unloaded_later_and_its_person_can_come_back(tmp_path):
-    server = Server(PERSON, statuses=[500])
+    server = Server(500)
     async with server.registry(tmp_path) as registry:
+        await used(registry, PERSON)
         with pytest.raises(EngineGone):
             await registry.drop({PERSON}.__contains__, list)
-        await registry.versions()  # as every sweep asks
+        registry.versions()  # as every sweep asks
         await registry.unloads_ended()
         await used(registry, PERSON)
     assert server.unloaded == [wire_name(PERSON)]
@@ -165,7 +150,7 @@ async def test_an_adapter_that_is_being_unloaded_is_loaded_again_for_a_request(t
 @pytest.mark.anyio
 async def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tmp_path):
     begun, may_end = asyncio.Event(), asyncio.Event()
-    async with Server(PERSON).registry(tmp_path) as registry:
+    async with Server().registry(tmp_path) as registry:
         using = asyncio.create_task(used(registry, PERSON, may_end, begun))
         await begun.wait()
         dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, lambda: [] if using.done() else [using]))
@@ -177,29 +162,6 @@ async def test_a_dropped_adapter_is_given_to_nobody_while_another_answer_ends(tm
         await asyncio.gather(using, dropping)
 
 
-@pytest.mark.anyio
-async def test_an_answer_that_begins_while_its_person_is_forgotten_is_ended(tmp_path):
-    server, begun = Server(), asyncio.Event()
-    server.may_list.clear()
-    async with server.registry(tmp_path) as registry:
-        using = []
-
-        def end():
-            running = [task for task in using if not task.done()]
-            for task in running:
-                task.cancel()
-            return running
-
-        dropping = asyncio.create_task(registry.drop({PERSON}.__contains__, end))
-        await server.listing.wait()
-        using.append(asyncio.create_task(used(registry, PERSON, asyncio.Event(), begun)))  # it would never end
-        await begun.wait()
-        server.may_list.set()
-        await asyncio.wait_for(dropping, 5)
-        assert using[0].cancelled()
-        assert len(registry) == 0
-
-
 @pytest.mark.parametrize("seed", [None, 0, -1, -2, 2**63 - 1])
 def test_every_seed_is_one_that_vllm_takes(seed):
     """It takes -1 for no seed."""
@@ -207,16 +169,3 @@ def test_every_seed_is_one_that_vllm_takes(seed):
     sent = VllmEngine._body(engine, EngineRequest((1,), Version("ann", 1), 4, seed=seed), "ann")["seed"]
     assert (sent is None) == (seed is None)
     assert sent is None or 0 <= sent < 2**63
-
-
-def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
-    shown = page.partition("mkdir -m 700")[2].partition("```")[0].replace("=", " ").split()
-    settings = VllmSettings("python", "base", "bank", "people", 256)
-    options = [word.replace("=", " ").split() for word in settings.command(Path("socket")) if word.startswith("--")]
-    own = ("--model", "--uds", "--max-model-len", "--disable-fastapi-docs")  # the reader's choice
-    for name, *value in (option for option in options if option[0] not in own):
-        assert name in shown
-        assert shown[shown.index(name) + 1] in value or not value
-    variables = {name for name in settings.environment(Path()) if name.startswith(("VLLM_", "DO_NOT", "MTA_VLLM"))}
-    assert variables - {"VLLM_CPU_KVCACHE_SPACE", "MTA_VLLM_PARENT"} <= set(shown)

@@ -109,12 +109,6 @@ def serve(
     slots: Annotated[int, Option(min=1, help="Most answers at once; a person's key gets a quarter.")] = 32,
     vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
     vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
-    vllm_folder: Annotated[
-        Path | None,
-        Option(
-            help="Answer with the vLLM server that runs here with this MTA_VLLM_FOLDER.", file_okay=False, exists=True
-        ),
-    ] = None,
     rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
     strict: Annotated[
         bool, Option("--strict", help="Do not answer with a bank that was trained on a forgotten person.")
@@ -143,22 +137,18 @@ def serve(
         }
     )
     known = serving.keys_for(keys, host, insecure_local, port)
-    if vllm and vllm_folder:
-        raise ConfigError("--vllm starts a server, --vllm-folder has a running one", hint="Give only one of the two.")
-    remote = serving.remote_of(vllm_folder) if vllm_folder else None
-    weights = not (remote or vllm)
     serving.check(store, bank, strict)
     changes = options.MERGE_AND_STACK
     opened = run_in_short_thread(
         lambda: options.open_bank(
-            bank, words, seed=seed, device=device, config=config, open_to=changes, weights=weights
+            bank, words, seed=seed, device=device, config=config, open_to=changes, weights=not vllm
         )
     )
 
     def show(url: str) -> None:
         show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)
 
-    with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
+    with serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args) as server:
         service = serving.service_of(*opened, store, known, rate=rate, slots=slots, vllm=server, strict=strict)
         serving.serve(service, host, port, show)
 

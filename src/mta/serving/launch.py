@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import uvicorn
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
@@ -30,9 +29,8 @@ from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import QUEUED
 from mta.serving.vllm.engine import VllmEngine
-from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
+from mta.serving.vllm.server import SLOT_RANK, VllmServer, VllmSettings
 from mta.store import Store
-from mta.system.atomic import file_mode
 from mta.system.device import dtype_name
 from mta.system.hub import local_folder
 
@@ -83,7 +81,7 @@ def service_of(
     *,
     rate: int = 0,
     slots: int = 32,
-    vllm: Remote | None = None,
+    vllm: VllmServer | None = None,
     strict: bool = False,
 ) -> Service:
     """Build the service: an engine, embedded or vLLM, and a personalizer.
@@ -130,14 +128,14 @@ def _with_weights(outline: Personalizer) -> Personalizer:
 
 @contextmanager
 def vllm_of(
-    python: str | None, remote: Remote | None, base: BaseModel, bank: Path, store: str, *, slots: int, args: str
-) -> Iterator[Remote | None]:
-    """Yield ``remote``, or with ``python`` a vLLM server that runs within the block; its start takes about a minute.
+    python: str | None, base: BaseModel, bank: Path, store: str, *, slots: int, args: str
+) -> Iterator[VllmServer | None]:
+    """Yield a vLLM server that runs within the block, None without its ``python``. Its start takes about a minute.
 
     Raises ConfigError, VllmNotStarted.
     """
     if python is None:
-        yield remote
+        yield None
         return
     server = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
     try:  # the command line turns SIGTERM into an exception, so that the server is stopped then, too
@@ -160,22 +158,6 @@ def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots
     length, dtype = base.prompts.max_tokens, dtype_name(base.dtype)
     paths = local_folder(base.name), str(bank), store
     return VllmSettings(python, *paths, length, rank, slots, args=(f"--dtype={dtype}", *words))
-
-
-def remote_of(folder: Path) -> Remote:
-    """Return the vLLM server that already runs here, with this folder, and serves only this gateway.
-
-    Raises ConfigError.
-    """
-    lock = FileLock(folder / "gateway.lock", timeout=0, mode=file_mode())
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"another gateway uses the vLLM server of {folder}",
-            hint="Stop the other gateway first: each would unload adapters that the other one uses.",
-        ) from None
-    return Remote(folder, lock)
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -35,7 +35,7 @@ from mta.serving.engine import (
 )
 from mta.serving.vllm.adapters import remove_all
 from mta.serving.vllm.registry import AdapterRegistry
-from mta.serving.vllm.server import Remote
+from mta.serving.vllm.server import VllmServer
 from mta.store import Store
 
 _TIMEOUT = httpx.Timeout(30, read=600)  # a queued request may wait long for its first token
@@ -44,7 +44,7 @@ _ID = "token_id:"  # prefix of tokens that vLLM returns as ids
 
 
 class VllmEngine(Engine):
-    """Answers with a vLLM server; ``close`` also stops a server that we started.
+    """Answers with a vLLM server, which ``close`` stops.
 
     A prompt and its answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
     At most ``activated`` idle adapters stay loaded. ``has_task_lora`` is whether the bank has a task LoRA; without one,
@@ -53,7 +53,7 @@ class VllmEngine(Engine):
 
     def __init__(
         self,
-        server: Remote,
+        server: VllmServer,
         store: Store,
         *,
         bank: str,
@@ -74,7 +74,7 @@ class VllmEngine(Engine):
 
     @property
     def alive(self) -> bool:
-        """False once a server that this gateway started has ended: the gateway does not restart it."""
+        """False once the server has ended: the gateway does not restart it."""
         return self.server.up
 
     def _begin(self, request: EngineRequest, pieces: Pieces) -> Callable[[], object]:
@@ -103,8 +103,8 @@ class VllmEngine(Engine):
         await self.adapters.drop(matches, end)
 
     async def versions(self) -> set[Version]:
-        """Return the person versions that vLLM may have loaded. Raises EngineGone."""
-        return await self.adapters.versions()
+        """Return the person versions that vLLM may have loaded."""
+        return self.adapters.versions()
 
     def facts(self) -> dict[str, tuple[float, str]]:
         """Return metrics of answers and adapters."""

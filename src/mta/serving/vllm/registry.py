@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, from_wire, together, wire_name
+from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, together, wire_name
 from mta.serving.vllm.adapters import folder_of
 
 log = logging.getLogger("mta")
@@ -70,23 +70,17 @@ class AdapterRegistry:
     async def drop(self, matches: Callable[[Version], bool], end: Callable[[], Collection[asyncio.Task[None]]]) -> None:
         """Unload these adapters and delete their files, after all answers that use them. Raises EngineGone.
 
-        ``end`` ends these answers, and returns those that are not done. Also covers adapters that vLLM loaded before
-        this gateway started, and answers that begin meanwhile.
+        ``end`` ends these answers, and returns those that are not done. Also covers answers that begin
+        meanwhile.
         """
-        end()
-        await self._add_listed()
         for entry in self._of(matches).values():
             entry.dropped = True
         while answers := end():
             await asyncio.wait(answers)
         await together(self._unload(name) for name in self._of(matches))
 
-    async def versions(self) -> set[Version]:
-        """Return the person versions that may be loaded. Raises EngineGone.
-
-        Dropped ones that could not be unloaded are tried again.
-        """
-        await self._add_listed()
+    def versions(self) -> set[Version]:
+        """Return the person versions that may be loaded; dropped ones that were not unloaded are tried again."""
         people = self._of()
         for name, entry in people.items():
             if entry.dropped and not entry.answers:
@@ -100,15 +94,6 @@ class AdapterRegistry:
     def _of(self, matches: Callable[[Version], bool] = lambda _: True) -> dict[str, Loaded]:
         """Return the adapters of the versions that match, or of all people, by name."""
         return {name: one for name, one in self._loaded.items() if isinstance(one.who, Version) and matches(one.who)}
-
-    async def _add_listed(self) -> None:
-        """Note adapters from before this gateway started, as idle ones that are unloaded first. Raises EngineGone."""
-        answer = await self._asked("GET", "/v1/models", (200,))
-        for name in [str(model["id"]) for model in answer.json()["data"]] if answer else []:
-            who = from_wire(name)
-            if isinstance(who, Version) and name not in self._loaded:
-                self._loaded[name] = Loaded(who)
-                self._loaded.move_to_end(name, last=False)
 
     def _start_unloading(self, name: str) -> None:
         async def unload() -> None:

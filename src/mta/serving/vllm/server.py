@@ -1,4 +1,4 @@
-"""Runs a vLLM server for the gateway: starts and stops it, or connects to one that already runs.
+"""Starts and stops a vLLM server for the gateway.
 
 The server listens on a socket in a folder that only this user can enter, so other users cannot reach its
 administration, model list, or metrics. It has its own environment, because vLLM needs an older transformers.
@@ -73,41 +73,8 @@ class VllmSettings:
         return {"VLLM_CPU_KVCACHE_SPACE": "2"} | inherited | own
 
 
-@dataclass
-class Remote:
-    """A server on this machine, by its plugin's adapter folder, which also has its socket. ``stop`` leaves it running.
-
-    ``lock`` is held for the lifetime of this object.
-    """
-
-    folder: Path
-    lock: object = None
-
-    @property
-    def socket(self) -> Path:
-        """Where the server listens."""
-        return self.folder / "socket"
-
-    @property
-    def up(self) -> bool:
-        """Whether the server runs, as far as we know."""
-        return True
-
-    def client(self) -> httpx.AsyncClient:
-        """Return a client of the server."""
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_connections=None))
-        return httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=30)
-
-    def gone(self) -> EngineGone:
-        """Return the error of a request that the server did not answer."""
-        return EngineGone("vLLM does not answer", hint=LATER)
-
-    def stop(self) -> None:
-        """Do nothing: the server keeps running."""
-
-
-class VllmServer(Remote):
-    """A server that this process starts once, with its folder, which is in memory if possible."""
+class VllmServer:
+    """A server that this process starts once. Its folder, in memory if possible, has its socket and the adapters."""
 
     def __init__(self, settings: VllmSettings) -> None:
         if not shutil.which(settings.python):
@@ -115,8 +82,8 @@ class VllmServer(Remote):
                 f"no Python at {settings.python!r} to run vLLM with",
                 hint="Create one (docs/how-to/vllm.md):  make vllm   and pass  --vllm .vllm/bin/python",
             )
-        super().__init__(*_new_folder())
-        self.settings, self.log = settings, self.folder / "log"
+        self.folder, self._lock = _new_folder()
+        self.settings, self.socket, self.log = settings, self.folder / "socket", self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -124,10 +91,15 @@ class VllmServer(Remote):
         """Whether the server was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    def client(self) -> httpx.AsyncClient:
+        """Return a client of the server."""
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_connections=None))
+        return httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=30)
+
     def gone(self) -> EngineGone:
         """Return the error of a request that the server did not answer; log the exit status if the server ended."""
         if self.up or self._process is None:
-            return super().gone()
+            return EngineGone("vLLM does not answer", hint=LATER)
         status = self._process.returncode
         log.error("the vLLM server ended (exit status %s); its log, until the gateway stops: %s", status, self.log)
         return EngineGone(f"the vLLM server ended (exit status {status})", hint="Restart the gateway:  mta serve")
