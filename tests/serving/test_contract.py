@@ -16,7 +16,6 @@ from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCor
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
 from mta.serving.engine import EngineGone, EngineRequest, ModelRemoved, QueueFull, Version
-from mta.tools.served import Server, check_served
 
 pytestmark = pytest.mark.anyio
 COUNT = 12
@@ -138,13 +137,6 @@ def test_classify_returns_the_shares_of_the_library(gateway, world):
         for one, shares in zip(found["data"], expected, strict=True):
             assert one["label"] == next(iter(shares))
             assert dict(zip(found["labels"], one["probs"], strict=True)) == pytest.approx(shares, abs=1e-3)
-
-
-def test_the_check_of_what_is_served_agrees(gateway, world):
-    server = Server(gateway.url, gateway.secrets["serve"])
-    found = check_served(server, personalizer(world.base, world.bank, world.store), ["0", "1", "2"])
-    assert [one.name for one in found] == ["task", "person:0", "person:1", "person:2"]
-    assert [one.verdict for one in found] == ["ok"] * 4, found
 
 
 async def forgotten(engine, world, person, requests):

@@ -17,7 +17,6 @@ from typer import Option
 from mta.cli import options
 from mta.cli.screen import Screen, show_json, tables
 from mta.config import Run, override
-from mta.errors import InputError
 from mta.system.extras import require
 from mta.system.units import human_bytes, human_seconds
 
@@ -59,20 +58,6 @@ def demo(
 
 
 def doctor(
-    bank: Annotated[Path | None, Option("--bank", help="With --served: the bank.")] = None,
-    store: Annotated[str | None, Option("--store", help="With --served: the store.")] = None,
-    served: Annotated[
-        str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
-    ] = None,
-    person: Annotated[
-        list[str] | None,
-        Option(help="With --served: a person to ask; can be repeated. Without it, no person is compared."),
-    ] = None,
-    served_as: Annotated[str, Option(help="With --served: the server's name of a person's model.")] = "person:{}",
-    key_file: Annotated[
-        Path | None, Option(help="With --served: file with the API key.", exists=True, dir_okay=False)
-    ] = None,
-    base: options.MovedBase = None,
     device: Annotated[
         str | None, Option(help="Check that this device can be used, not that mta demo can run: cpu, cuda, or auto.")
     ] = None,
@@ -82,23 +67,12 @@ def doctor(
 
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
     With --device, exits with 1 if that device cannot be used; what only mta demo needs is not checked.
-    With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
-    exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 
     Example:  mta doctor
-    Example:  mta doctor --served http://127.0.0.1:8000 --bank bank/ --store people/ --person ann --key-file app.key
     """
     from mta.tools.doctor import examine
-    from mta.tools.served import PERSON
 
-    if served:
-        findings = _served(served, bank, store, person or [], served_as, key_file, base, device)
-    elif bank or store or person or key_file or base or served_as != PERSON:
-        raise InputError(
-            "--bank, --store, --person, --served-as, --key-file, and --base belong to --served", "Add  --served URL."
-        )
-    else:
-        findings = examine(device)
+    findings = examine(device)
     problems, warnings = (sum(one.verdict == verdict for one in findings) for verdict in ("problem", "warning"))
     if json:
         show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in findings]})
@@ -106,34 +80,10 @@ def doctor(
         say = Console(highlight=False).print
         say(_findings(findings))
         start = "Ready." if device else "Ready. Start with:  mta demo"
-        then = "" if served else " Fix the problems first." if problems else f" {start}"
-        say(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}.{then}")
+        then = "Fix the problems first." if problems else start
+        say(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}. {then}")
     if problems:
         raise typer.Exit(1)
-
-
-def _served(
-    url: str,
-    bank: Path | None,
-    store: str | None,
-    people: list[str],
-    served_as: str,
-    key_file: Path | None,
-    moved: str | None,
-    device: str | None,
-) -> list[Finding]:
-    import mta
-    from mta.tools.served import PERSON, Server, check_served
-
-    require("serve")
-    if not bank or not store:
-        raise InputError("--served needs the bank and the store that are served", "Add:  --bank bank/ --store people/")
-    if "{}" not in served_as:
-        raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
-    key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
-    base, opened, run = options.open_bank(options.bank_at(bank), options.as_words(base=moved), device=device)
-    server = Server(url, key, served_as, task="task" if served_as == PERSON else "")  # a server of ours has this model
-    return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
 def _findings(findings: Sequence[Finding]) -> Table:

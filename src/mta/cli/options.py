@@ -70,7 +70,6 @@ Task = Annotated[
 ]
 Seed = Annotated[int | None, Option(help="Seed of all random draws.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, or auto.")]
-MovedBase = Annotated[str | None, Option("--base", help="Where the bank's base is now, if its folder was moved.")]
 SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and continue.", dir_okay=False)]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
