@@ -65,7 +65,6 @@ class Common(ModelRequest):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
-    return_tokens_as_token_ids: bool = False  # as vLLM's: log probabilities name tokens "token_id:17"
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
@@ -116,7 +115,6 @@ class ResponseFormatter:
 
     def __init__(self, request: Request, model: str, tokenizer: Any) -> None:
         self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
-        self._ids = request.return_tokens_as_token_ids
         # A token is decoded behind another: some tokenizers omit the space before a text's first word.
         self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._start = len(str(tokenizer.decode(self._before)))
@@ -166,8 +164,6 @@ class ResponseFormatter:
         return {"token": self._text(id), "logprob": logprob}
 
     def _text(self, id: int) -> str:
-        if self._ids:
-            return f"token_id:{id}"
         if id not in self._texts:
             self._texts[id] = str(self.tokenizer.decode([*self._before, id]))[self._start :]
         return self._texts[id]
