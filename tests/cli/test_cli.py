@@ -227,7 +227,7 @@ def test_person_show_explains_a_state(world, tmp_path):
     mta("personalize", world.new, *at, "--keep-histories")
     mta("export", ANN, "--out", tmp_path / "out", *at)
     result, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
-    assert said.startswith("version 1, of 1 kept; saved 20")
+    assert said.startswith("version 1, saved 20")
     assert f"bank {result['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors\n" in said
     shown = re.findall(r"anchor (\d+) +([+-]\d\.\d{3})", said)
     assert shown == [(str(one["anchor"]), f"{one['w']:+.3f}") for one in result["weights"]]

@@ -85,10 +85,6 @@ MISTAKES = {
         "export new-00-quispe --out {new} --bank {bank} --store {store}",
         "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
-    "person versions of an unknown person": (
-        "person versions eve --store {root}/s",
-        "PersonNotFound: no state of 'eve' in the store {root}/s",
-    ),
     "person rollback to a version that is not there": (
         "person rollback new-00-quispe 7 --store {store}",
         "PersonNotFound: 'new-00-quispe' has no version 7; expected one of: 1",

@@ -90,7 +90,7 @@ def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:
     store = Store(url)
     for n in range(3):
         store.save(ANN, state(n))
-    assert list(store.sizes(ANN).items()) == [(n + 1, len(state(n).to_bytes())) for n in range(3)]
+    assert store.versions(ANN) == [1, 2, 3]
     assert store.rollback(ANN, 1) == 4
     assert Store(url).load(ANN) == state(0)
     assert [store.load(ANN, n) for n in (1, 2, 3)] == [state(0), state(1), state(2)]

@@ -1,15 +1,14 @@
 """The summary of a person: every number is the state's own, and no text of theirs is among it."""
 
 import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 from conftest import people_of, personalizer
 
 from mta.config import MergeSettings
 from mta.errors import BankNotFound, PersonNotFound
-from mta.tools.inspect import SavedVersion, summarize, versions_of
+from mta.tools.inspect import summarize
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -25,7 +24,7 @@ def test_an_account_says_what_the_state_says(known, tmp_path):
     store, bank, state = known.store, known.bank, known.state("x0")
     known.export("x0", tmp_path / "out")
     found = summarize("x0", store, bank.folder)
-    assert (found.version, found.versions, found.time) == (1, 1, store.time_of("x0", 1))
+    assert (found.version, found.versions, found.time) == (1, [1], store.time_of("x0", 1))
     assert (found.bank, found.bank_here, found.policy) == (bank.hash, bank.hash, "posterior")
     assert {one.anchor: one.w for one in found.weights} == dict(zip(state.anchors, state.w))
     assert [one.w for one in found.weights] == sorted(state.w, reverse=True)
@@ -43,7 +42,6 @@ def test_no_text_is_shown_and_no_model_is_loaded(known, monkeypatch):
     monkeypatch.setattr("mta.model.base.BaseModel.__init__", refuse)
     monkeypatch.setattr("mta.bank.format.read_adapters", refuse)
     text = json.dumps([asdict(summarize("x0", known.store, known.bank.folder))])
-    text += json.dumps([asdict(one) for one in versions_of("x0", known.store)])
     for item in PEOPLE[0].items:
         assert item.fields["title"] not in text
     assert "Film" not in text
@@ -53,7 +51,7 @@ def test_the_summary_is_that_of_the_newest_version(known):
     other = personalizer(known.base, known.bank, known.store, merge=MergeSettings(policy="uniform", k=2))
     other.personalize(PEOPLE)
     found = summarize("x0", known.store, known.bank.folder)
-    assert (found.policy, found.version, found.versions) == ("uniform", 2, 2)
+    assert (found.policy, found.version, found.versions) == ("uniform", 2, [1, 2])
     assert len(found.weights) == 2
 
 
@@ -63,24 +61,7 @@ def test_the_parts_of_a_bank_trained_on_a_person_are_named(known):
 
 
 def test_who_is_not_there(known, tmp_path):
-    for look in (lambda: summarize("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
-        with pytest.raises(PersonNotFound, match="no state of 'eve'"):
-            look()
+    with pytest.raises(PersonNotFound, match="no state of 'eve'"):
+        summarize("eve", known.store, known.bank.folder)
     with pytest.raises(BankNotFound, match="no bank at"):
         summarize("x0", known.store, tmp_path / "nowhere")
-
-
-# -- versions and words ------------------------------------------------------------------------------------------------
-
-
-def test_versions_are_listed_and_a_damaged_one_is_named(known):
-    store, first = known.store, known.state("x0")
-    store.save("x0", replace(first, policy="top1", work="a" * 64))
-    store.save("x0", replace(first, policy="fixed", work="b" * 64))
-    Path(store.files.at(f"{store._path('x0')}/2.safetensors")).write_bytes(b"half")
-    size = len(first.to_bytes())
-    assert versions_of("x0", store) == [
-        SavedVersion(1, size, first.work, "posterior", False),
-        SavedVersion(2, 4, None, None, False),
-        SavedVersion(3, store.sizes("x0")[3], "b" * 64, "fixed", True),
-    ]

@@ -48,7 +48,8 @@ def show(
     if json:
         return show_json(asdict(summary))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
-    say(f"version {summary.version}, of {summary.versions} kept; saved {summary.time or 'at an unknown time'}")
+    kept = ", ".join(map(str, summary.versions))
+    say(f"version {summary.version}, saved {summary.time or 'at an unknown time'}; kept: {kept}")
     other = f"not the one at {bank} ({summary.bank_here[:12]}): personalize again before asking"
     say(f"bank {summary.bank[:12]}, " + (f"the one at {bank}" if summary.bank == summary.bank_here else other))
     say(f"merge: {summary.policy}, {len(summary.weights)} anchors")
@@ -78,23 +79,6 @@ def _facts(summary: Summary) -> list[str]:
     lines.append(f"parts of the bank that were trained on them: {parts}")
     lines.append(f"stored in total: {human_bytes(summary.bytes)}")
     return lines
-
-
-@app.command()
-def versions(person: options.PersonId, store: options.StoreUrl = "people", json: options.Json = False) -> None:
-    """List a person's versions, oldest first: bytes, work id (equal ids mean equal content), policy.
-
-    Example:  mta person versions ann --store people/
-    """
-    from mta.store import Store
-    from mta.tools.inspect import versions_of
-
-    saved = versions_of(person, Store(store))
-    if json:
-        return show_json([asdict(one) for one in saved])
-    for one in saved:
-        what = f"work {one.work[:8]}  {one.policy}" if one.work else "damaged"
-        typer.echo(f"{one.version}  {human_bytes(one.bytes)}  {what}{'  (latest)' if one.latest else ''}")
 
 
 @app.command()

@@ -112,12 +112,7 @@ class Store:
 
     def versions(self, id: str) -> list[int]:
         """Return the numbers of all versions, oldest first."""
-        return list(self.sizes(id))
-
-    def sizes(self, id: str) -> dict[int, int]:
-        """Return version -> bytes, oldest first."""
-        sizes = self.files.sizes(self._path(id)).items()
-        return dict(sorted((version_of(name), size) for name, size in sizes if version_of(name)))
+        return sorted(filter(None, map(version_of, self.files.names(self._path(id)))))
 
     def time_of(self, id: str, version: int) -> str | None:
         """Return when a version was saved, as ISO 8601; None without that version."""

@@ -6,13 +6,11 @@ no text of the person.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from mta.bank.format import read_info
 from mta.bank.members import TrainedPart
-from mta.errors import PersonNotFound, StateCorrupt
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.state import Losses
@@ -38,12 +36,13 @@ class Stack:
 class Summary:
     """A summary of what is stored for a person.
 
-    ``weights`` are sorted, the largest first. ``history`` counts the items stored by opt-in. ``trained`` names the
-    parts of the bank that were trained on this person, None if the bank has no list of members.
+    ``versions`` are those that are kept, oldest first. ``weights`` are sorted, the largest first. ``history`` counts
+    the items stored by opt-in. ``trained`` names the parts of the bank that were trained on this person, None if the
+    bank has no list of members.
     """
 
     version: int
-    versions: int
+    versions: list[int]
     time: str | None
     bank: str
     bank_here: str
@@ -57,17 +56,6 @@ class Summary:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class SavedVersion:
-    """One version of a person: its size, work key, and policy (None for a damaged version)."""
-
-    version: int
-    bytes: int
-    work: str | None
-    policy: str | None
-    latest: bool
-
-
 def summarize(id: str, store: Store, bank: Path) -> Summary:
     """Return the summary of a person in ``store``, with respect to the bank in a folder.
 
@@ -79,7 +67,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
     stack = state.stack
     return Summary(
         version=version or 0,
-        versions=len(store.versions(id)),
+        versions=store.versions(id),
         time=store.time_of(id, version or 0),
         bank=state.bank,
         bank_here=info.hash,
@@ -92,18 +80,3 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         trained=info.members.parts_of(id) if info.members.hashed else None,
         bytes=store.nbytes(id),
     )
-
-
-def versions_of(id: str, store: Store) -> list[SavedVersion]:
-    """Return all versions of a person, oldest first. Raises PersonNotFound if there are none."""
-    sizes = store.sizes(id)
-    if not sizes:
-        store.load(id)  # raises PersonNotFound
-    versions = []
-    for number, size in sizes.items():
-        content: tuple[str | None, str | None] = None, None
-        with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
-            state = store.load(id, number)
-            content = state.work, state.policy
-        versions.append(SavedVersion(number, size, *content, latest=number == max(sizes)))
-    return versions
