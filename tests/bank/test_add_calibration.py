@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,16 +10,15 @@ from conftest import people_of
 from tiny import base_of
 
 import mta
-from mta.bank import add_calibration, format
+from mta.bank import format
 from mta.bank.calibration.people import calibration_people
 from mta.bank.format import read_info, verify
-from mta.bank.notes import forget_marker, mark_stale, parts_to_rebuild
+from mta.bank.notes import mark_stale, parts_to_rebuild
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, DataError, InputError, OtherBank
 from mta.personalize import forget_person
-from mta.system.atomic import replacing_folder
 
 RUN = Run(calibration=CalibrationSettings(people=8, shots=3, queries=2, steps=1))
 OTHERS = people_of(9, prefix="other-")
@@ -87,40 +85,6 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
 
 
-def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
-    def forget(stage, step):
-        forget_person(OTHERS[0].id, None, folder / "bank")
-
-    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
-        calibrated(folder, base, on_step=forget)
-    assert not (folder / "copy").exists()
-
-
-def test_a_person_forgotten_when_a_calibration_was_just_written_is_not_in_it(folder, base, monkeypatch):
-    forgotten = []
-
-    @contextmanager
-    def forgetting(out):
-        with replacing_folder(out) as written:
-            yield written
-        forgotten.append(forget_person(OTHERS[0].id, None, folder / "bank"))
-
-    monkeypatch.setattr(add_calibration, "replacing_folder", forgetting)
-    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
-        calibrated(folder, base)
-    assert forgotten[0].complete
-    assert parts_to_rebuild(folder / "bank") == []
-    assert [path.name for path in folder.iterdir()] == ["bank"]
-
-
-def test_forgetting_removes_what_a_killed_build_left(folder):
-    work = folder / "bank" / "work"
-    work.mkdir()
-    (work / "anchors.safetensors").write_bytes(b"trained")
-    forget_person(OTHERS[0].id, None, folder / "bank")
-    assert not work.exists()
-
-
 def test_a_copy_follows_its_bank_in_forgetting(folder, base):
     (folder / "bank" / "needs-rebuild.json").write_text(json.dumps({"needs_rebuild": ["anchor", "calibration"]}))
     calibrated(folder, base)
@@ -138,15 +102,6 @@ def test_too_few_people_are_refused(folder, base):
     with pytest.raises(InputError, match=r"all except 3 are in the bank, .* 8 are needed"):
         calibrated(folder, base, people_of(3, prefix="few-"))
     assert not (folder / "copy").exists()
-
-
-def test_a_person_forgotten_after_people_were_read_is_in_no_calibration_of_them(folder, base):
-    since = forget_marker(folder / "bank")
-    forget_person(OTHERS[0].id, None, folder / "bank")
-    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
-        calibrated(folder, base, since=since)
-    assert not (folder / "copy").exists()
-    calibrated(folder, base, OTHERS[1:])
 
 
 def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):

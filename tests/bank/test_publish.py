@@ -18,7 +18,7 @@ from publishing import bank as bank  # the fixtures
 from publishing import logged_out as logged_out
 
 from mta.bank.bank import Bank
-from mta.bank.format import INFO, STALE, file_hashes, read_info
+from mta.bank.format import INFO, file_hashes, read_info
 from mta.bank.notes import mark_stale, published
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.config import Run
@@ -123,15 +123,6 @@ def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
     assert said.startswith("a forgotten person is in the task LoRA of ")
     assert said.endswith("\n  Leave that person out, and make it anew:  mta bank build --out NEW")
     assert hub.requests == []
-
-
-def test_a_parcel_from_before_a_forgetting_is_not_sent_though_the_bank_was_made_anew(hub, bank):
-    upload = bank_upload(bank.folder, NAME)
-    forget_person("t2", None, bank.folder)
-    (bank.folder / STALE).unlink()
-    assert "forgotten meanwhile" in refused(BankError, publish_bank, bank.folder, NAME, upload)
-    assert published(bank.folder) == []
-    assert NAME not in hub.repos
 
 
 def test_a_bank_whose_person_is_forgotten_before_it_is_sent_is_not_published(hub, bank):

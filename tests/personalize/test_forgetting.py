@@ -51,34 +51,6 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
     assert parts_to_rebuild(bank) == ["task LoRA"]
 
 
-@pytest.mark.parametrize("closed", ["folder", "work"])
-def test_a_calibration_that_cannot_be_stopped_is_named_and_the_rest_is_done(own_bank, tmp_path, monkeypatch, closed):
-    base, bank = own_bank
-    personal = personalizer(base, bank, store=tmp_path / "people")
-    personal.personalize([MEMBER])
-    running = bank.folder / "work" / "calibration"
-    running.parent.mkdir()
-    running.touch()
-    if closed == "work":  # as on a read-only disk
-        monkeypatch.setattr("mta.bank.notes.shutil.rmtree", lambda *_, **how: None)
-    else:  # as where another account's folder is closed
-
-        def exists(path):
-            if path == running.parent:
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return os.path.lexists(path)
-
-        monkeypatch.setattr(Path, "exists", exists)
-    found = personal.forget(MEMBER.id)
-    monkeypatch.undo()
-    assert found.states_removed
-    assert list(found.unmarked) == [str(bank.folder)]
-    assert not found.complete
-    assert personal.forget(MEMBER.id).complete
-    assert not running.exists()
-    assert parts_to_rebuild(bank.folder) == ["task LoRA"]
-
-
 def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_together(
     own_bank, tmp_path, monkeypatch
 ):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,17 +22,17 @@ from mta.bank.format import (
     read_adapters,
     read_info,
 )
-from mta.bank.notes import forget_marker, pass_stale_on
+from mta.bank.notes import pass_stale_on
 from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
-from mta.errors import BankError, InputError
+from mta.errors import InputError
 from mta.model.base import BaseModel
 from mta.system.atomic import copy_file, replacing_folder, write_tensors, write_text
-from mta.system.progress import OnStep, Step
+from mta.system.progress import OnStep
 from mta.tracking.run_folder import CONFIG
 
 
@@ -44,7 +44,6 @@ def calibrate_bank(
     out: Path,
     *,
     unrelated: bool = False,
-    since: str | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
@@ -52,30 +51,26 @@ def calibrate_bank(
 
     The copy has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
     the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
-    their ids. ``since`` is what ``forget_marker(folder)`` returned before the people were read; None: ask it now.
+    their ids.
     Raises InputError if too few people are left or the bank has no list of members, DataError for an item that is too
-    long, BankError if a person is forgotten meanwhile or ``out`` holds anything; BankCorrupt, BankMismatch.
+    long, BankError if ``out`` holds anything; BankCorrupt, BankMismatch.
     """
-    before = forget_marker(folder) if since is None else since
-
-    def check() -> None:
-        if forget_marker(folder) != before:
-            raise BankError(
-                "a person was forgotten during the calibration", hint="Leave them out, and calibrate again."
-            )
-
-    def stepped(step: Step) -> None:
-        check()
-        if on_step:
-            on_step("calibration", step)
-
     info = read_info(folder)
     _check_owners(info, people, unrelated)
     outside = _checked(folder, info, base, people, run.calibration)
     check_new(out)
     anchors, task_lora = read_adapters(folder, info)
     task, settings = Task.model_validate(info.task), _settings(info, run)
-    calibration = calibrate(base, task, anchors, task_lora, outside, settings, executor=executor, on_step=stepped)
+    calibration = calibrate(
+        base,
+        task,
+        anchors,
+        task_lora,
+        outside,
+        settings,
+        executor=executor,
+        on_step=on_step and partial(on_step, "calibration"),
+    )
     if not calibration.info.gains:
         raise InputError(f"{folder} stays as it is: {calibration.info.notes[0]}", hint="Give more people.")
     with replacing_folder(out) as written:
@@ -83,11 +78,6 @@ def calibrate_bank(
             copy_file(folder / name, written / name)
         pass_stale_on(folder, written, without="calibration")
         _write(folder, written, info, outside, settings, calibration)
-    try:
-        check()
-    except BankError:
-        shutil.rmtree(out)
-        raise
 
 
 def _settings(info: BankInfo, run: Run) -> Run:

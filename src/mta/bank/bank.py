@@ -190,16 +190,13 @@ class Bank:
         *,
         run: Run | None = None,
         unrelated: bool = False,
-        since: str | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
         """Write a copy of the bank to ``out`` that is calibrated on items which it was not trained on, and open it.
 
         The copy has a new hash: personalize people again with it. Settings are those of ``run.calibration``.
-        ``unrelated`` confirms that none of the people is behind an imported LoRA (see ``of_adapters``). ``since`` is
-        what ``mta.bank.notes.forget_marker(folder)`` returned before the people were read: the calibration is given up
-        (BankError) if a person was forgotten after that.
+        ``unrelated`` confirms that none of the people is behind an imported LoRA (see ``of_adapters``).
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
         holds anything.
         """
@@ -212,7 +209,6 @@ class Bank:
             run or self.info.run,
             Path(out),
             unrelated=unrelated,
-            since=since,
             executor=executor,
             on_step=on_step,
         )

@@ -28,7 +28,6 @@ from mta.bank.format import (
     OURS,
     PUBLISHED,
     STALE,
-    STOPS,
     TASK_LORA,
     BankInfo,
     file_hashes,
@@ -199,7 +198,7 @@ def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: Calibr
 def remove_work(out: Path) -> None:
     """Remove the work folder, and temporary files of killed builds."""
     shutil.rmtree(out / "work", ignore_errors=True)
-    for name in OURS - {STALE, STOPS, PUBLISHED}:  # other processes may be writing these
+    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these
         for temporary in unfinished_in(out, name):
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)

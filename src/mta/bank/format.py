@@ -33,14 +33,13 @@ MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
-STOPS = "stops"  # another text after each forgetting: a calibration of people who were read before is given up
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 TASK_LORA_CONFIG = f"{TASK_LORA}/{CONFIG}"
 # The files whose hashes bank.json holds.
 HASHED_FILES = ANCHORS, INDEX, CALIBRATION, TASK_LORA_CONFIG, f"{TASK_LORA}/{WEIGHTS}"
-_FILES = {INFO, MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, STOPS, PUBLISHED, CARD, "work"}
+_FILES = {INFO, MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
 OURS = _FILES | run_folder.NAMES
 PERMISSIONS = "Make the folder writable, or use a host where it is, and repeat the command."
 

@@ -1,19 +1,16 @@
-"""What is noted beside a bank: forgotten people, calibrations that are given up, and published copies."""
+"""What is noted beside a bank: forgotten people, and published copies."""
 
 from __future__ import annotations
 
-import errno
-import secrets
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock
 
-from mta.bank.format import INFO, PERMISSIONS, PUBLISHED, STALE, STOPS, read_info
+from mta.bank.format import PERMISSIONS, PUBLISHED, STALE, read_info
 from mta.bank.members import TrainedPart
 from mta.errors import BankError
-from mta.system.atomic import file_mode, read_json, write_json, write_text
+from mta.system.atomic import file_mode, read_json, write_json
 
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -24,45 +21,6 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     if not set(parts) <= set(parts_to_rebuild(folder)):
         _note(folder, STALE, parts)
     return parts
-
-
-def forget_marker(folder: Path) -> str:
-    """Return a text that every later ``stop_calibration`` changes: ask for it before you read people to calibrate on.
-
-    It is about the file, not its content: a forgetting by another account may leave a file that is closed here.
-    """
-    try:
-        file = (folder / STOPS).stat()
-    except FileNotFoundError:
-        return ""
-    return f"{file.st_ino} {file.st_mtime_ns}"
-
-
-def stop_calibration(folder: Path) -> None:
-    """Give up calibrations that begin with people who were read before, or are under way; remove a killed build's work.
-
-    Raises BankError if the work cannot be removed, or the folder cannot be read.
-    """
-    try:
-        if not (folder / INFO).exists():
-            return  # an unfinished build's
-        _note_stop(folder)
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        if (folder / "work").exists():
-            reason = f"{folder / 'work'} holds what was computed from people, and cannot be removed"
-            raise BankError(reason, hint=PERMISSIONS)
-    except OSError as error:
-        raise BankError(f"{folder} cannot be read: {error.strerror or error}", hint=PERMISSIONS) from None
-
-
-def _note_stop(folder: Path) -> None:
-    """Write a new file ``stops``. Raises BankError, except for a folder that only others may write."""
-    try:
-        write_text(folder / STOPS, secrets.token_hex(8))
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = f"{folder / STOPS} cannot be written: {error.strerror or error}"
-            raise BankError(reason, hint=PERMISSIONS) from None
 
 
 def parts_to_rebuild(folder: Path) -> list[str]:

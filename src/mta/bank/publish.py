@@ -23,7 +23,7 @@ from mta.bank.format import (
     seal,
     verify,
 )
-from mta.bank.notes import forget_marker, note_published, stale_report
+from mta.bank.notes import note_published, stale_report
 from mta.errors import BankCorrupt, BankError, BankNotFound, HubError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
@@ -37,8 +37,8 @@ def bank_upload(folder: Path, place: str, *, license: str = "", with_members: bo
 
     Raises BankError if a person in the bank asked to be forgotten or for foreign files, BankCorrupt, InputError.
     """
-    since, info = forget_marker(folder), read_info(folder)
-    _refuse_stale(folder, since)
+    info = read_info(folder)
+    _refuse_stale(folder)
     if with_members and info.members.hashed is None:
         raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
     verify(folder, info, full=True)
@@ -49,30 +49,28 @@ def bank_upload(folder: Path, place: str, *, license: str = "", with_members: bo
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, license).encode()
-    return Upload(dict(sorted(sent.items())), _facts(public, license, with_members), since)
+    return Upload(dict(sorted(sent.items())), _facts(public, license, with_members))
 
 
 def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = True, token: str | None = None) -> str:
     """Send an upload of ``bank_upload`` as one commit, and return the repository's address.
 
     The address is noted in the bank's folder, so that ``mta forget`` can report the copy. Raises HubError, and
-    BankError if a person in the bank was forgotten since the upload was made, even if the bank was calibrated again.
+    BankError if a person in the bank was forgotten since the upload was made.
     """
 
     def note(url: str) -> None:
         note_published(folder, url)  # before sending: an interrupted upload must be noted too
-        _refuse_stale(folder, upload.since)  # again: who is forgotten from now on finds the note
+        _refuse_stale(folder)  # again: who is forgotten from now on finds the note
 
-    _refuse_stale(folder, upload.since)
+    _refuse_stale(folder)
     return send(upload, place, "Publish a bank of mta", note, private=private, token=token, ours=_ALL)
 
 
-def _refuse_stale(folder: Path, since: str) -> None:
-    """Raise BankError if a person in a bank was forgotten, or any person after the marker ``since``."""
+def _refuse_stale(folder: Path) -> None:
+    """Raise BankError if a person in a bank was forgotten."""
     if report := stale_report(folder):
         raise BankError(f"{report.message}: the bank is not published", hint=report.hint)
-    if forget_marker(folder) != since:
-        raise BankError("a person was forgotten meanwhile: the bank is not published", hint="Try again.")
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:

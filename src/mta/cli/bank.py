@@ -118,10 +118,7 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
-    from mta.bank.notes import forget_marker
-
     folder = options.bank_at(bank)
-    since = forget_marker(folder)  # before the people are read: a person may be forgotten while the base loads
     people = options.people_in(source, options.task_of(folder), columns, skip_bad)
     base, opened, run = options.open_bank(
         folder,
@@ -138,7 +135,6 @@ def calibrate(
             out,
             run=run,
             unrelated=unrelated,
-            since=since,
             executor=executor,
             on_step=screen.step,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mta.bank.format import read_info
-from mta.bank.notes import mark_stale, published, stop_calibration
+from mta.bank.notes import mark_stale, published
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export
@@ -50,7 +50,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
     damaged = {export: why for each in exports for export, why in each.items() if export is None}
     left = damaged | (exports[-1] if exports else {})
-    done = replace(_stop_and_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
+    done = replace(_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
         reasons = [error.message for error in failed]
         reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in done.unmarked.items()]
@@ -84,14 +84,10 @@ def _run(*steps: Callable[[], object]) -> list[StoreError]:
     return failed
 
 
-def _stop_and_mark(person: str, banks: Sequence[Path]) -> Forgotten:
-    """Give up the banks' unfinished calibrations, and mark the banks trained on the person as needing a rebuild."""
+def _mark(person: str, banks: Sequence[Path]) -> Forgotten:
+    """Mark the banks trained on the person as needing a rebuild."""
     marked = Forgotten(False, [])
     for bank in banks:
-        try:
-            stop_calibration(bank)  # first: a calibration that ends before this has its people among the members
-        except BankError as error:
-            marked.unmarked[str(bank)] = error.message
         try:
             members = read_info(bank).members
             if members.hashed is None:

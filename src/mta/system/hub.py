@@ -21,14 +21,10 @@ _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Files to send to the hub, by their names there, and facts to show to the user before sending.
-
-    ``since`` is what was known of forgotten people when the files were read, for a check before sending.
-    """
+    """Files to send to the hub, by their names there, and facts to show to the user before sending."""
 
     files: Mapping[str, Path | bytes]
     facts: Mapping[str, str] = field(default_factory=dict)
-    since: str = ""
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file."""
