@@ -43,7 +43,6 @@ from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, load_encoder
 from mta.system.progress import OnStep
-from mta.tracking.trackers import Track
 
 log = logging.getLogger("mta")
 
@@ -86,7 +85,6 @@ class Bank:
         executor: Executor | None = None,
         on_step: OnStep | None = None,
         command: str = "",
-        track: Track | None = None,
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
@@ -95,8 +93,7 @@ class Bank:
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
         named here). ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
-        A killed build resumes. ``command`` is recorded in the folder, and
-        ``track`` opens a tracker for the steps.
+        A killed build resumes. ``command`` is recorded in the folder.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()
@@ -134,7 +131,6 @@ class Bank:
             executor=executor or LocalExecutor(),
             on_step=on_step,
             command=command,
-            track=track,
         )
         build_bank(build)
         return cls.open(out, base)

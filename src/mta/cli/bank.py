@@ -33,7 +33,6 @@ def build(
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
@@ -42,7 +41,7 @@ def build(
 
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
-    tracker = options.tracker_for(track, out)
+    options.check_out(out)
     run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
     people = options.people_in(source, run.task, columns, skip_bad)
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
@@ -56,7 +55,6 @@ def build(
             executor=executor,
             on_step=screen.step,
             command=options.command_line(),
-            track=tracker,
         )
     _show(bank, json)
     if len(bank) < run.bank.anchors and not json:

@@ -1,4 +1,4 @@
-"""Options of several commands, and what they name: settings, people, banks, executors, trackers."""
+"""Options of several commands, and what they name: settings, people, banks, executors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from mta.data.tasks import load_task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.system.progress import OnStep
-from mta.tracking.trackers import Track as Opener
-from mta.tracking.trackers import tracker
 
 if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
@@ -74,7 +72,6 @@ SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and c
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
 Private = Annotated[bool, Option("--private/--public", help="Visibility of a new repository.")]
-Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard or wandb.")]
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")
 ]
@@ -228,19 +225,6 @@ def check_out(out: Path | None) -> None:
         ) from None
 
 
-def tracker_for(name: str | None, folder: Path | None) -> Opener | None:
-    """Return the function that opens the tracker ``name`` for a run in ``folder``; None without a name.
-
-    Raises InputError for an unknown tracker, a missing folder, or a folder that cannot be written.
-    """
-    check_out(folder)
-    if name and not folder:
-        raise InputError(
-            "--track needs a folder for the run", hint="Give --out FOLDER (mta personalize: --run FOLDER)."
-        )
-    return tracker(name) if name else None
-
-
 def command_line(program: str = "mta") -> str:
     """Return the command as it was typed, without passwords."""
     return without_passwords(shlex.join([program, *sys.argv[1:]]))
@@ -261,7 +245,6 @@ def run_folder(
     base: mta.BaseModel,
     bank: mta.Bank,
     settings: Mapping[str, Any],
-    track: Opener | None,
     on_step: OnStep,
     work: str = "",
 ) -> RunFolder:
@@ -276,6 +259,5 @@ def run_folder(
         command=command_line(),
         work=work,
         about={"bank": bank.hash[:12], "seeds": settings.get("seeds") or [settings["seed"]]},
-        track=track,
         on_step=on_step,
     )
