@@ -168,9 +168,8 @@ def score(
 
     require("lab")
     asked = load_task(task)
-    with options.readable(resolve(true)) as gold, options.readable(str(answers)) as mine:
-        golds = read_answers(gold, asked)
-        scores = lamp_scores(asked, read_answers(mine, asked, empty=True), golds)
+    golds = read_answers(Path(resolve(true)), asked)
+    scores = lamp_scores(asked, read_answers(answers, asked, empty=True), golds)
     if json:
         return show_json(scores | {"questions": len(golds)})
     typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()) + f"  questions {len(golds)}")

@@ -39,7 +39,7 @@ def written(path: Path, text: str) -> Path:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
     ("name", "end", "mark"),
-    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", ""), ("a.txt", "\n", "")],
+    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("items", "\n", ""), ("a.txt", "\n", "")],
 )
 def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, mark):
     out = io.StringIO()

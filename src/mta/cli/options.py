@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PosixPath
-from tempfile import TemporaryDirectory, TemporaryFile
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -42,10 +40,7 @@ def bank_at(name: Path) -> Path:
     return bank_folder(name)
 
 
-Source = Annotated[
-    str,
-    Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k; or - for stdin."),
-]
+Source = Annotated[str, Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; or movielens-100k.")]
 Columns = Annotated[
     list[str] | None,
     Option(
@@ -92,16 +87,6 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
-class Stdin(PosixPath):
-    """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
-
-    def __fspath__(self) -> str:
-        return super().__str__()
-
-    def __str__(self) -> str:
-        return "stdin"
-
-
 def columns_in(given: Sequence[str] | None) -> dict[str, str]:
     """Return what ``--columns`` names: person, input, output, time, or a field -> its column. Raises InputError."""
     columns: dict[str, str] = {}
@@ -119,27 +104,8 @@ def columns_in(given: Sequence[str] | None) -> dict[str, str]:
 def people_in(
     source: str, task: str | TaskType, columns: Sequence[str] | None, skip_bad: Path | None, questions: bool = False
 ) -> list[Person]:
-    """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
-    named = columns_in(columns)
-    with readable(source) as place:
-        file = place if isinstance(place, Stdin) else source  # which may be a data asset
-        return read_people(file, task, columns=named, skip_bad=skip_bad, questions=questions)
-
-
-@contextmanager
-def readable(source: str) -> Iterator[Path]:
-    """Yield a source that can be read several times: itself, or a copy of standard input (-) or another pipe."""
-    path = Path(os.path.expanduser(source))
-    if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        yield path
-        return
-    if source == "-" and sys.stdin is None:
-        raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
-    with TemporaryDirectory() as folder:  # only its owner may read it
-        place = Stdin(folder, "stdin")
-        with open(place, "wb") as file, nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, file)
-        yield place
+    """Return all people of a file, a folder, or a data asset; ``questions`` as in ``read_people``."""
+    return read_people(source, task, columns=columns_in(columns), skip_bad=skip_bad, questions=questions)
 
 
 def task_of(folder: Path) -> TaskType:
