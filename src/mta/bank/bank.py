@@ -225,22 +225,13 @@ class Bank:
         """Open a bank from a folder, else from the hub. Raises HubError, BankMismatch, BankCorrupt."""
         return cls.open(bank_folder(name_or_folder, revision, token), base)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        token: str | None = None,
-        license: str = "",
-        with_members: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, license: str = "") -> str:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
         A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
-        members is sent only ``with_members``.
-        Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
+        members is not sent. Raises BankError if a person in the bank asked to be forgotten, BankCorrupt, HubError.
         """
-        upload = bank_upload(self.folder, repo_id, license=license, with_members=with_members)
+        upload = bank_upload(self.folder, repo_id, license=license)
         return publish_bank(self.folder, repo_id, upload, private=private, token=token)
 
     def __len__(self) -> int:

@@ -92,7 +92,7 @@ def import_(
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder or hub id of a bank (published with its members).")],
+    bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
     source: options.Source,
     out: Annotated[Path, Option(help="New folder for the calibrated copy; the bank stays as it is.")],
     words: options.Words = None,
@@ -118,11 +118,10 @@ def calibrate(
     """
     from mta.bank.notes import forget_marker
 
-    folder = options.bank_at(bank)
-    since = forget_marker(folder)  # before the people are read: a person may be forgotten while the base loads
-    people = options.people_in(source, options.task_of(folder), columns, skip_bad)
+    since = forget_marker(bank)  # before the people are read: a person may be forgotten while the base loads
+    people = options.people_in(source, options.task_of(bank), columns, skip_bad)
     base, opened, run = options.open_bank(
-        folder,
+        bank,
         words,
         device=device,
         config=config,
@@ -188,10 +187,6 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
-    with_members: Annotated[
-        bool,
-        Option("--with-members", help="Send members.json too: readers can then test if a guessed id is in the bank."),
-    ] = False,
     yes: options.Yes = False,
     json: options.Json = False,
 ) -> None:
@@ -203,7 +198,7 @@ def publish(
     """
     from mta.bank.publish import bank_upload, publish_bank
 
-    upload = bank_upload(folder, to, license=license, with_members=with_members)
+    upload = bank_upload(folder, to, license=license)
     if json and dry_run:
         return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
     show_parcel(upload, to, private, err=not dry_run)
