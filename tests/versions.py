@@ -28,7 +28,6 @@ TOOLS = [
     "pytest",
     "pytest-timeout",
     "s3fs",
-    "wandb",
 ]
 SHOWN = ("torch", "transformers", "peft", "numpy", "pydantic", "typer", "fastapi")
 TESTS = [
@@ -98,7 +97,7 @@ def installed(folder: Path, limits: list[str]) -> Path:
     run(python, *quiet, "hatchling", *limits)
     run(python, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
     (wheel,) = folder.glob("*.whl")
-    run(python, *quiet, f"{wheel}[assets,eval,serve,tables,ray,tensorboard]", *TOOLS, *limits)
+    run(python, *quiet, f"{wheel}[assets,eval,serve,tables,ray]", *TOOLS, *limits)
     return python
 
 

@@ -59,7 +59,6 @@ def evaluate(
     skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Run a recipe: an experiment that builds its own banks and runs all methods and the paper's exhibits.
@@ -80,7 +79,7 @@ def evaluate(
             hint="Leave --on out for test people, or give  --on development",
         )
     out = out or Path("runs") / Path(recipe).stem
-    tracker = options.tracker_for(track, out)
+    options.check_out(out)
     given = options.as_words(**{"run.device": device, "seeds": None if seed is None else [seed]})
     if any(word.startswith("run.seed=") for word in words or ()):
         raise InputError("run.seed has no effect: every seed is run on its own", hint="Give  seeds=[0,1]  or  --seed 0")
@@ -105,7 +104,7 @@ def evaluate(
             executor=executor,
             on_step=screen.step,
         )
-        run_experiment(workspace, exhibits, options.command_line("mta-lab"), tracker)
+        run_experiment(workspace, exhibits, options.command_line("mta-lab"))
     if json:
         return show_json({"out": str(workspace.folder), "sizes": workspace.sizes})
     typer.echo(f"Draw the exhibits with:  mta-lab report {quote(str(workspace.folder))}", err=True)
@@ -122,7 +121,6 @@ def attack(
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Attack a bank, its merges and personal models by their losses on training items and other items.
@@ -138,7 +136,7 @@ def attack(
 
     require("lab")  # before a model is loaded
     command = options.command_line("mta-lab")
-    given = source, words, bank, out, config, seed, device, columns, skip_bad, track
+    given = source, words, bank, out, config, seed, device, columns, skip_bad
     with opened("privacy", AttackSettings, *given) as session:
         findings = privacy(
             session.base,
@@ -170,9 +168,8 @@ def score(
 
     require("lab")
     asked = load_task(task)
-    with options.readable(resolve(true)) as gold, options.readable(str(answers)) as mine:
-        golds = read_answers(gold, asked)
-        scores = lamp_scores(asked, read_answers(mine, asked, empty=True), golds)
+    golds = read_answers(Path(resolve(true)), asked)
+    scores = lamp_scores(asked, read_answers(answers, asked, empty=True), golds)
     if json:
         return show_json(scores | {"questions": len(golds)})
     typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()) + f"  questions {len(golds)}")

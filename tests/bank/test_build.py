@@ -60,20 +60,10 @@ def test_people_in_another_order_give_the_same_bank(built, tmp_path):
     assert read_info(again).hash == read_info(built).hash
 
 
-def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
-    logged = []
-
-    class Sink:
-        def log(self, values, step):
-            logged.append(values)
-
-        def close(self):
-            pass
-
-    again = build(tmp_path / "bank", command="mta bank build", track=lambda _: Sink())
+def test_a_command_does_not_change_a_banks_hash(built, tmp_path):
+    again = build(tmp_path / "bank", command="mta bank build")
     assert without_seconds(again) == without_seconds(built)
     assert trained(again) == trained(built)
-    assert {name for values in logged for name in values} >= {"task_LoRA/loss", "anchors/loss"}
     ((asked,), (plain,)) = sittings(again), sittings(built)
     assert (asked["command"], plain["command"]) == ("mta bank build", "")
     assert asked["work"] == plain["work"]

@@ -70,16 +70,16 @@ def test_nothing_but_the_banks_own_files_arrives(hub, bank):
     assert b'"stage"' not in hub.arrived()  # metrics.jsonl
 
 
-def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank):
-    bank.push_to_hub(NAME, with_members=True)
-    first = hub.repos[NAME].heads["main"]
-    assert sorted(hub.repos[NAME].files) == sorted([*SENT, "members.json"])
-    assert Bank.from_pretrained(NAME, BASE).info == bank.info
-    hub.repos[NAME].files["LICENSE"] = b"theirs"
+def test_a_publication_removes_our_files_of_an_earlier_one_alone(hub, bank):
     bank.push_to_hub(NAME)
-    assert sorted(hub.repos[NAME].files) == sorted([*SENT, "LICENSE"])
-    assert Bank.from_pretrained(NAME, BASE).info.members.hashed is None
-    assert Bank.from_pretrained(NAME, BASE, revision=first).info == bank.info
+    first = hub.repos[NAME].heads["main"]
+    hub.repos[NAME].files["LICENSE"] = b"theirs"
+    files = {name: digest for name, digest in bank.info.files.items() if name != "calibration.safetensors"}
+    rewritten(bank.folder, calibration=None, files=files)
+    bank.push_to_hub(NAME)
+    assert sorted(hub.repos[NAME].files) == sorted(["LICENSE", "README.md", "bank.json", *files])
+    assert Bank.from_pretrained(NAME, BASE).calibration is None
+    assert Bank.from_pretrained(NAME, BASE, revision=first).calibration is not None
 
 
 def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
@@ -223,10 +223,9 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     assert sorted(upload.sizes()) == SENT
     assert upload.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
     assert upload.facts["license"].startswith("none (--license)")
-    assert upload.facts["members"].startswith("not sent (members.json): readers of this file can test")
+    assert upload.facts["members"].startswith("not sent (members.json): its readers could test")
     assert "7 people behind the task LoRA, 12 candidates, and 3 anchors" in upload.facts["data"]
     assert hub.requests == []
-    assert bank_upload(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
 
 def test_the_card_is_one_the_hub_reads(hub, bank):

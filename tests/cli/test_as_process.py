@@ -1,28 +1,15 @@
-"""``mta`` as a process: pipes, signals, and exit codes."""
+"""``mta`` as a process: signals, and exit codes."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from mta.cli import main
-
-
-def test_a_pipe_is_read_once(tmp_path):
-    """A file can be opened several times, a pipe cannot."""
-    rows = [json.dumps({"person": f"p{n}", "input": "x" * 5000, "output": str(n)}) for n in range(500)]
-    os.mkfifo(tmp_path / "pipe")
-    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "pipe"), "--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "pipe", "w") as pipe:
-        pipe.write("\n".join(rows))
-    out, err = process.communicate(timeout=600)
-    assert (process.returncode, json.loads(out)["people"]) == (0, 500), err
 
 
 def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
@@ -32,18 +19,6 @@ def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
     words = [sys.executable, "-m", "mta", "data", "describe", "a.jsonl", "--task", "mood.yaml"]
     how = {"env": os.environ | {"PYTHONIOENCODING": "latin-1"}, "capture_output": True, "cwd": tmp_path, "check": True}
     assert b"labels: \\U0001f600 100.0%  \\u2605 0.0%" in subprocess.run(words, **how).stdout
-
-
-def test_no_text_stays_behind_when_a_process_is_terminated(tmp_path):
-    words = [sys.executable, "-m", "mta", "data", "describe", "-"]
-    where = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, env=where, stderr=subprocess.PIPE, text=True)
-    while not any(path.name == "stdin" for path in tmp_path.rglob("*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == -signal.SIGTERM
-    assert not any(tmp_path.iterdir())
 
 
 def test_windows_is_refused_in_one_line(monkeypatch, capsys):
@@ -73,21 +48,30 @@ def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
     )
 
 
-def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
-    os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
-    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    )
-    with (tmp_path / "slow.jsonl").open("w"):
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate()  # the closed pipe ends a read that began just after the signal
-    assert (process.returncode, out) == (130, "")
-    assert err.strip() == "Interrupted. Nothing is half written; repeat the command."
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "Interrupted. Nothing is half written; repeat the command."),
+        (signal.SIGTERM, -signal.SIGTERM, ""),
+    ],
+)
+def test_a_signal_while_people_are_read_leaves_no_file(tmp_path, number, code, said):
+    program = f"""
+import os, signal, sys
+from mta.cli import main
+from mta.data.readers import people
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+def killed(*_):
+    print(*os.listdir())
+    os.kill(os.getpid(), {number:d})
+people.iter_parts = killed
+main()
+"""
+    words = [sys.executable, "-c", program, "data", "describe", "a.jsonl", "--skip-bad", "bad.jsonl"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (code, said)
+    assert done.stdout.startswith(".bad.jsonl.")  # it was begun
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_path):

@@ -1,9 +1,7 @@
 """``mta data`` and ``mta-lab score``: what is in a file."""
 
 import json
-import os
 import re
-import threading
 
 import pytest
 from world import BOB, TASK, mta, run
@@ -69,11 +67,6 @@ def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     words = ["score", paths[1], "--true", paths[0], "--task", "lamp3"]
     assert mta(*words).out == "MAE 2.0000  RMSE 2.2361  questions 2\n"
     assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
-    pipes = [tmp_path / f"pipe {n}" for n in range(2)]
-    for pipe, path in zip(pipes, paths):
-        os.mkfifo(pipe)
-        threading.Thread(target=pipe.write_bytes, args=[path.read_bytes()], daemon=True).start()
-    assert mta("score", pipes[1], "--true", pipes[0], "--task", "lamp3").out.startswith("MAE 2.0000")
 
 
 def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):

@@ -38,8 +38,8 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     assert "\nmembers: not sent (members.json): " in said.out
     assert str(world.root) not in said.out
     assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
-    result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
-    assert set(result["files"]) == {*SENT, "members.json"}
+    result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--json").json
+    assert set(result["files"]) == SENT
     assert (result["to"], result["private"]) == (NAME, True)
     assert hub.requests == []
     assert tree(world.root) == before

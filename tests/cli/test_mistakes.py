@@ -18,10 +18,6 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store {root}/s --workers 2",
         "InputError: --workers and --together need --cluster",
     ),
-    "a tracker without a folder": (
-        "personalize {new} --bank {bank} --store {root}/s --track tensorboard",
-        "InputError: --track needs a folder for the run",
-    ),
     "an update that starts over": (
         "personalize {new} --bank {bank} --store {root}/s --update --restart",
         "InputError: --restart was given with --update",

@@ -1,18 +1,10 @@
-"""Files as people have them: a table whose columns have other names, and standard input."""
-
-import io
-import json
-import sys
+"""Files as people have them: a table whose columns have other names."""
 
 import pytest
 from world import mta, run
 
 TABLE = "user;body;stars;day\nann;Fine.;4;2024-05-31\nbob;Bad.;1;\nann;Good.;5;2024-06-01\n"
 COLUMNS = ["--columns", "person=user,input=body", "--columns", "score=stars, time=day"]
-
-
-def typed(monkeypatch, text):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
 def test_a_table_with_other_columns_is_read(tmp_path):
@@ -42,24 +34,3 @@ def test_bad_names_of_columns_are_refused(tmp_path, columns, message):
     path.write_text(TABLE)
     said = run("data", "describe", path, "--task", "lamp3", "--columns", columns)
     assert (said.code, message.format(path=path) in said.err) == (1, True), said.err
-
-
-LINE = '{"user": "ann", "body": "Fine.", "stars": 4, "day": "2024"}\n'
-
-
-@pytest.mark.parametrize(("text", "people"), [(TABLE, 2), (LINE, 1)])
-def test_people_come_from_standard_input(monkeypatch, text, people):
-    typed(monkeypatch, text)
-    assert mta("data", "describe", "-", "--task", "lamp3", *COLUMNS, "--json").json["people"] == people
-
-
-def test_messages_call_standard_input_by_its_name(monkeypatch, tmp_path):
-    typed(monkeypatch, TABLE.replace("Bad.;1", "Bad.;9"))
-    said = run("data", "describe", "-", "--task", "lamp3", *COLUMNS)
-    assert said.err.startswith("DataError: stdin:3: field 'stars': unknown label '9'")
-    typed(monkeypatch, TABLE.replace("Bad.;1", "Bad.;9"))
-    said = mta("data", "describe", "-", "--task", "lamp3", *COLUMNS, "--skip-bad", tmp_path / "bad.jsonl")
-    assert "1 bad rows of stdin were skipped" in said.err
-    assert json.loads((tmp_path / "bad.jsonl").read_text())["file"] == "stdin"
-    typed(monkeypatch, "")
-    assert run("data", "describe", "-", "--task", "lamp3").err.startswith("DataError: stdin is empty; expected JSONL")

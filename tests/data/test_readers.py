@@ -185,6 +185,14 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
                 read_people(source, "lamp3", skip_bad=tmp_path / file)
 
 
+@pytest.mark.parametrize("source", ["-", "/dev/zero", "fifo", "fifo.csv", "fifo.parquet"])
+def test_what_can_be_read_only_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    if source.startswith("fifo"):
+        os.mkfifo(source)
+    fails(Path(source), "lamp3", f"{source} is standard input, a pipe, or a device; expected a file")
+
+
 def test_copies_of_a_persons_items_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "mta"):
         read_people(jsonl(tmp_path, GOOD, GOOD, {**GOOD, "person": "other"}, {**GOOD, "time": 5}), "lamp3")

@@ -1,28 +1,10 @@
-"""Files and times that do not belong together, and question ids that say nothing about content."""
+"""Times that do not belong together, and question ids that say nothing about content."""
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from files import jsonl
 
 from mta.data.readers import read_people
 from mta.errors import DataError
-
-
-def parquet(path, *texts):
-    rows = {"person": ["ann"] * len(texts), "text": list(texts), "score": ["4"] * len(texts)}
-    pq.write_table(pa.table(rows), path)
-
-
-def test_the_splits_of_a_folder_are_not_one_table(tmp_path):
-    parquet(tmp_path / "train.parquet", "one", "two")
-    parquet(tmp_path / "test.parquet", "three")
-    with pytest.raises(DataError, match=r"expected one table, found test\.parquet, train\.parquet"):
-        read_people(tmp_path, "lamp3")
-    for n, name in enumerate(("train", "test")):
-        (tmp_path / f"{name}.parquet").rename(tmp_path / f"train-{n}.parquet")
-    (ann,) = read_people(tmp_path, "lamp3")
-    assert sorted(item.fields["text"] for item in ann.items) == ["one", "three", "two"]
 
 
 def test_seconds_since_1970_can_stand_beside_dates(tmp_path):

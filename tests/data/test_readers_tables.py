@@ -1,4 +1,4 @@
-"""Tables: CSV, Parquet, folders of datasets, and columns with other names."""
+"""Tables: CSV, Parquet, and columns with other names."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
+from mta.data.readers.people import FORMATS
 from mta.data.readers.rejects import Rejects
 from mta.data.readers.tables import csv_rows
 from mta.errors import DataError, InputError, MissingExtra
 
-TABLES = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
 ROWS = 'person,text,score,time\nann,Fine.,4,2024-05-31\n007,"Broke, then\nburned.",1.0,\nann,Old.,2,2020-01\n'
 PEOPLE = [
     Person(
@@ -39,7 +39,7 @@ def written(path: Path, text: str) -> Path:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
     ("name", "end", "mark"),
-    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", ""), ("a.txt", "\n", "")],
+    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("items", "\n", ""), ("a.txt", "\n", "")],
 )
 def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, mark):
     out = io.StringIO()
@@ -182,7 +182,6 @@ def table_of(**more):
 def test_parquet_gives_the_people_of_its_rows(tmp_path):
     pq.write_table(table_of(), tmp_path / "a.parquet")
     assert read_people(tmp_path / "a.parquet", "lamp3") == PEOPLE
-    assert read_people(tmp_path, "lamp3") == PEOPLE  # a folder of Parquet files
 
 
 def test_class_labels_are_read_by_their_names(tmp_path):
@@ -240,40 +239,9 @@ def test_an_empty_table_is_refused_with_a_header_to_write(tmp_path):
     )
 
 
-def test_the_only_table_of_a_folder_is_read(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "README.md").write_text("A snapshot of a hub.")
-    for n in range(2):
-        pq.write_table(table_of().slice(2 * n, 2), tmp_path / "data" / f"train-0000{n}-of-00002.parquet")
-    assert read_people(tmp_path, "lamp3") == PEOPLE
-    with pytest.raises(InputError, match="it is an input file"):
-        read_people(tmp_path, "lamp3", skip_bad=tmp_path / "data" / "train-00000-of-00002.parquet")
-    (tmp_path / "csv").mkdir()
-    assert read_people(written(tmp_path / "csv" / "a.csv", ROWS).parent, "lamp3") == PEOPLE
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["part-{}-0b07afb8-7f75-40cc-8b1d-7e9a3c5d2f1{}", "data_{}_{}"],
-)
-def test_parquet_files_whose_names_differ_in_numbers_are_one_table(tmp_path, name):
-    for n in range(2):
-        pq.write_table(table_of().slice(2 * n, 2), tmp_path / f"{name.format(n, n)}.parquet")
-    assert read_people(tmp_path, "lamp3") == PEOPLE
-
-
-def test_a_folder_without_one_table_says_what_to_give(tmp_path):
-    fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found nothing", "Give the path of a file.")
-    written(tmp_path / "a.jsonl", "")
-    (tmp_path / "b").mkdir()
-    fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found a.jsonl, b", "Give the path of a file.")
-    (tmp_path / "data").mkdir()
+def test_a_folder_of_tables_is_refused(tmp_path):
     written(tmp_path / "a.csv", ROWS)
-    for name in ("train_gen-00000-of-00001", "lamp3-history", "lamp3-newcomers", "part-0", "part-11"):
-        pq.write_table(table_of(), tmp_path / "data" / f"{name}.parquet")
-    first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
-    some = "data/lamp*-history.parquet, data/lamp*-newcomers.parquet, data/part*.parquet, data/train_gen*.parquet"
-    fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found a.csv, {some}", first)
+    fails(tmp_path, "lamp3", f"{tmp_path} is a folder that no reader knows; expected one file", FORMATS)
 
 
 def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from mta.data.describe import describe
 from mta.data.history import Item
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
-from mta.errors import DataError
+from mta.errors import DataError, InputError
 from mta.system import assets
 
 
@@ -19,6 +19,7 @@ def recbole(tmp_path: Path, inter: str, item: str) -> Path:
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 MOVIES = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+MOVIE = f"{MOVIES}1\tToy Story\t1995\tComedy\n"
 
 
 def test_recbole_ratings(tmp_path: Path) -> None:
@@ -43,7 +44,11 @@ def test_recbole_ratings(tmp_path: Path) -> None:
     assert caught.value.message == f"{folder} {expected}"
 
 
-MOVIE = f"{MOVIES}1\tToy Story\t1995\tComedy\n"
+@pytest.mark.parametrize("name", ["ml.inter", "ml.item"])
+def test_bad_rows_do_not_replace_a_file_of_ratings(tmp_path: Path, name: str) -> None:
+    folder = recbole(tmp_path, f"{INTER}7\t1\t3\t1\n", MOVIE)
+    with pytest.raises(InputError, match="it is an input file"):
+        read_people(folder, "movielens-rating", skip_bad=tmp_path / name)
 
 
 @pytest.mark.parametrize(

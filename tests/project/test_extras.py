@@ -20,7 +20,6 @@ from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports import figures
 from mta.system.assets import fetch
 from mta.system.extras import EXTRAS, install
-from mta.tracking.trackers import SINKS, tracker
 from mta_lab.bm25 import retrieve
 from mta_lab.cli import attack, evaluate, report, score
 from mta_lab.methods.published import Prime
@@ -70,7 +69,6 @@ FEATURES = {
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
     "Parquet": ("tables", "pyarrow", lambda: read_people(Path("people.parquet"), "text")),
     "a cluster": ("ray", "ray", lambda: Cluster("local")),
-    **{f"--track {name}": (name, name, lambda name=name: tracker(name)) for name in SINKS},
 }
 
 

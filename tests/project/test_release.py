@@ -14,7 +14,7 @@ import mta
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-EXTRAS = ("assets", "eval", "lab", "serve", "tables", "ray", "tensorboard")  # whose oldest versions are tested
+EXTRAS = ("assets", "eval", "lab", "serve", "tables", "ray")  # whose oldest versions are tested
 RELEASES = re.findall(r"^## (\S+)(?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import kill
 import pytest
@@ -17,7 +16,6 @@ from mta.config import Run
 from mta.errors import DataError, InputError
 from mta.system.atomic import json_sha256
 from mta.system.progress import Step
-from mta.tracking import trackers
 from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings
 
 SETTINGS = TINY_RUN.model_dump(mode="json")
@@ -37,19 +35,6 @@ def stopped(error, folder, count=3, **more):
     with kept(folder, **more) as run:
         steps(run, count=count)
         raise error
-
-
-class Recorder:
-    """A sink that remembers what it was given."""
-
-    def __init__(self, run):
-        self.given, self.closed = [], False
-
-    def log(self, values, step):
-        self.given.append((step, dict(values)))
-
-    def close(self):
-        self.closed = True
 
 
 # what is kept
@@ -181,102 +166,3 @@ def test_a_foreign_run_file_is_an_error(tmp_path, text):
         DataError, match=f"^{re.escape(str(tmp_path))}/run.json is not a description of a run: .*\n  Move"
     ):
         sittings(tmp_path)
-
-
-# sinks
-
-
-@pytest.fixture
-def opened():
-    """The sinks that were opened."""
-    return []
-
-
-@pytest.fixture
-def track(opened):
-    """A function that opens a Recorder for a run."""
-
-    def open_sink(run):
-        opened.append(Recorder(run))
-        return opened[-1]
-
-    return open_sink
-
-
-def test_a_sink_is_given_losses_rates_and_counts_alone(tmp_path, opened, track):
-    with kept(tmp_path, command="mta personalize quispe.jsonl", track=track) as run:
-        steps(run, "task LoRA")
-        run.step("stack", Step(1, 2, 2, 2))
-    (sink,) = opened
-    assert [step for step, _ in sink.given] == [1, 2, 3, 1]
-    names = {name for _, values in sink.given for name in values}
-    assert {name.partition("/")[0] for name in names} == {"task_LoRA", "stack"}
-    assert {name.partition("/")[2] for name in names} == {"people", "examples", "examples_per_second", "loss"}
-    assert all(type(value) in (int, float) for _, values in sink.given for value in values.values())
-    assert "stack/loss" not in sink.given[-1][1]  # nothing was trained
-
-
-def test_a_sink_counts_on_after_an_error_which_closes_it(tmp_path, opened, track):
-    with pytest.raises(KeyboardInterrupt):
-        stopped(KeyboardInterrupt(), tmp_path, 0, track=track)
-    assert not opened  # without a step
-    with pytest.raises(KeyboardInterrupt):
-        stopped(KeyboardInterrupt(), tmp_path, 2, work="w", track=track)
-    assert opened[0].closed
-    with kept(tmp_path, work="w", track=track) as run:
-        steps(run, count=2)
-    assert [step for sink in opened for step, _ in sink.given] == [1, 2, 3, 4]
-
-
-def test_tensorboard_reads_the_losses_back(tmp_path):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with kept(tmp_path, command="mta personalize quispe.jsonl", track=trackers.tracker("tensorboard")) as run:
-        steps(run)
-    read = EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    assert set(read.Tags()["scalars"]) == {f"stack/{n}" for n in ("loss", "people", "examples", "examples_per_second")}
-    assert [(one.step, round(one.value, 4)) for one in read.Scalars("stack/loss")] == [(1, 1.0), (2, 0.5), (3, 0.3333)]
-    assert not any(b"quispe" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-
-
-OWN_PROCESS = """
-import sys
-sys.path[:] = {path!r}
-sys.argv = ["mta", "personalize", "quispe.jsonl"]
-from pathlib import Path
-import test_run_folder as t
-from mta.tracking import trackers
-with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=trackers.tracker({name!r})) as run:
-    t.steps(run)
-    t.steps(run, "anchors", 2)
-"""
-
-
-def tracked(folder: Path, name: str, monkeypatch) -> subprocess.CompletedProcess:
-    """A run of its own process, as these packages start threads and processes of their own."""
-    pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
-    monkeypatch.setenv("HOME", str(folder / "home"))
-    monkeypatch.setenv("MTA_KERNELS", "off")  # a new home has none compiled yet
-    code = OWN_PROCESS.format(path=sys.path, folder=str(folder), name=name)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""  # it is for results
-    return done
-
-
-def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    tracked(tmp_path, "wandb", monkeypatch)
-    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    data = log.read_bytes()
-    assert b"stack/loss" in data
-    assert b"anchors/examples_per_second" in data
-    for path in (path for path in tmp_path.glob("wandb/**/*") if path.is_file()):
-        assert b"quispe" not in path.read_bytes(), path
-
-
-def test_an_unknown_tracker_is_an_error():
-    with pytest.raises(InputError, match=r"^unknown tracker 'mlflow'; .*\n  Give --track tensorboard or wandb"):
-        trackers.tracker("mlflow")

@@ -43,7 +43,6 @@ from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, load_encoder
 from mta.system.progress import OnStep
-from mta.tracking.trackers import Track
 
 log = logging.getLogger("mta")
 
@@ -86,7 +85,6 @@ class Bank:
         executor: Executor | None = None,
         on_step: OnStep | None = None,
         command: str = "",
-        track: Track | None = None,
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
@@ -95,8 +93,7 @@ class Bank:
         Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
         named here). ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
-        A killed build resumes. ``command`` is recorded in the folder, and
-        ``track`` opens a tracker for the steps.
+        A killed build resumes. ``command`` is recorded in the folder.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()
@@ -134,7 +131,6 @@ class Bank:
             executor=executor or LocalExecutor(),
             on_step=on_step,
             command=command,
-            track=track,
         )
         build_bank(build)
         return cls.open(out, base)
@@ -225,22 +221,13 @@ class Bank:
         """Open a bank from a folder, else from the hub. Raises HubError, BankMismatch, BankCorrupt."""
         return cls.open(bank_folder(name_or_folder, revision, token), base)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        token: str | None = None,
-        license: str = "",
-        with_members: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, license: str = "") -> str:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
         A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
-        members is sent only ``with_members``.
-        Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
+        members is not sent. Raises BankError if a person in the bank asked to be forgotten, BankCorrupt, HubError.
         """
-        upload = bank_upload(self.folder, repo_id, license=license, with_members=with_members)
+        upload = bank_upload(self.folder, repo_id, license=license)
         return publish_bank(self.folder, repo_id, upload, private=private, token=token)
 
     def __len__(self) -> int:

@@ -109,7 +109,6 @@ def _context(build: Build) -> BuildContext:
         about={"seeds": [run.seed]},
         work=keys.training,  # a build with another calibration resumes the same training
         command=build.command,
-        track=build.track,
         on_step=build.on_step,
         locked=True,
     )

@@ -25,7 +25,6 @@ from mta.model.footprint import ParameterCounts
 from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import RunFolder
-from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
@@ -38,8 +37,7 @@ NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", *ROUNDING_ONLY}
 class Build:
     """What a bank is built from, the settings, and its folder ``out``; the rest is how the build runs.
 
-    ``task_lora`` is the folder of a task LoRA that was trained earlier. ``command`` is recorded, and ``track`` opens a
-    tracker for the steps (``mta.tracking.run_folder``).
+    ``task_lora`` is the folder of a task LoRA that was trained earlier. ``command`` is recorded.
     """
 
     base: BaseModel
@@ -55,7 +53,6 @@ class Build:
     executor: Executor = field(default_factory=LocalExecutor)
     on_step: OnStep | None = None
     command: str = ""
-    track: Track | None = None
 
 
 @dataclass(frozen=True, slots=True)

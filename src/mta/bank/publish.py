@@ -1,7 +1,7 @@
 """Publish a bank on the hub, and download published banks.
 
-Only the description, the card, and the files whose hashes the description holds are sent; members only on request, and
-local paths never. The bank keeps its hash, because people's states refer to it.
+Only the description, the card, and the files whose hashes the description holds are sent; members and local paths
+never. The bank keeps its hash, because people's states refer to it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,21 @@ from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Upload, is_hub_id, public_name, send, snapshot
 
-_ALL = (*HASHED_FILES, INFO, MEMBERS, CARD)
 
-
-def bank_upload(folder: Path, place: str, *, license: str = "", with_members: bool = False) -> Upload:
+def bank_upload(folder: Path, place: str, *, license: str = "") -> Upload:
     """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
-    Raises BankError if a person in the bank asked to be forgotten or for foreign files, BankCorrupt, InputError.
+    Raises BankError if a person in the bank asked to be forgotten, BankCorrupt.
     """
     info = read_info(folder)
     _refuse_stale(folder)
-    if with_members and info.members.hashed is None:
-        raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
     verify(folder, info, full=True)
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
-    if with_members and info.members.hashed:
-        sent[MEMBERS] = info.members.hashed.to_bytes()
     values = _portable(folder, sent)
     sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
     public = BankInfo.model_validate(values)
     sent[CARD] = card(public, place, license).encode()
-    return Upload(dict(sorted(sent.items())), _facts(public, license, with_members))
+    return Upload(dict(sorted(sent.items())), _facts(public, license))
 
 
 def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = True, token: str | None = None) -> str:
@@ -64,7 +58,7 @@ def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = Tr
         _refuse_stale(folder)  # again: who is forgotten from now on finds the note
 
     _refuse_stale(folder)
-    return send(upload, place, "Publish a bank of mta", note, private=private, token=token, ours=_ALL)
+    return send(upload, place, (*HASHED_FILES, INFO, CARD), note, private, token)
 
 
 def _refuse_stale(folder: Path) -> None:
@@ -93,10 +87,8 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
         )
     try:
         info = read_info(first)
-        folder = snapshot(
-            repo, [name for name in _ALL if name not in HASHED_FILES or name in info.files], first.name, token
-        )
-        verify(folder, read_info(folder))
+        folder = snapshot(repo, [INFO, CARD, *info.files], first.name, token)
+        verify(folder, info)
     except BankCorrupt as error:
         hint = f"Remove the download from the hub's cache and try again:  hf cache rm model/{repo}"
         raise BankCorrupt(f"the download of {repo!r} from the hub is damaged: {error.message}", hint=hint) from None
@@ -121,11 +113,10 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     return values
 
 
-def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
+def _facts(info: BankInfo, license: str) -> dict[str, str]:
     """Return the facts to show before a bank is sent."""
     members = info.members
     asset = ASSETS.get(info.base)
-    guess = "readers of this file can test whether a guessed id is in the bank"
     terms = f" ({asset.licence})" if asset else ": check the base's license, which may also cover adapters"
     return {
         "license": license or "none (--license): without a license, users of the hub may not use the bank",
@@ -136,5 +127,5 @@ def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
         "people": "these files contain no id and no text, but every anchor's meta-LoRA at full strength: from it, one "
         "can tell better than by guessing whether an item was among the anchor's texts (docs/explanation/privacy.md)",
         "counts": f"{INFO} contains the number of items of each anchor, the task's wording, and all settings",
-        "members": f"{MEMBERS} is sent too: {guess}" if with_members else f"not sent ({MEMBERS}): {guess}",
+        "members": f"not sent ({MEMBERS}): its readers could test whether a guessed id is in the bank",
     }

@@ -33,7 +33,6 @@ def build(
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
@@ -42,7 +41,7 @@ def build(
 
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
-    tracker = options.tracker_for(track, out)
+    options.check_out(out)
     run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
     people = options.people_in(source, run.task, columns, skip_bad)
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
@@ -56,7 +55,6 @@ def build(
             executor=executor,
             on_step=screen.step,
             command=options.command_line(),
-            track=tracker,
         )
     _show(bank, json)
     if len(bank) < run.bank.anchors and not json:
@@ -94,7 +92,7 @@ def import_(
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder or hub id of a bank (published with its members).")],
+    bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
     source: options.Source,
     out: Annotated[Path, Option(help="New folder for the calibrated copy; the bank stays as it is.")],
     words: options.Words = None,
@@ -118,10 +116,9 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
-    folder = options.bank_at(bank)
-    people = options.people_in(source, options.task_of(folder), columns, skip_bad)
+    people = options.people_in(source, options.task_of(bank), columns, skip_bad)
     base, opened, run = options.open_bank(
-        folder,
+        bank,
         words,
         device=device,
         config=config,
@@ -186,10 +183,6 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
-    with_members: Annotated[
-        bool,
-        Option("--with-members", help="Send members.json too: readers can then test if a guessed id is in the bank."),
-    ] = False,
     yes: options.Yes = False,
     json: options.Json = False,
 ) -> None:
@@ -201,7 +194,7 @@ def publish(
     """
     from mta.bank.publish import bank_upload, publish_bank
 
-    upload = bank_upload(folder, to, license=license, with_members=with_members)
+    upload = bank_upload(folder, to, license=license)
     if json and dry_run:
         return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
     show_parcel(upload, to, private, err=not dry_run)

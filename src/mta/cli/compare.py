@@ -42,7 +42,6 @@ def compare(
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only on people outside a bank.
@@ -54,7 +53,7 @@ def compare(
     Example:  mta compare newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=posterior
     """
     require("eval")  # before a model is loaded
-    command, given = options.command_line(), (source, words, bank, out, config, seed, device, columns, skip_bad, track)
+    command, given = options.command_line(), (source, words, bank, out, config, seed, device, columns, skip_bad)
     with opened("comparison", CompareSettings, *given) as session:
         measured, say = (session.base, session.bank, session.people, session.settings), session.screen.say
         step = session.folder.step
@@ -98,10 +97,9 @@ def opened(
     device: str | None,
     columns: list[str] | None,
     skip_bad: Path | None,
-    track: str | None,
 ) -> Iterator[Session[Kind]]:
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
-    tracker = options.tracker_for(track, out)
+    options.check_out(out)
     people = options.people_in(source, options.task_of(bank_folder), columns, skip_bad)
     chosen, run_words, file_words = _settings(settings, config, words or [])
     base, bank, run = options.open_bank(
@@ -113,7 +111,7 @@ def opened(
         open_to=options.MERGE_AND_STACK,
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
-    with Screen() as screen, options.run_folder(kind, out, base, bank, used, tracker, screen.step) as folder:
+    with Screen() as screen, options.run_folder(kind, out, base, bank, used, screen.step) as folder:
         yield Session(base, bank, run, people, chosen, screen, folder)
 
 

@@ -33,7 +33,6 @@ def demo(
     recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
     full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
     seed: options.Seed = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Build a bank from MovieLens, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
@@ -48,10 +47,10 @@ def demo(
 
     require("eval")  # before a bank is built
     given = [*(words or []), *options.as_words(**{"run.seed": seed})]
-    chosen, tracker = tool.load_demo(recipe), options.tracker_for(track, out)
-    command = options.command_line()
+    options.check_out(out)
+    chosen, command = tool.load_demo(recipe), options.command_line()
     with Screen() as screen:
-        report = tool.demo(out, chosen, command, given, full=full, on_step=screen.step, say=screen.say, track=tracker)
+        report = tool.demo(out, chosen, command, given, full=full, on_step=screen.step, say=screen.say)
     if json:
         return show_json(to_json(report.comparison, **report.meta, command=command))
     show_glance(report.comparison, report.samples, tool.next_commands(out, report), tables())

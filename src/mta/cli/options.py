@@ -1,18 +1,16 @@
-"""Options of several commands, and what they name: settings, people, banks, executors, trackers."""
+"""Options of several commands, and what they name: settings, people, banks, executors."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PosixPath
-from tempfile import TemporaryDirectory, TemporaryFile
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -27,8 +25,6 @@ from mta.data.tasks import load_task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.system.progress import OnStep
-from mta.tracking.trackers import Track as Opener
-from mta.tracking.trackers import tracker
 
 if TYPE_CHECKING:
     from mta.tracking.run_folder import RunFolder
@@ -44,10 +40,7 @@ def bank_at(name: Path) -> Path:
     return bank_folder(name)
 
 
-Source = Annotated[
-    str,
-    Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k; or - for stdin."),
-]
+Source = Annotated[str, Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; or movielens-100k.")]
 Columns = Annotated[
     list[str] | None,
     Option(
@@ -74,7 +67,6 @@ SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and c
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
 Private = Annotated[bool, Option("--private/--public", help="Visibility of a new repository.")]
-Track = Annotated[str | None, Option("--track", help="Also log losses and rates to tensorboard or wandb.")]
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")
 ]
@@ -95,16 +87,6 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
-class Stdin(PosixPath):
-    """The path of a copy of standard input, or of another pipe. Messages show ``stdin``: the copy is gone by then."""
-
-    def __fspath__(self) -> str:
-        return super().__str__()
-
-    def __str__(self) -> str:
-        return "stdin"
-
-
 def columns_in(given: Sequence[str] | None) -> dict[str, str]:
     """Return what ``--columns`` names: person, input, output, time, or a field -> its column. Raises InputError."""
     columns: dict[str, str] = {}
@@ -122,27 +104,8 @@ def columns_in(given: Sequence[str] | None) -> dict[str, str]:
 def people_in(
     source: str, task: str | TaskType, columns: Sequence[str] | None, skip_bad: Path | None, questions: bool = False
 ) -> list[Person]:
-    """Return all people of a file, a folder, a data asset, or standard input; ``questions`` as in ``read_people``."""
-    named = columns_in(columns)
-    with readable(source) as place:
-        file = place if isinstance(place, Stdin) else source  # which may be a data asset
-        return read_people(file, task, columns=named, skip_bad=skip_bad, questions=questions)
-
-
-@contextmanager
-def readable(source: str) -> Iterator[Path]:
-    """Yield a source that can be read several times: itself, or a copy of standard input (-) or another pipe."""
-    path = Path(os.path.expanduser(source))
-    if source != "-" and not (path.is_fifo() or path.is_char_device()):
-        yield path
-        return
-    if source == "-" and sys.stdin is None:
-        raise InputError("standard input is closed", hint="Give the name of a file instead of -.")
-    with TemporaryDirectory() as folder:  # only its owner may read it
-        place = Stdin(folder, "stdin")
-        with open(place, "wb") as file, nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, file)
-        yield place
+    """Return all people of a file, a folder, or a data asset; ``questions`` as in ``read_people``."""
+    return read_people(source, task, columns=columns_in(columns), skip_bad=skip_bad, questions=questions)
 
 
 def task_of(folder: Path) -> TaskType:
@@ -228,19 +191,6 @@ def check_out(out: Path | None) -> None:
         ) from None
 
 
-def tracker_for(name: str | None, folder: Path | None) -> Opener | None:
-    """Return the function that opens the tracker ``name`` for a run in ``folder``; None without a name.
-
-    Raises InputError for an unknown tracker, a missing folder, or a folder that cannot be written.
-    """
-    check_out(folder)
-    if name and not folder:
-        raise InputError(
-            "--track needs a folder for the run", hint="Give --out FOLDER (mta personalize: --run FOLDER)."
-        )
-    return tracker(name) if name else None
-
-
 def command_line(program: str = "mta") -> str:
     """Return the command as it was typed, without passwords."""
     return without_passwords(shlex.join([program, *sys.argv[1:]]))
@@ -261,7 +211,6 @@ def run_folder(
     base: mta.BaseModel,
     bank: mta.Bank,
     settings: Mapping[str, Any],
-    track: Opener | None,
     on_step: OnStep,
     work: str = "",
 ) -> RunFolder:
@@ -276,6 +225,5 @@ def run_folder(
         command=command_line(),
         work=work,
         about={"bank": bank.hash[:12], "seeds": settings.get("seeds") or [settings["seed"]]},
-        track=track,
         on_step=on_step,
     )

@@ -48,7 +48,6 @@ def personalize(
     run: Annotated[
         Path | None, Option("--run", help="Folder for this run's settings and metrics, for mta-lab report.")
     ] = None,
-    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Compute the merge and train the stack of all people in a file, in cohorts.
@@ -66,7 +65,8 @@ def personalize(
 
     if update and not resume:
         raise InputError("--restart was given with --update, which always goes on", hint="Leave one of them out.")
-    tracker, session = options.tracker_for(track, run), Store(store).session()  # before the source is read
+    options.check_out(run)
+    session = Store(store).session()  # before the source is read
     read = options.people_in(source, options.task_of(bank), columns, skip_bad)
     people = [person.latest(latest) if latest else person for person in read if person.items] or read
     if empty := len(read) - len(people):
@@ -79,7 +79,7 @@ def personalize(
         personal = mta.Personalizer(base, opened, session.store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
         work = json_sha256([used, opened.hash, sorted(p.digest() for p in people)])  # so that `run` can be continued
-        with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
+        with options.run_folder("personalize", run, base, opened, used, screen.step, work) as folder:
             again = partial(personal.update, fewer=latest is not None)
             compute = again if update else partial(personal.personalize, resume=resume)
             done = compute(people, histories=read if keep_histories else (), session=session, on_step=folder.step)

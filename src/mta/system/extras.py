@@ -16,8 +16,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packag
         "serve": ("fastapi", "httpx2", "prometheus-client", "uvicorn"),
         "tables": ("pyarrow",),
         "ray": ("ray",),
-        "tensorboard": ("tensorboard",),
-        "wandb": ("wandb",),
     }
 )
 

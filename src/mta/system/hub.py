@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Upload:
     """Files to send to the hub, by their names there, and facts to show to the user before sending."""
 
     files: Mapping[str, Path | bytes]
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str]
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file."""
@@ -92,14 +92,7 @@ def snapshot(
 
 
 def send(
-    upload: Upload,
-    repo: str,
-    message: str,
-    before: Callable[[str], None],
-    *,
-    private: bool = True,
-    token: str | None = None,
-    ours: Sequence[str] = (),
+    upload: Upload, repo: str, ours: Sequence[str], before: Callable[[str], None], private: bool, token: str | None
 ) -> str:
     """Commit the files of ``upload`` to a repository, which is created if missing, and return its web address.
 
@@ -125,7 +118,7 @@ def send(
             CommitOperationDelete(name) for name in there if name in ours and name not in upload.files
         ]
         changes += [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in upload.files.items()]
-        api.create_commit(repo, changes, commit_message=message)
+        api.create_commit(repo, changes, commit_message="Publish a bank of mta")
     return url
 
 

@@ -28,7 +28,6 @@ from mta.system.atomic import write_text
 from mta.system.progress import OnStep
 from mta.tools.cost import planned
 from mta.tracking.run_folder import RunFolder
-from mta.tracking.trackers import Track
 
 _FEWER = "Ask for fewer people (people.test=16), or for fewer items of each: evaluation.shots=4 evaluation.queries=4"
 RECIPE = "recipe.yaml"  # the settings that were chosen, in the demo's folder
@@ -70,12 +69,11 @@ def demo(
     full: bool = False,
     on_step: OnStep = lambda stage, step: None,
     say: Callable[[str], None] = lambda _: None,
-    track: Track | None = None,
 ) -> ComparisonReport:
     """Build a bank, evaluate, personalize, and write a report under ``out``; a stopped demo resumes.
 
     ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
-    ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
+    Raises ConfigError if ``out`` holds a demo with other settings.
     """
     recipe = override(recipe, [*(() if full else recipe.short), *words])
     _check_same(out, recipe)
@@ -98,7 +96,6 @@ def demo(
         settings=recipe.model_dump(mode="json"),
         config=False,
         command=command,
-        track=track,
         on_step=on_step,
         about={"seeds": [run.seed]},
     ) as folder:

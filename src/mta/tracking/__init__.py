@@ -1,1 +1,1 @@
-"""Run folders, metrics, and trackers."""
+"""Run folders and metrics."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 import uuid
 from collections import Counter
@@ -31,14 +30,13 @@ from mta.system.atomic import append_lines, exclusive, write_json, write_text
 from mta.system.device import dtype_name, processor
 from mta.system.process import cores
 from mta.system.provenance import commit, versions
-from mta.tracking.trackers import SINKS, Sink, Track
 
 if TYPE_CHECKING:
     from mta.model.base import BaseModel
     from mta.system.progress import OnStep, Step
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
-NAMES = frozenset({RUN, CONFIG, METRICS, *SINKS})  # each sink writes to a folder of its name
+NAMES = frozenset({RUN, CONFIG, METRICS})
 SCHEMA = 1
 
 
@@ -62,14 +60,10 @@ class RunFolder:
     work: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
-    track: Track | None = None
     on_step: OnStep | None = None
     _before: list[dict[str, Any]] = field(default_factory=list)
     _entered: datetime = field(default_factory=lambda: datetime.now(UTC))
     _begun: bool = False
-    _sink: Sink | None = None
-    _steps: Counter[str] = field(default_factory=Counter)
-    _examples: dict[str, int] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -100,8 +94,6 @@ class RunFolder:
             if kind is None or self._begun:
                 self.begin()
                 self._write(datetime.now(UTC), kind.__name__ if kind else "")  # the error's text may name a person
-            if self._sink:
-                self._sink.close()
 
     def begin(self) -> None:
         """Record the start of the run, with its folder locked. The first step calls this if no caller did.
@@ -114,11 +106,9 @@ class RunFolder:
             self._held.enter_context(exclusive(self.folder))
         self._begun = True
         self._before = sittings(self.folder)  # another process may have ended since ``__enter__``
-        self._steps.update(line["stage"] for line in lines(self.folder, self.work))
         self._write()  # before config.yaml: after a kill in between, config.yaml must not look like a foreign file
         if self.config:
             write_text(self.folder / CONFIG, to_yaml(self.settings))
-        self._sink = self.track(self.folder) if self.track else None
 
     def note(self, name: str, value: Any) -> None:
         """Record a fact of the run at once, so that it survives a kill."""
@@ -134,26 +124,11 @@ class RunFolder:
         """Record one finished step of a stage."""
         self.begin()
         before, self._last = self._last, time.monotonic()
-        seconds = self._last - before
-        self._steps[stage] += 1
         if self.folder:
-            line = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
+            line = {"stage": stage, **asdict(step), "seconds": round(self._last - before, 3), "work": self.work}
             append_lines(self.folder / METRICS, [json.dumps(line)])
-        if self._sink:
-            self._sink.log(self._values(stage, step, seconds), self._steps[stage])
         if self.on_step:
             self.on_step(stage, step)
-
-    def _values(self, stage: str, step: Step, seconds: float) -> dict[str, float]:
-        """Return the values for a sink: losses, rates, counts."""
-        more, self._examples[stage] = step.examples - self._examples.get(stage, 0), step.examples
-        values: dict[str, float] = {"people": step.people, "examples": step.examples}
-        if more > 0 and seconds > 0:  # otherwise a new cohort begins
-            values["examples_per_second"] = more / seconds
-        if step.loss is not None:
-            values["loss"] = step.loss
-        name = re.sub(r"[^\w.-]+", "_", stage)
-        return {f"{name}/{key}": value for key, value in values.items()}
 
     def _write(self, ended: datetime | None = None, stopped: str = "") -> None:
         """Write ``run.json``: the earlier sittings and this one."""

@@ -11,7 +11,6 @@ from mta.errors import ClusterError, InputError
 from mta.evaluation.methods import Method
 from mta.system.atomic import json_sha256, write_json
 from mta.tracking.run_folder import RunFolder
-from mta.tracking.trackers import Track
 from mta_lab.experiments.facts import bank_facts, case_study, use_to_others
 from mta_lab.experiments.recipe import MAIN_BANK, Part, bank_name, wanted
 from mta_lab.experiments.results import CASE, FACTS, KIND, Record, Records, Where, read_beside
@@ -41,12 +40,10 @@ class MethodRun(Piece):
         return f"{self.exhibit}, seed {self.seed}, {self.shots} shots: {self.method.name}"
 
 
-def run_experiment(
-    workspace: Workspace, exhibits: Sequence[str] = (), command: str = "", track: Track | None = None
-) -> None:
+def run_experiment(workspace: Workspace, exhibits: Sequence[str] = (), command: str = "") -> None:
     """Compute the missing results of the exhibits, seed by seed, and append them to ``scores.jsonl``.
 
-    ``command`` is recorded so that users can repeat it; ``track`` opens an additional tracker of steps.
+    ``command`` is recorded so that users can repeat it.
     """
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
@@ -61,7 +58,6 @@ def run_experiment(
         config=False,
         work=json_sha256([settings, workspace.splits.digest]),
         command=command,
-        track=track,
         on_step=workspace.on_step,
         about={"which": which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]},
     ) as folder:

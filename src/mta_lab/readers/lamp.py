@@ -46,9 +46,12 @@ class Lamp:
             else:
                 yield from lamp_parts(every, file, task, rejects, answers)
 
-    def beside(self, file: Path) -> list[Path]:
+    def beside(self, path: Path) -> list[Path]:
         # Reading questions would take the outputs file beside them for the true answers.
-        return [outputs_name(file)] if ".json" in file.suffixes or outputs_beside(file) else []
+        if path.is_dir():
+            inside = [*path.glob("*questions.json")]
+            return inside + [outputs_name(file) for file in inside]
+        return [outputs_name(path)] if ".json" in path.suffixes or outputs_beside(path) else []
 
 
 GOLDS = r'"golds"\s*:\s*\['

@@ -36,8 +36,8 @@ class RecBole:
     ) -> Iterator[RecordPart]:
         return recbole_parts(path, task, rejects)
 
-    def beside(self, file: Path) -> list[Path]:
-        return []
+    def beside(self, path: Path) -> list[Path]:
+        return [*path.glob("*.inter"), *path.glob("*.item")]
 
 
 def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[RecordPart]:

@@ -14,7 +14,7 @@ from mta.data.history import Item, People, Person
 from mta.data.readers.rejects import Records, Rejects, data_error
 from mta.data.readers.rows import RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
-from mta.data.readers.tables import files_in, table_in
+from mta.data.readers.tables import table_in
 from mta.data.sharing import connected, repeated
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
@@ -50,8 +50,8 @@ class Format(Protocol):
         questions need none.
         """
 
-    def beside(self, file: Path) -> list[Path]:
-        """Return the files that are read together with a file, whether or not they exist."""
+    def beside(self, path: Path) -> list[Path]:
+        """Return the files that are read with a path or in it, whether or not they exist."""
 
 
 def formats() -> list[Format]:
@@ -113,6 +113,8 @@ def iter_parts(
             raise InputError(f"{path} has a format with known columns", hint="Leave the columns out.")
         yield from known.parts(path, None, task, rejects, answers=not questions)
         return
+    if path.is_dir():
+        raise DataError(f"{path} is a folder that no reader knows; expected one file", hint=FORMATS)
     table = table_in(path)
     records = table(path, rejects) if table else objects(path, rejects)
     for place, record in records:
@@ -146,7 +148,5 @@ def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
 
 def is_read(path: Path, source: Path) -> bool:
     """Return whether ``path`` is a file that reading ``source`` reads, so that nothing must be written to it."""
-    inside = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
-    files = inside if source.is_dir() else [source]
-    beside = [other for one in formats() for file in files for other in one.beside(file)]
-    return path.resolve() in {file.resolve() for file in (*files, *beside)}
+    files = [source, *(file for one in formats() for file in one.beside(source))]
+    return path.resolve() in {file.resolve() for file in files}

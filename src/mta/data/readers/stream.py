@@ -39,8 +39,11 @@ def object_in(value: Any, field: str | None = None, expected: str = "a JSON obje
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises DataError instead of OSError."""
+    """Open a file for reading. Raises DataError for what can be read only once, and instead of OSError."""
     try:
+        if path == Path("-") or path.is_fifo() or path.is_char_device():
+            hint = "Write it to a file first, and give the name of that file:  COMMAND > history.jsonl"
+            raise DataError(f"{path} is standard input, a pipe, or a device; expected a file", hint=hint)
         return path.open("rb")
     except FileNotFoundError:
         raise DataError(

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from itertools import chain
@@ -25,9 +24,7 @@ DELIMITERS = ",;\t|"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
-    """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
-    if path.is_dir():
-        return folder_rows
+    """Return the reader of a table by its name and first bytes; None for other formats."""
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
@@ -96,46 +93,6 @@ def parquet_rows(path: Path, rejects: Rejects) -> Records:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return the files of a folder and its subfolders, as snapshots of a hub have them; deeper ones are not read."""
-    return sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
-
-
-def folder_rows(folder: Path, rejects: Rejects) -> Records:
-    """Yield the rows of the only table in a folder: a CSV file, or Parquet files whose names differ in numbers.
-
-    Raises DataError if there are several tables or none.
-    """
-    tables = defaultdict[Path, list[Path]](list)
-    for file in files_in(folder):
-        suffix = file.suffix.lower()
-        if suffix in (*CSV, ".parquet"):
-            name = file if suffix in CSV else file.with_name(f"{_shared_name(file)}.parquet")
-            tables[name.relative_to(folder)].append(file)
-    if not tables:
-        names = _some(path.name for path in folder.iterdir()) or "nothing"
-        expected = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
-        raise DataError(f"{folder}: expected {expected}; found {names}", hint="Give the path of a file.")
-    if len(tables) > 1:
-        raise DataError(
-            f"{folder}: expected one table, found {_some(map(str, tables))}",
-            hint=f"Give one file, such as  {min(tables.values())[0]}  or a folder with the files of one table.",
-        )
-    for file in next(iter(tables.values())):
-        yield from (csv_rows if file.suffix.lower() in CSV else parquet_rows)(file, rejects)
-
-
-def _shared_name(shard: Path) -> str:
-    """Return what the names of all files of a Parquet table have in common: all but numbers and UUIDs."""
-    return re.sub(r"([-_.]*\*)+$", "*", re.sub(r"-of-\d+|[0-9a-f]{8}-[0-9a-f-]{27}|\d+", "*", shard.stem))
-
-
-def _some(names: Iterable[str]) -> str:
-    """Return the first five names in order, for messages."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
 
 
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
