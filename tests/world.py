@@ -17,7 +17,6 @@ import pytest
 import torch
 from tiny import base_of, tokenizer
 
-from mta.bank.format import STOPS
 from mta.cli import main
 from mta.system.storage import LOCK
 from mta_lab.cli import main as lab_main
@@ -107,7 +106,7 @@ def saved_base(folder: Path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Return all paths with their content, except a store's lock, which is empty, and a bank's note of forgettings."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.name not in (LOCK, STOPS)]
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != LOCK]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 

@@ -1,10 +1,7 @@
-"""``mta bank publish`` and a hub id as ``--bank``: what is printed, confirmed and sent."""
+"""``mta bank publish`` and a hub id as ``--bank``: what is printed and sent."""
 
-import io
 import shutil
-import sys
 
-import pytest
 from hub import hub
 from world import ANN, QUESTION, mta, run, tree
 from world import world as world  # the fixture
@@ -16,53 +13,20 @@ SENT = {"README.md", "anchors.safetensors", "bank.json", "calibration.safetensor
 }
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """Return a function that sets the answer of a user at a terminal."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    def given(text: str) -> None:
-        monkeypatch.setattr(sys, "stdin", Terminal(f"{text}\n"))
-
-    return given
-
-
-def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
+def test_without_yes_everything_is_listed_and_nothing_is_sent(world, hub):
     before = tree(world.root)
-    said = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run")
+    said = mta("bank", "publish", world.bank, "--to", NAME)
     assert said.out.startswith(f"To {NAME}, private: 7 files, ")
     assert all(f"  {name}\n" in said.out for name in SENT)
     assert "\nmembers: not sent (members.json): " in said.out
     assert str(world.root) not in said.out
-    assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
-    result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--json").json
+    assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--public").out
+    result = mta("bank", "publish", world.bank, "--to", NAME, "--json").json
     assert set(result["files"]) == SENT
     assert (result["to"], result["private"]) == (NAME, True)
+    assert said.out.endswith("Nothing was sent. To send this, add  --yes\n")
     assert hub.requests == []
     assert tree(world.root) == before
-
-
-def test_without_a_terminal_nothing_is_sent_without_yes(world, hub):
-    said = run("bank", "publish", world.bank, "--to", NAME)
-    assert said.code == 1
-    assert f"To {NAME}, private: 7 files, " in said.err
-    assert said.err.endswith(
-        "so mta cannot ask for confirmation\n  Read the list above, then repeat the command with --yes.\n"
-    )
-    assert hub.requests == []
-
-
-def test_a_no_sends_nothing_and_a_yes_sends(world, hub, tmp_path, answers):
-    at = world.copy(tmp_path)
-    answers("n")
-    assert run("bank", "publish", at[1], "--to", NAME).code == 1
-    assert hub.requests == []
-    answers("y")
-    assert mta("bank", "publish", at[1], "--to", NAME).out == f"{hub.endpoint}/{NAME}\n"
-    assert set(hub.repos[NAME].files) == SENT
 
 
 def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
@@ -94,7 +58,7 @@ def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):
     mta("bank", "publish", at[1], "--to", NAME, "--yes")
     said = mta("forget", "member-03-hoxha", *at).out
     assert f"the bank was published; delete it there by hand: {hub.endpoint}/{NAME}\n" in said
-    again = run("bank", "publish", at[1], "--to", NAME, "--dry-run")
+    again = run("bank", "publish", at[1], "--to", NAME)
     assert again.err.startswith("BankError: a forgotten person is in the ")
 
 

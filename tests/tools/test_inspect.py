@@ -26,8 +26,8 @@ def test_an_account_says_what_the_state_says(known, tmp_path):
     found = summarize("x0", store, bank.folder)
     assert (found.version, found.versions, found.time) == (1, [1], store.time_of("x0", 1))
     assert (found.bank, found.bank_here, found.policy) == (bank.hash, bank.hash, "posterior")
-    assert {one.anchor: one.w for one in found.weights} == dict(zip(state.anchors, state.w))
-    assert [one.w for one in found.weights] == sorted(state.w, reverse=True)
+    assert found.weights == dict(zip(state.anchors, state.w))
+    assert list(found.weights.values()) == sorted(state.w, reverse=True)
     numbers = sum(tensor.numel() for tensor in state.stack.tensors().values())
     assert (found.stack.rank, found.stack.bytes) == (1, 8 * numbers)  # the tiny base computes in float64
     assert (found.losses, found.history, found.trained) == (state.losses, 4, [])

@@ -224,7 +224,7 @@ class Bank:
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, license: str = "") -> str:
         """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
-        A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
+        A bank was trained on people's texts: list the files to send first (``mta bank publish``). The list of
         members is not sent. Raises BankError if a person in the bank asked to be forgotten, BankCorrupt, HubError.
         """
         upload = bank_upload(self.folder, repo_id, license=license)

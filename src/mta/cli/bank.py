@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 import mta
 from mta.cli import options
-from mta.cli.screen import Screen, confirm, show_json, show_parcel
+from mta.cli.screen import Screen, show_json
 from mta.config.constants import ROUNDING_ONLY
 from mta.errors import InputError
 
@@ -180,26 +180,24 @@ def show(
 def publish(
     folder: Annotated[Path, Argument(help="Folder of a bank.")],
     to: Annotated[str, Option(help="Repository on the hub: owner/name.")],
-    dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: options.Private = True,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
-    yes: options.Yes = False,
+    yes: Annotated[bool, Option("--yes", help="Send the files; without it, only list them.")] = False,
     json: options.Json = False,
 ) -> None:
-    """List all files to send, then publish the bank and its card on the hub.
+    """List all files that would be sent to the hub; with --yes, send them: the bank and its card.
 
     The member list and local paths are not sent. The bank keeps its hash, so people's states stay valid.
 
-    Example:  mta bank publish bank/ --to owner/name --dry-run
+    Example:  mta bank publish bank/ --to owner/name
     """
     from mta.bank.publish import bank_upload, publish_bank
 
     upload = bank_upload(folder, to, license=license)
-    if json and dry_run:
-        return show_json({"to": to, "private": private, "files": upload.sizes(), "facts": upload.facts})
-    show_parcel(upload, to, private, err=not dry_run)
-    if dry_run:
-        return
-    confirm(yes)
-    url = publish_bank(folder, to, upload, private=private)
-    show_json({"url": url, "files": upload.sizes()}) if json else typer.echo(url)
+    sizes, url = upload.sizes(), publish_bank(folder, to, upload, private=private) if yes else None
+    if json:
+        return show_json({"to": to, "private": private, "files": sizes, "facts": upload.facts, "url": url})
+    lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
+    lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
+    lines += [f"{name}: {fact}" for name, fact in upload.facts.items()]
+    typer.echo("\n".join([*lines, url or "Nothing was sent. To send this, add  --yes"]))

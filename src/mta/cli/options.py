@@ -65,7 +65,6 @@ Seed = Annotated[int | None, Option(help="Seed of all random draws.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, or auto.")]
 SkipBad = Annotated[Path | None, Option(help="Write bad rows to this file, and continue.", dir_okay=False)]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
-Yes = Annotated[bool, Option("--yes", help="Send without asking for confirmation.")]
 Private = Annotated[bool, Option("--private/--public", help="Visibility of a new repository.")]
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")

@@ -23,11 +23,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from mta.errors import InputError
 from mta.system.units import human_seconds
 
 if TYPE_CHECKING:
-    from mta.system.hub import Upload
     from mta.system.progress import Step
 
 # FORCE_COLOR makes a file a terminal for rich, which would write its bars there again and again.
@@ -119,26 +117,3 @@ def tables() -> Console:
 def show_json(value: object) -> None:
     """Print a result as JSON on stdout."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def show_parcel(upload: Upload, to: str, private: bool, err: bool = True) -> None:
-    """Print the files and facts that would be sent, so that the user can decide."""
-    sizes = upload.sizes()
-    lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
-    lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
-    lines += [f"{name}: {fact}" for name, fact in upload.facts.items()]
-    typer.echo("\n".join(lines), err=err)
-
-
-def confirm(yes: bool) -> None:
-    """Ask for confirmation to send. Raises InputError without a terminal, Abort if the user declines."""
-    if yes:
-        return
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise InputError(
-            "nothing was sent: stdin is not a terminal, so mta cannot ask for confirmation",
-            hint="Read the list above, then repeat the command with --yes.",
-        )
-    typer.echo("Send this? [y/N] ", nl=False, err=True)  # typer.confirm would write to stdout too
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise typer.Abort

@@ -17,14 +17,6 @@ from mta.store.state import Losses
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """An anchor's number in its bank and its coefficient in the merge."""
-
-    anchor: int
-    w: float
-
-
-@dataclass(frozen=True, slots=True)
 class Stack:
     """The rank of a stack, and its size in bytes."""
 
@@ -36,7 +28,7 @@ class Stack:
 class Summary:
     """A summary of what is stored for a person.
 
-    ``versions`` are those that are kept, oldest first. ``weights`` are sorted, the largest first. ``history`` counts
+    ``versions`` are kept ones, oldest first. ``weights``: anchor -> coefficient, the largest first. ``history`` counts
     the items stored by opt-in. ``trained`` names the parts of the bank that were trained on this person, None if the
     bank has no list of members.
     """
@@ -47,7 +39,7 @@ class Summary:
     bank: str
     bank_here: str
     policy: str
-    weights: list[Weight]
+    weights: dict[int, float]
     stack: Stack | None
     losses: Losses | None
     history: int | None
@@ -72,7 +64,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         bank=state.bank,
         bank_here=info.hash,
         policy=state.policy,
-        weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
+        weights=dict(sorted(zip(state.anchors, state.w), key=lambda pair: -pair[1])),
         stack=Stack(stack.rank, sum(tensor.nbytes for tensor in stack.tensors().values())) if stack else None,
         losses=state.losses,
         history=len(kept.items) if kept else None,
