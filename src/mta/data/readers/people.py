@@ -19,7 +19,7 @@ from mta.data.sharing import connected, repeated
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
-from mta.system.assets import ASSETS, fetch
+from mta.system.assets import ASSETS, resolve
 
 FORMATS = (
     "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields) in each row, or name other "
@@ -76,7 +76,7 @@ def read_people(
     Without it, a bad row raises DataError, which names file, line, and field. Also raises TaskError, InputError.
     """
     if isinstance(path, str):
-        path = Path(fetch(path) if path in ASSETS else os.path.expanduser(path))
+        path = Path(resolve(path) if path in ASSETS else os.path.expanduser(path))
     source, task = path, load_task(task)
     rejects_file = _rejects_path(skip_bad, source)
     gathered: dict[str, tuple[list[Item], list[Item], set[str]]] = {}  # person -> items, queries, ids of items
