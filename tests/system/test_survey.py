@@ -18,7 +18,7 @@ PEOPLE = 5
 
 
 def packed(path, answers, whole=(7, 22)):
-    """Write a table as the wheel has it: columns with gaps are floats, the ``whole`` ones and row names are integers."""
+    """Write a table as the wheel has it: columns with gaps are floats, ``whole`` ones and row names are integers."""
     columns = {0: [9] * PEOPLE} | dict(enumerate(answers, 1))
     parts = []
     for kind, places in (("d", [n for n in columns if n and n not in whole]), ("q", [0, *whole])):

@@ -58,7 +58,8 @@ Config = Annotated[Path | None, Option("--config", help="YAML file with settings
 Task = Annotated[
     str | None,
     Option(
-        help="A built-in task (lamp1 to lamp5, lamp2n, lamp7, movielens-rating, survey, text) or a YAML file; default: text."
+        help="A built-in task (lamp1 to lamp5, lamp2n, lamp7, movielens-rating, survey, text) or a YAML file; default: "
+        "text."
     ),
 ]
 Seed = Annotated[int | None, Option(help="Seed of all random draws.")]
