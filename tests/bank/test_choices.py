@@ -8,7 +8,7 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration.crossfit import (
+from mta.bank.calibration.choices import (
     best_of,
     best_on_average,
     chosen_by_others,

@@ -122,9 +122,9 @@ def test_a_key_below_a_single_value_is_refused(tmp_path):
 
 
 def test_a_group_that_is_left_out_can_be_given_key_by_key():
-    words = ["adapt.lora.rank=2", "adapt.training.lr=1e-3"]
-    found = override(CompareSettings(), words)  # whose adapt is null
-    assert (found.adapt.lora.rank, found.adapt.training.lr) == (2, 1e-3)
+    words = ["alone.lora.rank=2", "alone.training.lr=1e-3"]
+    found = override(CompareSettings(), words)  # whose alone is null
+    assert (found.alone.lora.rank, found.alone.training.lr) == (2, 1e-3)
     with pytest.raises(ConfigError) as caught:
         override(CompareSettings(), words[:1])
     assert caught.value.hint == "Settings here are: lora, training."
@@ -134,7 +134,7 @@ def test_a_group_that_is_left_out_can_be_given_key_by_key():
     ("words", "hint"),
     [
         (["seeds=3"], "The default:  'seeds=[]'"),
-        (["oppu.lora.rank.x=1"], "Set it directly:  oppu.lora.rank=…"),
+        (["shots.x=1"], "Set it directly:  shots=…"),
         (["b.jsonl"], "For example:  shots=8"),
     ],
 )

@@ -104,7 +104,7 @@ def test_rows_have_the_order_names_and_costs_of_the_methods(batch):
 def test_a_brief_comparison_has_what_its_guide_names(task):
     names = [method.name for method in standard_methods(TINY_RUN, CompareSettings(brief=True), task, 5)]
     merge = Merged(merge=TINY_RUN.merge).name
-    assert names == ["global constant", "own constant", "task LoRA", "OPPU", merge, "MTA"]
+    assert names == ["global constant", "own constant", "task LoRA", "label bias", "rank 1 alone", "OPPU", merge, "MTA"]
 
 
 def test_laplace_is_left_out_for_a_bank_without_calibration(task):

@@ -9,7 +9,7 @@ from mta_lab.experiments.recipe import load_experiment, names, wanted
 
 def test_every_recipe_can_be_read_and_names_its_task():
     lamp, authors = ("1", "2", "2n", "3", "4", "5", "7"), range(1, 6)
-    known = {*(f"lamp{n}" for n in lamp), *(f"authors-lamp{n}" for n in authors), "movielens", "smoke"}
+    known = {*(f"lamp{n}" for n in lamp), *(f"authors-lamp{n}" for n in authors), "movielens", "smoke", "survey"}
     assert set(names()) == known
     for name in names():
         recipe = load_experiment(name)

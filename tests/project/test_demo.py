@@ -20,7 +20,6 @@ SMALL = [
     "run.bank.training.epochs=1",
     "evaluation.shots=4",
     "evaluation.queries=3",
-    "evaluation.oppu.training.steps=1",
     'evaluation.policies=["uniform", "posterior", "ridge", "learned"]',
 ]
 

@@ -10,6 +10,7 @@ from tiny import base_of
 from transformers import Gemma3Config, Gemma3TextConfig
 from typer.testing import CliRunner
 
+from mta.bank.calibration.calibrate import rivals_of
 from mta.bank.calibration.crossfit import Calibrator
 from mta.bank.calibration.people import Subject
 from mta.cli.app import app
@@ -189,7 +190,8 @@ def test_settings_change_what_is_counted():
     )
     how, example = Run().calibration, Example((1, 2), 1)
     subjects = [Subject((example,) * how.shots, (example,) * how.queries) for _ in range(how.people)]
-    passes = Calibrator(subjects, anchors=50, settings=how, measure=lambda _: iter(())).planned_cost
+    known = {"settings": how, "measure": lambda _: iter(()), "rivals": rivals_of(Run())}
+    passes = Calibrator(subjects, anchors=50, **known).planned_cost
     assert calibrated - without == pytest.approx(_scored(shape, data, passes, 8 + 50 * 8))
 
 

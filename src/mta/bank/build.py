@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from mta.bank.anchors import Roles, choose_roles, train_anchors
-from mta.bank.calibration.calibrate import calibrate, plan_of
+from mta.bank.calibration.calibrate import calibrate, size_of_passes
 from mta.bank.calibration.info import CalibrationInfo
 from mta.bank.calibration.people import measured_items, subjects_of
 from mta.bank.card import write_described
@@ -160,7 +160,7 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = context.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
     subjects = subjects_of(base, context.task, roles.calibrating, run.calibration)
-    plan_of(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
+    size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan
 

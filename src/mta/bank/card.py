@@ -141,6 +141,7 @@ def what_to_expect(info: BankInfo) -> str:
             "Merge and stack were chosen on these people, too: a person's gain is by what the others chose, but the "
             "intervals do not cover the choice."
         )
+    said += _rivals_in_words(info.calibration)
     if not info.run.task_lora.enabled:
         said.append(
             "The bank has no task LoRA: part of a gain can be the form of an answer, which one would teach, too."
@@ -148,10 +149,24 @@ def what_to_expect(info: BankInfo) -> str:
     return f"{' '.join(said)}{gains_table(info.calibration)}"
 
 
+def _rivals_in_words(info: CalibrationInfo) -> list[str]:
+    """Return which personal models without a bank this bank beats, and which are as good."""
+    if not info.rivals:
+        return []
+    shots = info.rivals[0].gain.shots
+    said = [f"{one.name} {one.ahead.mean:+.3f} [{one.ahead.low:+.3f}, {one.ahead.high:+.3f}]" for one in info.rivals]
+    equal = [one.name for one in info.rivals if one.ahead.low <= 0]
+    advice = (
+        f"Not clearly better than {' and '.join(equal)}: use that, without a bank." if equal else "It beats them all."
+    )
+    return [f"With {shots} shots, the bank's gain minus that of what needs no bank: {', '.join(said)}. {advice}"]
+
+
 def gains_table(info: CalibrationInfo) -> str:
     """Return the measured gains as a table after an empty line; empty without any."""
     kinds = {"merge": info.gains, "merge and stack": info.stacked}
     measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
+    measured += [(one.name, one.gain) for one in info.rivals]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
         f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"

@@ -44,7 +44,7 @@ def compare(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only on people outside a bank.
+    """Compare MTA with constants, the base, the task LoRA, rivals without a bank, and merges on people outside it.
 
     Each person of SOURCE is personalized anew from their shots. People in the bank, and people with fewer than shots +
     queries items, are left out. key=value sets the comparison (shots=4 queries=10) and overrides merge.…, stack.…,

@@ -214,19 +214,22 @@ class OneLoraSettings(Settings):
     training: Training
 
 
+OPPU_TRAINING = Training(lr=2e-4, steps=8, batch_size=64)  # where no calibration says how to train it
+
+
 class CompareSettings(Settings):
     """What is compared: methods learn from a person's first ``shots`` items and answer the next ``queries``."""
 
     shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")
     queries: int = Field(default=12, ge=1, description="next items, to answer")
     seeds: tuple[Seed, ...] = Field(default=(), description="empty: the run's seed")
-    oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; null: as the run's stack")
+    oppu: OneLoraSettings | None = Field(default=None, description="OPPU; null: as the bank's calibration found")
+    alone: OneLoraSettings | None = Field(default=None, description="rank 1 alone; null: likewise")
     policies: tuple[Policy, ...] = Field(
         default=("similarity", "posterior", "laplace"),
         description="policies of the merge-only methods",
     )
-    brief: bool = Field(default=False, description="only constants, the task LoRA, OPPU, the merge, and MTA")
+    brief: bool = Field(default=False, description="only constants, the task LoRA, rivals, the merge, and MTA")
     controls: bool = Field(
         default=False, description="also one merge for everybody, and MTA from another person's shots"
     )

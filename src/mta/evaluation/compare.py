@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.bank import Bank
+from mta.bank.calibration.info import ALONE, OPPU
 from mta.bank.format import check_base
-from mta.config import CompareSettings, MergeSettings, Run
+from mta.config import CompareSettings, MergeSettings, OneLoraSettings, Run
+from mta.config.schema import OPPU_TRAINING
 from mta.data.history import Person, check_distinct
 from mta.data.sharing import Copies
 from mta.data.shots_and_queries import has_enough_items
@@ -21,7 +23,9 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import (
     Base,
+    CalibratedLora,
     GlobalConstant,
+    LabelBias,
     Merged,
     MergeThenAdapt,
     Method,
@@ -99,10 +103,11 @@ class ComparisonReport:
 def standard_methods(
     run: Run, settings: CompareSettings, task: Task, anchors: int, calibrated: bool = True, encoded: bool = True
 ) -> list[Method]:
-    """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
+    """Return the rows of the table: constants, base, task LoRA, what a bank has to beat, merge only (each policy), MTA.
 
     Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
-    comparison has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack. Controls are one
+    comparison leaves out the base, and other merges than MTA's. Rivals are a label bias, rank 1 alone, and OPPU.
+    Controls are one
     merge for everybody, and MTA from another person's shots.
     """
 
@@ -116,8 +121,14 @@ def standard_methods(
     def fits(merge: MergeSettings) -> bool:
         return can_merge(merge, anchors, task.labelled, calibrated) and (encoded or not needs_encodings(merge))
 
-    oppu, adapt, stack = settings.oppu, settings.adapt or run.stack, run.stack
-    rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
+    def alone(name: str, given: OneLoraSettings | None) -> Method:
+        if given:
+            return OneLora(name=name, lora=given.lora, training=given.training)
+        return CalibratedLora(name=name, training=OPPU_TRAINING if name == OPPU else None)
+
+    stack = run.stack
+    biased: list[Method] = [LabelBias()] if task.labelled else []
+    rivals = [*biased, alone(ALONE, settings.alone), alone(OPPU, settings.oppu)]
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     controls: list[Method] = []
@@ -125,15 +136,14 @@ def standard_methods(
         controls = [*([PopulationMerge()] if calibrated else []), OtherPerson(over=ours)]
     if settings.brief:
         merge = [Merged(merge=run.merge)] if stack.enabled else []
-        return [*constants, TaskLora(), *controls, rival, *merge, ours]
+        return [*constants, TaskLora(), *controls, *rivals, *merge, ours]
     return [
         *constants,
         Base(),
         TaskLora(),
         *controls,
-        rival,
+        *rivals,
         *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in settings.policies if fits(policy(name))),
-        OneLora(name="adapt only", lora=adapt.lora, training=adapt.training),
         ours,
     ]
 

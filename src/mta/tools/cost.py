@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from mta.bank.calibration.calibrate import rivals_of
 from mta.bank.calibration.crossfit import planned_cost
 from mta.bank.calibration.info import CalibrationInfo, Gain, with_calibrated_settings
-from mta.config import CompareSettings, Run
+from mta.config import Run
+from mta.config.schema import OPPU_TRAINING
 from mta.errors import ConfigError
 from mta.model.adaptable import adapted_layers
 from mta.model.agreement import called_layers
@@ -194,7 +196,6 @@ class Cost:
     person_operations: float
 
 
-OPPU = CompareSettings().oppu.training
 HELPFUL = CalibrationInfo(
     ridge=1.0, prior=8.0, rate=1.6e-3, gains=(Gain(shots=8, people=8, mean=0.1, low=0.0, high=0.2, worse=0.0),)
 )
@@ -221,7 +222,10 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     stage_0 = run.task_lora.rounds * run.task_lora.training.examples(run.task_lora.items)  # at most
     task = trained(stage_0, 0, task_rank) if task_rank else 0.0
     how = run.calibration
-    tried = planned_cost(how, [how.shots] * how.people, how.people * how.queries, run.stack.enabled) * how.enabled
+    tried = planned_cost(
+        how, [how.shots] * how.people, how.people * how.queries, run.stack.enabled, len(rivals_of(run))
+    )
+    tried *= how.enabled
     anchor_items = anchors * run.bank.training.examples(run.bank.max_items)
     bank = task + trained(anchor_items, task_rank, rank) + scored(tried, task_rank + anchors * rank)
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
@@ -243,7 +247,7 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merge + over),
-        "OPPU": Cost(task_rank * number, rank * number, task, trained(OPPU.examples(shots), task_rank, rank)),
+        "OPPU": Cost(task_rank * number, rank * number, task, trained(OPPU_TRAINING.examples(shots), task_rank, rank)),
         "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, task_rank)),
     }
 

@@ -11,7 +11,9 @@ from mta.config import plugins
 from mta.errors import ConfigError
 from mta.evaluation.methods import (
     Base,
+    CalibratedLora,
     GlobalConstant,
+    LabelBias,
     Merged,
     MergeThenAdapt,
     Method,
@@ -25,7 +27,9 @@ from mta.evaluation.methods import (
 _GROUP = "mta.methods"
 _STANDARD: dict[str, type[Method]] = {
     "base": Base,
+    "calibrated-lora": CalibratedLora,
     "global-constant": GlobalConstant,
+    "label-bias": LabelBias,
     "merge": Merged,
     "mta": MergeThenAdapt,
     "one-lora": OneLora,

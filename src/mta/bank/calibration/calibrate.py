@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from mta.bank.calibration.crossfit import PIECE, Calibrator
+from mta.bank.calibration.info import ALONE, OPPU
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, Probe, run_probe
-from mta.config import Run, parse_size
+from mta.config import Lora, Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -23,7 +24,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, parameters_of, plan_cohorts
+from mta.training.plan import parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 
@@ -48,8 +49,7 @@ def calibrate(
     subjects = subjects_of(base, task, people, run.calibration)
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     chosen = executor or LocalExecutor()
-    plan = plan_of(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)
-    tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
+    tokens, together = size_of_passes(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)
     worker = CalibrationWorker(base, working, task_lora, run, tokens)
 
     def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
@@ -75,22 +75,38 @@ def calibrate(
         measure=measure,
         on_step=on_step,
         stacks=run.stack.enabled,
+        rivals=rivals_of(run),
+        labels=(task.labels or ()) if task.labelled else (),
         together=together,
     ).run()
 
 
-def plan_of(
+def size_of_passes(
     base: BaseModel,
     subjects: Sequence[Subject],
     anchors: int,
     run: Run,
     most: int = PIECE,
     on_gpu: bool | None = None,
-) -> Plan:
-    """Plan the passes of a calibration, of at most ``most`` people, in a run's memory. Raises MemoryBudgetError."""
+) -> tuple[int, int]:
+    """Return the tokens of a pass of a calibration, and its people, at most ``most``, in a run's memory.
+
+    Raises MemoryBudgetError.
+    """
     task_lora = parameters_of(base, run.task_lora.lora) if run.task_lora.enabled else 0
     every = anchors * parameters_of(base, run.bank.lora)
-    sizes = ParameterCounts(task_lora=task_lora, shared=every, gated=every)
-    trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
-    jobs = [Job(str(u), one.all) for u, one in enumerate(subjects)]
-    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=min(most, PIECE), on_gpu=on_gpu)
+    stack = parameters_of(base, run.stack.lora) if run.stack.enabled else 0
+    jobs, memory = [Job(str(u), one.all) for u, one in enumerate(subjects)], parse_size(run.memory)
+    over_bank = max(anchors, stack), ParameterCounts(task_lora=task_lora, shared=every, gated=every)
+    alone = max(parameters_of(base, lora) for lora in rivals_of(run).values()), ParameterCounts(task_lora=task_lora)
+    plans = [
+        plan_cohorts(base, jobs, trained, memory, below=below, most=min(most, PIECE), on_gpu=on_gpu)
+        for trained, below in (over_bank, alone)
+    ]
+    people = [len(plan.cohorts[0]) for plan in plans if plan.cohorts]
+    return min(plan.tokens_per_batch for plan in plans), min(people, default=1)
+
+
+def rivals_of(run: Run) -> dict[str, Lora]:
+    """Return the shapes of the LoRAs that a bank is compared with: one of a stack's rank, and one of an anchor's."""
+    return {ALONE: run.stack.lora, OPPU: run.bank.lora}

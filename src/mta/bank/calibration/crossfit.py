@@ -6,6 +6,7 @@ The people are split into two folds. mu and F are judged on the fold that they w
     2. prior    how much people's gradients differ, compared with those of one person's shots
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
+    5. rivals   what a person gains without the bank: by a LoRA's single step over the pooled model, by a label bias
 
 A person's reported gain is by what the likelihood of everybody else chooses: the lengths of the Newton steps, a merge
 of the person's own, mu, or no merge, and the stack's rate. The kept calibration averages mu and F of both folds.
@@ -17,39 +18,47 @@ Source: our choice; docs/explanation/method.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.info import DEFAULTS, CalibrationInfo, Gain
+from mta.bank.calibration.choices import (
+    best_of,
+    best_on_average,
+    chosen_by_others,
+    gain_of,
+    rival_of,
+    surely_best,
+    typical_shots,
+)
+from mta.bank.calibration.info import DEFAULTS, LABEL_BIAS, CalibrationInfo, Gain, Rival
+from mta.bank.calibration.label_bias import bias_gain, features_of, fitted_bias
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
-from mta.config import CalibrationSettings
-from mta.config.constants import NOTICEABLE, SHOTS
+from mta.config import CalibrationSettings, Lora
+from mta.config.constants import SHOTS
 from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
-from mta.system.units import student_t
 from mta.training.gates import GateGradients
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
+STDS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the prior of a label bias
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 PIECE = 16  # people computed and saved together, at most
-_TYPICAL = 8  # shots, for which merge and rate are chosen
 _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
-    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
+    ``stacks``: whether to measure stacks too. ``rivals``: name -> shape of LoRAs to measure without the bank; with
+    ``labels``, a bias on these, too. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
     ``pooled_loglik`` (U,) is the log-likelihood of people's later items under the pooled model, and ``tokens`` (U,)
     their target tokens.
     """
@@ -60,6 +69,8 @@ class Calibrator:
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
     on_step: Callable[[Step], None] | None = None
     stacks: bool = True
+    rivals: Mapping[str, Lora] = field(default_factory=dict)
+    labels: Sequence[str] = ()
     together: int = PIECE
     passes: int = 0
     done: int = 0  # in forward passes of one example
@@ -89,7 +100,8 @@ class Calibrator:
     @property
     def planned_cost(self) -> int:
         """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
-        return planned_cost(self.settings, self.shots.tolist(), sum(map(len, self.queries)), self.stacks)
+        queries, rivals = sum(map(len, self.queries)), len(self.rivals)
+        return planned_cost(self.settings, self.shots.tolist(), queries, self.stacks, rivals, bool(self.labels))
 
     def run(self) -> Calibration:
         """Measure everything, and return the calibration to keep."""
@@ -113,17 +125,22 @@ class Calibrator:
             curvature, prior = torch.zeros_like(curvature), BOUNDLESS
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
 
-        def reported(of: Mapping[int, Tensor]) -> tuple[Gain, ...]:
-            honest = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
-            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in honest.items() if bool(gain.isfinite().all()))
+        def honest(of: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            known = {n: gain - optimism.where(merges[n].any(dim=1), 0) for n, gain in of.items()}
+            return {n: gain for n, gain in known.items() if bool(gain.isfinite().all())}
 
+        def reported(of: Mapping[int, Tensor]) -> tuple[Gain, ...]:
+            return tuple(gain_of(n, gain[self.shots >= n]) for n, gain in of.items())
+
+        merged, both = honest(gains), honest(stacked)
         info = CalibrationInfo(
             ridge=RIDGE,
             prior=prior,
             rate=rate,
             people=len(self.subjects),
-            gains=reported(gains),
-            stacked=reported(stacked),
+            gains=reported(merged),
+            stacked=reported(both),
+            rivals=self.rivals_of(both or merged),
             notes=notes,
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
@@ -187,7 +204,7 @@ class Calibrator:
         (U,) are people's own, by shots. A gain that is not finite rules out people's own merges, and so does ``own``
         False. If people get a merge, a person's reported gain is by what the others chose.
         """
-        typical, nothing = _typical(merges), torch.zeros_like(population)
+        typical, nothing = typical_shots(merges), torch.zeros_like(population)
         usable = own and all(bool(one.isfinite().all()) for one in gains.values())
         tried = torch.stack([nothing, population, gains[typical] if usable else nothing - math.inf], dim=1)
         chosen, final = chosen_by_others(tried, self.shots >= typical, best_on_average)
@@ -201,7 +218,7 @@ class Calibrator:
 
         A stack is taken if it gains beyond its 95% interval. A person's gain is with the rate that the others chose.
         """
-        typical, rates = _typical(merges), (0.0, *RATES)
+        typical, rates = typical_shots(merges), (0.0, *RATES)
         tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
         chosen, final = chosen_by_others(tried, self.shots >= typical, surely_best)  # numbers of rates
         if not final:
@@ -215,6 +232,19 @@ class Calibrator:
                 columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
             gained[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
         return rates[final], gained
+
+    def rivals_of(self, ours: Mapping[int, Tensor]) -> tuple[Rival, ...]:
+        """Return what people gain without the bank, beside ``ours``: shots -> everybody's gain (U,)."""
+        if not ours:
+            return ()
+        shots = typical_shots(ours)
+        nothing, counted = torch.zeros(len(self.subjects), 0).double(), self.shots >= shots
+        tried = dict[str, tuple[Sequence[float], Tensor]]()
+        if self.labels:
+            tried[LABEL_BIAS] = STDS, self.biased(shots)
+        for name, lora in self.rivals.items():
+            tried[name] = RATES, self.stacked(shots, nothing, RATES, lora)
+        return tuple(rival_of(name, *one, ours[shots], counted, shots) for name, one in tried.items())
 
     def coefficients(self, fits: Sequence[Calibration], single: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
@@ -237,13 +267,34 @@ class Calibrator:
         """Return each person's gain over the pooled model with coefficients ``w``, per token of their queries, (U,)."""
         return (torch.cat(self._measured("scores", self.queries, w)) - self.pooled_loglik) / self.tokens
 
-    def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
-        """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
-        measured = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates)
+    def stacked(self, shots: int, w: Tensor, rates: Sequence[float], lora: Lora | None = None) -> Tensor:
+        """Return each person's gain with a LoRA over ``w`` that was trained on their latest shots, (U, rates).
+
+        ``lora`` is its shape, by default that of a stack.
+        """
+        measured = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates, lora)
         return (torch.cat(measured) - self.pooled_loglik[:, None]) / self.tokens[:, None]
 
+    def biased(self, shots: int) -> Tensor:
+        """Return each person's gain with a label bias that was fitted to their latest shots, (U, STDS)."""
+        nothing, features = torch.zeros(len(self.subjects), 0).double(), features_of(self.labels)
+        asked = [[choice for choices in one.choices for choice in choices] for one in self.subjects]
+        every = torch.cat(self._measured("labels", asked, nothing)).view(-1, len(self.labels))
+        rows = list[Tensor]()
+        for one, scores in zip(self.subjects, torch.split(every, [len(one.choices) for one in self.subjects])):
+            gold, own = torch.tensor(one.gold), len(one.shots)
+            known = slice(max(own - shots, 0), own)
+            biases = [fitted_bias(scores[known], gold[known], features, std) for std in STDS]
+            rows.append(torch.tensor([bias_gain(scores[own:], gold[own:], bias) for bias in biases]).double())
+        return torch.stack(rows) / self.tokens[:, None]
+
     def _measured(
-        self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()
+        self,
+        kind: Kind,
+        examples: Sequence[Sequence[Example]],
+        w: Tensor,
+        rates: Sequence[float] = (),
+        lora: Lora | None = None,
     ) -> list[Tensor]:
         asked = self.queries if rates else ()
         pieces = [
@@ -254,6 +305,8 @@ class Calibrator:
                 w[start : start + self.together],
                 tuple(asked[start : start + self.together]),
                 tuple(rates),
+                lora,
+                len(self.labels) if kind == "labels" else 1,
             )
             for number, start in enumerate(range(0, len(examples), self.together))
         ]
@@ -267,71 +320,29 @@ class Calibrator:
         return [results[piece.name] for piece in pieces]
 
 
-def _typical(shots: Collection[int]) -> int:
-    """Return the number of shots for which merge and rate are chosen."""
-    return _TYPICAL if _TYPICAL in shots else max(shots)
-
-
 def of_shots(single: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
     """Return the part of people's gradients, example by example, that is of their shots, which come first."""
     return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(single, shots)]
 
 
-def planned_cost(settings: CalibrationSettings, shots: Sequence[int], queries: int, stacks: bool) -> int:
+def planned_cost(
+    settings: CalibrationSettings,
+    shots: Sequence[int],
+    queries: int,
+    stacks: bool,
+    rivals: int = 0,
+    labels: bool = False,
+) -> int:
     """Return the expected cost of a calibration in forward passes of one example.
 
-    ``shots`` are everybody's numbers of earlier items, ``queries`` all later items.
+    ``shots`` are everybody's numbers of earlier items, ``queries`` all later items, ``rivals`` LoRAs without the bank.
     """
     counts, steps, every = [n for n in SHOTS if n <= settings.shots], settings.steps, sum(shots)
     newton = (steps + 1) * COSTS["gradients"] * (every + queries) + steps * len(LENGTHS) * queries
     some = sum(min(own, n) for own in shots for n in counts)
     tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
-    return newton + COSTS["gradients"] * every + len(counts) * queries + tried
-
-
-# -- choices from people's gains; source: our choice, docs/decisions/021 ----------------------------------------------
-
-
-def best_of(gains: Tensor, sure: float = 1.0) -> int:
-    """Return the candidate with the largest mean gain over candidate 0, less its standard error.
-
-    Gains (U, candidates). 0 is returned where no other gain exceeds ``sure`` standard errors.
-    """
-    if not len(gains):
-        return 0
-    more = gains - gains[:, :1]
-    mean, error = more.mean(0), standard_error(more)
-    clear = mean >= sure * error  # False where it is not a number
-    return int((mean - error).masked_fill(~clear, -math.inf).argmax())
-
-
-def surely_best(gains: Tensor) -> int:
-    """Return the best candidate; 0 where no other one gains beyond its 95% interval."""
-    return best_of(gains, sure=student_t(len(gains)))
-
-
-def best_on_average(gains: Tensor) -> int:
-    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
-    means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
-    return int(means.argmax()) if len(gains) else 0
-
-
-def standard_error(gains: Tensor) -> Tensor:
-    """Return the standard error of people's mean gain, (U, …) -> (…)."""
-    return gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.full_like(gains[0], math.inf)
-
-
-def chosen_by_others(gains: Tensor, counted: Tensor, choose: Callable[[Tensor], T]) -> tuple[list[T], T]:
-    """Return for each person what is chosen without them, and what is chosen by everybody.
-
-    Shapes: gains (U, candidates), counted (U,): people with gains that are looked at.
-    """
-    people = torch.arange(len(gains))
-    return [choose(gains[counted & (people != u)]) for u in range(len(gains))], choose(gains[counted])
-
-
-def gain_of(shots: int, gains: Tensor) -> Gain:
-    """Return the mean gain of people (U,) with its 95% interval."""
-    mean, half = float(gains.mean()), student_t(len(gains)) * float(standard_error(gains))
-    worse = float((gains < -NOTICEABLE).double().mean())
-    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
+    alone = (
+        COSTS["stacks"] * sum(min(own, typical_shots(counts)) for own in shots) + len(RATES) * queries if counts else 0
+    )
+    cheap = rivals * alone + COSTS["labels"] * (every + queries) * labels
+    return newton + COSTS["gradients"] * every + len(counts) * queries + tried + cheap

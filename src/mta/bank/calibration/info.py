@@ -23,13 +23,31 @@ class Gain(BaseModel):
     worse: float
 
 
+LABEL_BIAS, ALONE, OPPU = "label bias", "rank 1 alone", "OPPU"  # what a bank has to beat
+
+
+class Rival(BaseModel):
+    """What a person gains without the bank, by the same rules: ``gain``; and ``ahead``, the bank's gain minus that.
+
+    ``setting`` is the rate of a LoRA's single step over the pooled model, or the standard deviation of a label bias's
+    prior; 0: no clear gain, so that the rival is the pooled model itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    setting: float
+    gain: Gain
+    ahead: Gain
+
+
 class CalibrationInfo(BaseModel):
     """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
 
     ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
     directions. ``rate`` is the learning rate of a stack's single step (0: a stack does not help; None: not measured).
     ``gains`` are the expected gains of a merge for several numbers of shots, ``stacked`` those of merge and stack,
-    ``people`` is the number of people behind them, and ``notes`` say what could not be measured.
+    ``rivals`` are what people gain without the bank. ``people`` is the number of people behind all of these, and
+    ``notes`` say what could not be measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +57,12 @@ class CalibrationInfo(BaseModel):
     people: int = 0
     gains: tuple[Gain, ...] = ()
     stacked: tuple[Gain, ...] = ()
+    rivals: tuple[Rival, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def setting_of(self, rival: str) -> float | None:
+        """Return the setting of a rival; None if it was not measured."""
+        return next((one.setting for one in self.rivals if one.name == rival), None)
 
 
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose

@@ -16,10 +16,15 @@ from mta.model.base import BaseModel
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A person's earlier items (``shots``) and later items (``queries``) as examples."""
+    """A person's earlier items (``shots``) and later items (``queries``) as examples.
+
+    Where answers are labels, ``choices`` has every label for each of these items, and ``gold`` the right one's number.
+    """
 
     shots: tuple[Example, ...]
     queries: tuple[Example, ...]
+    choices: tuple[tuple[Example, ...], ...] = ()
+    gold: tuple[int, ...] = ()
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -70,8 +75,16 @@ def measured_items(
 
 def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
     """Return people's ``measured_items`` as examples."""
+    labels = (task.labels or ()) if task.labelled else ()
 
-    def examples(items: Sequence[Item]) -> tuple[Example, ...]:
-        return tuple(base.prompts.example(task, item) for item in items)
+    def subject(shots: Sequence[Item], queries: Sequence[Item]) -> Subject:
+        items, own = (*shots, *queries), len(shots)
+        if not labels:
+            examples = [base.prompts.example(task, item) for item in items]
+            return Subject(tuple(examples[:own]), tuple(examples[own:]))
+        choices = [tuple(base.prompts.examples(task, item, labels)) for item in items]
+        gold = tuple(labels.index(task.target(item)) for item in items)
+        examples = [base.prompts.example(task, item) for item in items]
+        return Subject(tuple(examples[:own]), tuple(examples[own:]), tuple(choices), gold)
 
-    return [Subject(examples(shots), examples(queries)) for shots, queries in measured_items(people, settings)]
+    return [subject(shots, queries) for shots, queries in measured_items(people, settings)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mta.bank.calibration.info import one_step
 from mta.bank.worker import BankOpener, BankWorker
-from mta.config import Run
+from mta.config import Lora, Run
 from mta.data.tasks.prompt import Example
 from mta.distributed.executor import Piece
 from mta.lora.batch import LoraBatch, fresh
@@ -25,8 +25,9 @@ from mta.training.packing import TOKENS
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, train_loras
 
-Kind = Literal["gradients", "scores", "stacks"]
-COSTS: dict[Kind, int] = {"gradients": 3, "scores": 1, "stacks": 3}  # in forward passes over ``examples``
+Kind = Literal["gradients", "scores", "stacks", "labels"]
+# In forward passes over ``examples``; all labels of an item share its prompt.
+COSTS: dict[Kind, int] = {"gradients": 3, "scores": 1, "stacks": 3, "labels": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class Probe(Piece):
 
     gradients   (examples of all people, N + 1): gradient of each single example in w, and its log-likelihood
     scores      (U,): log-likelihood of each person's examples
-    stacks      (U, rates): log-likelihood of each person's ``queries`` after one step of a stack at each of ``rates``
+    stacks      (U, rates): log-likelihood of each person's ``queries`` after one step of a LoRA at each of ``rates``
+    labels      (examples of all people,): log-likelihood of each single example; ``labels`` of them are of one item
+
+    A LoRA has the shape ``lora``, or that of a stack. Coefficients of no anchors (U, 0) are no merge.
 
     All results are float64. Probes are never split: a calibration needs all its people.
     """
@@ -48,6 +52,8 @@ class Probe(Piece):
     w: Tensor
     queries: tuple[tuple[Example, ...], ...] = ()
     rates: tuple[float, ...] = ()
+    lora: Lora | None = None
+    labels: int = 1
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -56,12 +62,14 @@ class Probe(Piece):
     def asked(self) -> str:
         """A hash of the question: an interrupted calibration takes over the answers to the same questions only."""
         tokens = [[example.tokens for example in one] for one in (*self.examples, *self.queries)]
-        return hashlib.sha256(repr((self.kind, tokens, self.w.tolist(), self.rates)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.kind, tokens, self.w.tolist(), self.rates, self.lora)).encode()).hexdigest()
 
     @property
     def cost(self) -> int:
         """The cost in forward passes of one example."""
-        return COSTS[self.kind] * sum(map(len, self.examples)) + len(self.rates) * sum(map(len, self.queries))
+        return COSTS[self.kind] * sum(map(len, self.examples)) // self.labels + len(self.rates) * sum(
+            map(len, self.queries)
+        )
 
 
 @dataclass(frozen=True)
@@ -95,25 +103,30 @@ class CalibrationWorker:
         return torch.cat([gates.gradients, gates.loglik[:, None]], dim=1)
 
     def scores(self, piece: Probe) -> Tensor:
-        return self._scored(piece.examples, [self._merge(piece)])
+        return torch.stack([scores.sum() for scores in self._scored(piece.examples, self._merge(piece))])
 
     def stacks(self, piece: Probe) -> Tensor:
         # The first step of AdamW moves B by the rate and leaves A: other rates are other scales of the same stack.
-        base, lora, merge, rate = self.base, self.run.stack.lora, self._merge(piece), max(piece.rates)
+        base, lora, merge, rate = self.base, piece.lora or self.run.stack.lora, self._merge(piece), max(piece.rates)
         jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
-        frozen, tokens = list[Adapters]([*self.task_adapters, merge]), self.tokens_per_batch
+        frozen, tokens = [*self.task_adapters, *merge], self.tokens_per_batch
         trained = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
         scaled = [replace(trained, scale=trained.scale * one / rate) for one in piece.rates]
-        return torch.stack([self._scored(piece.queries, [merge, PerPerson(stack)]) for stack in scaled], dim=1)
+        scored = [self._scored(piece.queries, [*merge, PerPerson(stack)]) for stack in scaled]
+        return torch.stack([torch.stack([own.sum() for own in each]) for each in scored], dim=1)
 
-    def _merge(self, piece: Probe) -> Gated:
-        return Gated(self.anchors, piece.w.to(self.base.device, self.base.master_dtype))
+    def labels(self, piece: Probe) -> Tensor:
+        return torch.cat(self._scored(piece.examples, self._merge(piece)))
 
-    def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> Tensor:
+    def _merge(self, piece: Probe) -> list[Adapters]:
+        w = piece.w.to(self.base.device, self.base.master_dtype)
+        return [Gated(self.anchors, w)] if w.shape[1] else []
+
+    def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> list[Tensor]:
         adapters = [*self.task_adapters, *over]
         loglik = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
-        return torch.stack([scores.double().sum() for scores in loglik])
+        return [scores.double() for scores in loglik]
 
 
 def _opened(bank: BankOpener, anchors: LoraBatch, tokens_per_batch: int) -> CalibrationWorker:
@@ -130,5 +143,5 @@ def key_of(examples: Sequence[Example]) -> str:
 
 def run_probe(worker: CalibrationWorker, piece: Probe) -> Tensor:
     """Return the result of a piece of work."""
-    kinds = {"gradients": worker.gradients, "scores": worker.scores, "stacks": worker.stacks}
+    kinds = {"gradients": worker.gradients, "scores": worker.scores, "stacks": worker.stacks, "labels": worker.labels}
     return kinds[piece.kind](piece)

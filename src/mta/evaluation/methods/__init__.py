@@ -8,11 +8,14 @@ from mta.evaluation.methods.controls import OtherPerson, PopulationMerge
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt, OneLora
 from mta.evaluation.methods.method import Method
 from mta.evaluation.methods.plain import Base, GlobalConstant, OwnConstant, TaskLora
+from mta.evaluation.methods.rivals import CalibratedLora, LabelBias
 from mta.evaluation.protocol import Outcome
 
 __all__ = [
     "Base",
+    "CalibratedLora",
     "GlobalConstant",
+    "LabelBias",
     "MergeThenAdapt",
     "Merged",
     "Method",

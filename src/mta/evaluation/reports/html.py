@@ -18,7 +18,7 @@ from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import short
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
+from mta.evaluation.reports.summary import CHEAP, OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison
@@ -62,7 +62,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in (POOLED, RIVAL, OURS) if name in comparison.names]
+    others = [name for name in (POOLED, *CHEAP, RIVAL, OURS) if name in comparison.names]
     rows = [
         {
             "name": row.name,

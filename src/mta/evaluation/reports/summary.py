@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import BETTER_LOW, KINDS
 from mta.evaluation.statistics import Comparison, Interval, better
@@ -11,7 +12,8 @@ from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
 
-OURS, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
+OURS, POOLED, RIVAL = "MTA", "task LoRA", OPPU
+CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
@@ -25,12 +27,13 @@ def verdict(comparison: Comparison) -> list[str]:
     said: list[str] = []
     for other, called in (
         (POOLED, f"the {POOLED}"),
-        (RIVAL, RIVAL),
+        *((name, name) for name in (*CHEAP, RIVAL)),
         (FLOOR, f"the shares of labels in the person's own items, without any model ({FLOOR})"),
     ):
         for metric in metrics:
             if difference := comparison.difference(OURS, other, metric):
                 said.append(_compared(called, metric, difference, comparison.independent))
+    said += _advice(comparison)
     if shares := comparison.worse_off(OURS, POOLED):
         said.append(_harm(comparison.people, *shares))
     if RIVAL in names:
@@ -41,6 +44,15 @@ def verdict(comparison: Comparison) -> list[str]:
         said.append(f"Only {count} {what} were tested: the intervals are too narrow to be trusted.")
     explained = "; ".join(f"{m} is {MEANING[m]} ({better_side(m)} is better)" for m in metrics if m in MEANING)
     return [*said, f"{explained}."]
+
+
+def _advice(comparison: Comparison) -> list[str]:
+    """Return which cheap rivals make the bank unnecessary on these data."""
+    measure = comparison.yardstick
+    known = {name: d for name in CHEAP if (d := comparison.difference(OURS, name, measure))}
+    equal = [name for name, d in known.items() if judge(measure, d, comparison.independent) != "better"]
+    who = " and ".join(equal)
+    return [f"In {measure}, {OURS} is not clearly better than {who}: without a bank, use that."] if equal else []
 
 
 def headline(comparison: Comparison) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports.summary import (
+    CHEAP,
     MEANING,
     OURS,
     POOLED,
@@ -44,7 +45,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         shown = str if metric.startswith("ROUGE") else lambda score: f"{score.mean:.3f}"
         columns[metric] = [shown(score) if (score := comparison.score(name, metric)) else "" for name in names]
     for metric in dict.fromkeys((measure, comparison.primary)):
-        for other in (POOLED, RIVAL):
+        for other in (POOLED, *CHEAP, RIVAL):
             columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
     shares = [comparison.worse_off(name, POOLED) for name in names]
     columns["worse off"] = [f"{s[0] * people:.0f} of {people}" if s else "" for s in shares]

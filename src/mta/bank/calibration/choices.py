@@ -1,0 +1,81 @@
+"""Choices from people's gains, made by the others for each person. Source: our choice, docs/decisions/021."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mta.bank.calibration.info import Gain, Rival
+from mta.config.constants import NOTICEABLE
+from mta.system.units import student_t
+
+T = TypeVar("T")
+_TYPICAL = 8  # shots, for which merge and rate are chosen
+
+
+def typical_shots(shots: Collection[int]) -> int:
+    """Return the number of shots for which merge and rate are chosen."""
+    return _TYPICAL if _TYPICAL in shots else max(shots)
+
+
+def best_of(gains: Tensor, sure: float = 1.0) -> int:
+    """Return the candidate with the largest mean gain over candidate 0, less its standard error.
+
+    Gains (U, candidates). 0 is returned where no other gain exceeds ``sure`` standard errors.
+    """
+    if not len(gains):
+        return 0
+    more = gains - gains[:, :1]
+    mean, error = more.mean(0), standard_error(more)
+    clear = mean >= sure * error  # False where it is not a number
+    return int((mean - error).masked_fill(~clear, -math.inf).argmax())
+
+
+def surely_best(gains: Tensor) -> int:
+    """Return the best candidate; 0 where no other one gains beyond its 95% interval."""
+    return best_of(gains, sure=student_t(len(gains)))
+
+
+def best_on_average(gains: Tensor) -> int:
+    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
+    means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
+    return int(means.argmax()) if len(gains) else 0
+
+
+def standard_error(gains: Tensor) -> Tensor:
+    """Return the standard error of people's mean gain, (U, …) -> (…)."""
+    return gains.std(0) / len(gains) ** 0.5 if len(gains) > 1 else torch.full_like(gains[0], math.inf)
+
+
+def chosen_by_others(gains: Tensor, counted: Tensor, choose: Callable[[Tensor], T]) -> tuple[list[T], T]:
+    """Return for each person what is chosen without them, and what is chosen by everybody.
+
+    Shapes: gains (U, candidates), counted (U,): people with gains that are looked at.
+    """
+    people = torch.arange(len(gains))
+    return [choose(gains[counted & (people != u)]) for u in range(len(gains))], choose(gains[counted])
+
+
+def gain_of(shots: int, gains: Tensor) -> Gain:
+    """Return the mean gain of people (U,) with its 95% interval."""
+    mean, half = float(gains.mean()), student_t(len(gains)) * float(standard_error(gains))
+    worse = float((gains < -NOTICEABLE).double().mean())
+    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
+
+
+def rival_of(name: str, settings: Sequence[float], gains: Tensor, ours: Tensor, counted: Tensor, shots: int) -> Rival:
+    """Return what people gain by a rival with the best of ``settings``, and how much more they gain by ours.
+
+    Gains (U, settings) and ours (U,) are with ``shots`` shots, of the ``counted`` people (U,). As for ours, a person's
+    gain is with the setting that the others chose, and a rival without a clear gain is the pooled model (setting 0).
+    """
+    tried = torch.cat([torch.zeros(len(gains), 1, dtype=gains.dtype), gains], dim=1)
+    chosen, final = chosen_by_others(tried, counted, surely_best)
+    gain = tried[torch.arange(len(tried)), torch.tensor(chosen) if final else torch.zeros(len(tried)).long()]
+    setting = (0.0, *settings)[final]
+    known = gain_of(shots, gain[counted]), gain_of(shots, (ours - gain)[counted])
+    return Rival(name=name, setting=setting, gain=known[0], ahead=known[1])

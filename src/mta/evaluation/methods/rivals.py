@@ -1,0 +1,74 @@
+"""What a bank has to beat: personal models without one. Source: our choice; each has its own calibrated setting."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, one_step
+from mta.bank.calibration.label_bias import features_of, fitted_bias
+from mta.config import Lora, Training, parse_size
+from mta.data.tasks.task import Task
+from mta.evaluation.methods.merged import adapted
+from mta.evaluation.methods.method import Method
+from mta.evaluation.methods.plain import TaskLora
+from mta.evaluation.metrics import from_scores
+from mta.evaluation.protocol import Outcome, TestBatch
+from mta.system.device import clock
+from mta.training.scoring import label_scores
+
+
+class LabelBias(Method):
+    """A bias on the pooled model's labels, fitted to the shots: a few numbers per person, no LoRA, no gradient.
+
+    ``std`` is that of the prior; None: as the bank's calibration chose it, or 0.5 without one.
+    """
+
+    method: Literal["label-bias"] = "label-bias"
+    name: str = LABEL_BIAS
+    std: float | None = None
+
+    def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
+        return task.labelled
+
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        labels, memory, over = batch.task.labels or (), parse_size(batch.run.memory), batch.bank.task_adapters
+        calibration, std, features = batch.bank.info.calibration, self.std, features_of(labels)
+        if std is None:
+            std = calibration.setting_of(LABEL_BIAS) if calibration else None
+        std, start = 0.5 if std is None else std, clock(batch.base.device)
+        items = [person.items for person in batch.people]
+        gold = [torch.tensor([labels.index(batch.task.target(item)) for item in own]) for own in items]
+        shots = label_scores(batch.base, batch.task, items, over, memory=memory)
+        biases = [fitted_bias(scores, own, features, std) for scores, own in zip(shots, gold)]
+        seconds = clock(batch.base.device) - start
+        asked = label_scores(batch.base, batch.task, batch.queries, over, memory=memory)
+        answers = [from_scores(batch.task, scores.double() + bias) for scores, bias in zip(asked, biases)]
+        return Outcome(answers, seconds, 4.0 * features.shape[1])
+
+
+class CalibratedLora(Method):
+    """One LoRA per person over the task LoRA, without a bank, trained as the bank's calibration chose for its shape.
+
+    OPPU has an anchor's rank, "rank 1 alone" a stack's. ``training`` counts where nothing was calibrated.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.04401"
+    seeded: ClassVar[bool] = True
+    method: Literal["calibrated-lora"] = "calibrated-lora"
+    name: str = OPPU
+    training: Training | None = None
+
+    def shape(self, batch: TestBatch) -> Lora:
+        """Return the LoRA's shape."""
+        run = batch.bank.info.run
+        return run.stack.lora if self.name == ALONE else run.bank.lora
+
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        calibration = batch.bank.info.calibration
+        rate = calibration.setting_of(self.name) if calibration else None
+        if rate == 0:
+            return TaskLora().run(batch, seed)
+        training = one_step(rate) if rate else self.training or batch.context.run.stack.training
+        return adapted(batch, self.name, self.shape(batch), training, seed)
