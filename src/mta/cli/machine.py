@@ -67,7 +67,7 @@ def doctor(
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
     With --device, exits with 1 if that device cannot be used; what only mta demo needs is not checked.
 
-    Example:  mta doctor
+    Example:  mta doctor --device cuda
     """
     from mta.tools.doctor import examine
 
