@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from mta.data.history import Person, check_distinct
 from mta.errors import DataError, InputError
 from mta.system.atomic import json_sha256, read_json, write_json
 
-PARTS = ("task", "development", "candidates", "test")
+Part = Literal["task", "development", "candidates", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
 TESTED = ("test", "development")
 SCHEMA = 1
 log = logging.getLogger("mta")
@@ -40,9 +41,7 @@ class Splits:
         """Sha256 over the ids of every part; the same splits give the same digest in any process."""
         return json_sha256([SCHEMA, *(list(getattr(self, part)) for part in PARTS)])
 
-    def select(
-        self, part: Literal["task", "development", "candidates", "test"], people: Iterable[Person]
-    ) -> list[Person]:
+    def select(self, part: Part, people: Iterable[Person]) -> list[Person]:
         """Return the people of one part in its order. Raises InputError if a person is missing."""
         by_id, ids = {person.id: person for person in people}, getattr(self, part)
         if missing := [id for id in ids if id not in by_id]:
@@ -58,7 +57,7 @@ class Splits:
         Raises DataError if the file exists with other content: results beside it are of other splits.
         """
         path, salt = Path(path), self.digest
-        parts = {part: [json_sha256([salt, id]) for id in getattr(self, part)] for part in PARTS}
+        parts: dict[str, list[str]] = {part: [json_sha256([salt, id]) for id in getattr(self, part)] for part in PARTS}
         content = {"schema": SCHEMA, "digest": salt, **parts}
         if path.exists() and read_json(path) != content:
             raise DataError(

@@ -44,7 +44,7 @@ class Sizes(Settings):
 
 
 class Part(Settings):
-    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, or ``pool`` change how it is trained."""
+    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, ``history``, or ``pool`` change it."""
 
     methods: tuple[AnyMethod, ...]
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -52,6 +52,7 @@ class Part(Settings):
     bank: str = MAIN_BANK
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
+    history: int = Field(0, ge=0, description="latest items in every prompt, at most, also in training")
     pool: Literal["task", "everything", "as-many"] = Field(
         "task",
         description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
@@ -62,15 +63,18 @@ class Part(Settings):
 
     @property
     def bank_settings(self) -> tuple[Any, ...]:
-        """The part's settings of its bank: words, items retrieved into prompts, and the pool it is trained on."""
-        return tuple(word for word in self.words if not word.startswith(FREE)), self.retrieve, self.pool
+        """The part's settings of its bank: words, items in prompts, and the pool it is trained on."""
+        words = tuple(word for word in self.words if not word.startswith(FREE))
+        return words, self.retrieve, self.history, self.pool
 
     @model_validator(mode="after")
     def _check_bank(self) -> Self:
         if fixed := [word for word in self.words if word.startswith(FIXED)]:
             raise ValueError(f"words: {fixed[0]!r} would change the base or its prompts; make another recipe for it")
-        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, "task"):
-            raise ValueError("words, retrieve, or pool change how a bank is trained: give it a name with bank:")
+        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, 0, "task"):
+            raise ValueError(
+                "words, retrieve, history, or pool change how a bank is trained: give it a name with bank:"
+            )
         return self
 
 
@@ -102,12 +106,10 @@ class Experiment(Settings):
         def least(own: int | None) -> int:
             return min(own or people, people)
 
-        exhibits = {
-            name: tuple(
-                part.model_copy(update={"people": least(part.people) if part.people else None}) for part in parts
-            )
-            for name, parts in self.exhibits.items()
-        }
+        def limit(part: Part) -> Part:
+            return part.model_copy(update={"people": least(part.people) if part.people else None})
+
+        exhibits = {name: tuple(map(limit, parts)) for name, parts in self.exhibits.items()}
         return self.model_copy(update={"compared": least(self.compared), "exhibits": exhibits})
 
     def seeds_of(self, part: Part) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from mta.bank.anchors import CHOICE
 from mta.bank.bank import Bank
@@ -17,10 +17,11 @@ from mta.bank.context import Build
 from mta.bank.format import TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
+from mta.data.earlier import with_history
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
-from mta.data.splits import Splits
+from mta.data.splits import PARTS, Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -39,7 +40,7 @@ from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names
 from mta_lab.experiments.results import RECIPE, SIZES, Where, read_beside, read_recipe
-from mta_lab.methods.prompts import profiled
+from mta_lab.methods.prompts import behind_history, profiled
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -195,10 +196,12 @@ class Workspace:
 
     def _task_of(self, part: Part) -> Task:
         """Return the task in the wording of the part's prompts."""
-        return self.task.profiled() if part.retrieve else self.task
+        return self.task.profiled() if part.retrieve or part.history else self.task
 
     def _shown(self, part: Part, people: Sequence[Person]) -> list[Person]:
         """Return people with the earlier items that the part's prompts show."""
+        if part.history:
+            return [with_history(self.task, person, part.history) for person in people]
         return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else [*people]
 
     # -- banks ---------------------------------------------------------------------------------------------------------
@@ -262,7 +265,11 @@ class Workspace:
         if part.bank == MAIN_BANK or not run.task_lora.enabled:
             return None
         plain = self._run_of(MAIN, run.seed)
-        same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
+        same = (
+            not (part.retrieve or part.history)
+            and part.pool == "task"
+            and run.model_copy(update={"bank": plain.bank}) == plain
+        )
         if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
             same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
         return self.bank(MAIN, run.seed).folder / TASK_LORA if same else None
@@ -307,6 +314,8 @@ class Workspace:
             )
             if part.retrieve:
                 test_batch = profiled(replace(test_batch, retrieve=part.retrieve), part.retrieve)
+            if part.history:
+                test_batch = behind_history(test_batch, part.history)
             self._latest = key, test_batch
         return self._latest[1]
 
@@ -318,13 +327,7 @@ class Workspace:
 
 def _digest(task: Task, splits: Splits, people: Sequence[Person]) -> str:
     """Return a hash of the task and of the items of everybody in the experiment."""
-    parts: tuple[Literal["task", "development", "candidates", "test"], ...] = (
-        "task",
-        "development",
-        "candidates",
-        "test",
-    )
-    chosen = [person for part in parts for person in splits.select(part, people)]
+    chosen = [person for part in PARTS for person in splits.select(part, people)]
     items = [replace(person, items=(*person.items, *person.queries)).digest() for person in chosen]
     return json_sha256([task.model_dump(mode="json"), *items])[:16]
 

@@ -1,0 +1,52 @@
+"""Earlier items of a person in front of items and questions."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from conftest import people_of
+from tiny import base_of
+
+from mta.data.earlier import with_history
+from mta.data.tasks import load_task
+from mta.data.tasks.task import PROFILE
+from mta.training.packing import tree
+
+TASK = load_task("movielens-rating")
+(PERSON,) = people_of(1, items=12)
+
+
+def shown(item):
+    """The texts of the earlier items that an item's prompt shows."""
+    text = item.fields[PROFILE].removeprefix("Earlier answers of this person: ").removesuffix(". ")
+    return text.split("; ") if text else []
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 20])
+def test_an_item_shows_the_items_of_its_block_and_a_query_the_latest(most):
+    person = with_history(TASK, replace(PERSON, queries=PERSON.items[:2]), most)
+    said = [TASK.sentence(item) for item in PERSON.items]
+    for n, item in enumerate(person.items):
+        first = n - n % (most + 1)
+        assert shown(item) == said[first:n]
+        assert {name: text for name, text in item.fields.items() if name != PROFILE} == PERSON.items[n].fields
+    assert all(shown(query) == (said[-most:] if most else []) for query in person.queries)
+
+
+def test_no_item_shows_its_own_answer_or_a_later_one():
+    person = with_history(TASK, PERSON, 3)
+    for n, item in enumerate(person.items):
+        later = [TASK.sentence(other) for other in PERSON.items[n:]]
+        assert not set(shown(item)) & set(later)
+
+
+def test_histories_of_all_lengths_are_as_frequent():
+    assert Counter(len(shown(item)) for item in with_history(TASK, PERSON, 3).items) == dict.fromkeys(range(4), 3)
+
+
+def test_a_persons_items_share_the_beginning_of_their_prompts():
+    prompts = base_of().prompts
+    person = with_history(TASK, PERSON, 11)
+    examples = [prompts.example(TASK.profiled(), item) for item in person.items]
+    alone = sum(len(example.tokens) for example in examples)
+    assert len(tree(examples, range(len(examples))).tokens) < 0.6 * alone
