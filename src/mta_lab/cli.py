@@ -49,11 +49,6 @@ def evaluate(
     test: Annotated[str | None, Option(help="Test these people; otherwise they are drawn from --data.")] = None,
     exhibit: Annotated[list[str] | None, Option(help="Run only this exhibit; can be repeated.")] = None,
     on: Annotated[str, Option(help="People to run on: test or development.")] = "test",
-    people: Annotated[
-        int | None,
-        Option(min=1, help="Test at most this many people: the first ones of the test part, for every seed."),
-    ] = None,
-    seed: options.Seed = None,
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
@@ -63,7 +58,8 @@ def evaluate(
 ) -> None:
     """Run a recipe: an experiment that builds its own banks and runs all methods and the paper's exhibits.
 
-    key=value overrides settings of the recipe: shots=4 run.base=/models/my-base. An interrupted experiment resumes.
+    key=value overrides settings of the recipe: shots=4 seeds=[0] compared=16 run.base=/models/my-base. An interrupted
+    experiment resumes.
     Draw its exhibits with mta-lab report. To compare methods on a bank of yours, use mta compare.
 
     Example:  mta-lab evaluate lamp3 --data LaMP_3/dev_questions.json --out runs/lamp3 --exhibit main
@@ -80,11 +76,10 @@ def evaluate(
         )
     out = out or Path("runs") / Path(recipe).stem
     options.check_out(out)
-    given = options.as_words(**{"run.device": device, "seeds": None if seed is None else [seed]})
+    given = options.as_words(**{"run.device": device})
     if any(word.startswith("run.seed=") for word in words or ()):
-        raise InputError("run.seed has no effect: every seed is run on its own", hint="Give  seeds=[0,1]  or  --seed 0")
+        raise InputError("run.seed has no effect: every seed is run on its own", hint="Give  seeds=[0,1]")
     chosen = override(load_experiment(recipe), [*(words or []), *given])
-    chosen = chosen.limited(people) if people else chosen
     which: Which = "test" if on == "test" else "development"
     exhibits = exhibit or []
     wanted(chosen, which, exhibits)  # before anything is written or loaded

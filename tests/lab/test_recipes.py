@@ -26,13 +26,6 @@ def test_one_method_with_two_merges_on_one_bank_is_refused_before_it_runs():
     assert wanted(parts("memory=2GiB"), "test", ["main"]) == ["main"]
 
 
-def test_a_limit_of_people_holds_for_every_exhibit():
-    found = load_experiment("movielens").limited(16)
-    assert found.compared == 16
-    assert {part.people for parts in found.exhibits.values() for part in parts} == {None, 16}
-    assert found.limited(1000) == found
-
-
 def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
     (tmp_path / "below.yaml").write_text("over: smoke\nqueries: 1\n")
     (tmp_path / "above.yaml").write_text("over: below.yaml\nshots: 2\ntuned: {OPPU: {training: {steps: 1}}}\n")

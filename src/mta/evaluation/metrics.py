@@ -48,13 +48,15 @@ KINDS = {  # by the task's metric
 class Answers:
     """A method's answers to one person's queries.
 
-    ``scores`` (queries, labels) are label scores. For free text ``nll`` (queries,) is minus the log probability of the
-    gold text, per token. A method without probabilities gives neither.
+    ``scores`` (queries, labels) are label scores; ``shots`` (shots, labels) those of a method that reads them. For free
+    text ``nll`` (queries,) is minus the log probability of the gold text, per token. A method without probabilities
+    gives none of them.
     """
 
     texts: Sequence[str]
     scores: Tensor | None = None
     nll: Tensor | None = None
+    shots: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,18 +100,6 @@ class Experiment(Settings):
     )
     exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures: lists of parts, with methods")
 
-    def limited(self, people: int) -> Self:
-        """Return the experiment with at most so many tested people in every exhibit."""
-
-        def least(own: int | None) -> int:
-            return min(own or people, people)
-
-        def limit(part: Part) -> Part:
-            return part.model_copy(update={"people": least(part.people) if part.people else None})
-
-        exhibits = {name: tuple(map(limit, parts)) for name, parts in self.exhibits.items()}
-        return self.model_copy(update={"compared": least(self.compared), "exhibits": exhibits})
-
     def seeds_of(self, part: Part) -> tuple[int, ...]:
         """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""
         return tuple(seed for seed in self.seeds if seed in part.seeds) or self.seeds[: 1 if part.seeds else None]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,7 +29,6 @@ from mta_lab.experiments.recipe import MAIN_BANK, Experiment, record_names
 
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
-Key = TypeVar("Key")
 _COPY = "Restore it from a copy."
 META = "meta.json"  # facts of the runs behind published scores, and of versions without run.json
 
@@ -53,7 +52,8 @@ class Record(BaseModel):
     ``kind`` is the method's class and ``method`` its name (``record_names``). ``person`` and ``group`` (people who
     share items) are salted hashes. ``nll`` is the NLL of each query's gold answer, None without probabilities.
     ``seconds`` is this person's share of the preparation.
-    ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
+    ``ids``, ``answers`` and ``golds`` are texts of people, and the log probabilities of all labels (``labels`` of the
+    queries, ``shot_labels``) tell answers: these stay in this folder and are never published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +75,8 @@ class Record(BaseModel):
     ids: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     golds: tuple[str, ...] = ()
+    labels: tuple[tuple[float, ...], ...] = ()
+    shot_labels: tuple[tuple[float, ...], ...] = ()
 
     @property
     def where(self) -> Where:
@@ -127,7 +129,7 @@ def read_records(folder: Path) -> list[Record]:
 
 def write_without_texts(records: Sequence[Record], path: Path) -> None:
     """Write the records, compressed and without texts of people; the same records give the same bytes."""
-    private = {"ids", "answers", "golds"}
+    private = {"ids", "answers", "golds", "labels", "shot_labels"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in latest(records))
     with replacing(path) as temporary:
         temporary.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
@@ -135,16 +137,11 @@ def write_without_texts(records: Sequence[Record], path: Path) -> None:
 
 def latest(records: Iterable[Record]) -> list[Record]:
     """Return one record for each person and method: the first, or the first with more than likelihoods."""
-    return [*_fullest(((one.where, one.person), one) for one in records).values()]
-
-
-def _fullest(records: Iterable[tuple[Key, Record]]) -> dict[Key, Record]:
-    """Return the first record of each key, or the first with more than likelihoods."""
-    kept: dict[Key, Record] = {}
-    for key, one in records:
-        if key not in kept or (one.full and not kept[key].full):
+    kept: dict[tuple[Where, str], Record] = {}
+    for one in records:
+        if (key := (one.where, one.person)) not in kept or (one.full and not kept[key].full):
             kept[key] = one
-    return kept
+    return [*kept.values()]
 
 
 def read_recipe(folder: Path) -> Experiment:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from mta.distributed.executor import Piece
 from mta.errors import ClusterError, InputError
 from mta.evaluation.methods import Method
@@ -185,6 +187,14 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
             ids=tuple(workspace.question_id(person, item, n) for n, item in enumerate(test_batch.queries[u])),
             answers=tuple(outcome.answers[u].texts),
             golds=tuple(test_batch.golds[u]),
+            labels=_log_probs(outcome.answers[u].scores),
+            shot_labels=_log_probs(outcome.answers[u].shots),
         )
         for u, (person, score) in enumerate(zip(test_batch.people, scores))
     ]
+
+
+def _log_probs(scores: Tensor | None) -> tuple[tuple[float, ...], ...]:
+    """Return the log probabilities of labels in rows of scores, rounded."""
+    rows = [] if scores is None else scores.double().log_softmax(1).tolist()
+    return tuple(tuple(round(value, 5) for value in row) for row in rows)

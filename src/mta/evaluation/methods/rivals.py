@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +46,7 @@ class LabelBias(Method):
         seconds = clock(batch.base.device) - start
         asked = label_scores(batch.base, batch.task, batch.queries, over, memory=memory)
         answers = [from_scores(batch.task, scores.double() + bias) for scores, bias in zip(asked, biases)]
+        answers = [replace(own, shots=scores) for own, scores in zip(answers, shots)]
         return Outcome(answers, seconds, 4.0 * features.shape[1])
 
 
