@@ -29,6 +29,7 @@ _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, derandomize=True, suppress_health_check=_SLOW)
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_SLOW)  # new cases in each run
 hypothesis.settings.load_profile("mta")
+os.fsync = lambda _: None  # no machine loses power during tests; those of the order of writes patch it themselves
 os.umask(0o022)  # so that a file with a mode of its own differs from any other
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
