@@ -298,8 +298,6 @@ def personalizer(base, bank, store=None, **changes):
 @pytest.fixture
 def known(tiny, tmp_path):
     """A Personalizer that knows all people of ``crowd``."""
-    from crowd import PEOPLE  # which imports this module
+    from crowd import knowing  # which imports this module
 
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-    return personal
+    return knowing(*tiny, tmp_path / "people")

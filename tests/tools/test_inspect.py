@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of, personalizer
+from crowd import knowing
 
 from mta.config import MergeSettings
 from mta.errors import BankNotFound, PersonNotFound
@@ -16,8 +17,9 @@ PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
 @pytest.fixture
 def known(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE, histories=PEOPLE)
+    personal = knowing(*tiny, tmp_path / "people", PEOPLE)
+    for person in PEOPLE:
+        personal.store.save_history(person)
     return personal
 
 
