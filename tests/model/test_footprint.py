@@ -122,8 +122,11 @@ def test_keys_and_values_are_counted_whatever_the_order_of_the_layers():
     assert (sums.queries, sums.keys) == (3 * 192, 3 * 2 * 192)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("compiled", "dtype"),
+    [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)],
+    ids=["kernels", "torch", "bfloat16"],
+)
 @pytest.mark.parametrize(
     ("shape", "below"),
     [
@@ -219,11 +222,10 @@ def test_gradient_checkpointing_takes_the_planned_memory():
     assert training.peak == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize("memory", [40, 60])
-def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(memory):
+def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory():
     """Most of what these passes take is logits."""
     base, jobs = base_of("large vocabulary"), jobs_of(4, targets=16)
-    width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
+    width, budget = sum(d + o for d, o in base.targets.values()), 40 * 2**20
     task = random_loras(base, 1, 8)
     plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(task_lora=8 * width))
     with TensorMemory(held(base, task)) as used:
@@ -236,8 +238,7 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     assert used.peak <= budget
 
 
-@pytest.mark.parametrize("shape", ["llama", "large vocabulary"])
-@pytest.mark.parametrize("memory", [12, 40])
+@pytest.mark.parametrize(("shape", "memory"), [("llama", 12), ("large vocabulary", 12), ("large vocabulary", 40)])
 def test_scoring_for_which_nothing_was_planned_takes_at_most_half_of_the_memory(shape, memory):
     base, jobs = base_of(shape), jobs_of(12, targets=8)
     examples = [job.examples for job in jobs]
@@ -262,7 +263,7 @@ def test_memory_is_planned_for_where_workers_compute():
     assert plan_cohorts(here, jobs, 10_000, 2**40).tokens_per_batch < 2 * 4096
 
 
-@pytest.mark.parametrize("memory", [12, 24, 48])
+@pytest.mark.parametrize("memory", [12, 48])
 def test_rows_of_one_example_and_their_copies_of_a_merge_stay_within_the_memory(memory):
     """People with different numbers of examples get a copy of their adapters for each row."""
     base, jobs = base_of("llama"), jobs_of(12, prefix=4, own=4, targets=2)
