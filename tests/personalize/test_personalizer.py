@@ -19,18 +19,14 @@ from mta.personalize.outcomes import Personalized
 from mta.personalize.shots import shots_of
 from mta.store.state import State
 
-LAPLACE = MergeSettings(policy="laplace", k=0)
-LEARNED = MergeSettings(policy="learned", k=2, options={"training": {"lr": 0.1, "steps": 3, "batch_size": 8}})
-
-
 # -- together or alone -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merge", [TINY_RUN.merge, LEARNED, LAPLACE], ids=["posterior", "learned", "laplace"])
-def test_together_equals_one_at_a_time(trusting, tmp_path, merge):
-    together = knowing(*trusting, tmp_path, merge=merge)
+def test_together_equals_one_at_a_time(by_policy, tmp_path):
+    *tiny, merge = by_policy
+    together = knowing(*tiny, tmp_path, merge=merge)
     for person in PEOPLE:
-        alone = personalizer(*trusting, merge=merge)
+        alone = personalizer(*tiny, merge=merge)
         assert alone.personalize([person]) == Personalized(1, 0, 0)
         same(together.state(person.id), alone.state(person.id))
     assert len({together.state(person.id).w for person in PEOPLE}) == 5
