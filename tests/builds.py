@@ -32,8 +32,11 @@ def stopped(out: Path, stage: str = "anchors", at: int = 1, **how) -> None:
         build(out, on_step=stop, **how)
 
 
-def changed(group: str, **values) -> Run:
-    return TINY_RUN.model_copy(update={group: getattr(TINY_RUN, group).model_copy(update=values)})
+def changed(group: str, run: Run = TINY_RUN, **values) -> Run:
+    return run.model_copy(update={group: getattr(run, group).model_copy(update=values)})
+
+
+UNCALIBRATED = changed("calibration", enabled=False)  # most of the time of a build
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,9 @@
 """People with few shots each, and the comparison of their states."""
 
+import hashlib
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -21,6 +24,17 @@ def crowd(*sizes: int) -> list[Person]:
 
 
 PEOPLE = crowd(3, 1, 8, 2, 5)
+_MET = TemporaryDirectory(prefix="mta-tests-")
+
+
+def knowing(base, bank, store: Path, people: list[Person] = PEOPLE, **changes) -> Personalizer:
+    """A Personalizer that knows these people: they are personalized once, and their states copied for other tests."""
+    asked = repr((bank.hash, [(person.id, person.digest()) for person in people], changes))
+    met = Path(_MET.name, hashlib.sha256(asked.encode()).hexdigest())
+    if not met.exists():
+        personalizer(base, bank, met, **changes).personalize(people)
+    shutil.copytree(met, store, dirs_exist_ok=True)
+    return personalizer(base, bank, store, **changes)
 
 
 def same(found: State, expected: State, tolerance: float = 1e-10) -> None:

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from builds import build, changed, files_in
+from builds import UNCALIBRATED, build, files_in
 from conftest import people_of
 from tiny import base_of
 
@@ -26,13 +26,24 @@ OTHERS = people_of(9, prefix="other-")
 
 @pytest.fixture(scope="module")
 def uncalibrated(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("uncalibrated") / "bank", run=changed("calibration", enabled=False))
+    return build(tmp_path_factory.mktemp("uncalibrated") / "bank", run=UNCALIBRATED)
 
 
 @pytest.fixture
 def folder(uncalibrated, tmp_path, cache):
     shutil.copytree(uncalibrated, tmp_path / "written" / "bank")
     return tmp_path / "written"
+
+
+@pytest.fixture(scope="module")
+def after(uncalibrated):
+    return calibrated(uncalibrated.parent, base_of())
+
+
+@pytest.fixture
+def copy(after, folder, base):
+    """A calibrated copy of the bank, beside it."""
+    return mta.Bank.open(shutil.copytree(after.folder, folder / "copy"), base)
 
 
 @pytest.fixture
@@ -74,12 +85,11 @@ def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, bas
     assert len(state.gradient) == len(state.w) == len(personal.bank)
 
 
-def test_people_behind_a_calibration_are_remembered(folder, base):
-    bank = calibrated(folder, base)
-    parts = [bank.info.members.parts_of(person.id) for person in OTHERS]
+def test_people_behind_a_calibration_are_remembered(copy):
+    parts = [copy.info.members.parts_of(person.id) for person in OTHERS]
     assert parts.count(["calibration"]) == 8
     used = OTHERS[parts.index(["calibration"])].id
-    assert mark_stale(bank.folder, used) == ["calibration"]
+    assert mark_stale(copy.folder, used) == ["calibration"]
 
 
 # -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
@@ -91,11 +101,10 @@ def test_a_copy_follows_its_bank_in_forgetting(folder, base):
     assert parts_to_rebuild(folder / "copy") == ["anchor"]
 
 
-def test_a_copy_replaces_no_other_bank(folder, base):
-    before = calibrated(folder, base).hash
+def test_a_copy_replaces_no_other_bank(folder, base, copy):
     with pytest.raises(BankError, match="exists already"):
         calibrated(folder, base)
-    assert read_info(folder / "copy").hash == before
+    assert read_info(folder / "copy").hash == copy.hash
 
 
 def test_too_few_people_are_refused(folder, base):
@@ -111,13 +120,12 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
         calibrated(folder, narrow)
 
 
-def test_another_calibration_is_without_that_of_a_forgotten_person(folder, base):
-    bank = calibrated(folder, base)
-    used = next(p.id for p in OTHERS if bank.info.members.parts_of(p.id))
-    forget_person(used, None, bank.folder)
-    assert parts_to_rebuild(bank.folder) == ["calibration"]
+def test_another_calibration_is_without_that_of_a_forgotten_person(folder, base, copy):
+    used = next(p.id for p in OTHERS if copy.info.members.parts_of(p.id))
+    forget_person(used, None, copy.folder)
+    assert parts_to_rebuild(copy.folder) == ["calibration"]
     people = [person for person in OTHERS if person.id != used]
-    again = bank.calibrate(base, people, folder / "again", run=RUN)
+    again = copy.calibrate(base, people, folder / "again", run=RUN)
     assert parts_to_rebuild(again.folder) == []
     assert again.info.members.parts_of(used) == []
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, stopped
+from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, files_in, stopped
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
@@ -24,7 +24,7 @@ def test_any_id_can_be_looked_up():
 
 def test_candidates_with_few_items_never_become_anchors(tmp_path):
     candidates = [person.first(2) if n % 2 else person for n, person in enumerate(people_of(24, prefix="somebody-c"))]
-    info = read_info(build(tmp_path / "bank", candidates=candidates))
+    info = read_info(build(tmp_path / "bank", candidates=candidates, run=UNCALIBRATED))
     assert info.members.candidates == 12
     assert info.items == (6, 6, 6)
 
@@ -37,7 +37,7 @@ def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
 
 
 def test_without_a_task_lora_nobody_is_behind_it(tmp_path, task):
-    run = changed("task_lora", enabled=False)
+    run = changed("task_lora", UNCALIBRATED, enabled=False)
     bank = Bank.build(base_of(), CANDIDATES, tmp_path / "b", task=task, encoder=HashEncoder(), run=run, anchors=2)
     parts = [bank.info.members.parts_of(person.id) for person in CANDIDATES]
     assert (bank.info.members.task, bank.info.members.candidates) == (0, 12)
@@ -87,7 +87,7 @@ def test_people_who_are_held_out_are_no_members_and_share_nothing_with_them(tmp_
 
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
     people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
-    bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
+    bank = Bank.build(base_of(), people, tmp_path, task=task, run=UNCALIBRATED, encoder=HashEncoder())
     part = ["clusters" in bank.info.members.parts_of(person.id) for person in people]
     assert part[::2] == part[1::2]
     assert (sum(part), len(bank)) == (12, 3)
@@ -95,7 +95,7 @@ def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, t
 
 def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, task, cache, caplog):
     people = [replace(person, group="all") for person in people_of(24, prefix="somebody-a")]
-    assert len(Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())) == 3
+    assert len(Bank.build(base_of(), people, tmp_path, task=task, run=UNCALIBRATED, encoder=HashEncoder())) == 3
     assert "more than half of the people share items with each other" in caplog.text
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builds import CANDIDATES, TASK_PEOPLE, build, changed, stopped, trained
+from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, stopped, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
 
 def test_candidates_with_too_few_items_for_an_anchor_train_like_task_people(tmp_path):
     few = people_of(5, items=2, prefix="few", seed=7)
-    run = changed("bank", min_items=3)
+    run = changed("bank", UNCALIBRATED, min_items=3)
     members = read_info(build(tmp_path / "bank", candidates=[*CANDIDATES, *few], run=run)).members
     assert [members.parts_of(person.id) for person in few] == [["task LoRA"]] * 5
 
@@ -175,7 +175,7 @@ def plain_rounds(people, run: Run, count: int) -> LoraBatch:
 @pytest.mark.parametrize(("items", "lr", "to_the_end"), [(16, 5e-4, True), (2, 0.2, False)])
 def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items, lr, to_the_end):
     people, training = people_of(20, prefix="somebody-t"), Training(lr=lr, epochs=4, batch_size=4)
-    run = changed("task_lora", rounds=3, items=items, training=training, unseen=None)
+    run = changed("task_lora", UNCALIBRATED, rounds=3, items=items, training=training, unseen=None)
     steps = []
     out = build(tmp_path / "bank", people, run=run, on_step=lambda *step: steps.append(step))
     losses = sittings(out)[0]["held-out losses of the task LoRA"]
@@ -193,7 +193,7 @@ def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items,
 
 
 def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path):
-    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=3)
+    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", UNCALIBRATED, rounds=3)
     whole = build(tmp_path / "whole", people, run=run)
     for place in (3, 7, 11):
         steps = iter(range(place))
@@ -208,7 +208,7 @@ def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path
 
 
 def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
-    out = build(tmp_path / "bank", run=changed("task_lora", enabled=False))
+    out = build(tmp_path / "bank", run=changed("task_lora", UNCALIBRATED, enabled=False))
     bank = Bank.open(out, base_of())
     assert not (out / "task_lora").exists()
     assert bank.task_lora is None
@@ -222,7 +222,7 @@ def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path
     assert trained(again) == trained(built)
     assert read_info(again).work != read_info(built).work
     build(tmp_path, task_lora=built / "task_lora", on_step=lambda *_: pytest.fail("it was finished"))
-    other = build(tmp_path / "other", run=changed("task_lora", items=4))
+    other = build(tmp_path / "other", run=changed("task_lora", UNCALIBRATED, items=4))
     with pytest.raises(BankError):
         build(tmp_path, task_lora=other / "task_lora")
 
@@ -243,5 +243,5 @@ def test_a_build_that_starts_over_without_a_task_lora_leaves_none(tmp_path):
     stopped(tmp_path / "bank")
     assert (tmp_path / "bank" / "task_lora").exists()
     shutil.rmtree(tmp_path / "bank" / "work")
-    build(tmp_path / "bank", run=changed("task_lora", enabled=False))
+    build(tmp_path / "bank", run=changed("task_lora", UNCALIBRATED, enabled=False))
     assert not (tmp_path / "bank" / "task_lora").exists()

@@ -10,13 +10,13 @@ from world import world as world  # the fixture
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    words = ["shots=2", "queries=2", "policies=[uniform, posterior]"]
+    words = ["shots=2", "queries=2", "policies=[uniform, posterior]", "--people", 2]
     return mta("compare", world.new, "--bank", world.bank, *words, "--out", out, "--json"), out
 
 
 def test_compare_compares_every_method_on_people_who_are_not_in_the_bank(compared):
     found, out = compared[0].json, compared[1]
-    assert (found["people"], found["queries_per_person"]) == (4, 2)
+    assert (found["people"], found["queries_per_person"]) == (2, 2)
     methods = [method["name"] for method in found["methods"]]
     assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, posterior", "MTA"} <= set(methods)
     meta = found["meta"]
@@ -30,7 +30,7 @@ def test_compare_compares_every_method_on_people_who_are_not_in_the_bank(compare
 
 
 def test_compare_prints_a_table(world):
-    said = mta("compare", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
+    said = mta("compare", world.new, "--bank", world.bank, "shots=2", "queries=1", "brief=true", "--people", 2)
     assert "2 people, 2 shots and 1 later queries each" in said.out
 
 

@@ -8,17 +8,14 @@ from world import BOB, TASK, mta, run
 from world import world as world  # the fixture
 
 
-def test_data_describe_counts_in_json(world):
+def test_data_describe_counts_people_and_items(world):
     found = mta("data", "describe", world.new, *TASK, "--json").json
     assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
-    splits = mta("data", "describe", world.new, *TASK, "--json").json["splits"]
+    splits = found["splits"]
     assert splits["people with times"] == 4
     assert splits["anchors"] == {"items": 11, "people": 0}
     assert splits["compared"] == {"shots": 8, "queries": 12, "people": 0}
     assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
-
-
-def test_data_describe_counts_people_with_enough_items(world):
     said = mta("data", "describe", world.new, *TASK).out
     assert said.startswith("people 4  items 24  min 6  median 6")
     assert "with 11 items or more, enough to become anchors of a bank: 0 people" in said
@@ -41,7 +38,7 @@ def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
     assert found == {"items": 1, "people": 2, "groups": 1, "largest": 2}
 
 
-def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
+def test_data_show_prints_the_prompt_and_marks_the_target_also_in_json(world, monkeypatch):
     with monkeypatch.context() as patched:  # a prompt needs no weights
         patched.setattr("mta.model.base.BaseModel.of", None)
         said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
@@ -49,9 +46,6 @@ def test_data_show_prints_the_prompt_and_marks_the_target(world, monkeypatch):
     assert '"Zorblax 31" (Drama)' in said
     assert "<|start|>assistant\n⟦2<|end|>⟧\n" in said
     assert re.search(r"-- \d+ tokens, 2 in the target, 0 cut", said)
-
-
-def test_data_show_gives_tokens_and_mask_in_json(world):
     shown = mta("data", "show", world.new, *world.settings, "--items", 2, "--json").json
     assert len(shown) == 2
     assert [mask for mask in shown[0]["target_mask"] if mask] == [1, 1]

@@ -26,6 +26,7 @@ def loras(tmp_path_factory):
 
 
 def test_loras_become_a_bank_that_personalizes(loras, tmp_path, monkeypatch):
+    """The LoRAs' names are the only link to people: cem's may be somebody's in the file, unless the user knows."""
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     rows = (loras / "people.jsonl").read_text().replace('"person"', '"user"')
     (loras / "others.jsonl").write_text(f"{rows}not JSON\n")
@@ -34,28 +35,27 @@ def test_loras_become_a_bank_that_personalizes(loras, tmp_path, monkeypatch):
     made = mta("bank", "import", *(loras / n for n in LORAS), *how, "--people", loras / "others.jsonl", *columns).json
     assert (made["anchors"], made["calibration"]) == (3, None)
     calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--out", tmp_path / "next"]
+    refused = run(*calibrate)
+    assert refused.code == 1
+    assert "3 of 3 imported LoRAs have the name of none of the 10" in refused.err
+    assert "--unrelated" in refused.err
     assert mta(*calibrate, "--unrelated", "--json").json["calibration"]["people"] == 10
+    card = mta("bank", "show", tmp_path / "next").out
+    assert "whose ids are not names of imported LoRAs" in card
+    assert "the bank was not trained on" not in card
+    assert "The bank has no task LoRA: part of a gain can be the form of an answer" in card
     new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
     at = ["--bank", tmp_path / "next", "--store", tmp_path / "people"]
     assert mta("personalize", new, *at, "--json").json["failed"] == {}
     assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
 
-
-def test_a_bank_is_not_calibrated_on_people_who_may_be_behind_its_loras(loras, tmp_path, monkeypatch):
-    """The LoRAs' names are the only link to people: cem's may be somebody's in the file."""
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
-    mta("bank", "import", *(loras / name for name in LORAS), *how, "--out", tmp_path / "bank")
-    calibrate = ["bank", "calibrate", tmp_path / "bank", loras / "people.jsonl", "--out", tmp_path / "next", "--json"]
-    refused = run(*calibrate)
-    assert refused.code == 1
-    assert "3 of 3 imported LoRAs have the name of none of the 10" in refused.err
-    assert "--unrelated" in refused.err
-    assert mta(*calibrate, "--unrelated").json["calibration"]["people"] == 10
-    card = mta("bank", "show", tmp_path / "next").out
-    assert "whose ids are not names of imported LoRAs" in card
-    assert "the bank was not trained on" not in card
-    assert "The bank has no task LoRA: part of a gain can be the form of an answer" in card
+    # An export holds the task LoRA, which a merge of several exports would count several times.
+    mta("export", "new-00-quispe", *at, "--out", tmp_path / "whole")
+    (tmp_path / "whole" / "README.md").unlink()
+    said = run("bank", "import", loras / "ann", tmp_path / "whole", *how[:-3], "--out", tmp_path / "other")
+    assert said.code == 1
+    assert "whole is an export of mta" in said.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_with_the_people_of_all_loras_nothing_needs_to_be_confirmed(loras, tmp_path, monkeypatch):
@@ -67,21 +67,6 @@ def test_with_the_people_of_all_loras_nothing_needs_to_be_confirmed(loras, tmp_p
     mta("bank", "import", *(loras / name for name in LORAS), *how)
     made = mta("bank", "calibrate", tmp_path / "bank", people, "--out", tmp_path / "next", "--json").json
     assert made["calibration"]["people"] == 10
-
-
-def test_an_export_of_mta_is_no_lora_of_a_bank(loras, tmp_path, monkeypatch):
-    """It holds the task LoRA, which a merge of several exports would count several times."""
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
-    mta("bank", "import", *(loras / name for name in LORAS), *how, "--out", tmp_path / "bank")
-    at = ["--bank", tmp_path / "bank", "--store", tmp_path / "people"]
-    mta("personalize", written(tmp_path / "new.jsonl", ratings("new", "quispe", 2)), *at)
-    mta("export", "new-00-quispe", *at, "--out", tmp_path / "whole")
-    (tmp_path / "whole" / "README.md").unlink()
-    said = run("bank", "import", loras / "ann", tmp_path / "whole", *how, "--out", tmp_path / "next")
-    assert said.code == 1
-    assert "whole is an export of mta" in said.err
-    assert not (tmp_path / "next").exists()
 
 
 def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch):

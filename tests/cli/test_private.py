@@ -41,7 +41,7 @@ def test_only_the_owner_can_read_an_export(world):
 
 def test_only_the_owner_can_read_an_evaluation_and_its_report(world):
     out = world.root / "evaluation"
-    mta("compare", world.new, "--bank", world.bank, "--out", out / "new", "shots=2", "queries=1", "policies=[uniform]")
+    mta("compare", world.new, "--bank", world.bank, "--out", out / "new", "shots=2", "queries=1", "brief=true")
     closed(out)
     mta("report", out / "new", "--out", world.root / "report")
     closed(world.root / "report")

@@ -5,13 +5,14 @@ import re
 
 import pytest
 from compared import ASKED, EVERY, comparison_of
+from conftest import people_of
+from crowd import knowing
 from rich.console import Console
 
 from mta.data.tasks import load_task
 from mta.evaluation.reports.glance import bars, before, show_glance
 from mta.evaluation.sample_answers import PersonAnswers, SampleAnswers, sample_answers
 from mta.personalize.adapters import TASK
-from mta.store import Store
 
 FIELDS = [{"title": "Alien", "genres": "Horror"}, {"title": "Heat", "genres": "Crime"}]
 
@@ -92,9 +93,5 @@ def test_sample_answers_have_the_answers_of_the_library(tiny_personal):
 
 @pytest.fixture
 def tiny_personal(tiny, tmp_path):
-    from conftest import people_of, personalizer
-
-    base, bank = tiny[:2]
-    personal, people = personalizer(base, bank, Store(tmp_path / "people")), people_of(2, prefix="x")
-    personal.personalize(people)
-    return personal, people
+    people = people_of(2, prefix="x")
+    return knowing(*tiny, tmp_path / "people", people), people

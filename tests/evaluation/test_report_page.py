@@ -84,7 +84,7 @@ def written(tiny, comparison, tmp_path):
     return write
 
 
-def test_page_is_whole_and_loads_nothing(written):
+def test_page_is_whole_loads_nothing_and_contains_no_person_and_no_item(written, tmp_path):
     text = written()
     found = Page(text)
     assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
@@ -94,6 +94,10 @@ def test_page_is_whole_and_loads_nothing(written):
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"url\(|@import", text)
+    assert not re.search(r"\b[ctx]\d\b", "".join(found.text))  # the tiny bank's people are t0.. and c0..
+    assert not any(shot in text for shot in ("Alien", "Heat"))
+    assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
+    assert not list(tmp_path.glob(".*report*"))
 
 
 def test_page_contains_findings_answers_and_settings(written, comparison):
@@ -173,11 +177,3 @@ def test_page_without_merge_or_questions(written, task):
     assert "Chosen anchors and coefficients" not in found.headings
     assert "The same questions, before and after" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)
-
-
-def test_page_contains_no_person_and_no_item_and_no_other_file_is_written(written, tmp_path):
-    text = written()
-    assert not re.search(r"\b[ctx]\d\b", "".join(Page(text).text))  # the tiny bank's people are t0.. and c0..
-    assert not any(shot in text for shot in ("Alien", "Heat"))
-    assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
-    assert not list(tmp_path.glob(".*report*"))

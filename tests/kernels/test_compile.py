@@ -1,6 +1,7 @@
 """How kernels are compiled, loaded and switched off, on machines as they are."""
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -38,20 +39,10 @@ def compiler(folder: Path, script: str) -> Path:
     return path
 
 
-def new_process(code: str = "k.kernels('norm', torch.zeros(1))", **change: str) -> subprocess.CompletedProcess[str]:
-    """Print the value of an expression in a process with this environment."""
-    return subprocess.run(
-        [sys.executable, "-c", f"import torch, mta.kernels.compile as k; print({code})"],
-        env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | change,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-
-def with_compiler(tmp_path: Path, script: str, cache: Path) -> dict[str, str]:
-    """The environment of a process whose only g++ is this script."""
-    return {"PATH": f"{compiler(tmp_path / 'bin', script).parent}:{os.environ['PATH']}", "MTA_CACHE": str(cache)}
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The module as a new process has it."""
+    monkeypatch.setattr(module, "_library", functools.cache(module._library.__wrapped__))
 
 
 @needs_kernels
@@ -88,18 +79,21 @@ def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(
 
 
 @needs_kernels
-def test_a_failing_compiler_is_logged_once_and_no_kernel_is_used(tmp_path):
-    where = with_compiler(tmp_path, TOO_OLD.format(folder=Path(module.__file__).parent), tmp_path / "cache")
+def test_a_failing_compiler_is_logged_once_and_no_kernel_is_used(tmp_path, monkeypatch, unloaded, cache, caplog):
+    script = TOO_OLD.format(folder=Path(module.__file__).parent)
+    monkeypatch.setenv("PATH", str(compiler(tmp_path / "bin", script).parent), prepend=os.pathsep)
+    monkeypatch.setattr(module, "_version", lambda _: 12)
     error = "low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared in this scope"
-    done = new_process("[k.kernels(name, torch.zeros(1)) for name in ('norm', 'rotate')], k.failure()", **where)
-    assert done.stdout == f"[None, None] {error}\n"
-    assert done.stderr.count(error) == 1
-    assert not list((tmp_path / "cache" / "kernels").glob("*.so*"))
+    assert [kernels(name, torch.zeros(1)) for name in ("norm", "rotate")] == [None, None]
+    assert module.failure() == error
+    assert caplog.text.count(error) == 1
+    assert not list((cache / "kernels").glob("*.so*"))
 
 
-def test_without_a_compiler_no_kernel_is_used():
-    for change in ({"MTA_KERNELS": "off"}, {"PATH": "/nowhere"}):
-        assert new_process(**change).stdout == "None\n"
+@pytest.mark.parametrize(("name", "value"), [("MTA_KERNELS", "off"), ("PATH", "/nowhere")])
+def test_without_a_compiler_no_kernel_is_used(monkeypatch, unloaded, name, value):
+    monkeypatch.setenv(name, value)
+    assert kernels("norm", torch.zeros(1)) is None
 
 
 @pytest.mark.parametrize(("machine", "vectors"), [("x86_64", True), ("aarch64", False)])
@@ -166,9 +160,10 @@ def test_a_family_that_is_switched_off_changes_no_result(family, dtype, toleranc
 
 
 @needs_kernels
-def test_the_environment_switches_off_single_families():
-    code = "[k.kernels(name, torch.zeros(1)) is None for name in ('norm', 'rotate', 'adamw')]"
-    assert new_process(code, **os.environ | {"MTA_KERNELS": "off:rotate,adamw"}).stdout == "[False, True, True]\n"
+def test_the_environment_switches_off_single_families(monkeypatch, unloaded):
+    monkeypatch.setenv("MTA_KERNELS", "off:rotate,adamw")
+    off = [kernels(name, torch.zeros(1)) is None for name in ("norm", "rotate", "adamw")]
+    assert off == [False, True, True]
 
 
 @pytest.mark.parametrize("value", ["of", "off:rotat", "on:rotate", "off:rotate,"])

@@ -1,6 +1,7 @@
 """Who is tested and who trains: parts of an experiment's people, also of people from another file."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from conftest import people_of
@@ -14,7 +15,10 @@ from mta.errors import InputError
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import Experiment, Part, load_experiment
 
+recipe = cache(load_experiment)
 
+
+@cache
 def authors(pairs: int, items: int = 12) -> list[Person]:
     """Pairs of people with copies of one long text; every fifth person has few items."""
     made = []
@@ -29,7 +33,7 @@ def authors(pairs: int, items: int = 12) -> list[Person]:
 
 def recipe_of(*words: str) -> Experiment:
     people = ["people.test=12", "people.candidates=16", "people.development=4", "people.task=30"]
-    return override(load_experiment("lamp5"), ["queries=12", "shots=1", "run.bank.min_items=3", *people, *words])
+    return override(recipe("lamp5"), ["queries=12", "shots=1", "run.bank.min_items=3", *people, *words])
 
 
 def test_people_who_share_items_are_in_one_part():

@@ -32,21 +32,6 @@ def test_exact_merge_is_the_dense_sum(n, k, rank, per_layer, seed):
         torch.testing.assert_close(merged.delta(name), dense, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 99), st.floats(-2, 2), st.floats(-2, 2))
-def test_merging_is_linear_and_independent_of_order(seed, x, y):
-    bank = bank_of(4, 2, seed)
-    w = torch.tensor([[x, y]], dtype=torch.float64)
-    one = merge_exact(bank, torch.tensor([[1, 3]]), w)
-    other = merge_exact(bank, torch.tensor([[3, 1]]), w.flip(1))
-    single = [merge_exact(bank, torch.tensor([[i]]), torch.ones(1, 1, dtype=torch.float64)) for i in (1, 3)]
-    for name in bank.names:
-        torch.testing.assert_close(one.delta(name), other.delta(name), rtol=0, atol=1e-12)
-        torch.testing.assert_close(
-            one.delta(name), x * single[0].delta(name) + y * single[1].delta(name), rtol=0, atol=1e-12
-        )
-
-
 def test_svd_is_exact_at_full_rank_and_optimal_below():
     bank, ids = bank_of(3, 2, 0), torch.tensor([[0, 1], [2, 1]])
     w = torch.tensor([[0.3, 0.7], [1.0, -0.5]], dtype=torch.float64)
@@ -62,16 +47,6 @@ def test_svd_is_exact_at_full_rank_and_optimal_below():
         torch.testing.assert_close(full.delta(name), exact.delta(name), rtol=0, atol=1e-12)
         best = torch.linalg.svdvals(exact.delta(name))[:, 2:].norm(dim=1)
         torch.testing.assert_close((exact.delta(name) - cut.delta(name)).flatten(1).norm(dim=1), best)
-
-
-def test_merging_two_equal_adapters_by_halves_changes_nothing():
-    """PEFT's linear mode doubles them; ours must not."""
-    one = bank_of(1, 2, 0)
-    twins = one.select([0, 0])
-    ids, w = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    for merged in (merge_exact(twins, ids, w), truncate(merge_exact(twins, ids, w), 2)[0]):
-        for name in one.names:
-            torch.testing.assert_close(merged.delta(name), one.delta(name), rtol=0, atol=1e-12)
 
 
 def test_unknown_anchors_and_misshapen_coefficients_are_refused():

@@ -122,7 +122,6 @@ def test_keys_and_values_are_counted_whatever_the_order_of_the_layers():
     assert (sums.queries, sums.keys) == (3 * 192, 3 * 2 * 192)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "below"),
@@ -135,7 +134,8 @@ def test_keys_and_values_are_counted_whatever_the_order_of_the_layers():
         ("gpt2", "none"),
     ],
 )
-def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype, compiled):
+def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype):
+    compiled = (below == "merge") == (dtype == torch.float32)  # each kind of adapters with kernels and without
     with nullcontext() if compiled else without_kernels():
         base, jobs = base_of(shape, dtype), jobs_of(3)
         width = sum(d + o for d, o in base.targets.values())
@@ -161,8 +161,7 @@ def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype
     assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), numbers), rel=0.15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize(("shape", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16)])
 def test_a_pass_with_gradients_of_gates_takes_the_planned_memory(shape, dtype):
     base, jobs = base_of(shape, dtype), jobs_of(3)
     width, (tokens, targets, people, texts) = sum(d + o for d, o in base.targets.values()), sizes(base, jobs)
@@ -175,8 +174,7 @@ def test_a_pass_with_gradients_of_gates_takes_the_planned_memory(shape, dtype):
     assert found.peak == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
-@pytest.mark.parametrize("shape", ["mixtral", "qwen3 moe"])
+@pytest.mark.parametrize(("shape", "compiled"), [("mixtral", True), ("qwen3 moe", True), ("qwen3 moe", False)])
 def test_passes_through_a_mixture_of_experts_take_the_planned_memory(shape, compiled):
     with nullcontext() if compiled else without_kernels():
         base, jobs = base_of(shape), jobs_of(3)
@@ -219,11 +217,10 @@ def test_gradient_checkpointing_takes_the_planned_memory():
     assert training.peak == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize("memory", [40, 60])
-def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(memory):
+def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory():
     """Most of what these passes take is logits."""
     base, jobs = base_of("large vocabulary"), jobs_of(4, targets=16)
-    width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
+    width, budget = sum(d + o for d, o in base.targets.values()), 40 * 2**20
     task = random_loras(base, 1, 8)
     plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(task_lora=8 * width))
     with TensorMemory(held(base, task)) as used:
@@ -236,8 +233,7 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     assert used.peak <= budget
 
 
-@pytest.mark.parametrize("shape", ["llama", "large vocabulary"])
-@pytest.mark.parametrize("memory", [12, 40])
+@pytest.mark.parametrize(("shape", "memory"), [("llama", 12), ("large vocabulary", 12), ("large vocabulary", 40)])
 def test_scoring_for_which_nothing_was_planned_takes_at_most_half_of_the_memory(shape, memory):
     base, jobs = base_of(shape), jobs_of(12, targets=8)
     examples = [job.examples for job in jobs]
@@ -262,7 +258,7 @@ def test_memory_is_planned_for_where_workers_compute():
     assert plan_cohorts(here, jobs, 10_000, 2**40).tokens_per_batch < 2 * 4096
 
 
-@pytest.mark.parametrize("memory", [12, 24, 48])
+@pytest.mark.parametrize("memory", [12, 48])
 def test_rows_of_one_example_and_their_copies_of_a_merge_stay_within_the_memory(memory):
     """People with different numbers of examples get a copy of their adapters for each row."""
     base, jobs = base_of("llama"), jobs_of(12, prefix=4, own=4, targets=2)

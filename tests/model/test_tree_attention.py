@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, random_examples, random_loras, rows_of
+from tiny import base_of, new_base, random_examples, random_loras, rows_of
 
 from mta.errors import UnsupportedModel
 from mta.lora.layers import PerPerson
@@ -65,11 +65,11 @@ def test_a_model_that_drops_keywords_on_the_way_keeps_dense_masks(monkeypatch):
 
     taken = module.tree_attention
     monkeypatch.setattr(module, "tree_attention", lambda *args, blocks=None, **how: taken(*args, **how))
-    base = base_of()
+    base = new_base()
     monkeypatch.undo()
     assert not base.blocked
     jobs = [random_examples(4, 1)]
-    found, whole = log_likelihood(base, jobs), log_likelihood(base_of(), jobs)  # which puts the real one back
+    found, whole = log_likelihood(base, jobs), log_likelihood(new_base(), jobs)  # which puts the real one back
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-9)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from at_once import at_once
-from conftest import people_of, personalizer
+from conftest import people_of
+from crowd import knowing
 
 from mta.bank.format import INFO, STALE, read_info
 from mta.bank.notes import parts_to_rebuild
@@ -23,8 +24,8 @@ MEMBER = people_of(1, prefix="t")[0]  # the task LoRA learnt from this person
 def unwritable(own_bank, request, tmp_path):
     """A person in a store, and a bank that cannot be marked; what makes it writable again."""
     base, bank = own_bank
-    personal = personalizer(base, bank, store=tmp_path / "people")
-    personal.personalize([MEMBER], histories=[MEMBER])
+    personal = knowing(base, bank, tmp_path / "people", [MEMBER])
+    personal.store.save_history(MEMBER)
     personal.export(MEMBER.id, tmp_path / "out")
     mark, info = bank.folder / STALE, bank.folder / INFO
     if request.param == "something in the way":
@@ -55,8 +56,8 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
     own_bank, tmp_path, monkeypatch
 ):
     base, bank = own_bank
-    personal = personalizer(base, bank, store=tmp_path / "people")
-    personal.personalize([MEMBER], histories=[MEMBER])
+    personal = knowing(base, bank, tmp_path / "people", [MEMBER])
+    personal.store.save_history(MEMBER)
     personal.export(MEMBER.id, tmp_path / "out")
     (tmp_path / "people" / "work" / ("0" * 24)).mkdir(parents=True)
     (bank.folder / STALE / "in the way").mkdir(parents=True)
@@ -87,8 +88,7 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
 
 
 def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_bank, tmp_path, monkeypatch):
-    personal = personalizer(*own_bank, store=tmp_path / "people")
-    personal.personalize(people_of(1))
+    personal = knowing(*own_bank, tmp_path / "people", people_of(1))
     for name in ("disk/other host", "refused", "disk/not mounted"):
         with monkeypatch.context() as patch:
             if name == "disk/other host":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of, personalizer
+from crowd import knowing
 from stores import state
 
 from mta.errors import PersonForgotten
@@ -64,8 +65,7 @@ def test_a_person_who_is_forgotten_after_their_items_were_read_is_not_begun(tiny
 
 
 def test_an_update_goes_on_for_the_others_when_a_person_is_forgotten(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize([person.first(2) for person in PEOPLE])
+    personal = knowing(*tiny, tmp_path / "people", [person.first(2) for person in PEOPLE])
 
     def forget(at: str, step: object) -> None:
         if "x0" in personal.store:
@@ -99,8 +99,7 @@ def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(ur
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny, tmp_path, monkeypatch, when):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
+    personal = knowing(*tiny, tmp_path / "people", PEOPLE)
 
     def late(*words: object, **how: object) -> None:
         if when == "before":
@@ -118,8 +117,7 @@ def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny
 
 def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_settle(tiny, tmp_path, monkeypatch):
     """Each container has another name."""
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
+    personal = knowing(*tiny, tmp_path / "people", PEOPLE)
 
     def interrupted(*words: object, **how: object) -> None:
         raise SystemExit(143)
@@ -133,8 +131,7 @@ def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_
 
 def test_a_person_is_forgotten_where_the_answer_to_a_tombstone_was_lost(tiny, tmp_path, monkeypatch):
     """Object stores repeat the request, and then find the file that they wrote."""
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
+    personal = knowing(*tiny, tmp_path / "people", PEOPLE)
     create = Storage.create
 
     def created(storage: Storage, name: str, data: bytes) -> None:

@@ -7,7 +7,7 @@ import plain
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
-from crowd import PEOPLE, QUESTION, in_cohorts_of, same
+from crowd import PEOPLE, QUESTION, in_cohorts_of, knowing, same
 from tiny import base_of
 
 from mta import BASE, TASK
@@ -19,21 +19,15 @@ from mta.personalize.outcomes import Personalized
 from mta.personalize.shots import shots_of
 from mta.store.state import State
 
-LAPLACE = MergeSettings(policy="laplace", k=0)
-LEARNED = MergeSettings(policy="learned", k=2, options={"training": {"lr": 0.1, "steps": 3, "batch_size": 8}})
-
-
 # -- together or alone -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merge", [TINY_RUN.merge, LEARNED, LAPLACE], ids=["posterior", "learned", "laplace"])
-def test_together_equals_one_at_a_time(trusting, merge):
-    tiny = trusting
-    together = personalizer(*tiny, merge=merge)
-    assert together.personalize(PEOPLE) == Personalized(5, 0, 0)
+def test_together_equals_one_at_a_time(by_policy, tmp_path):
+    *tiny, merge = by_policy
+    together = knowing(*tiny, tmp_path, merge=merge)
     for person in PEOPLE:
         alone = personalizer(*tiny, merge=merge)
-        alone.personalize([person])
+        assert alone.personalize([person]) == Personalized(1, 0, 0)
         same(together.state(person.id), alone.state(person.id))
     assert len({together.state(person.id).w for person in PEOPLE}) == 5
 
@@ -71,8 +65,7 @@ def test_a_state_records_the_losses_of_merge_and_stack(trusting, stack, policy, 
 
 def test_a_diverged_person_is_reported_and_the_others_are_unchanged(tiny, tmp_path, monkeypatch):
     base, bank = tiny
-    whole = personalizer(*tiny)
-    whole.personalize(PEOPLE)
+    whole = knowing(*tiny, tmp_path / "whole")
     astray, others = PEOPLE[1], [person for person in PEOPLE if person is not PEOPLE[1]]
     key, measured = shots_of(base, bank.task, astray).key, stages.mean_nll
 
@@ -80,31 +73,28 @@ def test_a_diverged_person_is_reported_and_the_others_are_unchanged(tiny, tmp_pa
         return [float("nan") if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))]
 
     monkeypatch.setattr(stages, "mean_nll", one_is_no_number)
-    personal = personalizer(*tiny, store=tmp_path)
+    personal = personalizer(*tiny, store=tmp_path / "people")
     done = personal.personalize(PEOPLE)
     assert (done.trained, list(done.failed)) == (len(others), [astray.id])
     assert "finite numbers" in str(done.failed[astray.id])
     assert all(personal.state(person.id) == whole.state(person.id) for person in others)
-    assert not (tmp_path / "work").exists()  # the next run computes no other cohort again
+    assert not (tmp_path / "people" / "work").exists()  # the next run computes no other cohort again
     assert personal.personalize(PEOPLE).unchanged == len(others)
 
 
-def test_the_order_of_people_does_not_change_a_bit(by_policy):
+def test_neither_the_order_of_people_nor_their_queries_change_a_bit(by_policy, tmp_path):
     *tiny, merge = by_policy
-    first = personalizer(*tiny, merge=merge)
-    first.personalize(PEOPLE)
-    mixed = personalizer(*tiny, merge=merge)
-    mixed.personalize(random.Random(0).sample(PEOPLE, len(PEOPLE)))
+    first, mixed = knowing(*tiny, tmp_path, merge=merge), personalizer(*tiny, merge=merge)
+    people = random.Random(0).sample(PEOPLE, len(PEOPLE))
+    mixed.personalize([Person(p.id, p.items, PEOPLE[0].items) for p in people])
     assert all(mixed.state(person.id) == first.state(person.id) for person in PEOPLE)
 
 
-@pytest.mark.parametrize(("people", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (3, [3, 2])])
-def test_the_cohort_size_does_not_change_states(by_policy, people, sizes):
+def test_the_cohort_size_does_not_change_states(by_policy, tmp_path):
     *tiny, merge = by_policy
-    large, small, seen = personalizer(*tiny, merge=merge), in_cohorts_of(*tiny, people, merge=merge), []
-    large.personalize(PEOPLE)
+    large, small, seen = knowing(*tiny, tmp_path, merge=merge), in_cohorts_of(*tiny, 2, merge=merge), []
     small.personalize(PEOPLE, on_step=lambda stage, step: seen.append((stage, step.step, step.people)))
-    assert [people for stage, step, people in seen if (stage, step) == ("stack", 1)] == sizes
+    assert [people for stage, step, people in seen if (stage, step) == ("stack", 1)] == [2, 2, 1]
     for person in PEOPLE:
         same(small.state(person.id), large.state(person.id))
 
@@ -114,25 +104,17 @@ def test_less_memory_than_one_person_needs_is_an_error(tiny):
         personalizer(*tiny, memory="1KiB").personalize(PEOPLE)
 
 
-def test_queries_do_not_change_a_state(tiny):
-    first, other = personalizer(*tiny), personalizer(*tiny)
-    first.personalize(PEOPLE)
-    other.personalize([Person(p.id, p.items, PEOPLE[0].items) for p in PEOPLE])
-    assert all(other.state(person.id) == first.state(person.id) for person in PEOPLE)
-
-
-def test_the_seed_changes_the_stacks(tiny):
-    first, other = personalizer(*tiny), personalizer(*tiny, seed=1)
-    for personal in (first, other):
-        personal.personalize(PEOPLE[:1])
-    assert first.state("x0").w == other.state("x0").w
-    assert first.state("x0") != other.state("x0")
+def test_the_seed_changes_the_stacks(known, tiny):
+    other = personalizer(*tiny, seed=1)
+    other.personalize(PEOPLE[:1])
+    assert known.state("x0").w == other.state("x0").w
+    assert known.state("x0") != other.state("x0")
 
 
 def test_without_a_stack_the_merge_alone_is_kept(tiny):
     personal = personalizer(*tiny, stack=StackSettings(enabled=False))
-    personal.personalize(PEOPLE)
-    assert all(personal.state(person.id).stack is None for person in PEOPLE)
+    personal.personalize(PEOPLE[:2])
+    assert all(personal.state(person.id).stack is None for person in PEOPLE[:2])
     assert personal.score([("x0", QUESTION, "4")]) == personal.score([("x0", QUESTION, "4")], stacked=False)
 
 
@@ -250,8 +232,7 @@ def test_a_person_with_an_item_that_does_not_fit_is_named_and_the_others_go_on(t
     assert (done.trained, list(done.failed)) == (len(others), ["long"])
     assert "instruction and target take" in str(done.failed["long"])
     personal.update([*others, Person.of("long", [item])])
-    alone = personalizer(*tiny)
-    alone.personalize(PEOPLE)
+    alone = knowing(*tiny, tmp_path / "alone")
     for person in others:
         same(personal.state(person.id), alone.state(person.id))
     with pytest.raises(PersonNotFound):
@@ -267,7 +248,7 @@ def test_merges_of_all_anchors_by_what_they_predict_need_no_encoder(tiny, policy
     """An imported bank is used where its encoder is not installed."""
     run = TINY_RUN.model_copy(update={"merge": MergeSettings(policy=policy, k=0)})
     personal = Personalizer(*tiny, run=run, encoder=OtherEncoder())
-    assert personal.personalize(PEOPLE).failed == {}
+    assert personal.personalize(PEOPLE[:2]).failed == {}
 
 
 def test_an_encoder_other_than_the_banks_is_refused(tiny):

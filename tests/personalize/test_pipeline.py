@@ -9,7 +9,7 @@ from threading import Barrier
 import kill
 import pytest
 from conftest import people_of, personalizer
-from crowd import PEOPLE, QUESTION, in_cohorts_of, same, states_in
+from crowd import PEOPLE, QUESTION, in_cohorts_of, knowing, same, states_in
 from files import folder_of
 from tiny import base_of
 
@@ -65,7 +65,7 @@ def test_a_damaged_state_is_trained_again(known, tmp_path):
 
 def test_texts_that_were_cut_are_counted(tiny):
     long = Person.of("long", [Item({"title": "word " * 100, "genres": "Drama", "rating": "4"})])
-    assert personalizer(*tiny).personalize([long, *PEOPLE]).shortened == 1
+    assert personalizer(*tiny).personalize([long, PEOPLE[0]]).shortened == 1
 
 
 def personalize_in(folder: Path, bank: str, policy: str) -> None:
@@ -95,9 +95,9 @@ def test_killed_again_and_again_the_store_ends_the_same(by_policy, tmp_path, tim
 
 def test_a_run_goes_on_from_its_checkpoint(by_policy, tmp_path, monkeypatch):
     *tiny, merge = by_policy
+    whole, seen = knowing(*tiny, tmp_path / "whole", merge=merge), []
+    personal = personalizer(*tiny, store=tmp_path / "people", merge=merge)
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    whole, personal, seen = personalizer(*tiny, merge=merge), personalizer(*tiny, store=tmp_path, merge=merge), []
-    whole.personalize(PEOPLE)
 
     def stop(stage, step):
         seen.append((stage, step.step))
@@ -130,8 +130,7 @@ def test_states_and_histories_are_written_to_a_bucket_several_at_once(tiny, tmp_
 
 @pytest.mark.parametrize("saved", [0, 3])
 def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tmp_path, monkeypatch, saved):
-    whole, room, save = personalizer(*tiny), [saved], Session.save
-    whole.personalize(PEOPLE)
+    whole, room, save, store = knowing(*tiny, tmp_path / "whole"), [saved], Session.save, tmp_path / "people"
 
     def full(*given, **how):
         if not room[0]:
@@ -142,12 +141,12 @@ def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tm
     with monkeypatch.context() as patch:
         patch.setattr(Session, "save", full)
         with pytest.raises(OSError, match="No space left"):
-            personalizer(*tiny, store=tmp_path).personalize(PEOPLE)
-    personal, seen = personalizer(*tiny, store=tmp_path), []
+            personalizer(*tiny, store=store).personalize(PEOPLE)
+    personal, seen = personalizer(*tiny, store=store), []
     personal.personalize(PEOPLE, on_step=lambda stage, step: seen.append(stage))
     assert seen.count("stack") == 0
     assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
-    assert not (tmp_path / "work").exists()
+    assert not (store / "work").exists()
 
 
 def test_a_run_of_other_people_keeps_the_checkpoint_of_a_stopped_run(tiny, tmp_path):
@@ -171,7 +170,7 @@ def test_a_resumed_plan_covers_everybody(tiny, tmp_path):
         raise KeyboardInterrupt
 
     changed = [*PEOPLE[1:], PEOPLE[0].first(2)]
-    personalizer(*tiny, store=tmp_path).personalize(PEOPLE)
+    knowing(*tiny, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         personalizer(*tiny, store=tmp_path).personalize(changed, on_step=stop)  # a plan of one person
     personalizer(*tiny, store=tmp_path, merge=MergeSettings(policy="uniform")).personalize(changed)
@@ -230,14 +229,12 @@ def test_impossible_settings_are_refused_before_training(tiny, merge, error):
         personal.personalize(PEOPLE, on_step=lambda *_: pytest.fail("something ran"))
 
 
-def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path)
-    personal.personalize(PEOPLE)
-    assert personal.store.history("x0") is None
-    personal.personalize(PEOPLE, histories=PEOPLE)
-    assert personal.store.history("x0") == PEOPLE[0]
-    personal.forget("x0")
-    assert personal.store.history("x0") is None
+def test_histories_are_kept_only_when_asked_for(tiny, known):
+    assert known.store.history("x0") is None
+    known.personalize(PEOPLE, histories=PEOPLE)
+    assert known.store.history("x0") == PEOPLE[0]
+    known.forget("x0")
+    assert known.store.history("x0") is None
     with pytest.raises(InputError, match="histories are kept in a store, and there is none"):
         personalizer(*tiny).personalize(PEOPLE, histories=PEOPLE)
 

@@ -9,7 +9,7 @@ import plain
 import pytest
 import torch
 from conftest import people_of, personalizer
-from crowd import PEOPLE, QUESTION, states_in
+from crowd import PEOPLE, QUESTION, knowing, states_in
 from tiny import base_of
 
 from mta.config import MergeSettings
@@ -107,8 +107,7 @@ def test_a_rank_that_is_enough_loses_nothing(known, tmp_path):
 
 def test_forgetting_removes_only_the_person(own_bank, tmp_path):
     _, bank = own_bank
-    personal = personalizer(*own_bank, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
+    personal = knowing(*own_bank, tmp_path / "people")
     personal.store.save_history(PEOPLE[0])
     assert personal.forget("x0") == Forgotten(True, [])
     with pytest.raises(PersonNotFound):
@@ -120,8 +119,7 @@ def test_forgetting_removes_only_the_person(own_bank, tmp_path):
 
 
 def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_bank, tmp_path):
-    personal = personalizer(*own_bank, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
+    personal = knowing(*own_bank, tmp_path / "people")
     for name in ("one", "two", "three"):
         personal.export("x0", tmp_path / name)
     personal.export("x1", tmp_path / "four")
@@ -136,8 +134,7 @@ def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_ba
 
 @pytest.mark.parametrize("done", range(4))
 def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path, monkeypatch, done):
-    personal, unlink, left = personalizer(*own_bank, store=tmp_path / "people"), Path.unlink, [done]
-    personal.personalize(PEOPLE[:1])
+    personal, unlink, left = knowing(*own_bank, tmp_path / "people"), Path.unlink, [done]
     for name in ("one", "two"):
         personal.export("x0", tmp_path / name)
 
@@ -169,22 +166,20 @@ def test_an_export_without_a_store_is_not_recorded(tiny, tmp_path):
 
 def test_forgetting_names_what_still_holds_something_of_a_person(own_bank, tmp_path):
     _, bank = own_bank
-    personal = personalizer(*own_bank, store=tmp_path / "people")
-    personal.personalize(people_of(1, prefix="t"))
+    personal = knowing(*own_bank, tmp_path / "people", people_of(1, prefix="t"))
     assert personal.forget("t0") == Forgotten(True, ["task LoRA"])
     assert json.loads((bank.folder / "needs-rebuild.json").read_text()) == {"needs_rebuild": ["task LoRA"]}
 
 
 def test_forgetting_needs_no_model(own_bank, tmp_path):
-    personal = personalizer(*own_bank, store=tmp_path / "people")
-    personal.personalize(people_of(1, prefix="t"))
+    knowing(*own_bank, tmp_path / "people", people_of(1, prefix="t"))
     assert forget_person("t0", Store(tmp_path / "people"), own_bank[1].folder) == Forgotten(True, ["task LoRA"])
     assert "t0" not in Store(tmp_path / "people")
 
 
 def test_forgetting_works_without_a_store(own_bank):
     personal = personalizer(*own_bank)
-    personal.personalize(PEOPLE)
+    personal.personalize(PEOPLE[:1])
     assert personal.forget("x0") == Forgotten(True, [])
     with pytest.raises(PersonNotFound):
         personal.state("x0")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
-from crowd import PEOPLE, in_cohorts_of, same
+from crowd import PEOPLE, in_cohorts_of, knowing, same
 
 from mta.config import MergeSettings, override
 from mta.config.constants import NOTICEABLE
@@ -48,9 +48,7 @@ YOUNG = [person.first(3) for person in GROWN]
 
 
 def started(tiny, store, people=YOUNG, **changes):
-    personal = personalizer(*tiny, store, **changes)
-    personal.personalize(people)
-    return personal
+    return knowing(*tiny, store, people, **changes)
 
 
 def test_a_history_is_known_by_the_digest_of_its_beginning():
@@ -150,11 +148,11 @@ def test_the_order_of_layers_in_a_file_does_not_decide_how_an_update_is_rounded(
 
 
 @pytest.mark.parametrize("policy", ["posterior", "loss"])
-@pytest.mark.parametrize("actions", [["refresh"], ["retrain", "refresh"], ["keep", "refresh"]])
+@pytest.mark.parametrize("actions", [["retrain", "refresh"], ["keep", "refresh"]])
 def test_updated_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, policy, actions):
-    merge, cuts = override(TINY_RUN, [f"merge.policy={policy}", "merge.k=0"]).merge, {1: [6], 2: [5, 6]}
+    merge = override(TINY_RUN, [f"merge.policy={policy}", "merge.k=0"]).merge
     personal = started(tiny, tmp_path / "grown", merge=merge)
-    for action, cut in zip(actions, cuts[len(actions)]):
+    for action, cut in zip(actions, [5, 6]):
         monkeypatch.setattr("mta.personalize.update.decide", lambda before, new, action=action: action)
         personal.update([person.first(cut) for person in GROWN])
     whole = started(tiny, tmp_path / "whole", GROWN, merge=merge)
@@ -166,13 +164,12 @@ def test_updated_coefficients_are_those_of_the_whole_history(tiny, tmp_path, mon
 
 
 @pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
-@pytest.mark.parametrize("cuts", [(3, 6), (1, 2, 5, 6)])
-def test_updated_laplace_coefficients_are_those_of_the_whole_history(trusting, tmp_path, monkeypatch, cuts, action):
+def test_updated_laplace_coefficients_are_those_of_the_whole_history(trusting, tmp_path, monkeypatch, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     laplace = override(TINY_RUN, ["merge.policy=laplace"]).merge
-    grown = started(trusting, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
+    grown = started(trusting, tmp_path / "grown", [person.first(1) for person in GROWN], merge=laplace)
     young = [grown.state(person.id) for person in GROWN]
-    for cut in cuts[1:]:
+    for cut in (3, 6):
         assert grown.update([person.first(cut) for person in GROWN]).refreshed == len(GROWN)
     whole = started(trusting, tmp_path / "whole", GROWN, merge=laplace)
     for person, before in zip(GROWN, young):
@@ -206,7 +203,7 @@ def test_coefficients_from_gradients_without_a_stack_are_updated_without_a_choic
     monkeypatch.delattr("mta.personalize.update.decide")
     off = {"merge": override(TINY_RUN, ["merge.policy=laplace"]).merge}
     off |= {"stack": TINY_RUN.stack.model_copy(update={"enabled": False})}
-    grown = started(tiny, tmp_path / "grown", [person.first(3) for person in GROWN], **off)
+    grown = started(tiny, tmp_path / "grown", **off)
     assert grown.update(GROWN).refreshed == len(GROWN)
     whole = started(tiny, tmp_path / "whole", GROWN, **off)
     for person in GROWN:
@@ -219,7 +216,8 @@ def test_where_everybody_gets_the_same_merge_a_grown_history_is_updated(tiny, tm
     base, bank = tiny
     alike = replace(bank.calibration, mu=bank.calibration.mu * 0 + 0.1, curvature=bank.calibration.curvature * 0)
     tiny = base, replace(bank, calibration=alike)
-    personal = started(tiny, tmp_path, merge=override(TINY_RUN, ["merge.policy=laplace"]).merge)
+    personal = personalizer(*tiny, merge=override(TINY_RUN, ["merge.policy=laplace"]).merge)
+    personal.personalize(YOUNG)
     before = personal.state("p0")
     done = personal.update(GROWN)
     assert (done.begun, done.failed, done.kept + done.retrained + done.refreshed) == (0, {}, len(GROWN))
@@ -252,15 +250,14 @@ def test_other_settings_begin_anew(tiny, tmp_path, changes):
     assert personalizer(*tiny, tmp_path, **changes).update(GROWN[:1]).begun == 1
 
 
-@pytest.mark.parametrize("action", ["retrain", "refresh"])
-def test_mates_do_not_count(by_policy, tmp_path, monkeypatch, action):
-    *tiny, merge = by_policy
-    merge = UNIFORM if action == "retrain" else merge  # else it would be a refresh
+@pytest.mark.parametrize("policy", ["posterior", "laplace", "uniform"])
+def test_mates_do_not_count(trusting, tmp_path, monkeypatch, policy):
+    merge, action = MergeSettings(policy=policy, k=0), "retrain" if policy == "uniform" else "refresh"
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
-    together, alone = (started(tiny, tmp_path / name, merge=merge) for name in ("together", "alone"))
+    together, alone = (started(trusting, tmp_path / name, merge=merge) for name in ("together", "alone"))
     done = together.update(GROWN)
     assert (done.retrained, done.refreshed) == ((4, 0) if action == "retrain" else (0, 4))
-    for person in GROWN:
+    for person in GROWN[:2]:
         alone.update([person])
         one, other = together.state(person.id), alone.state(person.id)
         assert one.w == pytest.approx(other.w, abs=1e-10)
@@ -268,22 +265,22 @@ def test_mates_do_not_count(by_policy, tmp_path, monkeypatch, action):
             assert (tensor - other.stack.tensors()[name]).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_an_update_that_is_stopped_and_repeated_ends_as_if_undisturbed(by_policy, tmp_path, at):
+def test_an_update_that_is_stopped_and_repeated_ends_as_if_undisturbed(by_policy, tmp_path):
     """Neither are items added twice, nor are people left out."""
     *tiny, merge = by_policy
-    whole, torn = (in_cohorts_of(*tiny, 2, store=tmp_path / name, merge=merge) for name in ("whole", "torn"))
-    steps = itertools.count(1)
-
-    def stop(stage, step):
-        if next(steps) == at:
-            raise KeyboardInterrupt
-
-    for personal in (whole, torn):
-        personal.personalize([person.first((len(person.items) + 1) // 2) for person in PEOPLE])
+    halves = [person.first((len(person.items) + 1) // 2) for person in PEOPLE]
+    whole = knowing(*tiny, tmp_path / "whole", halves, merge=merge)
     whole.update(PEOPLE)
-    with pytest.raises(KeyboardInterrupt):
-        torn.update(PEOPLE, on_step=stop)
+    torn = in_cohorts_of(*tiny, 2, store=knowing(*tiny, tmp_path / "torn", halves, merge=merge).store, merge=merge)
+    for at in (1, 3, 6):  # each in what the one before left
+        steps = itertools.count(1)
+
+        def stop(stage, step, steps=steps, at=at):
+            if next(steps) == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            torn.update(PEOPLE, on_step=stop)
     torn.update(PEOPLE)
     for person in PEOPLE:
         same(torn.state(person.id), whole.state(person.id))
@@ -367,7 +364,9 @@ def test_a_policy_of_cosines_and_losses_gets_both_of_a_grown_history(tiny, tmp_p
     monkeypatch.setitem(POLICIES, "loss", replace(policy_named("loss"), weigh=both, cosines=True))
     monkeypatch.setattr("mta.personalize.update.decide", lambda *_: "refresh")
     merge = override(TINY_RUN, ["merge.policy=loss", "merge.k=0"]).merge
-    started(tiny, tmp_path, YOUNG[:1], merge=merge).update(GROWN[:1])
+    personal = personalizer(*tiny, merge=merge)
+    personal.personalize(YOUNG[:1])
+    personal.update(GROWN[:1])
     assert seen == [True, True]
 
 

@@ -41,6 +41,7 @@ def test_the_extras_are_those_of_the_distribution():
     assert listed == dict(EXTRAS)
 
 
+@pytest.mark.integration
 def test_without_extras_a_bank_is_built_and_people_are_personalized_answered_and_exported(tmp_path):
     """``sitecustomize`` hides the packages from every Python of the walk, also from the command line's."""
     hidden = sorted(set(MODULES.values()) - OTHERS_NEED)

@@ -11,6 +11,7 @@ import pytest
 from pages import ROOT
 
 from benchmarks.gains import SETS, gains, picture
+from mta.evaluation import statistics
 from mta.evaluation.reports.figures import Picture
 from mta_lab.reports.report import report
 
@@ -261,31 +262,33 @@ def test_the_speeds_of_the_page_are_those_of_the_benchmark():
 
 
 @pytest.fixture
-def no_page(monkeypatch):
-    """Reports without HTML, which repeats all pictures."""
+def quick(monkeypatch):
+    """Reports without HTML, which repeats all pictures, and without PNGs; each difference is resampled once."""
+    plain, known = statistics.resample, {}
+
+    def resample(values, seed=0, times=10_000, groups=()):
+        key = values.numpy().tobytes(), values.shape, seed, times, tuple(groups)
+        if key not in known:
+            known[key] = plain(values, seed, times, groups)
+        return known[key]
+
+    monkeypatch.setattr(statistics, "resample", resample)
     monkeypatch.setattr("mta_lab.reports.report.page", lambda *parts: "")
-
-
-@pytest.fixture
-def text_only(monkeypatch, no_page):
-    """Reports without pictures, which take most of their time."""
-    monkeypatch.setattr(Picture, "save", lambda self, path: [])
-
-
-@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: str(folder.relative_to(RESULTS)))
-def test_published_tables_and_pictures_are_drawn_from_the_published_scores(folder, tmp_path, monkeypatch, no_page):
-    """To the last digit: constraints.txt fixes the versions that draw random numbers, and pictures."""
     monkeypatch.setattr(Picture, "save", lambda self, path: path.with_suffix(".svg").write_bytes(drawn(self)))
-    report([folder], tmp_path)
-    (page_at,) = tmp_path.glob("*/README.md")
-    page = page_at.read_text()
-    if folder.parent.name == "gradient":  # where these comparisons are corrected for all sets together
-        page = page.partition("\n## Primary comparisons")[0]
-    assert (folder / "README.md").read_text().strip() == page.strip()
-    pictures = re.findall(r"\]\((\S+\.svg)\)", page)
-    assert [one for one in pictures if (folder / one).read_bytes() != (page_at.parent / one).read_bytes()] == []
 
 
-def test_the_published_comparisons_are_those_of_all_sets_together(tmp_path, text_only):
-    report([(RESULTS / "gradient" / page).parent for page in SETS.values()], tmp_path)
-    assert (tmp_path / "README.md").read_text() == (RESULTS / "gradient" / "README.md").read_text()
+TOGETHER = [(RESULTS / "gradient" / page).parent for page in SETS.values()]  # in the order of their common table
+REPORTS = [TOGETHER, *([folder] for folder in PUBLISHED if folder not in TOGETHER)]
+
+
+@pytest.mark.parametrize("folders", REPORTS, ids=lambda folders: str(folders[0].relative_to(RESULTS)))
+def test_published_tables_and_pictures_are_drawn_from_the_published_scores(folders, tmp_path, quick):
+    """To the last digit: constraints.txt fixes the versions that draw random numbers, and pictures."""
+    report(folders, tmp_path)
+    for folder, page_at in zip(sorted(folders), sorted(tmp_path.glob("*/README.md")), strict=True):
+        page = page_at.read_text()
+        assert (folder / "README.md").read_text().strip() == page.strip()
+        pictures = re.findall(r"\]\((\S+\.svg)\)", page)
+        assert [one for one in pictures if (folder / one).read_bytes() != (page_at.parent / one).read_bytes()] == []
+    if folders == TOGETHER:  # whose comparisons are corrected for all sets together
+        assert (tmp_path / "README.md").read_text() == (folder.parent / "README.md").read_text()

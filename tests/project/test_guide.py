@@ -33,9 +33,9 @@ def methods(tmp_path, monkeypatch):
     entries = [f"{name} = {place}" for name, place in named["entry-points"][group].items()]
     (installed / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries]))
     monkeypatch.syspath_prepend(tmp_path)
-    plugins.load.cache_clear()
+    plugins.entries.cache_clear()
     yield {name: method_class(name) for name in sorted(set(method_names()) & {"smoothed", "shrunk"})}
-    plugins.load.cache_clear()
+    plugins.entries.cache_clear()
     del sys.modules["my_methods"]
 
 

@@ -41,10 +41,8 @@ VERBS = verbs(typer.main.get_command(app))
     [
         "import mta",
         "from mta import Item, Person, MtaError, Run, load_task, read_people",
-        "import sys; from mta.cli import main; sys.argv = ['mta', '--help']; main()",
-        "import sys; from mta.cli import main; sys.argv = ['mta', 'bank', 'build', '--help']; main()",
-        "import sys; from mta.cli import main; sys.argv = ['mta', 'person', 'show', '--help']; main()",
         "import sys; from mta.cli import main; sys.argv = ['mta', '--version']; main()",
+        "import sys; from mta.cli import main; sys.argv = ['mta', 'person', 'show', '--help']; main()",
     ],
 )
 def test_light_imports_load_no_heavy_package(code):

@@ -87,7 +87,7 @@ def asks_of(count):
     return base, bank, models, asks, right
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=4))
 def test_after_any_failed_operation_answers_are_lost_or_right_and_later_ones_equal_a_fresh_engines(numbers):
     base, bank, models, asks, right = asks_of(7)

@@ -1,4 +1,4 @@
-"""A thousand careless or hostile requests, generated from the gateway's OpenAPI description."""
+"""Hundreds of careless or hostile requests, generated from the gateway's OpenAPI description."""
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -9,9 +9,6 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.serving.api.limits import Limits
 
-schemathesis = pytest.importorskip("schemathesis")
-MODES = list(schemathesis.GenerationMode)
-
 
 @pytest.fixture(scope="module")
 def world(tiny_bank_folder, tmp_path_factory):
@@ -21,9 +18,10 @@ def world(tiny_bank_folder, tmp_path_factory):
         yield here
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
-@pytest.mark.parametrize("each", [8, pytest.param(70, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+@pytest.mark.parametrize("each", [5, pytest.param(70, marks=pytest.mark.slow)])
 def test_no_generated_request_gets_a_server_error(world, mode, each):
+    schemathesis = pytest.importorskip("schemathesis")  # a second to import
     schema = schemathesis.openapi.from_url(f"{world.url}/openapi.json")
     headers = {"Authorization": f"Bearer {world.secrets['admin']}"}
     how = {"deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
@@ -32,7 +30,7 @@ def test_no_generated_request_gets_a_server_error(world, mode, each):
         operation = found.ok()
 
         @settings(max_examples=each, **how)
-        @given(case=operation.as_strategy(generation_mode=mode))
+        @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         def ask(case):
             answer = case.call(headers=headers, timeout=60)
             asked.append(case.operation.label)

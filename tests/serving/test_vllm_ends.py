@@ -2,10 +2,10 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import kill
 import pytest
 
 from mta.errors import MtaError
@@ -60,18 +60,14 @@ def test_a_server_that_ends_is_reported_with_its_exit_status_and_not_restarted(s
 
 
 def test_the_folder_of_a_gateway_that_was_killed_with_its_server_is_removed_by_the_next(server, parent):
-    code = f"""if True:
-        import os, tempfile
-        tempfile.tempdir = {str(parent)!r}
-        from pathlib import Path
-        Path.is_dir = lambda path, is_dir=Path.is_dir: str(path) != "/dev/shm" and is_dir(path)
-        from mta.serving.vllm.server import VllmServer, VllmSettings
-        server = VllmServer(VllmSettings({sys.executable!r}, "base", "bank", "people", 64))
-        (server.folder / "adapter").write_text("ann's")
-        print(server.folder, flush=True)
-        os.kill(os.getpid(), 9)
-    """
-    left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+    def dying():
+        killed = VllmServer(VllmSettings(sys.executable, "base", "bank", "people", 64))
+        (killed.folder / "adapter").write_text("ann's")
+        (parent / "left").write_text(str(killed.folder))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert kill._attempt(dying) == -signal.SIGKILL
+    left = Path((parent / "left").read_text())
     (parent / "mta-vllm-others").mkdir()  # of a vLLM that runs on its own, with a lock of its last gateway
     (parent / "mta-vllm-others" / "gateway.lock").touch()
     (parent / "mta-vllm-link").symlink_to(left)

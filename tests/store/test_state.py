@@ -106,14 +106,14 @@ FILE = state().to_bytes()
 WITH_LOSSES = state(losses=Losses(1.5, 1.25, 1.125, 7)).to_bytes()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, len(FILE) - 1), st.integers(1, 255))
 def test_a_flipped_byte_anywhere_is_refused(place: int, flip: int) -> None:
     with pytest.raises(StateCorrupt):
         State.from_bytes(FILE[:place] + bytes([FILE[place] ^ flip]) + FILE[place + 1 :])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, len(FILE) - 1), st.binary(max_size=40))
 def test_a_file_cut_short_or_grown_is_refused(length: int, more: bytes) -> None:
     cut = FILE[:length] + more
@@ -124,7 +124,7 @@ def test_a_file_cut_short_or_grown_is_refused(length: int, more: bytes) -> None:
         State.from_bytes(FILE + b"\0" + more)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([FILE, WITH_LOSSES]))
 def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.DataObject, file: bytes) -> None:
     header = int.from_bytes(file[:8], "little")
@@ -172,7 +172,7 @@ def test_forged_rows_under_a_right_sha256_are_refused(rows: object) -> None:
         history_from_bytes(ANN, module.sealed_json("history", rows, 1), "x")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, len(HISTORY) - 1), st.integers(0, 255), st.booleans())
 def test_a_damaged_history_is_refused_or_the_same(place: int, byte: int, cut: bool) -> None:
     damaged = HISTORY[:place] if cut else HISTORY[:place] + bytes([byte]) + HISTORY[place + 1 :]

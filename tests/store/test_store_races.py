@@ -4,11 +4,10 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import kill
 import pytest
 from files import folder_of
 from stores import ANN, everything, person, state
@@ -110,20 +109,15 @@ def test_a_damaged_history_is_saved_anew(tmp_path: Path) -> None:
     assert store.history(ANN) == person()
 
 
-KILLED = """
-import os, signal, sys, stores
-from mta.store import Store
-os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-Store(sys.argv[1]).save(stores.ANN, stores.state(1))
-"""
-
-
 def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state(0))
-    search = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": search})
-    assert done.returncode == -signal.SIGKILL
+
+    def writing() -> None:
+        os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        Store(tmp_path).save(ANN, state(1))
+
+    assert kill._attempt(writing) == -signal.SIGKILL
     assert [path for path, _ in everything(tmp_path) if path.name.startswith(".1") or path.name.startswith(".2")]
     assert (store.versions(ANN), store.load(ANN), check(store).people) == ([1], state(0), 1)
     assert store.save(ANN, state(1)) == 2

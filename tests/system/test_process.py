@@ -101,6 +101,7 @@ def test_threads_are_limited_to_the_quota_unless_the_user_set_them(
     assert os.environ == {"OMP_NUM_THREADS": "7"}
 
 
+@pytest.mark.integration
 def test_torch_computes_with_the_threads_of_a_limit_that_is_set_before_its_import(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     code = (

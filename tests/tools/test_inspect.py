@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 from conftest import people_of, personalizer
+from crowd import knowing
 
 from mta.config import MergeSettings
 from mta.errors import BankNotFound, PersonNotFound
@@ -15,8 +16,9 @@ PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
 @pytest.fixture
 def known(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE, histories=PEOPLE)
+    personal = knowing(*tiny, tmp_path / "people", PEOPLE)
+    for person in PEOPLE:
+        personal.store.save_history(person)
     return personal
 
 

@@ -1,10 +1,9 @@
 """A run's folder: it says what was asked and how it went, whoever dies meanwhile, and says nothing of anybody."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 
 import kill
 import pytest
@@ -124,12 +123,12 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, text):
 
 
 def test_a_run_that_died_has_no_end(tmp_path):
-    code = (
-        f"import os, signal, sys; sys.path[:] = {sys.path!r}; from pathlib import Path; import test_run_folder as t\n"
-    )
-    code += f"with t.kept(Path({str(tmp_path)!r})) as run: t.steps(run); os.kill(os.getpid(), signal.SIGKILL)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    def dying():
+        with kept(tmp_path) as run:
+            steps(run)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert kill._attempt(dying) == -signal.SIGKILL
     (one,) = sittings(tmp_path)
     assert (one["ended"], one["hours"]) == (None, None)
     with kept(tmp_path) as run:

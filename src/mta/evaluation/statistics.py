@@ -204,7 +204,8 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
         own = sums
         if seeds > 1:
             own = _seed_weights(now, seeds, generator) @ sums
-        means.append(own.expand(now, -1).gather(1, drawn).sum(1) / sizes[drawn].sum(1))
+        people = sizes[drawn].sum(1) if count < values.shape[1] else count
+        means.append(own.expand(now, -1).gather(1, drawn).sum(1) / people)
     return Resampled(float(values.mean()), torch.cat(means), count)
 
 
