@@ -58,7 +58,7 @@ def evaluate(
 ) -> None:
     """Run a recipe: an experiment that builds its own banks and runs all methods and the paper's exhibits.
 
-    key=value overrides settings of the recipe: seeds=[0] compared=16 run.base=FOLDER. An interrupted experiment resumes.
+    key=value overrides settings of the recipe: seeds=[0] compared=16 run.base=FOLDER. A killed experiment resumes.
     Draw its exhibits with mta-lab report. To compare methods on a bank of yours, use mta compare.
 
     Example:  mta-lab evaluate lamp3 --data LaMP_3/dev_questions.json --out runs/lamp3 --exhibit main
