@@ -1,6 +1,7 @@
 """What people gain without the bank: each rival against its plain computation."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from tiny import base_of, random_loras
 
 from mta.bank.calibration.choices import rival_of
 from mta.bank.calibration.crossfit import RATES, STDS, Calibrator
-from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, one_step
+from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, CalibrationInfo, Gain, Rival, one_step
 from mta.bank.calibration.label_bias import bias_gain, features_of, fitted_bias
 from mta.bank.calibration.people import subjects_of
 from mta.bank.calibration.probes import CalibrationWorker, key_of, run_probe
+from mta.bank.card import what_to_expect
 from mta.config import CalibrationSettings, Lora, Run, StackSettings
 from mta.data.tasks import load_task
 from mta.lora.layers import PerPerson, Shared
@@ -129,3 +131,22 @@ def test_a_rival_without_a_clear_gain_is_the_pooled_model():
     assert (clear.setting, clear.gain.mean) == (0.2, pytest.approx(0.1))
     broken = rival_of("OPPU", [0.1], torch.full((12, 1), -math.inf).double(), ours, everybody, 8)
     assert broken.setting == 0.0
+
+
+def test_the_card_says_which_rivals_are_as_good():
+    def rival(name, low):
+        gain = Gain(shots=8, people=20, mean=0.03, low=0.01, high=0.05, worse=0.1)
+        return Rival(name=name, setting=0.5, gain=gain, ahead=gain.model_copy(update={"low": low}))
+
+    def said(*rivals):
+        gains = (Gain(shots=8, people=20, mean=0.06, low=0.02, high=0.1, worse=0.1),)
+        known = CalibrationInfo(ridge=0.3, prior=4.0, people=20, gains=gains, rivals=rivals)
+        run = SimpleNamespace(task_lora=SimpleNamespace(enabled=True))
+        return what_to_expect(SimpleNamespace(calibration=known, plan="plan", run=run))
+
+    both = said(rival(LABEL_BIAS, -0.01), rival(OPPU, 0.01))
+    assert "label bias +0.030 [-0.010, +0.050], OPPU +0.030 [+0.010, +0.050]" in both
+    assert "Not clearly better than label bias: use that, without a bank." in both
+    assert "| 8 | label bias | +0.030 [+0.010, +0.050] | 10% | 20 |" in both
+    assert "It beats them all." in said(rival(OPPU, 0.01))
+    assert "needs no bank" not in said()
