@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from arrays import near
+from compared import comparison_of, rated
 from conftest import people_of
 
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, CalibrationInfo, Gain, Rival, one_step
@@ -14,6 +15,8 @@ from mta.evaluation.compare import run_methods
 from mta.evaluation.context import Context
 from mta.evaluation.methods import CalibratedLora, LabelBias, OneLora, TaskLora
 from mta.evaluation.protocol import TestBatch
+from mta.evaluation.reports.summary import verdict
+from mta.evaluation.reports.tables import rows_of
 from mta.training.scoring import label_scores
 
 GAIN = Gain(shots=8, people=9, mean=0.1, low=0.05, high=0.15, worse=0.0)
@@ -62,3 +65,18 @@ def test_a_lora_alone_is_trained_as_its_calibration_says(tiny, name, setting, tr
     )
     near(rows.row(name).people["NLL"], rows.row("own").people["NLL"])
     assert rows.row(name).bytes_per_person == rows.row("own").bytes_per_person
+
+
+@pytest.mark.parametrize(
+    ("bias", "rank", "advised"), [(0.6, 0.0, [LABEL_BIAS]), (0.6, 0.6, [LABEL_BIAS, ALONE]), (0.0, 0.0, [])]
+)
+def test_a_comparison_advises_a_rival_that_is_as_good(task, bias, rank, advised):
+    found = comparison_of(task, gain=0.6)
+    found.rows.extend([rated(task, LABEL_BIAS, gain=bias, seed=4), rated(task, ALONE, gain=rank, seed=5)])
+    said = verdict(found)
+    advice = [sentence for sentence in said if "without a bank, use that" in sentence]
+    expected = f"In NLL, MTA is not clearly better than {' and '.join(advised)}: without a bank, use that."
+    assert advice == ([expected] if advised else [])
+    assert any(sentence.startswith("NLL: MTA is") and LABEL_BIAS in sentence for sentence in said)
+    heads, _ = rows_of(found)
+    assert {f"NLL against {LABEL_BIAS}", f"NLL against {ALONE}"} <= set(heads)
