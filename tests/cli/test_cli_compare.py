@@ -29,14 +29,11 @@ def test_compare_compares_every_method_on_people_who_are_not_in_the_bank(compare
     assert "quispe" not in page
 
 
-def test_compare_prints_a_table(world):
-    said = mta("compare", world.new, "--bank", world.bank, "shots=2", "queries=1", "brief=true", "--people", 2)
-    assert "2 people, 2 shots and 1 later queries each" in said.out
-
-
-def test_the_seeds_that_were_run_are_named(world, tmp_path):
+def test_compare_prints_a_table_and_names_the_seeds(world, tmp_path):
     given = ["shots=2", "queries=1", "brief=true", "seeds=[1,2]", "--people", 2, "--out", tmp_path / "out"]
-    assert "seeds 1, 2" in " ".join(mta("compare", world.new, "--bank", world.bank, *given).out.split())
+    said = " ".join(mta("compare", world.new, "--bank", world.bank, *given).out.split())
+    assert "2 people, 2 shots and 1 later queries each" in said
+    assert "seeds 1, 2" in said
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sittings"][-1]["seeds"] == [1, 2]
 
 

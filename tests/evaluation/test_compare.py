@@ -27,6 +27,7 @@ from mta.evaluation.reports.summary import headline, verdict
 from mta.evaluation.statistics import Comparison, Row, bootstrap
 from mta_lab.experiments.results import Where
 from mta_lab.experiments.runner import compute_records
+from mta_lab.methods.combined import Chosen
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))
@@ -135,6 +136,7 @@ def test_shots_never_include_queries(batch):
 def test_no_method_learns_from_the_answers_to_queries(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     methods = [method for method in ALL if method.name not in {"base", "task LoRA", "adapt only"}]
+    methods += [Chosen(margin=0.0)]
     one, other = (
         run_methods(batch_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
     )

@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from batches import PEOPLE, POSTERIOR, QUERIES, SHOTS
+from batches import POSTERIOR
 from batches import batch as batch  # the fixture
-from conftest import TINY_RUN, HashEncoder, people_of
 from pydantic import ValidationError
 
 from mta.config import Training
-from mta.data.history import Item, Person
 from mta.errors import InputError
-from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, OneLora, Outcome, TaskLora
 from mta.evaluation.metrics import Answers, query_nll
-from mta.evaluation.protocol import TestBatch
 from mta_lab.methods.combined import Chosen, folds_of, pick
 from mta_lab.methods.named import parse_method
 from mta_lab.methods.prompts import profiled
@@ -54,21 +50,6 @@ def test_an_outcome_is_computed_once_per_panel(batch, monkeypatch):
     assert TaskLora(name="by another name").outcome(batch, 0) is before[0]
     TaskLora().outcome(profiled(batch, 1), 0)
     assert len(ran) == 1  # another batch has other prompts
-
-
-def test_chosen_does_not_read_queries(tiny):
-    people = people_of(PEOPLE, prefix="x", seed=7)
-    changed = [
-        Person(p.id, (*p.items[:SHOTS], *(Item({**i.fields, "rating": "1"}, i.time) for i in p.items[SHOTS:])))
-        for p in people
-    ]
-    base, bank = tiny
-    batches = [
-        TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), group, shots=SHOTS, queries=QUERIES)
-        for group in (people, changed)
-    ]
-    one, other = (Chosen(margin=0.0).run(batch, 0).chosen for batch in batches)
-    assert one == other
 
 
 @pytest.mark.parametrize("candidate", ["own-constant", "other-person", {"method": "rag", "over": "other-person"}])
