@@ -122,13 +122,15 @@ def test_a_bank_is_compared_with_what_it_has_to_beat(scene):
     assert measured.rivals_of({}) == ()
 
 
-def test_a_rival_without_a_clear_gain_is_the_pooled_model():
+def test_a_lora_without_a_clear_gain_is_the_pooled_model_and_a_bias_takes_its_best_prior():
     noise = torch.tensor([0.3, -0.3] * 6).double()
     ours, everybody = torch.full((12,), 0.2).double(), torch.ones(12, dtype=torch.bool)
     none = rival_of("OPPU", [0.1, 0.2], torch.stack([noise, -noise], 1), ours, everybody, 8)
     assert (none.setting, none.gain.mean, none.ahead.mean) == (0.0, 0.0, pytest.approx(0.2))
     clear = rival_of("OPPU", [0.1, 0.2], torch.stack([noise, noise / 10 + 0.1], 1), ours, everybody, 8)
     assert (clear.setting, clear.gain.mean) == (0.2, pytest.approx(0.1))
+    bias = rival_of(LABEL_BIAS, [0.1, 0.2], torch.stack([noise - 0.02, noise / 9 + 0.01], 1), ours, everybody, 8)
+    assert (bias.setting, bias.gain.mean) == (0.2, pytest.approx(0.01))
     broken = rival_of("OPPU", [0.1], torch.full((12, 1), -math.inf).double(), ours, everybody, 8)
     assert broken.setting == 0.0
 

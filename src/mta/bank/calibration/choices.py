@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.info import Gain, Rival
+from mta.bank.calibration.info import LABEL_BIAS, Gain, Rival
 from mta.config.constants import NOTICEABLE
 from mta.system.units import student_t
 
@@ -70,12 +70,18 @@ def gain_of(shots: int, gains: Tensor) -> Gain:
 def rival_of(name: str, settings: Sequence[float], gains: Tensor, ours: Tensor, counted: Tensor, shots: int) -> Rival:
     """Return what people gain by a rival with the best of ``settings``, and how much more they gain by ours.
 
-    Gains (U, settings) and ours (U,) are with ``shots`` shots, of the ``counted`` people (U,). As for ours, a person's
-    gain is with the setting that the others chose, and a rival without a clear gain is the pooled model (setting 0).
+    Gains (U, settings) and ours (U,) are with ``shots`` shots, of the ``counted`` people (U,). A person's gain is with
+    the setting that the others chose. A LoRA without a clear gain is the pooled model (setting 0), as a stack is; a
+    label bias has the prior with the largest mean gain, however small.
     """
-    tried = torch.cat([torch.zeros(len(gains), 1, dtype=gains.dtype), gains], dim=1)
-    chosen, final = chosen_by_others(tried, counted, surely_best)
-    gain = tried[torch.arange(len(tried)), torch.tensor(chosen) if final else torch.zeros(len(tried)).long()]
-    setting = (0.0, *settings)[final]
+    choose = surely_best
+    if name == LABEL_BIAS:
+        choose = best_on_average
+    else:
+        settings, gains = (0.0, *settings), torch.cat([torch.zeros(len(gains), 1, dtype=gains.dtype), gains], dim=1)
+    chosen, final = chosen_by_others(gains, counted, choose)
+    if not settings[final]:
+        chosen = [final] * len(chosen)
+    gain = gains[torch.arange(len(gains)), torch.tensor(chosen)]
     known = gain_of(shots, gain[counted]), gain_of(shots, (ours - gain)[counted])
-    return Rival(name=name, setting=setting, gain=known[0], ahead=known[1])
+    return Rival(name=name, setting=settings[final], gain=known[0], ahead=known[1])

@@ -29,8 +29,8 @@ LABEL_BIAS, ALONE, OPPU = "label bias", "rank 1 alone", "OPPU"  # what a bank ha
 class Rival(BaseModel):
     """What a person gains without the bank, by the same rules: ``gain``; and ``ahead``, the bank's gain minus that.
 
-    ``setting`` is the rate of a LoRA's single step over the pooled model, or the standard deviation of a label bias's
-    prior; 0: no clear gain, so that the rival is the pooled model itself.
+    ``setting`` is the standard deviation of a label bias's prior, or the rate of a LoRA's single step over the pooled
+    model; 0: no clear gain, so that the LoRA is the pooled model itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
