@@ -56,14 +56,6 @@ def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
     assert (said.code, "calibration.people is 4; at least 8 are needed" in said.err) == (1, True), said.err
 
 
-def test_people_in_a_bank_cannot_calibrate_it(world, tmp_path):
-    rows = [row for row in map(json.loads, Path(world.members).read_text().splitlines()) if row["person"] == MEMBER]
-    said = run("bank", "calibrate", world.bank, written(tmp_path / "one.jsonl", rows), "--out", tmp_path / "copy")
-    assert said.code == 1
-    assert "1 people are given, but all except 0 are in the bank" in said.err
-    assert not (tmp_path / "copy").exists()
-
-
 def test_bank_show_prints_the_card_and_counts_the_members_without_their_hashes(world):
     said = mta("bank", "show", world.bank).out
     assert said.startswith("# A bank of 2 anchors for `movielens-rating`")
