@@ -157,7 +157,9 @@ def _rivals_in_words(info: CalibrationInfo) -> list[str]:
     said = [f"{one.name} {one.ahead.mean:+.3f} [{one.ahead.low:+.3f}, {one.ahead.high:+.3f}]" for one in info.rivals]
     equal = [one.name for one in info.rivals if one.ahead.low <= 0]
     advice = (
-        f"Not clearly better than {' and '.join(equal)}: use that, without a bank." if equal else "It beats them all."
+        f"Not clearly better than {', '.join(equal)}: use {'one of these' if equal[1:] else 'that'}, without a bank."
+        if equal
+        else "It beats them all."
     )
     return [f"With {shots} shots, the bank's gain minus that of what needs no bank: {', '.join(said)}. {advice}"]
 
