@@ -61,7 +61,11 @@ def test_a_lora_alone_is_trained_as_its_calibration_says(tiny, name, setting, tr
     run = batch.bank.info.run
     shape = run.stack.lora if name == ALONE else run.bank.lora
     rows = run_methods(
-        batch, [CalibratedLora(name=name, training=TRAINING), OneLora(lora=shape, training=training, name="own")]
+        batch,
+        [
+            CalibratedLora(name=name, shape="stack" if name == ALONE else "anchor", training=TRAINING),
+            OneLora(lora=shape, training=training, name="own"),
+        ],
     )
     near(rows.row(name).people["NLL"], rows.row("own").people["NLL"])
     assert rows.row(name).bytes_per_person == rows.row("own").bytes_per_person
@@ -80,3 +84,8 @@ def test_a_comparison_advises_a_rival_that_is_as_good(task, bias, rank, advised)
     assert any(sentence.startswith("NLL: MTA is") and LABEL_BIAS in sentence for sentence in said)
     heads, _ = rows_of(found)
     assert {f"NLL against {LABEL_BIAS}", f"NLL against {ALONE}"} <= set(heads)
+
+
+def test_loras_of_two_shapes_are_two_methods():
+    """Outcomes and records of an experiment are kept by class and settings, without names."""
+    assert CalibratedLora(name=ALONE, shape="stack").digest != CalibratedLora(name=OPPU).digest

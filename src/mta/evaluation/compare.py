@@ -124,7 +124,9 @@ def standard_methods(
     def alone(name: str, given: OneLoraSettings | None) -> Method:
         if given:
             return OneLora(name=name, lora=given.lora, training=given.training)
-        return CalibratedLora(name=name, training=OPPU_TRAINING if name == OPPU else None)
+        if name == OPPU:
+            return CalibratedLora(training=OPPU_TRAINING)
+        return CalibratedLora(name=name, shape="stack")
 
     stack = run.stack
     biased: list[Method] = [LabelBias()] if task.labelled else []

@@ -9,7 +9,7 @@ import torch
 
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, one_step
 from mta.bank.calibration.label_bias import features_of, fitted_bias
-from mta.config import Lora, Training, parse_size
+from mta.config import Training, parse_size
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import adapted
 from mta.evaluation.methods.method import Method
@@ -53,24 +53,22 @@ class LabelBias(Method):
 class CalibratedLora(Method):
     """One LoRA per person over the task LoRA, without a bank, trained as the bank's calibration chose for its shape.
 
-    OPPU has an anchor's rank, "rank 1 alone" a stack's. ``training`` counts where nothing was calibrated.
+    OPPU has the shape of an anchor, "rank 1 alone" that of a stack. ``training`` counts where nothing was calibrated.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.04401"
     seeded: ClassVar[bool] = True
     method: Literal["calibrated-lora"] = "calibrated-lora"
     name: str = OPPU
+    shape: Literal["anchor", "stack"] = "anchor"
     training: Training | None = None
 
-    def shape(self, batch: TestBatch) -> Lora:
-        """Return the LoRA's shape."""
-        run = batch.bank.info.run
-        return run.stack.lora if self.name == ALONE else run.bank.lora
-
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        calibration = batch.bank.info.calibration
-        rate = calibration.setting_of(self.name) if calibration else None
+        info = batch.bank.info
+        known = (OPPU, info.run.bank.lora), (ALONE, info.run.stack.lora)
+        rival, lora = known[self.shape == "stack"]
+        rate = info.calibration.setting_of(rival) if info.calibration else None
         if rate == 0:
             return TaskLora().run(batch, seed)
         training = one_step(rate) if rate else self.training or batch.context.run.stack.training
-        return adapted(batch, self.name, self.shape(batch), training, seed)
+        return adapted(batch, self.name, lora, training, seed)
