@@ -224,6 +224,15 @@ def test_person_show_reports_a_missing_stack_and_history(world, tmp_path):
     assert "pooled model  " not in said
 
 
+def test_person_show_lists_few_anchors_also_of_equal_weight(world, tmp_path, monkeypatch):
+    at = world.copy(tmp_path)
+    mta("personalize", world.new, *at, "merge.policy=uniform")
+    monkeypatch.setattr("mta.cli.person.SHOWN", 1)
+    said = mta("person", "show", BOB, *at).out
+    assert len(re.findall(r"(?m)^anchor \d", said)) == 1
+    assert "and 1 others" in said
+
+
 def test_an_earlier_version_is_restored(world, tmp_path):
     at, store = world.copy(tmp_path), ["--store", tmp_path / "people"]
     mta("personalize", world.new, *at, "merge.policy=uniform")

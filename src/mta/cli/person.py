@@ -53,8 +53,8 @@ def show(
     other = f"not the one at {bank} ({summary.bank_here[:12]}): personalize again before asking"
     say(f"bank {summary.bank[:12]}, " + (f"the one at {bank}" if summary.bank == summary.bank_here else other))
     say(f"merge: {summary.policy}, {len(summary.weights)} anchors")
-    strongest = sorted(summary.weights.values(), key=abs)[-SHOWN:]
-    say("\n".join(f"anchor {anchor}  {w:+.3f}" for anchor, w in summary.weights.items() if w in strongest))
+    strongest = sorted(summary.weights, key=lambda anchor: -abs(summary.weights[anchor]))[:SHOWN]
+    say("\n".join(f"anchor {anchor}  {w:+.3f}" for anchor, w in summary.weights.items() if anchor in strongest))
     if more := len(summary.weights) - len(strongest):
         say(f"and {more} others, see --json")
     say("\n".join(_facts(summary)))
