@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.info import LABEL_BIAS, Gain, Rival
+from mta.bank.calibration.info import Gain, Rival
 from mta.config.constants import NOTICEABLE
 from mta.system.units import student_t
 
@@ -67,18 +67,20 @@ def gain_of(shots: int, gains: Tensor) -> Gain:
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
 
 
-def rival_of(name: str, settings: Sequence[float], gains: Tensor, ours: Tensor, counted: Tensor, shots: int) -> Rival:
-    """Return what people gain by a rival with the best of ``settings``, and how much more they gain by ours.
+def rival_of(
+    name: str,
+    settings: Sequence[float],
+    gains: Tensor,
+    choose: Callable[[Tensor], int],
+    ours: Tensor,
+    counted: Tensor,
+    shots: int,
+) -> Rival:
+    """Return what people gain by a rival with the setting that ``choose`` takes, and how much more they gain by ours.
 
     Gains (U, settings) and ours (U,) are with ``shots`` shots, of the ``counted`` people (U,). A person's gain is with
-    the setting that the others chose. A LoRA without a clear gain is the pooled model (setting 0), as a stack is; a
-    label bias has the prior with the largest mean gain, however small.
+    the setting that the others chose; if everybody together chooses setting 0, the rival is the pooled model.
     """
-    choose = surely_best
-    if name == LABEL_BIAS:
-        choose = best_on_average
-    else:
-        settings, gains = (0.0, *settings), torch.cat([torch.zeros(len(gains), 1, dtype=gains.dtype), gains], dim=1)
     chosen, final = chosen_by_others(gains, counted, choose)
     if not settings[final]:
         chosen = [final] * len(chosen)

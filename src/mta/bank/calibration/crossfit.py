@@ -238,13 +238,15 @@ class Calibrator:
         if not ours:
             return ()
         shots = typical_shots(ours)
-        nothing, counted = torch.zeros(len(self.subjects), 0).double(), self.shots >= shots
-        tried = dict[str, tuple[Sequence[float], Tensor]]()
-        if self.labels:
-            tried[LABEL_BIAS] = STDS, self.biased(shots)
+        people, counted = len(self.subjects), self.shots >= shots
+        measured, pooled = (ours[shots], counted, shots), torch.zeros(people, 1).double()
+        rivals = list[Rival]()
+        if self.labels:  # of a prior, there is a weaker one: no need for none
+            rivals.append(rival_of(LABEL_BIAS, STDS, self.biased(shots), best_on_average, *measured))
         for name, lora in self.rivals.items():
-            tried[name] = RATES, self.stacked(shots, nothing, RATES, lora)
-        return tuple(rival_of(name, *one, ours[shots], counted, shots) for name, one in tried.items())
+            gains = torch.cat([pooled, self.stacked(shots, torch.zeros(people, 0).double(), RATES, lora)], dim=1)
+            rivals.append(rival_of(name, (0.0, *RATES), gains, surely_best, *measured))
+        return tuple(rivals)
 
     def coefficients(self, fits: Sequence[Calibration], single: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""

@@ -79,12 +79,12 @@ def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings:
 
     def subject(shots: Sequence[Item], queries: Sequence[Item]) -> Subject:
         items, own = (*shots, *queries), len(shots)
+        examples = tuple(base.prompts.example(task, item) for item in items)
         if not labels:
-            examples = [base.prompts.example(task, item) for item in items]
-            return Subject(tuple(examples[:own]), tuple(examples[own:]))
-        choices = [tuple(base.prompts.examples(task, item, labels)) for item in items]
-        gold = tuple(labels.index(task.target(item)) for item in items)
-        examples = [base.prompts.example(task, item) for item in items]
-        return Subject(tuple(examples[:own]), tuple(examples[own:]), tuple(choices), gold)
+            return Subject(examples[:own], examples[own:])
+        choices = tuple(tuple(base.prompts.examples(task, item, labels)) for item in items)
+        return Subject(
+            examples[:own], examples[own:], choices, tuple(labels.index(task.target(item)) for item in items)
+        )
 
     return [subject(shots, queries) for shots, queries in measured_items(people, settings)]

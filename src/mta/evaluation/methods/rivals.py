@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from mta.bank.calibration.calibrate import rivals_of
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, one_step
 from mta.bank.calibration.label_bias import features_of, fitted_bias
 from mta.config import Training, parse_size
@@ -64,9 +65,8 @@ class CalibratedLora(Method):
     training: Training | None = None
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        info = batch.bank.info
-        known = (OPPU, info.run.bank.lora), (ALONE, info.run.stack.lora)
-        rival, lora = known[self.shape == "stack"]
+        info, rival = batch.bank.info, ALONE if self.shape == "stack" else OPPU
+        lora = rivals_of(info.run)[rival]
         rate = info.calibration.setting_of(rival) if info.calibration else None
         if rate == 0:
             return TaskLora().run(batch, seed)
