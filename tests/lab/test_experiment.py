@@ -259,6 +259,17 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
     assert by_bank["retrieved"] != by_bank["main"]
 
 
+def test_a_bank_with_history_is_asked_with_all_shots_in_its_prompts(world, finished, cache):
+    workspace = workspace_of(world, finished)
+    batch = next(workspace.batches_of(workspace.recipe.exhibits["rivals"][1], 0, 3))
+    plain = load_task("movielens-rating")
+    assert batch.task == batch.bank.task == plain.profiled()
+    for person, queries in zip(batch.people, batch.queries):
+        texts = [plain.sentence(item) for item in person.items]
+        assert [item.fields["profile"].count(" stars for ") for item in person.items] == [0, 1, 2]
+        assert {item.fields["profile"] for item in queries} == {f"Earlier answers of this person: {'; '.join(texts)}. "}
+
+
 def test_existing_results_are_not_computed_again(world, finished, cache, monkeypatch):
     before = [(finished / name).read_bytes() for name in ("scores.jsonl", "banks.json")]
     monkeypatch.setattr(runner, "compute_records", None)  # fails if a result is missing

@@ -17,12 +17,12 @@ def with_history(task: Task, person: Person, most: int) -> Person:
     items. Source: our choice.
     """
     items = person.items
-    shown = tuple(_behind(task, item, items[n - n % (most + 1) : n]) for n, item in enumerate(items))
+    shown = tuple(_with_profile(task, item, items[n - n % (most + 1) : n]) for n, item in enumerate(items))
     latest = items[-most:] if most else ()
-    return replace(person, items=shown, queries=tuple(_behind(task, query, latest) for query in person.queries))
+    return replace(person, items=shown, queries=tuple(_with_profile(task, query, latest) for query in person.queries))
 
 
-def _behind(task: Task, item: Item, earlier: Sequence[Item]) -> Item:
+def _with_profile(task: Task, item: Item, earlier: Sequence[Item]) -> Item:
     """Return an item with ``earlier`` ones in its field ``profile``."""
     said = "; ".join(task.sentence(one) for one in earlier)
     profile = f"Earlier answers of this person: {said}. " if earlier else ""

@@ -40,7 +40,7 @@ from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names
 from mta_lab.experiments.results import RECIPE, SIZES, Where, read_beside, read_recipe
-from mta_lab.methods.prompts import behind_history, profiled
+from mta_lab.methods.prompts import profiled, with_histories
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -315,7 +315,7 @@ class Workspace:
             if part.retrieve:
                 test_batch = profiled(replace(test_batch, retrieve=part.retrieve), part.retrieve)
             if part.history:
-                test_batch = behind_history(test_batch, part.history)
+                test_batch = with_histories(test_batch, part.history)
             self._latest = key, test_batch
         return self._latest[1]
 

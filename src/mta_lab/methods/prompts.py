@@ -23,7 +23,7 @@ def profiled(batch: TestBatch, k: int, before: Sequence[str] = ()) -> TestBatch:
     return _of(replace(batch, task=task.profiled(), merges_from=merges_from, evidence_of_shots=None), people)
 
 
-def behind_history(batch: TestBatch, most: int) -> TestBatch:
+def with_histories(batch: TestBatch, most: int) -> TestBatch:
     """Return the batch with up to ``most`` earlier shots in every prompt, as the batch's bank was trained."""
     people = [with_history(batch.bank.task, person, most) for person in _whole(batch)]
     return _of(replace(batch, retrieve=most), people)
