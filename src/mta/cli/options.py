@@ -40,7 +40,9 @@ def bank_at(name: Path) -> Path:
     return bank_folder(name)
 
 
-Source = Annotated[str, Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; or movielens-100k.")]
+Source = Annotated[
+    str, Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k or survey.")
+]
 Columns = Annotated[
     list[str] | None,
     Option(

@@ -70,8 +70,7 @@ class AdapterRegistry:
     async def drop(self, matches: Callable[[Version], bool], end: Callable[[], Collection[asyncio.Task[None]]]) -> None:
         """Unload these adapters and delete their files, after all answers that use them. Raises EngineGone.
 
-        ``end`` ends these answers, and returns those that are not done. Also covers answers that begin
-        meanwhile.
+        ``end`` ends these answers, and returns those that are not done. Also covers answers that begin meanwhile.
         """
         for entry in self._of(matches).values():
             entry.dropped = True
