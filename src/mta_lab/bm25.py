@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mta.data.history import Item, Person
-from mta.data.tasks.task import PROFILE, Task
+from mta.data.history import PROFILE, Item, Person
+from mta.data.tasks.task import Task
 from mta.system.extras import require
 
 
@@ -34,7 +34,7 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
 
 
 def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before: str = "") -> Item:
-    """Return the item with the field ``profile`` of ``task.profiled()``: ``before``, then the ``k`` nearest items."""
+    """Return the item behind the text of its field ``profile``: ``before``, then the ``k`` nearest items."""
     nearest = ", and ".join(task.sentence(one) for one in retrieve(task, item, earlier, k))
     profile = f"{before}{nearest}. " if nearest else before
     return Item({**item.fields, PROFILE: profile}, item.time, item.id, item.is_query)

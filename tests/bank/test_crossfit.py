@@ -371,13 +371,13 @@ def test_a_stack_must_help_beyond_its_interval():
 def test_where_people_are_few_each_is_asked_more(task, people, queries):
     """Twelve queries of four people are wanted; at most half of a person's items are queries."""
     settings = CalibrationSettings(people=4, queries=3, shots=8)
-    found = subjects_of(base_of(), task, people_of(people, items=20), settings)
+    found = subjects_of(base_of(), task, people_of(people, items=20), Run(calibration=settings))
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
 
 
 def test_people_are_measured_as_newcomers(task):
     """Their first items are the shots, and the next ones the queries, although they have more."""
     (person,), base = people_of(1, items=20), base_of()
-    (found,) = subjects_of(base, task, [person], CalibrationSettings(people=1, queries=3, shots=8))
+    (found,) = subjects_of(base, task, [person], Run(calibration=CalibrationSettings(people=1, queries=3, shots=8)))
     assert found.all == tuple(base.prompts.example(task, item) for item in person.items[:11])
     assert found.queries == found.all[8:]

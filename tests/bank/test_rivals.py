@@ -69,7 +69,7 @@ def scene():
     base = base_of()
     people = people_of(10, items=12)
     how = CalibrationSettings(people=10, shots=8, queries=4)
-    subjects = subjects_of(base, TASK, people, how)
+    subjects = subjects_of(base, TASK, people, Run(calibration=how))
     anchors, task_lora = random_loras(base, 3, seed=2, size=0.2), random_loras(base, 1, seed=1, size=0.2)
     worker = CalibrationWorker(base, anchors, task_lora, Run(stack=StackSettings(lora=Lora(rank=1))))
     measured = Calibrator(
@@ -144,10 +144,10 @@ def test_the_card_says_which_rivals_are_as_good():
         gain = Gain(shots=8, people=20, mean=0.03, low=0.01, high=0.05, worse=0.1)
         return Rival(name=name, setting=0.5, gain=gain, ahead=gain.model_copy(update={"low": low}))
 
-    def said(*rivals):
-        gains = (Gain(shots=8, people=20, mean=0.06, low=0.02, high=0.1, worse=0.1),)
+    def said(*rivals, history=0, low=0.02):
+        gains = (Gain(shots=8, people=20, mean=0.06, low=low, high=0.1, worse=0.1),)
         known = CalibrationInfo(ridge=0.3, prior=4.0, people=20, gains=gains, rivals=rivals)
-        run = SimpleNamespace(task_lora=SimpleNamespace(enabled=True))
+        run = SimpleNamespace(task_lora=SimpleNamespace(enabled=True, history=history))
         return what_to_expect(SimpleNamespace(calibration=known, plan="plan", run=run))
 
     both = said(rival(LABEL_BIAS, -0.01), rival(OPPU, 0.01))
@@ -156,3 +156,7 @@ def test_the_card_says_which_rivals_are_as_good():
     assert "| 8 | label bias | +0.030 [+0.010, +0.050] | 10% | 20 |" in both
     assert "It beats them all." in said(rival(OPPU, 0.01))
     assert "needs no bank" not in said()
+    shown = "All prompts show up to 8 earlier items"
+    assert (shown in said(history=8), shown in said()) == (True, False)
+    alone = "These alone are as good as the bank"
+    assert [alone in said(history=8, low=low) for low in (0.02, -0.01)] == [False, True]

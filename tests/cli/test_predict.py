@@ -9,7 +9,10 @@ import pytest
 from world import ANN, BOB, mta, run, written
 from world import world as world  # the fixture
 
+from mta import TASK
 from mta.cli.options import open_bank
+from mta.data.earlier import in_words
+from mta.data.history import PROFILE
 from mta.data.readers import read_people
 from mta.personalize import Personalizer
 from mta.store import Store
@@ -165,3 +168,19 @@ def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeyp
     path = written(tmp_path / "questions.jsonl", rows)
     said = run("predict", path, *world.at, *(word.format(root=tmp_path) for word in words))
     assert (said.code, message in said.err) == (1, True), said.err
+
+
+def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tmp_path):
+    """The pooled model answers from the file of earlier items; a bank of other prompts refuses it."""
+    bank = tmp_path / "bank"
+    mta(*world.build[:-1], bank, "task_lora.history=2", "calibration.enabled=false")
+    at = ["--bank", bank, "--store", tmp_path / "none", "--fallback", "task"]
+    found = lines(mta("predict", asked, *at, "--history", world.new).out)
+    base, opened, settings = open_bank(bank)
+    personal = Personalizer(base, opened, run=settings)
+    items = {person.id: person.items for person in read_people(world.new, opened.task)}
+    for one in found:
+        shown = one["question"] | {PROFILE: in_words(opened.task, items[one["person"]][-2:])}
+        assert one["shares"] == pytest.approx(personal.shares([(TASK, shown)])[0], abs=1e-5)
+    said = run("predict", asked, *world.at, "--history", world.new)
+    assert (said.code, "task_lora.history=8" in said.err) == (1, True)

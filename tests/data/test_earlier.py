@@ -7,9 +7,9 @@ import pytest
 from conftest import people_of
 from tiny import base_of
 
-from mta.data.earlier import with_history
+from mta.data.earlier import as_shown, with_history
+from mta.data.history import PROFILE
 from mta.data.tasks import load_task
-from mta.data.tasks.task import PROFILE
 from mta.training.packing import tree
 
 TASK = load_task("movielens-rating")
@@ -18,7 +18,7 @@ TASK = load_task("movielens-rating")
 
 def shown(item):
     """The texts of the earlier items that an item's prompt shows."""
-    text = item.fields[PROFILE].removeprefix("Earlier answers of this person: ").removesuffix(". ")
+    text = item.fields.get(PROFILE, "").removeprefix("Earlier answers of this person: ").removesuffix(". ")
     return text.split("; ") if text else []
 
 
@@ -47,6 +47,32 @@ def test_histories_of_all_lengths_are_as_frequent():
 def test_a_persons_items_share_the_beginning_of_their_prompts():
     prompts = base_of().prompts
     person = with_history(TASK, PERSON, 11)
-    examples = [prompts.example(TASK.profiled(), item) for item in person.items]
+    examples = [prompts.example(TASK, item) for item in person.items]
     alone = sum(len(example.tokens) for example in examples)
     assert len(tree(examples, range(len(examples))).tokens) < 0.6 * alone
+
+
+def test_chosen_items_are_shown_as_in_their_persons_whole_history():
+    people = people_of(3, items=7)
+    chosen = [people[2].items[5], people[0].items[0], people[2].items[1]]
+    whole = [with_history(TASK, person, 3) for person in people]
+    assert as_shown(TASK, people, chosen, 3) == [whole[2].items[5], whole[0].items[0], whole[2].items[1]]
+    assert as_shown(TASK, people, chosen, 0) == chosen
+
+
+def test_what_prompts_show_changes_no_digest():
+    person = with_history(TASK, PERSON, 4)
+    assert person != PERSON
+    assert person.digest() == PERSON.digest()
+    assert person.grown_from(PERSON.first(5).digest()) == 5
+
+
+def test_a_long_history_is_cut_before_the_question():
+    prompts = base_of().prompts
+    prompts.max_tokens = 200
+    item = with_history(TASK, PERSON, 11).items[-1]
+    example = prompts.example(TASK, item)
+    assert example.cut > 0
+    assert len(example.tokens) <= 200
+    assert prompts.decode(example.prompt).count("stars") < 11
+    assert TASK.prompt(PERSON.items[-1]) in prompts.decode(example.prompt)

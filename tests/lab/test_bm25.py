@@ -17,7 +17,7 @@ LAMP4 = load_task("lamp4")
 
 @pytest.mark.parametrize("name", task_names())
 def test_a_task_with_profiles_is_read_as_it_was_written(name):
-    task = load_task(name).profiled()
+    task = load_task(name)
     assert Task.model_validate(task.model_dump(mode="json")) == task
 
 
@@ -50,26 +50,26 @@ def test_at_most_k_earlier_items_are_retrieved(texts, k):
 
 def test_a_prompt_with_a_profile_shows_items_answers_and_all_before_the_question():
     item = with_profile(LAMP4, article("lemon cake for sunday", "x"), EARLIER, 1, before="About them. ")
-    prompt = LAMP4.profiled().prompt(item)
+    prompt = LAMP4.prompt(item)
     assert prompt == (
         'About them. "a title" is the title for "a cake with lemon and sugar". '
         "Generate a headline for the following article: lemon cake for sunday"
     )
-    assert LAMP4.profiled().target(item) == "x"
+    assert LAMP4.target(item) == "x"
 
 
 def test_a_task_without_a_sentence_of_its_own_shows_earlier_items_as_they_are_asked():
     task = LAMP4.model_copy(update={"profile": None})
     shown = "Generate a headline for the following article: a cake with lemon and sugar a title"
     assert task.sentence(EARLIER[1]) == shown
-    assert task.profiled().sentence(with_profile(task, EARLIER[1], EARLIER[:1], 1)) == shown
+    assert task.sentence(with_profile(task, EARLIER[1], EARLIER[:1], 1)) == shown
 
 
 def test_copies_are_found_below_the_earlier_items_that_they_show():
     text = "An article so long that nobody else writes it by coincidence, word for word."
     people = [Person.of(id, [article(id), article(text)]) for id in ("ann", "bob")]
     shown = [with_profiles(LAMP4, person, 1) for person in people]
-    assert connected(shown, LAMP4.profiled())[1] == connected(people, LAMP4)[1]
+    assert connected(shown, LAMP4)[1] == connected(people, LAMP4)[1]
     assert connected(people, LAMP4)[1].items == 1
     again = replace(people[0], items=(people[0].items[1], *people[0].items))
     kept, plain = (not_kept_back(one, 1).items for one in (with_profiles(LAMP4, again, 1), again))
@@ -83,8 +83,8 @@ def test_a_query_keeps_its_own_wording():
     found = with_profile(task, query, [paper], 1)
     assert found.is_query
     assert found.id == "7"
-    assert task.profiled().prompt(found).startswith('"Old" is the title for "about A". For an author who')
-    assert task.profiled().labels_of(found) == ("[1]", "[2]")
+    assert task.prompt(found).startswith('"Old" is the title for "about A". For an author who')
+    assert task.labels_of(found) == ("[1]", "[2]")
 
 
 @pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "text"])

@@ -43,7 +43,7 @@ def test_parse_method_reads_a_name_or_settings():
 
 def test_methods_from_papers_cite_them():
     cited = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora", "merge-among", "mta-averaged"}
-    cited |= {"calibrated-lora"}
+    cited |= {"calibrated-lora", "no-history"}
     kinds = {name: method_class(name) for name in method_names()}
     assert {name for name, kind in kinds.items() if kind.paper.startswith("https://")} == cited
 

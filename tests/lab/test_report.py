@@ -28,7 +28,7 @@ def shown(made, width=140, **how):
 def test_table_shows_every_method_and_its_numbers(comparison):
     listed = shown(table(comparison)).export_text().splitlines()
     lines = {name: next(line for line in listed if line.startswith(name)) for name in ("method", *comparison.names)}
-    assert lines["method"].split() == ["method", "MAE", "NLL", "change", "harmed", "time", "kept"]
+    assert lines["method"].split() == ["method", "MAE", "NLL", "change", "harmed", "prompt", "time", "kept"]
     assert lines["global constant"].split() == ["global", "constant", "1.250", "0", "0"]
     score, paired = comparison.score("MTA", "MAE"), comparison.difference("MTA", "task LoRA", "NLL")
     for part in (f"{score.mean:.3f}", f"{paired.mean:+.3f} better", "0 of 40", "3.0 s", "1.2 MB"):
@@ -57,7 +57,7 @@ def test_texts_are_compared_in_their_primary_metric():
     ]
     found = Comparison(task, rows)
     head = next(line for line in shown(table(found)).export_text().splitlines() if line.startswith("method"))
-    assert head.split() == ["method", "ROUGE-L", "change", "harmed", "time", "kept"]
+    assert head.split() == ["method", "ROUGE-L", "change", "harmed", "prompt", "time", "kept"]
     assert "+0.100 better" in shown(table(found)).export_text()
     said = verdict(found)
     assert said[0].startswith("ROUGE-L: MTA is better than the task LoRA by 0.100")
@@ -119,6 +119,19 @@ def test_verdict_when_worse(task):
     share, clearly = found.worse_off("MTA", "task LoRA")
     counts = f"{share * 40:.0f} of 40 people are worse off with MTA than with the task LoRA"
     assert any(s.startswith(counts) and f"{clearly * 40:.0f} of them clearly" in s for s in said)
+
+
+def test_verdict_where_prompts_show_earlier_items(task):
+    for gain, alone in ((0.0, True), (0.4, False)):
+        found = comparison_of(task, gain=gain, oppu=0.0)
+        plain = replace(found.row("task LoRA"), name="task LoRA, no history")
+        plain.people = {name: values + 0.3 for name, values in plain.people.items()}
+        found.rows.append(plain)
+        said = " ".join(verdict(found))
+        assert (
+            "NLL: the task LoRA with earlier items in its prompts is better than the same without them by 0.3" in said
+        )
+        assert ("not clearly better than history in the prompt alone" in said) == alone
 
 
 def test_verdict_says_how_little_it_rests_on(task):

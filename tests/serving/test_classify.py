@@ -1,7 +1,12 @@
 """``/v1/classify``: probabilities of all labels, with the models' names and rights of other routes."""
 
+from contextlib import contextmanager
+
 import pytest
+from conftest import people_of
 from gateway import world as world  # the fixture
+
+from mta.data.earlier import in_words
 
 FIELDS = [{"title": f"Film {n}", "genres": "Drama"} for n in range(11)]
 
@@ -89,3 +94,79 @@ def test_a_task_without_labels_is_refused_with_the_route_that_generates(world):
         world.service.task = labelled
     assert found.status_code == 400
     assert "/v1/chat/completions" in found.json()["error"]["message"]
+
+
+# -- behind earlier items ----------------------------------------------------------------------------------------------
+
+(PERSON,) = people_of(1, items=5)
+
+
+@contextmanager
+def showing(world, count=3):
+    """The bank's prompts show earlier items, and ann's are kept."""
+    service = world.service
+    service.store.save_history(type(PERSON)("ann", PERSON.items))
+    service.history = count
+    try:
+        yield service
+    finally:
+        service.history = 0
+
+
+def probs(found):
+    assert found.status_code == 200, found.text
+    return found.json()["data"][0]["probs"]
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "how", "items"),
+    [
+        ("person:ann", "serve", {}, 3),
+        ("person:ann", "ann", {"history_of": ""}, 0),
+        ("task", "ann", {"history_of": "ann"}, 3),
+        ("task", "ann", {}, 0),
+        ("person:bob", "admin", {}, 0),  # nothing is kept
+        ("person:unknown", "admin", {"fallback": "task", "history_of": "ann"}, 3),
+    ],
+)
+def test_a_prompt_comes_behind_the_latest_items_of_its_person(world, model, key, how, items):
+    (text, *_), given = prompts(world), PERSON.items[-items:] if items else ()
+    answers = "task" if model == "person:unknown" else model
+    expected = probs(ask(world, "admin", model=answers, input=in_words(world.service.task, given) + text))
+    with showing(world):
+        found = probs(ask(world, key, model=model, input=text, **how))
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_items_of_another_person_are_refused(world):
+    with showing(world):
+        found = ask(world, "ann", model="task", input=prompts(world)[0], history_of="bob")
+    assert found.status_code == 404
+
+
+def test_the_oldest_items_are_left_out_where_they_do_not_fit(world, monkeypatch):
+    (text, *_), service = prompts(world), world.service
+    two, label = in_words(service.task, PERSON.items[-2:]) + text, service.base.prompts.answer_tokens(service.task)
+    room = len(service.chat_tokens([{"role": "user", "content": two}])) + label
+    expected = probs(ask(world, "admin", model="person:ann", input=two))
+    with showing(world):
+        monkeypatch.setattr(service, "length", room)
+        assert probs(ask(world, "ann", model="person:ann", input=text)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_text_comes_behind_earlier_items_only_for_those_who_may_read_them(world):
+    """It may repeat them."""
+    text, shown = "Film 7", in_words(world.service.task, PERSON.items[-1:])
+
+    def said(key, *contents, **how):
+        turns = [{"role": role, "content": one} for role, one in zip(("user", "assistant", "user"), contents)]
+        body = {"model": "person:ann", "messages": turns, "temperature": 0, "max_tokens": 5, **how}
+        with world.http(key) as http:
+            found = http.post("/v1/chat/completions", json=body).json()
+        return found["choices"][0]["message"]["content"], found["usage"]["prompt_tokens"]
+
+    behind, plain = said("admin", shown + text, "4", text), said("admin", text, "4", text)
+    assert behind[1] > plain[1]
+    with showing(world, 1):
+        assert said("ann", text, "4", text) == said("admin", text, "4", text) == behind
+        assert said("serve", text, "4", text) == said("ann", text, "4", text, history_of="") == plain

@@ -5,13 +5,16 @@ vLLM has its own environment: ``make test-vllm`` creates it and sets MTA_VLLM_PY
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
-from conftest import personalizer
+from conftest import people_of, personalizer
 from contract import WITH_VLLM, Lent, World, begun, closing, collect, paced, pieces_of, prompt_of, vllm_server
 from files import folder_of
 from served import served
 
+from mta.data.earlier import in_words
+from mta.data.history import PROFILE
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
@@ -137,6 +140,20 @@ def test_classify_returns_the_shares_of_the_library(gateway, world):
         for one, shares in zip(found["data"], expected, strict=True):
             assert one["label"] == next(iter(shares))
             assert dict(zip(found["labels"], one["probs"], strict=True)) == pytest.approx(shares, abs=1e-3)
+
+
+def test_classify_shows_the_items_that_the_store_keeps(gateway, world):
+    (person,), question = people_of(1, items=4), {"title": "Film 7", "genres": "Drama"}
+    task, personal = world.bank.task, personalizer(world.base, world.bank, world.store)
+    world.store.save_history(replace(person, id="0"))
+    gateway.service.history = 2
+    with gateway.http("serve") as http:
+        body = {"model": "person:0", "input": task.prompt(task.asked(question))}
+        found = http.post("/v1/classify", json=body, timeout=120).json()
+    shown = question | {PROFILE: in_words(task, person.items[-2:])}
+    (expected,), (plain,) = personal.shares([("0", shown)]), personal.shares([("0", question)])
+    shares = dict(zip(found["labels"], found["data"][0]["probs"], strict=True))
+    assert shares == pytest.approx(expected, abs=1e-3) != pytest.approx(plain, abs=1e-3)
 
 
 async def forgotten(engine, world, person, requests):

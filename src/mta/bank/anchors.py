@@ -48,10 +48,14 @@ class Roles:
         """The anchors with their whole histories."""
         return [self.eligible[i] for i in self.chosen]
 
+    @property
+    def pooled(self) -> list[Person]:
+        """The people behind the task LoRA, with the items that may be."""
+        return [*self.task_people, *self.pooled_candidates, *self.held_out]
+
     def members(self, secret: str) -> Members:
         """Return the members of the bank; ``secret`` makes their key."""
-        pooled = [*self.task_people, *self.pooled_candidates, *self.held_out]
-        groups = pooled, self.eligible, self.anchors, self.calibrating
+        groups = self.pooled, self.eligible, self.anchors, self.calibrating
         task, eligible, anchors, calibrating = ([person.id for person in group] for group in groups)
         return Members.of(secret, task, eligible, anchors, calibrating, self.keeping_back)
 

@@ -241,6 +241,11 @@ class Bank:
         """The task LoRA for all rows; empty if stage 0 was switched off."""
         return [Shared(self.task_lora)] if self.task_lora else []
 
+    @property
+    def history(self) -> int:
+        """The most earlier items of a person in front of a prompt."""
+        return self.info.run.task_lora.history
+
     def similarity(self, vectors: Tensor) -> Tensor:
         """Return the cosines of people's vectors (U, E) and the anchors' vectors, (U, N)."""
         return vectors @ self.vectors.T

@@ -35,6 +35,7 @@ from mta.bank.format import (
     write_task,
 )
 from mta.bank.task_lora import pooled_items, train_task_lora
+from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
 from mta.errors import BankError, BankRefused, InputError
@@ -68,6 +69,7 @@ def build_bank(build: Build) -> None:
     context = replace(context, chosen=tuple(roles.chosen))
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not context.task_lora else [])
+    trained, tested = (as_shown(context.task, roles.pooled, items, run.task_lora.history) for items in pooled)
     jobs, plan = _anchor_jobs(context, roles)
     with exclusive(context.out):  # another process may have finished or begun a build since the first look
         if _is_finished(context):
@@ -75,7 +77,7 @@ def build_bank(build: Build) -> None:
         with context.record:
             context.record.begin()
             write_text(context.out / BEGUN, context.keys.training)
-            task_lora = train_task_lora(context, *pooled) if run.task_lora.enabled else None
+            task_lora = train_task_lora(context, trained, tested) if run.task_lora.enabled else None
             if not run.task_lora.enabled:  # of an earlier build that was begun with one
                 shutil.rmtree(context.out / TASK_LORA, ignore_errors=True)
             calibration = _train(context, roles, jobs, plan, task_lora)
@@ -155,11 +157,12 @@ def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) 
 def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     """Return the jobs of the anchors and their plan; plan the calibration, too. Raises MemoryBudgetError."""
     base, run = context.base, context.run
-    anchors = [person.latest(run.bank.max_items) for person in roles.anchors]
+    shown = [with_history(context.task, person, run.task_lora.history) for person in roles.anchors]
+    anchors = [person.latest(run.bank.max_items) for person in shown]
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = context.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    subjects = subjects_of(base, context.task, roles.calibrating, run.calibration)
+    subjects = subjects_of(base, context.task, roles.calibrating, run)
     size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan

@@ -141,12 +141,23 @@ def what_to_expect(info: BankInfo) -> str:
             "Merge and stack were chosen on these people, too: a person's gain is by what the others chose, but the "
             "intervals do not cover the choice."
         )
+    said += _history_in_words(info)
     said += _rivals_in_words(info.calibration)
     if not info.run.task_lora.enabled:
         said.append(
             "The bank has no task LoRA: part of a gain can be the form of an answer, which one would teach, too."
         )
     return f"{' '.join(said)}{gains_table(info.calibration)}"
+
+
+def _history_in_words(info: BankInfo) -> list[str]:
+    """Return what gains mean where prompts show earlier items, and whether the bank adds anything to these."""
+    if info.calibration is None or not (most := info.run.task_lora.history):
+        return []
+    said = f"All prompts show up to {most} earlier items of the person, also those of the pooled model."
+    gains = [*info.calibration.gains, *info.calibration.stacked]
+    clear = any(gain.low > 0 for gain in gains)
+    return [said if clear or not gains else f"{said} These alone are as good as the bank: use them with the task LoRA."]
 
 
 def _rivals_in_words(info: CalibrationInfo) -> list[str]:

@@ -11,8 +11,7 @@ from mta.bank.context import BuildContext
 from mta.bank.format import TASK_LORA
 from mta.bank.worker import LoraPiece
 from mta.config import TaskLoraSettings
-from mta.data.history import Item, Person
-from mta.data.tasks.task import own_fields
+from mta.data.history import Item, Person, own_fields
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
 from mta.system.atomic import copy_file, write_text

@@ -40,6 +40,10 @@ def predict(
     fallback: Annotated[
         Fallback | None, Option(help="Who answers for people without a model: the pooled model (task), or the base.")
     ] = None,
+    history: Annotated[
+        str | None,
+        Option(help="File of earlier items, for a bank whose prompts show some. Default: those in the store."),
+    ] = None,
     write: Annotated[bool, Option("--write", help="Generate text even if the task has labels.")] = False,
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
@@ -55,7 +59,7 @@ def predict(
     A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
     file gives its own questions. Answers come person by person, in the order of the file. Each line names person,
     question, and answer, and for a task with labels the share of every label. Repeat an interrupted command with --out
-    to go on.
+    to go on. With --history and --fallback task, the pooled model answers from earlier items alone, without a store.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
@@ -76,14 +80,18 @@ def predict(
     lamp = out is not None and out.suffix == ".json"
     if lamp:
         tool.check_ids(people)
+    known = {one.id: one.items for one in options.people_in(history, task, columns, None)} if history else None
     base, opened, run = options.open_bank(bank, words, device=device, config=config)
-    personal = mta.Personalizer(base, opened, store, run=run)
+    personal = mta.Personalizer(base, opened, _needed(store, opened, known is not None, fallback), run=run)
     if out:
         make_folder(out.parent)
     kept = tool.Unfinished(out) if out else None
     shared = fallback and SharedModel(fallback.value)
     with Screen("questions") as screen:
-        answers = tool.predict(personal, people, shared, write, max_new_tokens, kept=kept, on_step=screen.step)
+        earlier = None if known is None else lambda person: known.get(person, ())
+        answers = tool.predict(
+            personal, people, shared, write, max_new_tokens, earlier=earlier, kept=kept, on_step=screen.step
+        )
         predictions = list(answers)
     lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in predictions)
     if out is None:
@@ -97,3 +105,10 @@ def predict(
     fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
     if out and json:
         show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})
+
+
+def _needed(store: str, bank: mta.Bank, has_history: bool, fallback: Fallback | None) -> str | None:
+    """Return the store to open; None if there is none, and the pooled model answers from earlier items alone."""
+    if has_history and not bank.history:
+        raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
+    return None if has_history and fallback and not Path(store).exists() else store

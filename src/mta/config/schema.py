@@ -94,6 +94,9 @@ class TaskLoraSettings(Settings):
     unseen: int | None = Field(
         default=16, ge=2, description="first items that candidates keep back; null: they do not train the task LoRA"
     )
+    history: int = Field(
+        default=0, ge=0, description="earlier items of the person in front of every prompt, at most; also when asked"
+    )
     rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
 
     @property

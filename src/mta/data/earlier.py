@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from mta.data.history import Item, Person
-from mta.data.tasks.task import PROFILE, Task
+from mta.data.history import PROFILE, Item, Person
+from mta.data.tasks.task import Task
 
 
 def with_history(task: Task, person: Person, most: int) -> Person:
-    """Return the person for ``task.profiled()``: every item and query shows up to ``most`` earlier items, oldest first.
+    """Return the person with up to ``most`` earlier items in every prompt, oldest first; 0 changes nothing.
 
     An item shows those since the start of its block of ``most`` + 1 items: so all lengths of histories are as frequent,
     and the items of a block share the beginning of their prompts, which a pass computes once. A query shows the latest
     items. Source: our choice.
     """
     items = person.items
-    shown = tuple(_with_profile(task, item, items[n - n % (most + 1) : n]) for n, item in enumerate(items))
+    shown = tuple(after(task, item, items[n - n % (most + 1) : n]) for n, item in enumerate(items))
     latest = items[-most:] if most else ()
-    return replace(person, items=shown, queries=tuple(_with_profile(task, query, latest) for query in person.queries))
+    return replace(person, items=shown, queries=tuple(after(task, query, latest) for query in person.queries))
 
 
-def _with_profile(task: Task, item: Item, earlier: Sequence[Item]) -> Item:
-    """Return an item with ``earlier`` ones in its field ``profile``."""
+def after(task: Task, item: Item, earlier: Sequence[Item]) -> Item:
+    """Return an item whose prompt begins with ``earlier`` ones; without any, the item itself."""
+    return replace(item, fields={**item.fields, PROFILE: in_words(task, earlier)}) if earlier else item
+
+
+def in_words(task: Task, earlier: Sequence[Item]) -> str:
+    """Return the beginning of a prompt that shows ``earlier`` items; empty without any."""
     said = "; ".join(task.sentence(one) for one in earlier)
-    profile = f"Earlier answers of this person: {said}. " if earlier else ""
-    return replace(item, fields={**item.fields, PROFILE: profile})
+    return f"Earlier answers of this person: {said}. " if earlier else ""
+
+
+def as_shown(task: Task, people: Iterable[Person], items: Iterable[Item], most: int) -> list[Item]:
+    """Return some ``items`` of ``people``, as they are in ``with_history``."""
+    pairs = ((person.items, with_history(task, person, most).items) for person in people)
+    shown = {id(item): later for plain, known in pairs for item, later in zip(plain, known)}
+    return [shown[id(item)] for item in items]

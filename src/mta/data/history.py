@@ -21,6 +21,8 @@ from typing import Any
 
 from mta.errors import InputError
 
+PROFILE = "profile"  # field of a text in front of an item's prompt, such as earlier items of the person
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -47,6 +49,11 @@ class Item:
 
     def __reduce__(self) -> tuple[type[Item], tuple[dict[str, str], float | None, str | None, bool]]:
         return Item, (dict(self.fields), self.time, self.id, self.is_query)
+
+
+def own_fields(item: Item) -> list[tuple[str, str]]:
+    """Return an item's fields in order, without the text in front of its prompt."""
+    return sorted(pair for pair in item.fields.items() if pair[0] != PROFILE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Person:
         return replace(self, items=self.items[-n:] if n else ())
 
     def digest(self) -> str:
-        """Return the sha256 over the items in order. The same history gives the same digest in any process."""
+        """Return the sha256 over the items in order, whatever their prompts show; the same in any process."""
         return self._digest
 
     @cached_property
@@ -98,7 +105,7 @@ class Person:
 
 
 def _row(item: Item) -> str:
-    return json.dumps([sorted(item.fields.items()), item.time], ensure_ascii=False)
+    return json.dumps([own_fields(item), item.time], ensure_ascii=False)
 
 
 def check_distinct(people: Iterable[Person]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
-from mta.data.tasks.task import PROFILE, Task
+from mta.data.tasks.task import Task
 
 SAME_ITEMS = 5  # least number of items that two records of one user share: a few popular films are shared by chance
 LONG = 64  # characters: two people can write a shorter text by coincidence
@@ -141,7 +141,7 @@ class Copies:
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
-        names = [name for name in task.item.inputs if name != PROFILE] if task.asks_like_items(item) else []
+        names = task.item.inputs if task.asks_like_items(item) else ()
         inputs = [_plain(item.fields[name]) for name in names]
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:

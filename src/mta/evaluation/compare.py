@@ -29,6 +29,7 @@ from mta.evaluation.methods import (
     Merged,
     MergeThenAdapt,
     Method,
+    NoHistory,
     OneLora,
     OtherPerson,
     OwnConstant,
@@ -68,7 +69,8 @@ def run_methods(
             on_method(method.name)
         outcomes, scores = zip(*(method.scored(batch, seed) for seed in (seeds if method.seeded else seeds[:1])))
         seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
-        rows.append(Row.of(method.name, scores, seconds, last.bytes_per_person, last.merge, last.answers))
+        asked = sum(one.prompt_tokens for one in last.answers) / len(last.answers)
+        rows.append(Row.of(method.name, scores, seconds, last.bytes_per_person, last.merge, last.answers, asked))
     return Comparison(batch.task, rows, tuple(person.group for person in batch.people))
 
 
@@ -101,14 +103,20 @@ class ComparisonReport:
 
 
 def standard_methods(
-    run: Run, settings: CompareSettings, task: Task, anchors: int, calibrated: bool = True, encoded: bool = True
+    run: Run,
+    settings: CompareSettings,
+    task: Task,
+    anchors: int,
+    calibrated: bool = True,
+    encoded: bool = True,
+    history: bool = False,
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, what a bank has to beat, merge only (each policy), MTA.
 
     Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
-    comparison leaves out the base, and other merges than MTA's. Rivals are a label bias, rank 1 alone, and OPPU.
-    Controls are one
-    merge for everybody, and MTA from another person's shots.
+    comparison leaves out the base, and other merges than MTA's. Rivals are a label bias, rank 1 alone, and OPPU. Where
+    prompts show a ``history``, all methods get it, and one row is the task LoRA without it.
+    Controls are one merge for everybody, and MTA from another person's shots.
     """
 
     def policy(name: str) -> MergeSettings:
@@ -133,16 +141,17 @@ def standard_methods(
     rivals = [*biased, alone(ALONE, settings.alone), alone(OPPU, settings.oppu)]
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
+    pooled = [*([NoHistory()] if history else []), TaskLora()]
     controls: list[Method] = []
     if settings.controls:
         controls = [*([PopulationMerge()] if calibrated else []), OtherPerson(over=ours)]
     if settings.brief:
         merge = [Merged(merge=run.merge)] if stack.enabled else []
-        return [*constants, TaskLora(), *controls, *rivals, *merge, ours]
+        return [*constants, *pooled, *controls, *rivals, *merge, ours]
     return [
         *constants,
         Base(),
-        TaskLora(),
+        *pooled,
         *controls,
         *rivals,
         *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in settings.policies if fits(policy(name))),
@@ -206,7 +215,7 @@ def compare(
     fitting = [method for method in more if method.fits(task, len(bank), calibrated)]
     if len(fitting) < len(more):
         log.warning("left out: %s", ", ".join(method.name for method in more if method not in fitting))
-    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded), *fitting]
+    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded, bank.history > 0), *fitting]
     comparison = run_methods(batch, methods, seeds, on_method)
     meta = _meta(context, settings, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return ComparisonReport(comparison, batch, meta)

@@ -50,13 +50,14 @@ class Answers:
 
     ``scores`` (queries, labels) are label scores; ``shots`` (shots, labels) those of a method that reads them. For free
     text ``nll`` (queries,) is minus the log probability of the gold text, per token. A method without probabilities
-    gives none of them.
+    gives none of them. ``prompt_tokens`` is the mean over queries; 0 without a model.
     """
 
     texts: Sequence[str]
     scores: Tensor | None = None
     nll: Tensor | None = None
     shots: Tensor | None = None
+    prompt_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.bank.calibration.info import calibrated_merge, calibrated_stack
 from mta.config import MergeSettings, Run, StackSettings, parse_size
-from mta.data.history import Item, Person
+from mta.data.earlier import with_history
+from mta.data.history import PROFILE, Item, Person
 from mta.data.shots_and_queries import QueryOrder, shots_and_queries
 from mta.data.tasks.task import Task
 from mta.errors import InputError
@@ -104,7 +105,9 @@ class TestBatch:
         write_texts: bool = True,
         tested: Sequence[Person] = (),
     ) -> TestBatch:
-        """Split each person by ``shots_and_queries``. ``tested`` are all tested people, if ``people`` are some of them.
+        """Split each person by ``shots_and_queries``; prompts show earlier shots as the bank's do.
+
+        ``tested`` are all tested people, if ``people`` are some of them.
 
         Raises InputError if a person has too few items or was used for the bank, which may have seen the queries.
         """
@@ -117,8 +120,9 @@ class TestBatch:
 
         def split(group: Sequence[Person]) -> tuple[list[Person], list[tuple[Item, ...]]]:
             parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in group]
-            few = [replace(person, items=items, queries=()) for person, (items, _) in zip(group, parts)]
-            return few, [later for _, later in parts]
+            asked = [replace(person, items=items, queries=later) for person, (items, later) in zip(group, parts)]
+            shown = [with_history(bank.task, person, bank.history) for person in asked]
+            return [replace(person, queries=()) for person in shown], [person.queries for person in shown]
 
         return cls(context, *split(people), bank.task, write_texts=write_texts, tested=split(tested)[0])
 
@@ -158,6 +162,14 @@ class TestBatch:
     def golds(self) -> list[list[str]]:
         """The true answers to the queries."""
         return [[self.task.target(item) for item in items] for items in self.queries]
+
+    @property
+    def history_bytes(self) -> float:
+        """The bytes of the texts in front of a person's prompts, which the bank's prompts need, on average."""
+        if not self.bank.history:
+            return 0.0
+        shown = (max(len(item.fields.get(PROFILE, "").encode()) for item in items) for items in self.queries)
+        return sum(shown) / len(self.queries)
 
     def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
         """Return cohorts that fit the memory, to train ``numbers`` numbers per person, over the merge if given."""

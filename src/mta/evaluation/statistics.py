@@ -63,6 +63,7 @@ class Row:
     bytes_per_person: float
     merge: Merge | None = None
     answers: Sequence[Answers] = field(repr=False, default=())
+    prompt_tokens: float = 0.0  # per question
 
     @classmethod
     def of(
@@ -73,6 +74,7 @@ class Row:
         stored: float,
         merge: Merge | None = None,
         answers: Sequence[Answers] = (),
+        prompt_tokens: float = 0.0,
     ) -> Row:
         """Return the row of the scores with each of ``seeds``, which hold the same people in the same order."""
         people = {
@@ -83,7 +85,7 @@ class Row:
         known = [[person.nll for person in scores if person.nll is not None] for scores in seeds]
         complete = all(len(scores) == len(seeds[0]) for scores in known)
         nll = [torch.stack(scores).mean(0) for scores in zip(*known)] if complete else None
-        return cls(name, people, nll, seconds, stored, merge, answers)
+        return cls(name, people, nll, seconds, stored, merge, answers, prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mta.bank.card import adapter_card
 from mta.config import parse_size
-from mta.data.history import Item
+from mta.data.earlier import after
+from mta.data.history import PROFILE, Item
 from mta.data.tasks.prompt import Example
 from mta.errors import ConfigError, InputError
 from mta.lora.layers import Adapters, applied
@@ -48,6 +49,8 @@ class Personalizer(Pipeline):
     ) -> list[str]:
         """Answer questions of different people, and without a person (``mta.TASK``, ``mta.BASE``), in one batch.
 
+        Where the bank's prompts show earlier items, a person's are those that the store keeps; a question may bring
+        its own text in their place, as its field ``profile``.
         ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
         out. Sampling depends on ``seed``, by default the run's. Raises PersonNotFound, StateCorrupt, OtherBank,
         DataError, and InputError for too many or too few new tokens, or a temperature below 0.
@@ -56,13 +59,39 @@ class Personalizer(Pipeline):
             raise InputError(f"temperature is {temperature}; expected 0 or more", hint="Leave it out: 0 is greedy.")
         rows, task, longest = list(rows), self.bank.task, self.longest_answer(max_new_tokens)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
+        prompts = [self.base.prompts.prompt(task, item, longest) for item in self._asked(rows)]
         _warn_of_cuts(prompts)
         tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed if seed is None else seed
         answers = generate(
             self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
         )
         return [self.base.prompts.decode(answer) for answer in answers]
+
+    def earlier(self, person: str) -> tuple[Item, ...]:
+        """Return the items that the bank's prompts show before a person's questions; none if they are not kept.
+
+        Raises StateCorrupt.
+        """
+        if not (most := self.bank.history):
+            return ()
+        kept = self.store.history(person) if self.store else None
+        return kept.items[-most:] if kept else self._latest.get(person, ())
+
+    def _asked(self, rows: Sequence[tuple[PersonOrModel, Question]]) -> list[Item]:
+        """Return the questions as items, behind earlier items of their people. Raises DataError, StateCorrupt."""
+        task, people = self.bank.task, {who for who, _ in rows if isinstance(who, str)}
+        earlier = {who: self.earlier(who) for who in people}
+        if self.bank.history and (unknown := sum(not items for items in earlier.values())):
+            log.warning(
+                "this bank's prompts show earlier items, and those of %d of %d people are not kept: "
+                "mta personalize --keep-histories keeps them",
+                *(unknown, len(people)),
+            )
+        asked = ((who, task.asked(question)) for who, question in rows)
+        return [
+            item if PROFILE in item.fields or isinstance(who, SharedModel) else after(task, item, earlier[who])
+            for who, item in asked
+        ]
 
     def longest_answer(self, max_new_tokens: int | None = None) -> int:
         """Return the most tokens of an answer. Raises InputError for too many, or fewer than one."""
@@ -80,7 +109,8 @@ class Personalizer(Pipeline):
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
-        jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
+        items = self._asked([(who, question) for who, question, _ in rows])
+        jobs = [[self.base.prompts.example(task, item, answer)] for item, (_, _, answer) in zip(items, rows)]
         memory = parse_size(self.run.memory)
         scores = log_likelihood(self.base, jobs, adapters, owners=owners, memory=memory)
         return [float(row[0]) for row in scores]
@@ -105,9 +135,10 @@ class Personalizer(Pipeline):
 
         Raises ConfigError for a task without labels, and the errors of ``generate``.
         """
-        task = self.bank.task
-        scores = self.label_scores([(who, [task.asked(question)]) for who, question in rows], stacked=stacked)
-        shares = [dict(zip(task.labels or (), row[0].softmax(0).tolist())) for row in scores]
+        rows, labels = list(rows), self.bank.task.labels or ()
+        asked = [(who, [item]) for (who, _), item in zip(rows, self._asked(rows))]
+        scores = self.label_scores(asked, stacked=stacked)
+        shares = [dict(zip(labels, row[0].softmax(0).tolist())) for row in scores]
         return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in shares]
 
     def applied(self, models: Sequence[PersonOrModel], *, stacked: bool = True) -> AbstractContextManager[None]:
@@ -154,6 +185,7 @@ class Personalizer(Pipeline):
         Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
         removed = self._unsaved.pop(person, None) is not None
+        self._latest.pop(person, None)
         forgotten = forget_person(person, self.store, self.bank.folder, keep_exports=keep_exports)
         for bank, reason in forgotten.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)

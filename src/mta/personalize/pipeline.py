@@ -13,7 +13,8 @@ from typing import Literal
 from mta.bank.bank import Bank
 from mta.bank.format import check_base
 from mta.config import Run, parse_size
-from mta.data.history import Person, check_distinct
+from mta.data.earlier import with_history
+from mta.data.history import Item, Person, check_distinct
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import (
     ClusterError,
@@ -93,6 +94,7 @@ class Pipeline:
         self.executor = executor or LocalExecutor()
         self._encoder = encoder
         self._unsaved = dict[str, State]()  # states that are in no store
+        self._latest = dict[str, tuple[Item, ...]]()  # likewise, items that prompts show
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -210,7 +212,10 @@ class Pipeline:
         )
 
     def _checked(self, people: Sequence[Person], session: Session | None) -> tuple[list[Person], set[str]]:
-        """Check the people and sort them by id; return those who were forgotten since their items were read apart."""
+        """Check the people and sort them by id; add the earlier items that the bank's prompts show.
+
+        Those who were forgotten since their items were read are returned apart.
+        """
         if (task := getattr(people, "task", None)) and task.identity != self.bank.task.identity:
             raise InputError(
                 f"these people were read for task {task.name!r}, the bank's is {self.bank.task.name!r}",
@@ -224,7 +229,10 @@ class Pipeline:
         check_distinct(ordered)
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
         gone = session.forgotten([person.id for person in ordered]) if session else set()
-        return [person for person in ordered if person.id not in gone], gone
+        most, known = self.bank.history, [person for person in ordered if person.id not in gone]
+        if most and self.store is None:
+            self._latest |= {person.id: person.items[-most:] for person in known}
+        return [with_history(self.bank.task, person, most) for person in known], gone
 
     def _save_histories(self, people: Sequence[Person], histories: Sequence[Person], session: Session | None) -> None:
         """Save the histories of these people."""

@@ -112,6 +112,7 @@ def service_of(
         keys=keys,
         jobs=jobs,
         limits=Limits(rate=rate, own=min(Limits().own, max(slots // 4, 1))),
+        history=bank.history,
         length=length,
         strict_bank=(bank.folder, bank.hash) if strict else None,
     )

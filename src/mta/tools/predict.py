@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mta.config.constants import ROUNDING_ONLY
-from mta.data.history import Item, Person
+from mta.data.earlier import in_words
+from mta.data.history import PROFILE, Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
@@ -74,11 +75,14 @@ def predict(
     write: bool = False,
     max_new_tokens: int | None = None,
     *,
+    earlier: Callable[[str], Sequence[Item]] | None = None,
     kept: Unfinished | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Prediction]:
     """Yield the answers to the people's ``queries``, person by person.
 
+    ``earlier`` returns a person's items for banks whose prompts show some, whoever answers; by default, those kept in
+    the store.
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
     ``fallback`` answers for people without a model of this bank; without it, they raise PersonNotFound. Answers in
     ``kept`` to the same questions of the same models are not computed again. Raises DataError for a long question.
@@ -86,14 +90,17 @@ def predict(
     models = _models(personal, people, fallback)
     rows = [(person.id, question) for person in people for question in person.queries]
     task, prompts = personal.bank.task, personal.base.prompts
+    most, of = personal.bank.history, earlier or personal.earlier
+    shown = {person.id: in_words(task, of(person.id)[-most:]) for person in people} if most else {}
     settings = personal.run.model_dump(mode="json", exclude=set(ROUNDING_ONLY))
     scored = bool(task.labels) and not write
     longest = prompts.answer_tokens(task) if scored else personal.longest_answer(max_new_tokens)
     prompts.check(task, ((f"a question of {one!r}", question) for one, question in rows), longest)
     for start in range(0, len(rows), TOGETHER):
         some = [(person, _without_answer(task, question)) for person, question in rows[start : start + TOGETHER]]
-        asked = [(models[person][0], dict(question.fields)) for person, question in some]
-        texts = [(models[person][1], dict(question.fields)) for person, question in some]
+        fields = [{**question.fields, PROFILE: shown.get(person, "")} for person, question in some]
+        asked = [(models[person][0], own) for (person, _), own in zip(some, fields)]
+        texts = [(models[person][1], own) for (person, _), own in zip(some, fields)]
         key = json_sha256([personal.bank.hash, settings, scored, max_new_tokens, texts])
         answers = kept.get(key) if kept is not None else None
         if answers is None:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from mta.config.constants import SHOTS
-from mta.data.history import Person
+from mta.data.history import Person, own_fields
 from mta.data.sharing import SAME_ITEMS, Copies, connected
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
 from mta.data.splits import Splits, draw
-from mta.data.tasks.task import Task, own_fields
+from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta_lab.experiments.recipe import Experiment
 

@@ -44,7 +44,7 @@ class Sizes(Settings):
 
 
 class Part(Settings):
-    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, ``history``, or ``pool`` change it."""
+    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, or ``pool`` change it."""
 
     methods: tuple[AnyMethod, ...]
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -52,7 +52,6 @@ class Part(Settings):
     bank: str = MAIN_BANK
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
-    history: int = Field(0, ge=0, description="latest items in every prompt, at most, also in training")
     pool: Literal["task", "everything", "as-many"] = Field(
         "task",
         description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
@@ -65,16 +64,14 @@ class Part(Settings):
     def bank_settings(self) -> tuple[Any, ...]:
         """The part's settings of its bank: words, items in prompts, and the pool it is trained on."""
         words = tuple(word for word in self.words if not word.startswith(FREE))
-        return words, self.retrieve, self.history, self.pool
+        return words, self.retrieve, self.pool
 
     @model_validator(mode="after")
     def _check_bank(self) -> Self:
         if fixed := [word for word in self.words if word.startswith(FIXED)]:
             raise ValueError(f"words: {fixed[0]!r} would change the base or its prompts; make another recipe for it")
-        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, 0, "task"):
-            raise ValueError(
-                "words, retrieve, history, or pool change how a bank is trained: give it a name with bank:"
-            )
+        if self.bank == MAIN_BANK and self.bank_settings != ((), 0, "task"):
+            raise ValueError("words, retrieve, or pool change how a bank is trained: give it a name with bank:")
         return self
 
 

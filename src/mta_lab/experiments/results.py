@@ -78,6 +78,7 @@ class Record(BaseModel):
     golds: tuple[str, ...] = ()
     labels: tuple[tuple[float, ...], ...] = ()
     shot_labels: tuple[tuple[float, ...], ...] = ()
+    prompt_tokens: float = 0.0
 
     @property
     def where(self) -> Where:
@@ -261,7 +262,8 @@ def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
     records = [record for people in seeds for record in people]
     seconds = sum(record.seconds for record in records) / len(seeds)
     stored = sum(record.bytes for record in records) / len(records)
-    return Row.of(name, [[record.score for record in people] for people in seeds], seconds, stored)
+    asked = sum(record.prompt_tokens for record in records) / len(records)
+    return Row.of(name, [[record.score for record in people] for people in seeds], seconds, stored, prompt_tokens=asked)
 
 
 def _read(path: Path) -> Iterator[Record]:

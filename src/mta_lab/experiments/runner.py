@@ -189,6 +189,7 @@ def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
             golds=tuple(test_batch.golds[u]),
             labels=_log_probs(outcome.answers[u].scores),
             shot_labels=_log_probs(outcome.answers[u].shots),
+            prompt_tokens=round(outcome.answers[u].prompt_tokens, 1),
         )
         for u, (person, score) in enumerate(zip(test_batch.people, scores))
     ]

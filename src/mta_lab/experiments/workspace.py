@@ -17,7 +17,6 @@ from mta.bank.context import Build
 from mta.bank.format import TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
-from mta.data.earlier import with_history
 from mta.data.history import Item, Person
 from mta.data.readers import read_people
 from mta.data.shots_and_queries import has_enough_items, shots_and_queries
@@ -40,7 +39,7 @@ from mta_lab.experiments.evidence import kept_evidence
 from mta_lab.experiments.people import draw_splits, with_tested
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, Part, Which, bank_name, difference, record_names
 from mta_lab.experiments.results import RECIPE, SIZES, Where, read_beside, read_recipe
-from mta_lab.methods.prompts import profiled, with_histories
+from mta_lab.methods.prompts import profiled
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -194,14 +193,8 @@ class Workspace:
         own = item.id if item.is_query and item.id is not None else None
         return own if own and self._ids[own] == 1 else f"{self.hashed(person.id)}-{own or number}"
 
-    def _task_of(self, part: Part) -> Task:
-        """Return the task in the wording of the part's prompts."""
-        return self.task.profiled() if part.retrieve or part.history else self.task
-
     def _shown(self, part: Part, people: Sequence[Person]) -> list[Person]:
-        """Return people with the earlier items that the part's prompts show."""
-        if part.history:
-            return [with_history(self.task, person, part.history) for person in people]
+        """Return people with the retrieved items that the part's prompts show."""
         return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else [*people]
 
     # -- banks ---------------------------------------------------------------------------------------------------------
@@ -245,7 +238,7 @@ class Workspace:
             build_bank(
                 Build(
                     self.base,
-                    self._task_of(part),
+                    self.task,
                     load_encoder(run.encoder, self.base),
                     pool,
                     self._shown(part, self.splits.select("candidates", self.people)),
@@ -265,11 +258,7 @@ class Workspace:
         if part.bank == MAIN_BANK or not run.task_lora.enabled:
             return None
         plain = self._run_of(MAIN, run.seed)
-        same = (
-            not (part.retrieve or part.history)
-            and part.pool == "task"
-            and run.model_copy(update={"bank": plain.bank}) == plain
-        )
+        same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
         if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
             same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
         return self.bank(MAIN, run.seed).folder / TASK_LORA if same else None
@@ -314,8 +303,6 @@ class Workspace:
             )
             if part.retrieve:
                 test_batch = profiled(replace(test_batch, retrieve=part.retrieve), part.retrieve)
-            if part.history:
-                test_batch = with_histories(test_batch, part.history)
             self._latest = key, test_batch
         return self._latest[1]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mta.data.earlier import with_history
-from mta.data.history import Person
 from mta.evaluation.protocol import TestBatch
 from mta_lab.bm25 import with_profiles
 
@@ -18,20 +16,13 @@ def profiled(batch: TestBatch, k: int, before: Sequence[str] = ()) -> TestBatch:
     was trained on. Only with ``batch.retrieve``, where the bank was trained on such prompts, they are fitted again.
     """
     task, texts = batch.bank.task, list(before) or [""] * len(batch.people)
-    people = [with_profiles(task, person, k, text) for person, text in zip(_whole(batch), texts)]
+    whole = [replace(person, queries=asked) for person, asked in zip(batch.people, batch.queries)]
+    people = [with_profiles(task, person, k, text) for person, text in zip(whole, texts)]
     merges_from = None if batch.retrieve else batch.merges_from or batch
-    return _of(replace(batch, task=task.profiled(), merges_from=merges_from, evidence_of_shots=None), people)
-
-
-def with_histories(batch: TestBatch, most: int) -> TestBatch:
-    """Return the batch with up to ``most`` earlier shots in every prompt, as the batch's bank was trained."""
-    people = [with_history(batch.bank.task, person, most) for person in _whole(batch)]
-    return _of(replace(batch, retrieve=most), people)
-
-
-def _whole(batch: TestBatch) -> list[Person]:
-    return [replace(person, queries=asked) for person, asked in zip(batch.people, batch.queries)]
-
-
-def _of(batch: TestBatch, people: Sequence[Person]) -> TestBatch:
-    return replace(batch, people=[replace(one, queries=()) for one in people], queries=[one.queries for one in people])
+    return replace(
+        batch,
+        people=[replace(one, queries=()) for one in people],
+        queries=[one.queries for one in people],
+        merges_from=merges_from,
+        evidence_of_shots=None,
+    )

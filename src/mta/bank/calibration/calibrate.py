@@ -46,7 +46,7 @@ def calibrate(
     by its name: an interrupted calibration resumes.
     Raises BankError if the work fails, and MemoryBudgetError.
     """
-    subjects = subjects_of(base, task, people, run.calibration)
+    subjects = subjects_of(base, task, people, run)
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     chosen = executor or LocalExecutor()
     tokens, together = size_of_passes(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)

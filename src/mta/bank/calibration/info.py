@@ -24,6 +24,7 @@ class Gain(BaseModel):
 
 
 LABEL_BIAS, ALONE, OPPU = "label bias", "rank 1 alone", "OPPU"  # what a bank has to beat
+NO_HISTORY = "task LoRA, no history"  # where the bank's prompts show one
 
 
 class Rival(BaseModel):

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from mta.config import CalibrationSettings
+from mta.config import CalibrationSettings, Run
+from mta.data.earlier import with_history
 from mta.data.history import Item, Person
 from mta.data.sharing import Copies
 from mta.data.tasks.prompt import Example
@@ -73,12 +74,13 @@ def measured_items(
     return [parts(person.items) for person in people]
 
 
-def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
-    """Return people's ``measured_items`` as examples."""
+def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], run: Run) -> list[Subject]:
+    """Return people's ``measured_items`` as examples, behind the earlier items that the bank's prompts show."""
     labels = (task.labels or ()) if task.labelled else ()
 
-    def subject(shots: Sequence[Item], queries: Sequence[Item]) -> Subject:
-        items, own = (*shots, *queries), len(shots)
+    def subject(shots: tuple[Item, ...], queries: tuple[Item, ...]) -> Subject:
+        shown = with_history(task, Person("", shots, queries), run.task_lora.history)
+        items, own = (*shown.items, *shown.queries), len(shots)
         examples = tuple(base.prompts.example(task, item) for item in items)
         if not labels:
             return Subject(examples[:own], examples[own:])
@@ -87,4 +89,4 @@ def subjects_of(base: BaseModel, task: Task, people: Sequence[Person], settings:
             examples[:own], examples[own:], choices, tuple(labels.index(task.target(item)) for item in items)
         )
 
-    return [subject(shots, queries) for shots, queries in measured_items(people, settings)]
+    return [subject(shots, queries) for shots, queries in measured_items(people, run.calibration)]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mta.data.history import Item
+from mta.data.history import PROFILE, Item
 from mta.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Example:
 class PromptFormat:
     """Formats prompts and answers for one tokenizer.
 
-    ``max_tokens`` bounds prompt and target together. Only fields in the task's ``cut`` are shortened, from their end,
-    the longest field first; instruction and target are never changed.
+    ``max_tokens`` bounds prompt and target together. Only fields in the task's ``cut`` and the text in front of a
+    prompt are shortened, from their end, the longest first; instruction and target are never changed.
     A special token in a person's text (``<|im_end|>``), or another added token that the chat template writes, is broken
     by a space, so that text cannot end a turn and continue in another role.
     """
@@ -86,7 +86,7 @@ class PromptFormat:
             if wrong := task.wrong(item):
                 raise DataError(f"{place}: field {wrong[0]!r}: {wrong[1]}", hint="Correct the item, or leave it out.")
             form = task.form(item)
-            kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in form.cut)
+            kept = sum(len(text.encode()) for name, text in item.fields.items() if name not in (*form.cut, PROFILE))
             if kept + len(form.prompt.encode()) < (self.max_tokens - (reserve or 0)) // 2:  # a token is a byte or more
                 continue
             try:
@@ -192,7 +192,8 @@ class PromptFormat:
             excess = len(tokens) - limit
             if excess <= 0:
                 return text, tokens, cut
-            name = max(task.form(item).cut, key=lambda field: len(fields[field]), default=None)
+            able = [name for name in (*task.form(item).cut, PROFILE) if name in fields]
+            name = max(able, key=lambda field: len(fields[field]), default=None)
             if name is None or not fields[name]:
                 raise DataError(
                     f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - limit} tokens, "

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from mta.config import Settings
-from mta.data.history import Item
+from mta.data.history import PROFILE, Item
 from mta.errors import DataError
 
 
@@ -37,14 +37,8 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
-PROFILE = "profile"  # field in front of the prompts of ``Task.profiled``: a person's earlier items
 RESERVED = {PROFILE, "person", "time", "id"}  # no fields of tasks in files: readers give them another meaning
 UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
-
-
-def own_fields(item: Item) -> list[tuple[str, str]]:
-    """Return an item's fields in order, without the earlier items that its prompt shows."""
-    return sorted(pair for pair in item.fields.items() if pair[0] != PROFILE)
 
 
 class Form(Settings):
@@ -108,7 +102,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} contains the target {{{form.target}}}; leave it out, mta adds the target where known")
     if extra := fields - set(form.inputs):
         raise ValueError(f"{key} has the fields {sorted(extra)}; the prompt has {sorted(form.inputs)}")
-    if set(form.inputs) - {PROFILE} and not fields:  # encoders do not read a profile
+    if form.inputs and not fields:
         raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 
@@ -204,8 +198,8 @@ class Task(Settings):
         return self.labels if self.labelled or (item.is_query and self.query) else None
 
     def prompt(self, item: Item) -> str:
-        """Return the instruction for an item, without its target."""
-        return self._fill(self.form(item).prompt, item)
+        """Return the instruction for an item, without its target, behind the item's ``PROFILE`` if it has one."""
+        return item.fields.get(PROFILE, "") + self._fill(self.form(item).prompt, item)
 
     def has_target(self, item: Item) -> bool:
         """Return whether the answer is known; a benchmark's test questions have none."""
@@ -223,24 +217,7 @@ class Task(Settings):
 
     def sentence(self, item: Item) -> str:
         """Return an earlier item with its answer in one sentence, for prompts that show a person's history."""
-        asked = self.item.prompt.removeprefix(f"{{{PROFILE}}}")
-        return self._fill(self.profile or f"{asked} {{{self.item.target}}}", item)
-
-    def profiled(self) -> Task:
-        """Return the task with a field ``profile`` in front of every prompt, which may be cut.
-
-        A task that already has the field is returned as it is.
-        """
-        if PROFILE in self.item.inputs:
-            return self
-        forms = {
-            name: form.model_copy(
-                update={"prompt": f"{{{PROFILE}}}{form.prompt}", "cut": (*form.cut, PROFILE), "pattern": None}
-            )
-            for name, form in (("item", self.item), ("query", self.query))
-            if form
-        }
-        return self.model_copy(update={**forms, "examples": ()})
+        return self._fill(self.profile or f"{self.item.prompt} {{{self.item.target}}}", item)
 
     def fields(self, query: bool = False) -> tuple[str, ...]:
         """Return all fields that an item (or a query) needs: those of the prompt, then the target."""
@@ -256,7 +233,7 @@ class Task(Settings):
                 if item.is_query and name == form.target:
                     continue
                 return name, f"missing; task {self.name!r} needs {', '.join(self.fields(item.is_query))}"
-            if not value.strip() and name != PROFILE:  # the first items have no earlier ones to show
+            if not value.strip():
                 return name, "empty; expected some text"
             if name == form.target and labels is not None and value not in labels:
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"

@@ -7,7 +7,7 @@ A method is one small class: its fields are its settings, ``paper`` links its so
 from mta.evaluation.methods.controls import OtherPerson, PopulationMerge
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt, OneLora
 from mta.evaluation.methods.method import Method
-from mta.evaluation.methods.plain import Base, GlobalConstant, OwnConstant, TaskLora
+from mta.evaluation.methods.plain import Base, GlobalConstant, NoHistory, OwnConstant, TaskLora
 from mta.evaluation.methods.rivals import CalibratedLora, LabelBias
 from mta.evaluation.protocol import Outcome
 
@@ -19,6 +19,7 @@ __all__ = [
     "MergeThenAdapt",
     "Merged",
     "Method",
+    "NoHistory",
     "OneLora",
     "OtherPerson",
     "Outcome",

@@ -11,7 +11,7 @@ import torch
 from pydantic import SerializeAsAny
 
 from mta.data.history import Person
-from mta.data.tasks.task import PROFILE, Task
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
 from mta.evaluation.methods.method import Method, OverMethod
@@ -40,7 +40,7 @@ class PopulationMerge(Method):
 class OtherPerson(OverMethod):
     """Another person's model: ``over`` learns from the shots of another tested person, always the same one.
 
-    A gain is personal only as far as it exceeds this one. Raises ConfigError for prompts that show earlier items.
+    A gain is personal only as far as it exceeds this one. Where prompts show earlier items, these stay the own ones.
     """
 
     method: Literal["other-person"] = "other-person"
@@ -49,8 +49,6 @@ class OtherPerson(OverMethod):
     uses_other_people: ClassVar[bool] = True
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        if PROFILE in batch.task.item.inputs:
-            raise ConfigError(f"{self.name!r} cannot use prompts that show earlier items", hint="Use plain prompts.")
         givers = givers_of(batch.people, batch.tested or batch.people)
         people = [replace(one, items=giver.items) for one, giver in zip(batch.people, givers)]
         swapped = TestBatch(batch.context, people, batch.queries, batch.task, batch.retrieve, batch.write_texts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +14,8 @@ from pydantic import Field, SerializeAsAny
 
 from mta.config import parse_size
 from mta.config.loader import Settings
+from mta.data.history import Item
+from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import Diverged
 from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
@@ -46,6 +50,11 @@ class Method(Settings, ABC):
         return True
 
     @property
+    def shows_history(self) -> bool:
+        """Whether prompts begin with earlier items where the bank's do: these are kept for every person."""
+        return True
+
+    @property
     def uses_other_people(self) -> bool:
         """Whether a person's result depends on items of other people, and not only through the bank."""
         return False
@@ -62,7 +71,9 @@ class Method(Settings, ABC):
         key = (type(self), self.digest, seed)
         if key not in batch.outcomes:
             _ = batch.jobs  # no method's seconds include tokenizing
-            batch.outcomes[key] = self.run(batch, seed)
+            outcome = self.run(batch, seed)
+            kept = batch.history_bytes if self.shows_history else 0.0
+            batch.outcomes[key] = replace(outcome, bytes_per_person=outcome.bytes_per_person + kept)
         return batch.outcomes[key]
 
     def scored(self, batch: TestBatch, seed: int) -> tuple[Outcome, list[PersonScore]]:
@@ -121,16 +132,28 @@ def answer(batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters]
     task, base, queries = batch.task, batch.base, [batch.queries[i] for i in people]
     memory = parse_size(batch.run.memory)
     if all(task.labels_of(item) for items in queries for item in items):
-        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters, memory=memory)]
+        asked: list[Example] = []
+        found = label_scores(base, task, queries, adapters, memory=memory, on_examples=asked.extend)
+        sizes = _prompt_tokens(asked, queries)
+        return [replace(from_scores(task, scores), prompt_tokens=size) for scores, size in zip(found, sizes)]
     jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
+    sizes = _prompt_tokens([example for job in jobs for example in job], queries)
     tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
     logliks = log_likelihood(base, jobs, adapters, memory=memory)
     nll = [-scores.double() / own for scores, own in zip(logliks, tokens)]
     if not batch.write_texts:
-        return [Answers([""] * len(items), nll=own) for items, own in zip(queries, nll)]
+        return [
+            Answers([""] * len(items), nll=own, prompt_tokens=size) for items, own, size in zip(queries, nll, sizes)
+        ]
     longest = base.prompts.answer_tokens(task)
     prompts = [base.prompts.prompt(task, item, reserve=longest).tokens for items in queries for item in items]
     owners = [person for person, items in enumerate(queries) for _ in items]
     written = iter(generate(base, prompts, owners, adapters, max_new_tokens=longest))
     texts = [[base.prompts.decode(next(written)) for _ in items] for items in queries]
-    return [Answers(mine, nll=own) for mine, own in zip(texts, nll)]
+    return [Answers(mine, nll=own, prompt_tokens=size) for mine, own, size in zip(texts, nll, sizes)]
+
+
+def _prompt_tokens(asked: Iterable[Example], queries: Sequence[Sequence[Item]]) -> list[float]:
+    """Return each person's mean length of a prompt in tokens; ``asked`` has an example for each of all queries."""
+    lengths = (len(example.prompt) for example in asked)
+    return [sum(islice(lengths, len(items))) / len(items) for items in queries]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mta.data.history import Person
+from mta.bank.calibration.info import NO_HISTORY
+from mta.data.history import Person, own_fields
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import Method, answer
 from mta.evaluation.metrics import Answers
@@ -22,6 +24,7 @@ class _Constant(Method):
 
     uses_bank: ClassVar[bool] = False
     uses_other_people: ClassVar[bool] = True
+    shows_history: ClassVar[bool] = False
 
     def fits(self, task: Task, anchors: int, calibrated: bool) -> bool:
         return task.labelled
@@ -82,6 +85,18 @@ class TaskLora(Method):
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
         return Outcome(answer(batch, range(len(batch.people)), batch.bank.task_adapters), 0.0, 0.0)
+
+
+class NoHistory(TaskLora):
+    """The pooled model, asked without the earlier items that the bank's prompts show."""
+
+    shows_history: ClassVar[bool] = False
+    method: Literal["no-history"] = "no-history"  # type: ignore[assignment]
+    name: str = NO_HISTORY
+
+    def run(self, batch: TestBatch, seed: int) -> Outcome:
+        plain = [tuple(replace(item, fields=dict(own_fields(item))) for item in items) for items in batch.queries]
+        return super().run(replace(batch, queries=plain), seed)
 
 
 def _counts(task: Task, people: Sequence[Person]) -> Tensor:

@@ -79,6 +79,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
             },
             "seconds": row.seconds,
             "bytes_per_person": row.bytes_per_person,
+            "prompt_tokens": row.prompt_tokens,
         }
         for row in comparison.rows
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU
+from mta.bank.calibration.info import ALONE, LABEL_BIAS, NO_HISTORY, OPPU
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import BETTER_LOW, KINDS
 from mta.evaluation.statistics import Comparison, Interval, better
@@ -33,6 +33,10 @@ def verdict(comparison: Comparison) -> list[str]:
         for metric in metrics:
             if difference := comparison.difference(OURS, other, metric):
                 said.append(_compared(called, metric, difference, comparison.independent))
+    for metric in metrics if NO_HISTORY in names else ():
+        if difference := comparison.difference(POOLED, NO_HISTORY, metric):
+            who = f"the {POOLED} with earlier items in its prompts"
+            said.append(_compared("the same without them", metric, difference, comparison.independent, who))
     said += _advice(comparison)
     if shares := comparison.worse_off(OURS, POOLED):
         said.append(_harm(comparison.people, *shares))
@@ -49,9 +53,10 @@ def verdict(comparison: Comparison) -> list[str]:
 def _advice(comparison: Comparison) -> list[str]:
     """Return which cheap rivals make the bank unnecessary on these data."""
     measure = comparison.yardstick
-    known = {name: d for name in CHEAP if (d := comparison.difference(OURS, name, measure))}
+    rivals = (*CHEAP, POOLED) if NO_HISTORY in comparison.names else CHEAP
+    known = {name: d for name in rivals if (d := comparison.difference(OURS, name, measure))}
     equal = [name for name, d in known.items() if judge(measure, d, comparison.independent) != "better"]
-    who = " and ".join(equal)
+    who = " and ".join("history in the prompt alone" if name == POOLED else name for name in equal)
     return [f"In {measure}, {OURS} is not clearly better than {who}: without a bank, use that."] if equal else []
 
 
@@ -92,21 +97,21 @@ def metrics_of(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys((comparison.primary, comparison.yardstick)))
 
 
-def _compared(called: str, metric: str, difference: Interval, units: int) -> str:
+def _compared(called: str, metric: str, difference: Interval, units: int, who: str = OURS) -> str:
     judgement = judge(metric, difference, units)
     gain, low, high = difference.mean, difference.low, difference.high
     if metric in BETTER_LOW:
         gain, low, high = -gain, -high, -low
     if judgement == "unclear" and metric == "NLL" and units > 1 and max(high, -low) < NOTICEABLE:
         interval = f"95% interval from {_said(high)} to {_said(low)}"
-        return f"NLL: {OURS} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
+        return f"NLL: {who} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
     if judgement == "unclear":
         mean, start, end = map(_said, (gain, low, high))
-        said = f"no clear difference between {OURS} and {called}"
-        return f"{metric}: {said}; {OURS} is {mean} on average, with a 95% interval from {start} to {end}."
+        said = f"no clear difference between {who} and {called}"
+        return f"{metric}: {said}; {who} is {mean} on average, with a 95% interval from {start} to {end}."
     least, most = (low, high) if judgement == "better" else (-high, -low)
     interval = f"95% interval {least:.3f} to {most:.3f}"
-    return f"{metric}: {OURS} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
+    return f"{metric}: {who} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
 
 
 def _said(gain: float) -> str:

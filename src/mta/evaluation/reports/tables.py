@@ -51,6 +51,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     columns["worse off"] = [f"{s[0] * people:.0f} of {people}" if s else "" for s in shares]
     columns["clearly"] = ["" if s is None or s[1] is None else f"{s[1] * people:.0f}" for s in shares]
     columns["s per person"] = [f"{row.seconds / people:.2f}" for row in comparison.rows]
+    columns["prompt tokens"] = [f"{row.prompt_tokens:.0f}" if row.prompt_tokens else "" for row in comparison.rows]
     columns["kept each"] = [human_bytes(row.bytes_per_person) for row in comparison.rows]
     filled = {head: cells for head, cells in columns.items() if any(cells)}
     return list(filled), list(map(list, zip(*filled.values())))
@@ -94,8 +95,8 @@ def show_scores(comparison: Comparison, console: Console) -> None:
     console.print(table(comparison))
     console.print(
         f"{' '.join(means)} Change: difference to {POOLED}, one model for all, with its 95% interval over people. "
-        f"Harmed: people who are clearly worse off than with {POOLED}. Time: training of all people. "
-        "Kept: bytes per person.",
+        f"Harmed: people who are clearly worse off than with {POOLED}. Prompt: tokens of a question. "
+        "Time: training of all people. Kept: bytes per person.",
         highlight=False,
     )
 
@@ -104,7 +105,7 @@ def table(comparison: Comparison) -> Table:
     """Return one row per method: scores, the change from the pooled model, people worse off, time, and bytes."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     people, metrics = comparison.people, metrics_of(comparison)
-    for title in ("method", *metrics, "change", "harmed", "time", "kept"):
+    for title in ("method", *metrics, "change", "harmed", "prompt", "time", "kept"):
         made.add_column(title, justify="left" if title == "method" else "right")
     for row in comparison.rows:
         scores = [comparison.score(row.name, metric) for metric in metrics]
@@ -114,6 +115,7 @@ def table(comparison: Comparison) -> Table:
             *(f"{score.mean:.3f}" if score else "" for score in scores),
             _change(comparison, row.name),
             f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
+            f"{row.prompt_tokens:.0f}" if row.prompt_tokens else "",
             human_seconds(row.seconds),
             human_bytes(row.bytes_per_person),
         )

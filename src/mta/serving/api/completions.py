@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from mta.data.history import Item
 from mta.errors import MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
@@ -53,7 +54,8 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 
 
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
-    asked = await service.apart_from_store(_tokenized, service, request, who, key)  # takes long for long prompts
+    earlier = await service.earlier(request, key, text=True)
+    asked = await service.apart_from_store(_tokenized, service, request, who, key, earlier)  # long prompts take long
     formatter = ResponseFormatter(request, service.name_of(who, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, asked, request, key)
     if request.stream:
@@ -66,8 +68,10 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     return JSONResponse(formatter.body([choice], usage))
 
 
-def _tokenized(service: Service, request: Request, who: ServedModel, key: Key) -> EngineRequest:
-    """Tokenize a request. Raises Refused.
+def _tokenized(
+    service: Service, request: Request, who: ServedModel, key: Key, earlier: Sequence[Item]
+) -> EngineRequest:
+    """Tokenize a request; the first turn of a user comes behind ``earlier`` items. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
     fill the remaining length.
@@ -75,7 +79,16 @@ def _tokenized(service: Service, request: Request, who: ServedModel, key: Key) -
     length, limit, prompts = service.length, service.limits.max_tokens, service.base.prompts
     if isinstance(request, ChatRequest):
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
-        prompt, most = service.chat_tokens(turns), request.max_completion_tokens or request.max_tokens
+        most = request.max_completion_tokens or request.max_tokens
+        room = length - (most or prompts.answer_tokens(service.task))
+        if earlier and (first := next((turn for turn in turns if turn["role"] == "user"), None)):
+
+            def fits(text: str) -> bool:
+                longer = [turn | {"content": text} if turn is first else turn for turn in turns]
+                return len(service.chat_tokens(longer)) <= room
+
+            first["content"] = service.behind(earlier, first["content"], fits)
+        prompt = service.chat_tokens(turns)
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
         prompt, most, top = prompts.text(request.prompt), request.max_tokens or 16, request.logprobs  # OpenAI's 16

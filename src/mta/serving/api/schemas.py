@@ -47,11 +47,16 @@ class Message(_Request):
 
 
 class ModelRequest(_Request):
-    """Fields of all requests to a model. ``fallback`` is an extension: the model that answers for an unknown person."""
+    """Fields of all requests to a model; the last two are extensions.
+
+    ``fallback`` is the model that answers for an unknown person. ``history_of`` is the person whose latest items stand
+    in front of the prompt, if the bank's prompts show some: by default the person whose model is asked, "" for nobody.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     user: str | None = None
     fallback: Literal["task", "base"] | None = None
+    history_of: Annotated[str, Field(max_length=1024)] | None = None
 
 
 class Common(ModelRequest):

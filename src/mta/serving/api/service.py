@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO
 from mta.bank.notes import parts_to_rebuild
+from mta.data.earlier import in_words
+from mta.data.history import Item
 from mta.data.tasks.task import Task
 from mta.errors import DataError, MtaError, OtherBank
 from mta.model.base import BaseModel
@@ -47,6 +49,7 @@ _WORKERS = 4  # threads that tokenize and format
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
+    ``history`` is the number of earlier items that the bank's prompts show at most.
     ``strict_bank`` is the folder and the hash of the bank in memory: it must not be served once it contains a forgotten
     person, or its folder holds another bank, which may have been built without one.
     ``sweep`` is the number of seconds between two checks for people that other processes forgot.
@@ -59,6 +62,7 @@ class Service:
     keys: Keys
     jobs: Jobs
     limits: Limits = field(default_factory=Limits)
+    history: int = 0
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
     strict_bank: tuple[Path, str] | None = None
@@ -150,6 +154,30 @@ class Service:
             return self.base.prompts.chat(turns)
         except DataError as error:
             raise Refused(error.message, hint="Send other messages.") from None
+
+    async def earlier(self, request: ModelRequest, key: Key, *, text: bool) -> tuple[Item, ...]:
+        """Return the items in front of a request's prompt, the oldest first.
+
+        A ``text`` may repeat them, so only a key that may see the person's data gets them there; for labels, the right
+        to ask the person's model is enough. Raises UnknownOrForbidden for another person in ``history_of``.
+        """
+        if not self.history:
+            return ()
+        asked, person = named(request.model, self.base.name), request.history_of
+        if person is None:
+            person = asked.person if isinstance(asked, Version) else ""
+        if person and not (key.owns(person) if text else key.may_ask(person)):
+            if request.history_of is None:
+                return ()
+            raise UnknownOrForbidden("history_of names somebody whose data this key may not use", hint="Leave it out.")
+        known = await run_in_threadpool(self.histories.of, person) if person else None
+        return known.items[-self.history :] if known else ()
+
+    def behind(self, earlier: Sequence[Item], text: str, fits: Callable[[str], bool]) -> str:
+        """Return a prompt behind as many of the ``earlier`` items as fit; the oldest are left out first."""
+        while earlier and not fits(longer := in_words(self.task, earlier) + text):
+            earlier = earlier[1:]
+        return longer if earlier else text
 
     def lock(self, person: str) -> asyncio.Lock:
         """Return the lock for changes to a person's data, so that forgetting never interleaves with another change."""
