@@ -207,8 +207,10 @@ def test_forgetting_lists_the_parts_trained_on_a_person(folder):
     assert mark_stale(folder, anchor) == ["task LoRA", "clusters", "anchor"]
     assert mark_stale(folder, "t2") == ["task LoRA"]
     assert json.loads((folder / "needs-rebuild.json").read_text()) == {
-        "needs_rebuild": ["anchor", "calibration", "clusters", "task LoRA"]
+        "needs_rebuild": ["anchor", "calibration", "clusters", "task LoRA"],
+        "forgotten": sorted(map(members.hash_of, (anchor, other, "t2"))),
     }
+    assert mark_stale(folder, anchor) == ["task LoRA", "clusters", "anchor"]  # again
 
 
 def test_forgetting_a_person_who_is_not_a_member_marks_nothing(folder):

@@ -10,6 +10,7 @@ import pytest
 from world import ANN, BOB, MEMBER, QUESTION, mta, ratings, run, tree, written
 from world import world as world  # the fixture
 
+from mta.bank.format import read_info
 from mta.cli import options
 from mta.cli.options import executor_at, open_bank
 from mta.data.history import Person
@@ -54,6 +55,22 @@ def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
     assert (said.code, "'max_tokens' cannot be changed here" in said.err) == (1, True), said.err
     said = run(*words[:-2], "calibration.people=4")
     assert (said.code, "calibration.people is 4; at least 8 are needed" in said.err) == (1, True), said.err
+
+
+def test_a_marked_anchor_is_trained_anew_without_the_person(world, tmp_path):
+    at, new = world.copy(tmp_path / "here"), tmp_path / "new"
+    rebuild = ["bank", "rebuild", at[1], world.members, "--out", new, "--json"]
+    said = run(*rebuild)
+    assert (said.code, "mta forget marks the groups of a person" in said.err) == (1, True), said.err
+    anchor = next(one["person"] for one in map(json.loads, world.members.open()) if is_anchor(at[1], one["person"]))
+    mta("forget", anchor, *at)
+    found = mta(*rebuild).json
+    assert found["hash"] != world.built.json["hash"]
+    assert "anchor" not in mta("bank", "show", new, "--json").json["needs_rebuild"]
+
+
+def is_anchor(bank, person):
+    return read_info(Path(bank)).members.trained(person, "anchor")
 
 
 def test_bank_show_prints_the_card_and_counts_the_members_without_their_hashes(world):

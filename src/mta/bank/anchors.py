@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +41,7 @@ class Roles:
     vectors: Tensor  # of ``eligible``, (U, E)
     chosen: list[int]
     calibrating: list[Person]
+    behind_anchors: list[Person]  # candidates whom anchors may learn from: the anchors, or all but those kept outside
     keeping_back: list[Person]  # candidates who keep items back, with these alone
 
     @property
@@ -53,10 +54,12 @@ class Roles:
         """The people behind the task LoRA, with the items that may be."""
         return [*self.task_people, *self.pooled_candidates, *self.held_out]
 
-    def members(self, secret: str) -> Members:
-        """Return the members of the bank; ``secret`` makes their key."""
-        groups = self.pooled, self.eligible, self.anchors, self.calibrating
-        task, eligible, anchors, calibrating = ([person.id for person in group] for group in groups)
+    def members(self, secret: str, behind: Sequence[Sequence[Person]]) -> Members:
+        """Return the members of the bank; ``secret`` makes their key, and ``behind`` are the people of each anchor."""
+        task, eligible, calibrating = (
+            [one.id for one in group] for group in (self.pooled, self.eligible, self.calibrating)
+        )
+        anchors = [[person.id for person in group] for group in behind]
         return Members.of(secret, task, eligible, anchors, calibrating, self.keeping_back)
 
 
@@ -66,8 +69,12 @@ def choose_roles(context: BuildContext) -> Roles:
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
     task, run, candidates = context.task, context.run, context.candidates
-    eligible, vectors, chosen = choose_anchors(task, context.encoder, candidates, run.bank, run.seed, context.on_step)
-    anchors, kept_back = {eligible[i].id for i in chosen}, run.task_lora.kept_back
+    outside = _outside(candidates, run) if run.bank.choose == "groups" else set()
+    eligible, vectors, chosen = choose_anchors(
+        task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
+    )
+    behind = [one for one in eligible if one.id not in outside] if outside else [eligible[i] for i in chosen]
+    anchors, kept_back = {person.id for person in behind}, run.task_lora.kept_back
     pool = [*context.task_people] if run.task_lora.enabled else []
     if kept_back is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
@@ -80,8 +87,16 @@ def choose_roles(context: BuildContext) -> Roles:
         vectors=vectors,
         chosen=chosen,
         calibrating=_calibrating(task, eligible, [*pool, *context.held_out], anchors, run),
+        behind_anchors=behind,
         keeping_back=[] if kept_back is None else [person.first(kept_back) for person in others],
     )
+
+
+def _outside(candidates: Sequence[Person], run: Run) -> set[str]:
+    """Return the candidates whom no group learns from, by hash: those to calibrate on, at most a quarter."""
+    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
+    order = sorted(able, key=lambda one: hashlib.sha256(f"{run.seed}/{one.id}".encode()).digest())
+    return {one.id for one in order[: min(run.calibration.people, len(able) // SHARE)]}
 
 
 def _calibrating(
@@ -108,8 +123,12 @@ def choose_anchors(
     settings: BankSettings,
     seed: int,
     on_step: OnStep | None = None,
+    outside: Set[str] = frozenset(),
 ) -> tuple[list[Person], Tensor, list[int]]:
-    """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
+    """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them.
+
+    People ``outside`` (ids) become no anchors.
+    """
     eligible = [person for person in candidates if len(person.items) >= settings.min_items]
     if len(eligible) < SHARE:
         raise InputError(
@@ -118,7 +137,10 @@ def choose_anchors(
             hint="Give more people, or people with more items, or lower  bank.min_items=…",
         )
     vectors = encode_people(encoder, task, eligible, settings.encode, on_step)
-    return eligible, vectors, select_anchors(eligible, vectors, settings.anchors, seed, choose=settings.choose)
+    able = [i for i, person in enumerate(eligible) if person.id not in outside]
+    choose = "active" if settings.choose == "groups" else settings.choose
+    chosen = select_anchors([eligible[i] for i in able], vectors[able], settings.first_bank, seed, choose=choose)
+    return eligible, vectors, [able[i] for i in chosen]
 
 
 def select_anchors(
@@ -159,26 +181,34 @@ def one_per_cluster(
     return sorted(min(some, key=lambda i: order(i, distances[i])) for some in rows if some)
 
 
-def train_anchors(context: BuildContext, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None) -> LoraBatch:
+def train_anchors(
+    context: BuildContext,
+    jobs: Sequence[Job],
+    plan: Plan,
+    task_lora: LoraBatch | None,
+    name: str = "anchors",
+    who: str = "",
+) -> LoraBatch:
     """Return the meta-LoRAs, one for each job. Trained cohorts are saved, so that a resumed build does not repeat them.
 
+    The files are called ``name``, and are only taken for the same people (``who``, a hash).
     Source: arXiv:2511.20072, stage 1. Raises BankError.
     """
     pieces = [
-        LoraPiece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
+        LoraPiece(f"{name}-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
         for number, cohort in enumerate(plan.cohorts)
     ]
     # Not by the whole plan: threads and the size of passes only affect rounding, and a build may move to a machine with
     # others.
-    members = json_sha256(plan.cohorts)
+    members, digest = json_sha256(plan.cohorts) + who, plan.digest + who
     results = {piece.name: context.result(members, piece.name) for piece in pieces}
     tensors = {name: saved[0] for name, result in results.items() if (saved := result.load())}
     done = sum(len(piece) for piece in pieces if piece.name in tensors)
     missing = [piece for piece in pieces if piece.name not in tensors]
-    for piece, trained in context.train(missing, plan.digest, task_lora):
+    for piece, trained in context.train(missing, digest, task_lora):
         tensors[piece.name] = trained.tensors()
         results[piece.name].save(tensors[piece.name], {})
-        context.checkpoint(plan.digest, piece.name).remove()
+        context.checkpoint(digest, piece.name).remove()
         done += len(piece)
         if not context.executor.in_process:
             context.record.step("anchors", Step(len(tensors), len(piece), done, len(jobs)))

@@ -30,6 +30,7 @@ from mta.bank.format import (
 )
 from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
+from mta.bank.rebuild import rebuild_groups
 from mta.config import CompareSettings, Run, override
 from mta.data.history import Person, check_distinct
 from mta.data.shots_and_queries import has_enough_items
@@ -208,6 +209,22 @@ class Bank:
             executor=executor,
             on_step=on_step,
         )
+        return self.open(out, base)
+
+    def rebuild_groups(
+        self,
+        base: BaseModel,
+        people: Sequence[Person],
+        out: str | Path,
+        *,
+        executor: Executor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Bank:
+        """Write a copy whose marked groups are trained anew without the people who asked to be forgotten; open it.
+
+        ``people`` hold all others of these groups. Raises as ``mta.bank.rebuild.rebuild_groups``.
+        """
+        rebuild_groups(self.folder, base, people, self.encoder(base), Path(out), executor=executor, on_step=on_step)
         return self.open(out, base)
 
     def with_calibrated_settings(self, run: Run | None = None) -> Run:

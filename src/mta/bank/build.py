@@ -14,6 +14,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import torch
+from torch.nn.functional import normalize
+
 from mta.bank.anchors import Roles, choose_roles, train_anchors
 from mta.bank.calibration.calibrate import calibrate, size_of_passes
 from mta.bank.calibration.info import CalibrationInfo
@@ -34,6 +37,7 @@ from mta.bank.format import (
     read_info,
     write_task,
 )
+from mta.bank.groups import Groups, train_groups
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
@@ -80,8 +84,8 @@ def build_bank(build: Build) -> None:
             task_lora = train_task_lora(context, trained, tested) if run.task_lora.enabled else None
             if not run.task_lora.enabled:  # of an earlier build that was begun with one
                 shutil.rmtree(context.out / TASK_LORA, ignore_errors=True)
-            calibration = _train(context, roles, jobs, plan, task_lora)
-            _finish(context, plan, roles, calibration)
+            anchors = _train(context, roles, jobs, plan, task_lora)
+            _finish(context, plan, roles, anchors, _calibrate(context, roles, anchors, task_lora))
         remove_work(context.out)  # if the build is killed before this, the next call removes the files
 
 
@@ -118,13 +122,27 @@ def _context(build: Build) -> BuildContext:
     return BuildContext(**given, keys=keys, record=record)
 
 
-def _train(
-    context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
+def _train(context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None) -> Groups:
+    """Train the anchors over the task LoRA, and write them with their vectors."""
+    if context.run.bank.choose == "groups":
+        made = train_groups(context, roles, jobs, plan, task_lora)
+    else:
+        items = [min(len(person.items), context.run.bank.max_items) for person in roles.anchors]
+        made = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], items)
+    rows = {person.id: vector for person, vector in zip(roles.eligible, roles.vectors)}
+    means = [torch.stack([rows[person.id] for person in group]).mean(0) for group in made.people]
+    vectors = torch.stack(
+        [mean if len(group) == 1 else normalize(mean, dim=0) for mean, group in zip(means, made.people)]
+    )
+    write_tensors(context.out / ANCHORS, made.loras.tensors(), {"scale": repr(made.loras.scale)})
+    write_tensors(context.out / INDEX, {"vectors": vectors})
+    return made
+
+
+def _calibrate(
+    context: BuildContext, roles: Roles, anchors: Groups, task_lora: LoraBatch | None
 ) -> CalibrationInfo | None:
-    """Train the anchors over the task LoRA, calibrate the bank on candidates who are not anchors, and write both."""
-    anchors = train_anchors(context, jobs, plan, task_lora)
-    write_tensors(context.out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-    write_tensors(context.out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
+    """Calibrate the bank on candidates who are behind no anchor."""
     (context.out / CALIBRATION).unlink(missing_ok=True)
     if not context.run.calibration.enabled:
         return None
@@ -132,7 +150,7 @@ def _train(
     calibration = calibrate(
         context.base,
         context.task,
-        anchors,
+        anchors.loras,
         task_lora,
         roles.calibrating,
         context.run,
@@ -147,7 +165,7 @@ def _train(
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
     """Raise DataError, which names person and item, for an item to be trained on that is too long."""
     used = {id(item) for item in pooled}
-    used |= {id(item) for one in roles.anchors for item in one.latest(context.run.bank.max_items).items}
+    used |= {id(item) for one in roles.behind_anchors for item in one.latest(context.run.bank.max_items).items}
     measured = measured_items(roles.calibrating, context.run.calibration)
     used |= {id(item) for parts in measured for item in chain(*parts)}
     people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
@@ -168,10 +186,12 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     return jobs, plan
 
 
-def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: CalibrationInfo | None) -> None:
+def _finish(
+    context: BuildContext, plan: Plan, roles: Roles, anchors: Groups, calibration: CalibrationInfo | None
+) -> None:
     """Write the description last: a folder with ``bank.json`` is complete."""
-    items = [len(person.items) for person in roles.anchors]
-    left_out = sum(max(n - context.run.bank.max_items, 0) for n in items)
+    items = anchors.items
+    left_out = sum(len(person.items) for group in anchors.people for person in group) - sum(items)
     cut = {"items left out": left_out, "texts shortened": plan.shortened}
     context.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
     names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
@@ -188,9 +208,10 @@ def _finish(context: BuildContext, plan: Plan, roles: Roles, calibration: Calibr
         work=context.keys.whole,
         plan=plan.digest,
         items=tuple(items),
+        people=tuple(map(len, anchors.people)),
         cut=cut,
         seconds=run_folder.seconds_of(context.out, context.keys.training),
-        members=roles.members(context.keys.secret),
+        members=roles.members(context.keys.secret, anchors.people),
         files=file_hashes(context.out, names),
         calibration=calibration,
     )

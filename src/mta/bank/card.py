@@ -42,7 +42,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
         ""
         if not info.plan
         else f"""
-| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
+| items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
 | cut | {cuts} |
 | training | {seconds} |"""
     )
@@ -50,7 +50,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
-LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, {made}
+LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, {made}
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 | | |
@@ -235,6 +235,13 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
         values["license"] = license
     values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _anchors_in_words(info: BankInfo) -> str:
+    """Return how many people are behind the anchors."""
+    if max(info.people, default=1) == 1:
+        return f"{len(info.items)} anchor people"
+    return f"{len(info.items)} groups of {min(info.people)} to {max(info.people)} people"
 
 
 def _base_note(info: BankInfo) -> str:

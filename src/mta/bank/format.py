@@ -71,6 +71,7 @@ class BankInfo(BaseModel):
     work: str
     plan: str = ""  # empty if anchors are LoRAs that were trained elsewhere
     items: tuple[int, ...]
+    people: tuple[int, ...] = ()  # behind each anchor; empty for imported LoRAs
     cut: dict[str, int] = {}
     seconds: dict[str, float] = {}
     members: Members

@@ -76,7 +76,7 @@ def import_bank(
             run=loaded,
             work=json_sha256([base.fingerprint, encoder.fingerprint, task.identity, files]),
             items=tuple(len(owner.items) if owner else 0 for owner in owners),
-            members=Members.of(secrets.token_hex(32), [], ids, ids),
+            members=Members.of(secrets.token_hex(32), [], ids, [[id] for id in ids]),
             files=file_hashes(temporary, [ANCHORS, INDEX]),
         )
         write_described(temporary, info)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cached_property
+from itertools import chain
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +23,7 @@ class MemberHashes(BaseModel):
     key: str
     task: tuple[str, ...]
     candidates: tuple[str, ...]
-    anchors: tuple[str, ...]
+    anchors: tuple[tuple[str, ...], ...]  # the people of each anchor, in the order of anchors
     calibration: tuple[str, ...] = ()
     kept_back: tuple[str, ...] = ()  # of candidates with the items that they kept back
 
@@ -51,15 +52,17 @@ class Members(BaseModel):
         secret: str,
         task: Sequence[str],
         candidates: Sequence[str],
-        anchors: Sequence[str],
+        anchors: Sequence[Sequence[str]],
         calibration: Sequence[str] = (),
         kept_back: Sequence[Person] = (),
     ) -> Members:
         """Hash ids with a key of this bank, derived from ``secret``; equal builds give equal members."""
         key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
-        groups = {"task": task, "candidates": candidates, "anchors": anchors, "calibration": calibration}
+        groups = {"task": task, "candidates": candidates, "calibration": calibration}
         groups["kept_back"] = [_with_items(person) for person in kept_back]
-        return cls.known_by(MemberHashes(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
+        hashes = {name: _all_keyed(key, ids) for name, ids in groups.items()}
+        each = tuple(_all_keyed(key, ids) for ids in anchors)
+        return cls.known_by(MemberHashes(key=key, anchors=each, **hashes))
 
     def calibrated_on(self, people: Sequence[str]) -> Members:
         """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
@@ -71,7 +74,11 @@ class Members(BaseModel):
     @classmethod
     def known_by(cls, hashed: MemberHashes) -> Members:
         """Return the members with the counts and the sha256 that ``bank.json`` holds."""
-        counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
+        counts = {
+            "task": len(hashed.task),
+            "candidates": len(hashed.candidates),
+            "anchors": sum(map(len, hashed.anchors)),
+        }
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
     @cached_property
@@ -79,7 +86,7 @@ class Members(BaseModel):
         """The hashes of the people behind each part."""
         if (known := self.hashed) is None:
             return {}
-        groups = known.task, known.candidates, known.anchors, known.calibration
+        groups = known.task, known.candidates, chain(*known.anchors), known.calibration
         return dict(zip(get_args(TrainedPart), map(frozenset, groups), strict=True))
 
     @property
@@ -93,10 +100,24 @@ class Members(BaseModel):
 
     def parts_of(self, person: str) -> list[TrainedPart]:
         """Return the parts of the bank that were trained on this person; none if the members are unknown."""
-        if self.hashed is None:
-            return []
-        mine = _keyed(self.hashed.key, person)
+        mine = self.hash_of(person)
         return [part for part, hashes in self.hashes.items() if mine in hashes]
+
+    def hash_of(self, person: str) -> str:
+        """Return the hash of a person; empty if the members are unknown."""
+        return _keyed(self.hashed.key, person) if self.hashed else ""
+
+    def without(self, gone: Set[str]) -> Members:
+        """Return the members with these people (hashes) behind no anchor."""
+        if self.hashed is None:
+            return self
+        anchors = tuple(tuple(one for one in own if one not in gone) for own in self.hashed.anchors)
+        return self.known_by(self.hashed.model_copy(update={"anchors": anchors}))
+
+    def anchors_of(self, person: str) -> list[int]:
+        """Return the numbers of the anchors that were trained on this person; none if the members are unknown."""
+        mine, anchors = self.hash_of(person), self.hashed.anchors if self.hashed else ()
+        return [number for number, hashes in enumerate(anchors) if mine in hashes]
 
     def trained(self, person: str, *parts: TrainedPart) -> bool:
         """Return whether one of these parts was trained on this person."""

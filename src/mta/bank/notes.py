@@ -17,9 +17,10 @@ _WAIT = 60.0  # seconds for another process to write one small file
 
 def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     """Note that the parts trained on this person need a rebuild, and return them. Raises BankError, BankCorrupt."""
-    parts = read_info(folder).members.parts_of(person)
-    if not set(parts) <= set(parts_to_rebuild(folder)):
-        _note(folder, STALE, parts)
+    members = read_info(folder).members
+    parts, hashed = members.parts_of(person), {members.hash_of(person)}
+    if parts and not (set(parts) <= set(parts_to_rebuild(folder)) and hashed <= forgotten_in(folder)):
+        _note(folder, STALE, parts, hashed)
     return parts
 
 
@@ -29,6 +30,12 @@ def parts_to_rebuild(folder: Path) -> list[str]:
     if isinstance(noted, dict):
         return list(noted.get("needs_rebuild", []))
     return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
+
+
+def forgotten_in(folder: Path) -> set[str]:
+    """Return the hashes of people in a bank who asked to be forgotten."""
+    noted = read_json(folder / STALE)
+    return set(noted.get("forgotten", [])) if isinstance(noted, dict) else set()
 
 
 def stale_report(folder: Path) -> BankError | None:
@@ -59,14 +66,19 @@ def published(folder: Path) -> list[str]:
 def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
     """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew. Raises BankError."""
     if parts := set(parts_to_rebuild(folder)) - {without}:
-        _note(copy, STALE, parts)
+        _note(copy, STALE, parts, forgotten_in(folder))
 
 
-def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
-    """Add entries to a list of a bank; threads and processes wait for each other. Raises BankError."""
+def _note(folder: Path, name: str, entries: Iterable[str], hashed: Iterable[str] = ()) -> None:
+    """Add entries to a list of a bank, and hashes of forgotten people; threads and processes wait for each other.
+
+    Raises BankError.
+    """
     key, listed = {STALE: ("needs_rebuild", parts_to_rebuild), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
-            write_json(folder / name, {key: sorted({*listed(folder), *entries})})
+            values = {key: sorted({*listed(folder), *entries})}
+            more = {"forgotten": sorted({*forgotten_in(folder), *hashed})} if name == STALE else {}
+            write_json(folder / name, values | more)
     except OSError as error:  # also if the lock is not free in time
         raise BankError(f"{folder / name} cannot be written: {error.strerror or error}", hint=PERMISSIONS) from None

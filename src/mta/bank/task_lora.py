@@ -59,7 +59,7 @@ def pooled_items(
     held = _held_out(people, seed) if settings.rounds > 1 and not held_out else set()
     rest = [person for person in (*people, *candidates) if _group(person) not in held]
     held_out = held_out or [person for person in people if _group(person) in held]
-    trained, tested = _pooled(rest, settings, seed), _pooled(held_out, settings, seed)
+    trained, tested = (spread(some, settings.per_person, seed) for some in (rest, held_out))
     return trained[: settings.items], tested[:_TESTED]
 
 
@@ -78,14 +78,16 @@ def _group(person: Person) -> str:
     return person.group or person.id
 
 
-def _pooled(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
+def spread(people: Sequence[Person], per_person: int, seed: int) -> list[Item]:
+    """Return at most ``per_person`` items of each person by hash: everybody's first ones come before second ones."""
+
     def draw(person: Person, place: int) -> bytes:
         return hashlib.sha256(f"{seed}/{person.id}/{place}".encode()).digest()
 
     ranked: list[tuple[int, bytes, Item]] = []
     for person in people:
         draws = sorted((draw(person, place), place) for place in range(len(person.items)))
-        ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[: settings.per_person])]
+        ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[:per_person])]
     # Each person's first item comes before any second item, so that people have similar numbers of items.
     ranked.sort(key=lambda entry: entry[:2])
     return [item for _, _, item in ranked]

@@ -138,6 +138,33 @@ def calibrate(
     _show(calibrated, json)
 
 
+@app.command()
+def rebuild(
+    bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
+    source: options.Source,
+    out: Annotated[Path, Option(help="New folder for the copy; the bank stays as it is.")],
+    device: options.Device = None,
+    columns: options.Columns = None,
+    skip_bad: options.SkipBad = None,
+    cluster: options.ClusterAt = None,
+    workers: options.Workers = None,
+    together: options.Together = None,
+    json: options.Json = False,
+) -> None:
+    """Train the groups of a bank anew that forgotten people are behind; all other groups stay.
+
+    SOURCE holds the people of these groups. The task LoRA stays: if it was trained on a forgotten person, too, the copy
+    still says so, and only a new build is without the person.
+
+    Example:  mta bank rebuild bank/ history.jsonl --out bank-2/
+    """
+    people = options.people_in(source, options.task_of(bank), columns, skip_bad)
+    base, opened, run = options.open_bank(bank, device=device)
+    with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
+        rebuilt = opened.rebuild_groups(base, people, out, executor=executor, on_step=screen.step)
+    _show(rebuilt, json)
+
+
 def _show(bank: mta.Bank, json: bool) -> None:
     from mta.bank.card import what_to_expect
 

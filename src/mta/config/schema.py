@@ -116,10 +116,20 @@ class BankSettings(Settings):
     encode: Literal["input", "both", "history"] = Field(
         default="both", description="encoders read each input, or also its answer, or the whole history as one text"
     )
-    choose: Literal["active", "central", "random"] = Field(
-        default="active", description="a cluster's anchor; paper: active"
+    choose: Literal["groups", "active", "central", "random"] = Field(
+        default="active", description="groups of people, or one person of each cluster; paper: active"
     )
+    rounds: int = Field(
+        default=1, ge=1, description="groups are formed and trained so often, while people outside gain"
+    )
+    group_items: int = Field(default=800, ge=1, description="maximum number of items of a group")
+    min_people: int = Field(default=4, ge=1, description="minimum number of people in a group")
     start: Literal["same", "own"] = Field(default="same", description="one initial A for all anchors, or one for each")
+
+    @property
+    def first_bank(self) -> int:
+        """The number of single people that a bank starts from."""
+        return self.anchors * (2 if self.choose == "groups" else 1)
 
 
 class CalibrationSettings(Settings):

@@ -50,7 +50,17 @@ def calibrate(
     working, task_lora = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     chosen = executor or LocalExecutor()
     tokens, together = size_of_passes(base, subjects, len(anchors), run, chosen.most, chosen.on_gpu)
-    worker = CalibrationWorker(base, working, task_lora, run, tokens)
+    measure = measuring(CalibrationWorker(base, working, task_lora, run, tokens), chosen, checkpoint)
+    return calibrator_of(run, task, subjects, len(anchors), measure, together, on_step).run()
+
+
+Measure = Callable[[Sequence[Probe]], Iterator[tuple[Probe, Tensor]]]
+
+
+def measuring(
+    worker: CalibrationWorker, executor: Executor, checkpoint: Callable[[str], Checkpoint] | None = None
+) -> Measure:
+    """Return a function that yields the results of probes, in any order; those in a checkpoint are not repeated."""
 
     def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
@@ -61,16 +71,29 @@ def calibrate(
                 yield piece, saved[0]["found"]
             else:
                 missing.append(piece)
-        for outcome in chosen.run(run_probe, missing, worker) if missing else ():
+        for outcome in executor.run(run_probe, missing, worker) if missing else ():
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
+    return measure
+
+
+def calibrator_of(
+    run: Run,
+    task: Task,
+    subjects: Sequence[Subject],
+    anchors: int,
+    measure: Measure,
+    together: int,
+    on_step: Callable[[Step], None] | None = None,
+) -> Calibrator:
+    """Return the calibration of a bank with a run's settings."""
     return Calibrator(
         subjects,
-        anchors=len(anchors),
+        anchors=anchors,
         settings=run.calibration,
         measure=measure,
         on_step=on_step,
@@ -78,7 +101,7 @@ def calibrate(
         rivals=rivals_of(run),
         labels=(task.labels or ()) if task.labelled else (),
         together=together,
-    ).run()
+    )
 
 
 def size_of_passes(

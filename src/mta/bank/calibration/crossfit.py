@@ -145,6 +145,19 @@ class Calibrator:
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
+    def quick_gain(self) -> float:
+        """Return the mean gain by people's own merges, near the pooled model, per token; 0 with too few people."""
+        first, _ = self.first_pass()
+        if len(self.subjects) < ENOUGH:
+            return 0.0
+        shots = of_shots(first, [one.shots for one in self.subjects])
+        rows = [torch.cat([one.gradients for one, f in zip(first, self.fold) if f == fold]) for fold in (0, 1)]
+        curvature = torch.stack([curvature_of(one) for one in rows])
+        prior = prior_of([one.gradients for one in shots], self.fold.tolist(), curvature.mean(0), RIDGE)
+        info, nothing = CalibrationInfo(ridge=RIDGE, prior=prior), torch.zeros(self.anchors).double()
+        fits = [Calibration(nothing, one, info) for one in curvature]
+        return float(self.gains(self.coefficients(fits, shots, int(self.shots.max()))).mean())
+
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
         single = self.gradients(

@@ -62,8 +62,12 @@ def solved(curvature: Tensor, ridge: float, gradients: Tensor) -> Tensor:
     """Return (F + ridge * mean(diag F) * I)^-1 g for each row g of ``gradients`` (U, N); 0 if F is 0."""
     if not bool(curvature.any()):
         return torch.zeros_like(gradients)
-    identity = torch.eye(len(curvature), dtype=curvature.dtype)
-    return torch.linalg.solve(curvature + ridge * curvature.diagonal().mean() * identity, gradients.T).T
+    return torch.linalg.solve(regular(curvature, ridge), gradients.T).T
+
+
+def regular(curvature: Tensor, ridge: float) -> Tensor:
+    """Return F + ridge * mean(diag F) * I, (N, N)."""
+    return curvature + ridge * curvature.diagonal().mean() * torch.eye(len(curvature), dtype=curvature.dtype)
 
 
 def curvature_of(gradients: Tensor) -> Tensor:

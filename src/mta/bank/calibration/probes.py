@@ -25,9 +25,9 @@ from mta.training.packing import TOKENS
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, train_loras
 
-Kind = Literal["gradients", "scores", "stacks", "labels"]
+Kind = Literal["gradients", "sums", "scores", "stacks", "labels"]
 # In forward passes over ``examples``; all labels of an item share its prompt.
-COSTS: dict[Kind, int] = {"gradients": 3, "scores": 1, "stacks": 3, "labels": 2}
+COSTS: dict[Kind, int] = {"gradients": 3, "sums": 3, "scores": 1, "stacks": 3, "labels": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Probe(Piece):
     Its result is, by kind,
 
     gradients   (examples of all people, N + 1): gradient of each single example in w, and its log-likelihood
+    sums        (U, N + 1): the same, summed over each person's examples
     scores      (U,): log-likelihood of each person's examples
     stacks      (U, rates): log-likelihood of each person's ``queries`` after one step of a LoRA at each of ``rates``
     labels      (examples of all people,): log-likelihood of each single example; ``labels`` of them are of one item
@@ -96,10 +97,14 @@ class CalibrationWorker:
     def gradients(self, piece: Probe) -> Tensor:
         people = [u for u, examples in enumerate(piece.examples) for _ in examples]
         jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
-        at = piece.w[people].to(self.base.master_dtype)
-        gates = gate_gradients(
-            self.base, jobs, self.anchors, at, self.task_adapters, tokens_per_batch=self.tokens_per_batch
-        )
+        return self._gradients(jobs, piece.w[people])
+
+    def sums(self, piece: Probe) -> Tensor:
+        return self._gradients([Job(str(i), examples) for i, examples in enumerate(piece.examples)], piece.w)
+
+    def _gradients(self, jobs: Sequence[Job], w: Tensor) -> Tensor:
+        at, tokens = w.to(self.base.master_dtype), self.tokens_per_batch
+        gates = gate_gradients(self.base, jobs, self.anchors, at, self.task_adapters, tokens_per_batch=tokens)
         return torch.cat([gates.gradients, gates.loglik[:, None]], dim=1)
 
     def scores(self, piece: Probe) -> Tensor:
@@ -143,5 +148,5 @@ def key_of(examples: Sequence[Example]) -> str:
 
 def run_probe(worker: CalibrationWorker, piece: Probe) -> Tensor:
     """Return the result of a piece of work."""
-    kinds = {"gradients": worker.gradients, "scores": worker.scores, "stacks": worker.stacks, "labels": worker.labels}
-    return kinds[piece.kind](piece)
+    result: Tensor = getattr(worker, piece.kind)(piece)
+    return result

@@ -1,0 +1,184 @@
+"""Stage 1 with groups: an anchor is a group of people who need similar coefficients, trained on all their items.
+
+One round is one step of expectation and maximization for a mixture of people:
+
+    expectation   the gradient of everybody's items in the coefficients of the bank so far, in one pass, and from it
+                  their coefficients, as the policy ``laplace`` computes them
+    assignment    k-means of these in the metric of the curvature, in which a distance is a difference in likelihood
+    maximization  one LoRA per group on items of its members, all from the same A
+
+The first bank are single people. Rounds repeat while people outside the groups gain.
+Source: our choice; docs/decisions/031-groups.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta.bank.anchors import Roles, train_anchors
+from mta.bank.calibration.calibrate import Measure, calibrator_of, measuring, size_of_passes
+from mta.bank.calibration.crossfit import RIDGE
+from mta.bank.calibration.laplace import prior_of, regular, solved
+from mta.bank.calibration.people import Subject, subjects_of
+from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
+from mta.bank.context import BuildContext
+from mta.bank.task_lora import spread
+from mta.data.earlier import as_shown
+from mta.data.history import Item, Person
+from mta.data.tasks.prompt import Example
+from mta.lora.batch import LoraBatch
+from mta.system.atomic import json_sha256
+from mta.system.progress import Step
+from mta.training.plan import Plan
+from mta.training.trainer import Job
+
+GAINS = "gains of people outside, by round"  # per token, of the first bank and of each round, in run.json
+SEEN = 24  # items of a person that the expectation reads, at most
+_TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
+
+
+class Groups(NamedTuple):
+    """The LoRAs of a bank, and the people and the number of items behind each of them."""
+
+    loras: LoraBatch
+    people: list[list[Person]]
+    items: list[int]
+
+
+def train_groups(
+    context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
+) -> Groups:
+    """Return the LoRAs of groups of ``roles.behind_anchors``; ``jobs`` and ``plan`` are those of the first bank.
+
+    Raises BankError, MemoryBudgetError.
+    """
+    run, people = context.run, roles.behind_anchors
+    best = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], [])
+    gains = [_gain_outside(context, roles, best.loras, task_lora, 0)]
+    for number in range(1, run.bank.rounds + 1):
+        halves = [_halves(context, person) for person in people]
+        w, metric = _expectation(context, halves, best.loras, task_lora, number)
+        count = min(run.bank.anchors, len(people) // run.bank.min_people)
+        groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, run.bank.min_people, run.seed)]
+        items = [spread(group, run.bank.max_items, run.seed)[: run.bank.group_items] for group in groups]
+        made = Groups(_maximization(context, groups, items, task_lora, number), groups, [len(one) for one in items])
+        gains.append(_gain_outside(context, roles, made.loras, task_lora, number))
+        if number > 1 and gains[-1] <= gains[-2]:
+            break
+        best = made
+    context.record.note(GAINS, [round(one, 5) for one in gains])
+    return best
+
+
+def _halves(context: BuildContext, person: Person) -> tuple[list[Example], list[Example]]:
+    """Return every other item of a person as examples, and the rest; at most ``SEEN`` in all."""
+    items = as_shown(context.task, [person], person.items[-SEEN:], context.run.task_lora.history)
+    examples = [context.base.prompts.example(context.task, item) for item in items]
+    return examples[::2], examples[1::2]
+
+
+def _expectation(
+    context: BuildContext,
+    halves: Sequence[tuple[list[Example], list[Example]]],
+    loras: LoraBatch,
+    task_lora: LoraBatch | None,
+    number: int,
+) -> tuple[Tensor, Tensor]:
+    """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
+    parts = [tuple(half) for both in halves for half in both]
+    measure, together = _measure(
+        context, [Subject(tuple(one), tuple(other)) for one, other in halves], loras, task_lora, ""
+    )
+    nothing, cuts = torch.zeros(len(parts), len(loras)).double(), range(0, len(parts), together)
+    pieces = [
+        Probe(f"groups-{number}-{n}", "sums", tuple(parts[n : n + together]), nothing[n : n + together]) for n in cuts
+    ]
+    results, done, every = dict[str, Tensor](), 0, COSTS["sums"] * sum(map(len, parts))
+    context.record.stage_begins()
+    for piece, result in measure(pieces):
+        results[piece.name] = result
+        done += piece.cost
+        context.record.step("groups", Step(len(results), len(piece) // 2, done, every))
+    rows = torch.cat([results[piece.name] for piece in pieces]).double().view(len(halves), 2, -1)
+    counts = torch.tensor([[len(one), len(other)] for one, other in halves]).double()
+    return coefficients_of(rows[..., :-1], counts)
+
+
+def coefficients_of(halves: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coefficients (U, N) near the pooled model from the gradients of both halves of everybody's items.
+
+    Shapes: halves (U, 2, N), each summed over a half's items; counts (U, 2), these items, at least one in each. Also
+    returns the metric (N, N), the curvature of one item's log-likelihood: the covariance of gradients within people.
+    """
+    means = halves / counts[..., None]
+    apart = (means[:, 0] - means[:, 1]) / (1 / counts).sum(1, keepdim=True).sqrt()  # as noisy as one item's gradient
+    people, _, anchors = halves.shape
+    found, share = apart.T @ apart / people, anchors / (anchors + people)
+    curvature = (1 - share) * found + share * torch.diag(found.diagonal())
+    prior = prior_of([*means], [0] * people, curvature, RIDGE) * float(counts.mean())
+    n = counts.sum(1, keepdim=True)
+    steps = solved(curvature, RIDGE, halves.sum(1) / n)
+    return n / (n + min(prior, _TRUSTED)) * steps, regular(curvature, RIDGE)
+
+
+def assigned(w: Tensor, metric: Tensor, count: int, least: int, seed: int) -> list[list[int]]:
+    """Return the rows of ``w`` (U, N) in at most ``count`` groups of at least ``least`` rows, in the order of rows.
+
+    K-means in the ``metric`` (N, N); the members of a group that is too small go to the nearest other ones.
+    """
+    from sklearn.cluster import KMeans
+
+    z = (w @ torch.linalg.cholesky(metric)).numpy()
+    means = KMeans(max(count, 1), n_init=4, random_state=seed).fit(z)
+    distances, kept = torch.from_numpy(means.transform(z)).double(), list(range(len(means.cluster_centers_)))
+    while True:
+        nearest = [kept[i] for i in distances[:, kept].argmin(dim=1).tolist()]
+        sizes = {group: nearest.count(group) for group in kept}
+        smallest = min(kept, key=lambda group: (sizes[group], group))
+        if sizes[smallest] >= least or len(kept) == 1:
+            break
+        kept.remove(smallest)
+    groups = [[row for row, group in enumerate(nearest) if group == one] for one in kept]
+    return sorted(groups)
+
+
+def _maximization(
+    context: BuildContext,
+    groups: Sequence[Sequence[Person]],
+    items: Sequence[Sequence[Item]],
+    task_lora: LoraBatch | None,
+    number: int,
+) -> LoraBatch:
+    """Return one LoRA per group, trained on its items."""
+    history, lora = context.run.task_lora.history, context.run.bank.lora
+    shown = [as_shown(context.task, people, own, history) for people, own in zip(groups, items)]
+    jobs = [context.job(f"group-{n}", own) for n, own in enumerate(shown)]
+    plan = context.plan(jobs, lora, frozen=context.run.task_lora.lora if task_lora else None)
+    who = json_sha256([[person.id for person in people] for people in groups])
+    return train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}", who=who)
+
+
+def _gain_outside(
+    context: BuildContext, roles: Roles, loras: LoraBatch, task_lora: LoraBatch | None, number: int
+) -> float:
+    """Return what people who calibrate the bank gain by a merge, per token; 0 if they are too few to measure it."""
+    subjects = subjects_of(context.base, context.task, roles.calibrating, context.run)
+    if not subjects:
+        return 0.0
+    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{number}-")
+    return calibrator_of(context.run, context.task, subjects, len(loras), measure, together).quick_gain()
+
+
+def _measure(
+    context: BuildContext, subjects: Sequence[Subject], loras: LoraBatch, task_lora: LoraBatch | None, name: str
+) -> tuple[Measure, int]:
+    """Return what computes probes of these people over the LoRAs, and how many people a probe holds."""
+    base, executor = context.base, context.executor
+    tokens, together = size_of_passes(base, subjects, len(loras), context.run, executor.most, executor.on_gpu)
+    working = loras.to(base.device, base.dtype)
+    worker = CalibrationWorker(base, working, task_lora and task_lora.to(base.device), context.run, tokens)
+    return measuring(worker, executor, lambda piece: context.result(context.training_key, name + piece)), together

@@ -1,0 +1,131 @@
+"""Train the LoRAs of groups anew without the people who asked to be forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+
+from mta.bank.card import write_described
+from mta.bank.format import ANCHORS, INDEX, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
+from mta.bank.notes import forgotten_in, pass_stale_on
+from mta.bank.task_lora import spread
+from mta.bank.worker import BankWorker, LoraPiece, train_piece
+from mta.config import parse_size
+from mta.data.earlier import as_shown
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor, LocalExecutor
+from mta.errors import BankError, InputError
+from mta.lora.batch import LoraBatch, concatenate
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder, encode_people
+from mta.model.footprint import ParameterCounts
+from mta.system.atomic import copy_file, replacing_folder, write_tensors
+from mta.system.progress import OnStep
+from mta.training.plan import parameters_of, plan_cohorts
+from mta.training.trainer import Job
+
+
+def rebuild_groups(
+    folder: Path,
+    base: BaseModel,
+    people: Sequence[Person],
+    encoder: Encoder,
+    out: Path,
+    *,
+    executor: Executor | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Write a copy of a bank to ``out`` whose marked groups are trained anew; other groups do not change.
+
+    A group is marked if somebody behind it asked to be forgotten. ``people`` hold all others of these groups. A group
+    without anybody left changes nothing any more: its LoRA is zero. The calibration is the bank's, and says so.
+    Raises InputError if no group is marked or somebody is missing, BankError, BankCorrupt, BankMismatch.
+    """
+    info = read_info(folder)
+    check_base(folder, info, base.name, base.fingerprint)
+    check_new(out)
+    groups, task = _marked(folder, info, people), Task.model_validate(info.task)
+    anchors, task_lora = read_adapters(folder, info)
+    items = {
+        n: spread(group, info.run.bank.max_items, info.run.seed)[: info.run.bank.group_items]
+        for n, group in groups.items()
+    }
+    shown = {n: as_shown(task, groups[n], own, info.run.task_lora.history) for n, own in items.items()}
+    jobs = [Job(str(n), [base.prompts.example(task, item) for item in own]) for n, own in shown.items() if own]
+    loras = _trained(base, info, jobs, task_lora, executor or LocalExecutor(), on_step)
+    with replacing_folder(out) as written:
+        for name in info.files.keys() - {ANCHORS, INDEX}:
+            copy_file(folder / name, written / name)
+        pass_stale_on(folder, written, without="anchor")
+        each = [
+            loras.get(n, anchors.select([n]).map(torch.zeros_like if n in groups else torch.clone))
+            for n in range(len(anchors))
+        ]
+        write_tensors(written / ANCHORS, concatenate(each).tensors(), {"scale": repr(anchors.scale)})
+        vectors = load_file(folder / INDEX)["vectors"]
+        for n, group in groups.items():
+            found = encode_people(encoder, task, group, info.run.bank.encode) if group else vectors[:0]
+            vectors[n] = normalize(found.sum(0), dim=0)
+        write_tensors(written / INDEX, {"vectors": vectors})
+        note = f"measured before {len(groups)} of {len(anchors)} groups were trained anew"
+        known = info.calibration and info.calibration.model_copy(update={"notes": (*info.calibration.notes, note)})
+        changed = {
+            "items": tuple(len(shown[n]) if n in groups else count for n, count in enumerate(info.items)),
+            "people": tuple(len(groups[n]) if n in groups else count for n, count in enumerate(info.people)),
+            "members": info.members.without(forgotten_in(folder)),
+            "files": info.files | file_hashes(written, [ANCHORS, INDEX]),
+            "calibration": known,
+        }
+        write_described(written, info.model_copy(update=changed))
+
+
+def _marked(folder: Path, info: BankInfo, people: Sequence[Person]) -> dict[int, list[Person]]:
+    """Return the people who are left of each marked group, by its number. Raises InputError."""
+    members, gone = info.members, forgotten_in(folder)
+    if members.hashed is None:
+        raise InputError(f"{folder} has no list of its members", hint="Rebuild the bank where it was built.")
+    left = {n: set(own) - gone for n, own in enumerate(members.hashed.anchors) if gone & set(own)}
+    if not left:
+        raise InputError(f"no group of {folder} is marked", hint="mta forget marks the groups of a person.")
+    known = {members.hash_of(person.id): person for person in people}
+    if missing := sum(len(own - known.keys()) for own in left.values()):
+        raise InputError(
+            f"{missing} people of the marked groups are not given", hint="Give the file that the bank was built from."
+        )
+    return {n: sorted((known[one] for one in own), key=lambda person: person.id) for n, own in left.items()}
+
+
+def _trained(
+    base: BaseModel,
+    info: BankInfo,
+    jobs: Sequence[Job],
+    task_lora: LoraBatch | None,
+    executor: Executor,
+    on_step: OnStep | None,
+) -> dict[int, LoraBatch]:
+    """Return the LoRAs of the groups, by number."""
+    shared = parameters_of(base, info.run.task_lora.lora) if task_lora else 0
+    plan = plan_cohorts(
+        base,
+        jobs,
+        parameters_of(base, info.run.bank.lora),
+        parse_size(info.run.memory),
+        below=ParameterCounts(task_lora=shared),
+        most=executor.most,
+        threads=executor.threads,
+        on_gpu=executor.on_gpu,
+    )
+    cohorts = [tuple(jobs[n] for n in cohort) for cohort in plan.cohorts]
+    pieces = [LoraPiece(f"groups-{n}", "anchors", own, plan.tokens_per_batch) for n, own in enumerate(cohorts)]
+    worker = BankWorker(base, info.run, task_lora and task_lora.to(base.device), on_step=on_step)
+    loras = dict[int, LoraBatch]()
+    for outcome in executor.run(train_piece, pieces, worker) if pieces else ():
+        if outcome.result is None:
+            raise BankError(f"the groups cannot be trained: {outcome.error}", hint="Fix this, and try again.")
+        loras |= {int(job.key): outcome.result.select([row]) for row, job in enumerate(outcome.piece.jobs)}
+    return loras

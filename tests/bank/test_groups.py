@@ -1,0 +1,205 @@
+"""Anchors that are groups of people: assignment, training, resuming, and who is behind them."""
+
+import shutil
+
+import pytest
+import torch
+from builds import build, changed, files_in, stopped, trained
+from conftest import HashEncoder, people_of
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import base_of
+
+from mta.bank import groups
+from mta.bank.bank import Bank
+from mta.bank.context import BuildContext
+from mta.bank.format import read_info
+from mta.bank.groups import GAINS, assigned, coefficients_of
+from mta.bank.notes import mark_stale, parts_to_rebuild
+from mta.bank.rebuild import rebuild_groups
+from mta.bank.task_lora import spread
+from mta.distributed.executor import LocalExecutor
+from mta.errors import InputError
+from mta.lora.batch import fresh
+from mta.lora.layers import Shared
+from mta.tracking.run_folder import sittings
+from mta.training.trainer import Job, train_loras
+
+RUN = changed("bank", choose="groups", rounds=1, min_people=2, anchors=3, group_items=12)
+CANDIDATES = people_of(32, items=8, prefix="somebody-c")
+
+
+def grouped(out, run=RUN, **how):
+    return build(out, candidates=CANDIDATES, run=run, **how)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return grouped(tmp_path_factory.mktemp("groups") / "bank")
+
+
+# -- assignment --------------------------------------------------------------------------------------------------------
+
+
+def metric_of(anchors):
+    return torch.eye(anchors, dtype=torch.float64)
+
+
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
+def test_everybody_is_in_one_group_and_none_is_too_small(people, count, least, seed):
+    w = torch.randn(people, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = assigned(w, metric_of(3), min(count, people), least, seed)
+    assert sorted(row for group in found for row in group) == list(range(people))
+    assert 1 <= len(found) <= count
+    assert len(found) == 1 or min(map(len, found)) >= least
+    assert found == sorted(found)
+
+
+def test_a_distance_is_measured_in_likelihood():
+    """Along a flat direction of the likelihood, people do not differ however different their coefficients are."""
+    w = torch.tensor([[0.0, 0.0], [9.0, 0.1], [0.0, 1.0], [9.0, 1.1]]).double()
+    flat = torch.diag(torch.tensor([1e-6, 1.0])).double()
+    assert assigned(w, flat, 2, 1, 0) == [[0, 1], [2, 3]]
+    assert assigned(w, metric_of(2), 2, 1, 0) == [[0, 2], [1, 3]]
+
+
+def test_coefficients_follow_what_both_halves_of_a_persons_items_agree_on():
+    generator = torch.Generator().manual_seed(0)
+    people, anchors = 400, 3
+    taste = torch.where(torch.arange(people) % 2 == 0, 1.0, -1.0).double()
+    counts = torch.randint(3, 9, (people, 2), generator=generator).double()
+    noise = torch.randn(people, 2, anchors, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5])
+    halves = noise * counts.sqrt()[..., None]
+    halves[..., 0] += taste[:, None] * counts
+    w, metric = coefficients_of(halves, counts)
+    curvature = metric - torch.eye(anchors) * 0.3 * (metric.diagonal().mean() / 1.3)
+    torch.testing.assert_close(curvature.diagonal(), torch.tensor([1.0, 4.0, 0.25]).double(), rtol=0.15, atol=0)
+    assert float((w[:, 0].sign() == taste).double().mean()) > 0.97
+    two = assigned(w, metric, 2, 4, 0)
+    assert max(sum(taste[row] > 0 for row in group) / len(group) for group in two) > 0.97
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_trained_with_others_equals_the_same_alone(tmp_path, monkeypatch):
+    jobs, plain = {}, BuildContext.job
+    monkeypatch.setattr(BuildContext, "job", lambda self, key, items: jobs.setdefault(key, plain(self, key, items)))
+    out, base = grouped(tmp_path / "bank", changed("calibration", RUN, enabled=False)), base_of()
+    bank, run = Bank.open(out, base), RUN
+    assert len(bank) > 1
+    for n in range(len(bank)):
+        job = jobs[f"group-{n}"]
+        start = fresh(base.targets, run.bank.lora.rank, run.bank.lora.scale, run.seed, ["bank"], base.master_dtype)
+        alone = train_loras(base, [job], start, run.bank.training, frozen=[Shared(bank.task_lora)], seed=run.seed)
+        for name, tensor in alone.tensors().items():
+            torch.testing.assert_close(bank.anchors.tensors()[name][n : n + 1], tensor, rtol=0, atol=1e-10)
+
+
+def test_all_but_those_who_calibrate_are_behind_groups(built):
+    info = read_info(built)
+    parts = [info.members.parts_of(person.id) for person in CANDIDATES]
+    assert sum("calibration" in one for one in parts) == 8
+    assert all(("anchor" in one) != ("calibration" in one) for one in parts)
+    assert sum(info.people) == info.members.anchors == 24
+    assert min(info.people) >= RUN.bank.min_people
+    assert max(info.items) <= RUN.bank.group_items
+    behind = [person.id for person in CANDIDATES if info.members.trained(person.id, "anchor")]
+    anchors = [info.members.anchors_of(id) for id in behind]
+    assert [anchors.count([n]) for n in range(len(info.people))] == [*info.people]
+    assert info.members.anchors_of("nobody") == []
+
+
+def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkeypatch):
+    gains = iter([0.1, 0.2, 0.15])
+    monkeypatch.setattr(groups, "_gain_outside", lambda *_: next(gains))
+    run = changed("calibration", changed("bank", RUN, rounds=3), enabled=False)
+    out = grouped(tmp_path / "three", run)
+    assert sittings(out)[-1][GAINS] == [0.1, 0.2, 0.15]
+    gains = iter([0.1, 0.2])
+    once = grouped(tmp_path / "one", changed("bank", run, rounds=1))
+    assert trained(out)["anchors.safetensors"] == trained(once)["anchors.safetensors"]
+
+
+@pytest.mark.parametrize(("stage", "at"), [("groups", 2), ("anchors", 2), ("anchors", 10), ("calibration", 1)])
+def test_a_resumed_build_equals_an_uninterrupted_one(built, tmp_path, stage, at):
+    stopped(tmp_path / "bank", stage, at, candidates=CANDIDATES, run=RUN)
+    grouped(tmp_path / "bank")
+    assert trained(tmp_path / "bank") == trained(built)
+    assert not (tmp_path / "bank" / "work").exists()
+
+
+class Backwards(LocalExecutor):
+    """Results come in another order, as from several workers."""
+
+    def run(self, function, pieces, opener):
+        return reversed(list(super().run(function, pieces, opener)))
+
+
+def test_groups_do_not_depend_on_the_order_in_which_workers_finish(built, tmp_path):
+    assert trained(grouped(tmp_path / "bank", executor=Backwards())) == trained(built)
+
+
+def test_no_file_contains_ids(built):
+    assert not [name for name, data in files_in(built).items() if b"somebody-" in data]
+
+
+# -- forgetting --------------------------------------------------------------------------------------------------------
+
+
+def forgotten(built, folder, *people):
+    shutil.copytree(built, folder)
+    for person in people:
+        mark_stale(folder, person.id)
+    return folder
+
+
+def behind(folder, number):
+    members = read_info(folder).members
+    return [person for person in CANDIDATES if number in members.anchors_of(person.id)]
+
+
+def test_only_the_groups_of_forgotten_people_are_trained_anew(built, tmp_path):
+    base, gone = base_of(), behind(built, 1)[0]
+    folder = forgotten(built, tmp_path / "bank", gone)
+    people = [person for person in CANDIDATES if person is not gone]
+    rebuild_groups(folder, base, people, HashEncoder(), tmp_path / "new")
+    old, new = Bank.open(folder, base), Bank.open(tmp_path / "new", base)
+    for name, tensor in new.anchors.tensors().items():
+        same = [torch.equal(*pair) for pair in zip(tensor, old.anchors.tensors()[name])]
+        assert [n for n, one in enumerate(same) if not one] in ([1], [])
+    assert not torch.equal(new.anchors.delta(name_of(new))[1], old.anchors.delta(name_of(old))[1])
+    left = [person for person in behind(built, 1) if person is not gone]
+    items = spread(left, RUN.bank.max_items, 0)[: RUN.bank.group_items]
+    job = Job("1", [base.prompts.example(new.task, item) for item in items])
+    start = fresh(base.targets, RUN.bank.lora.rank, RUN.bank.lora.scale, RUN.seed, ["bank"], base.master_dtype)
+    alone = train_loras(base, [job], start, RUN.bank.training, frozen=[Shared(new.task_lora)], seed=RUN.seed)
+    for name, tensor in alone.tensors().items():
+        torch.testing.assert_close(new.anchors.tensors()[name][1:2], tensor, rtol=0, atol=1e-10)
+    assert not new.info.members.trained(gone.id, "anchor")
+    assert "anchor" not in parts_to_rebuild(new.folder)
+    assert "clusters" in parts_to_rebuild(new.folder)
+    assert new.info.people[1] == old.info.people[1] - 1
+    assert "1 of" in new.info.calibration.notes[-1]
+
+
+def name_of(bank):
+    return bank.anchors.names[0]
+
+
+def test_a_group_without_anybody_left_is_zero(built, tmp_path):
+    folder, base = forgotten(built, tmp_path / "bank", *behind(built, 0)), base_of()
+    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+    new = Bank.open(tmp_path / "new", base)
+    assert not any(new.anchors.delta(name)[0].any() for name in new.anchors.names)
+    assert new.info.people[0] == 0
+
+
+def test_a_rebuild_needs_marks_and_everybody_who_is_left(built, tmp_path):
+    base, gone, other = base_of(), *behind(built, 0)[:2]
+    with pytest.raises(InputError, match=r"no group of .* is marked"):
+        rebuild_groups(built, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+    folder = forgotten(built, tmp_path / "bank", gone)
+    with pytest.raises(InputError, match="1 people of the marked groups are not given"):
+        rebuild_groups(folder, base, [one for one in CANDIDATES if one is not other], HashEncoder(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
