@@ -75,7 +75,7 @@ def run_on_everything(
         most = built.task_lora.rounds if held_out else 1
         rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), most)
         examples = built.task_lora.training.examples(trained) * (rounds if built.task_lora.enabled else 0)
-        examples += sum(built.bank.training.examples(min(items, built.bank.max_items)) for items in bank.info.items)
+        examples += sum(built.bank.training.examples(items) for items in bank.info.items)
         steps = math.ceil(examples / run.task_lora.training.batch_size)
         words += ["task_lora.rounds=1", f"task_lora.training.steps={steps}"]
     return override(run, words)

@@ -147,7 +147,7 @@ def test_people_who_share_items_with_the_bank_or_a_target_are_not_among_the_othe
     [
         (
             STRANGERS,
-            "0 of the bank's 6 anchors are among the 24 people given; all are needed",
+            "6 people behind the bank's anchors are not among the 24 people given; all are needed",
             "built from, and others",
         ),
         (CANDIDATES, "0 of 24 people are outside the bank", "was not built from, in addition to its own"),

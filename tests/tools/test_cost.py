@@ -201,3 +201,13 @@ def test_the_command_sizes_the_base_of_its_settings(tmp_path):
     for more, name in (([], "llama-2-7b"), (["--base", "llama-3-8b"], "llama-3-8b")):
         found = CliRunner().invoke(app, ["size", "--on", "h100", "--json", *words, *more])
         assert json.loads(found.stdout)["base"]["name"] == name
+
+
+def test_groups_cost_what_their_items_do_and_the_gradients_that_form_them():
+    shape = Shape.of(SMOL)
+    active, groups, twice = (
+        costs(shape, override(Run(), [f"bank.choose={how}", *words]), DataSizes())["MTA"]
+        for how, *words in (("active",), ("groups",), ("groups", "bank.rounds=2"))
+    )
+    assert active.fixed_operations < groups.fixed_operations < twice.fixed_operations
+    assert active.person_bytes == groups.person_bytes

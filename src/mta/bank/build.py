@@ -38,7 +38,7 @@ from mta.bank.format import (
     write_task,
 )
 from mta.bank.groups import Groups, train_groups
-from mta.bank.task_lora import pooled_items, train_task_lora
+from mta.bank.task_lora import pooled_items, spread, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
@@ -179,7 +179,11 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     anchors = [person.latest(run.bank.max_items) for person in shown]
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
-    plan = context.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
+    frozen = run.task_lora.lora if run.task_lora.enabled else None
+    plan = context.plan(jobs, run.bank.lora, frozen)
+    if run.bank.choose == "groups":  # somebody's: who is in which group is known later
+        items = spread(roles.behind_anchors, run.bank.max_items, run.seed)[: run.bank.group_items]
+        context.plan([context.job("group", items)], run.bank.lora, frozen)
     subjects = subjects_of(base, context.task, roles.calibrating, run)
     size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest

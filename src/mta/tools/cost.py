@@ -226,8 +226,12 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
         how, [how.shots] * how.people, how.people * how.queries, run.stack.enabled, len(rivals_of(run))
     )
     tried *= how.enabled
-    anchor_items = anchors * run.bank.training.examples(run.bank.max_items)
-    bank = task + trained(anchor_items, task_rank, rank) + scored(tried, task_rank + anchors * rank)
+    single, several = (run.bank.training.examples(items) for items in (run.bank.max_items, run.bank.group_items))
+    bank = task + trained(run.bank.first_bank * single, task_rank, rank) + scored(tried, task_rank + anchors * rank)
+    if run.bank.choose == "groups":  # full ones, whose items all give gradients before
+        first = task_rank + run.bank.first_bank * rank
+        each = trained(anchors * run.bank.group_items, first, 0) + trained(anchors * several, task_rank, rank)
+        bank += run.bank.rounds * each
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.bank.task_lora import spread as pooled_from
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.splits import draw
@@ -101,10 +102,7 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: AttackSettings
             "this bank has imported LoRAs: the items that they were trained on are unknown",
             hint="Attack a bank that mta bank build trained.",
         )
-    parts = [(person, bank.info.members.parts_of(person.id)) for person in people]
-    anchors = sorted((person for person, of in parts if "anchor" in of), key=lambda person: person.id)
-    _check_anchors(bank, anchors, len(people))
-    trained = [person.latest(bank.info.run.bank.max_items) for person in anchors]
+    trained = _trained(bank, people)
     outside = [person for person in members_and_others(bank, people)[1] if person.items]
     able = [person for person in outside if len(person.items) > settings.shots]
     count = min(settings.targets, len(able), len(outside) // 2)
@@ -126,25 +124,35 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: AttackSettings
     return AttackSample(
         [_sample(person, settings.items, seed) for person in trained],
         trained,
-        _pool(bank, people, settings.items * len(anchors), seed),
+        _pool(bank, people, settings.items * len(trained), seed),
         [person.first(2 * settings.shots) for person in targets],  # the shots, and as many later items
         [_sample(person, each, seed) for person in others],
     )
 
 
-def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
-    if len(anchors) < len(bank):
+def _trained(bank: Bank, people: Sequence[Person]) -> list[Person]:
+    """Return the items that each anchor was trained on, in the bank's order; those of a group as one person's."""
+    behind, settings, info = [list[Person]() for _ in range(len(bank))], bank.info.run.bank, bank.info
+    for person in sorted(people, key=lambda person: person.id):
+        for number in info.members.anchors_of(person.id):
+            behind[number].append(person)
+    if missing := sum(info.people) - sum(map(len, behind)):
         raise InputError(
-            f"{len(anchors)} of the bank's {len(bank)} anchors are among the {people} people given; all are needed",
+            f"{missing} people behind the bank's anchors are not among the {len(people)} people given; all are needed",
             hint="Give the people the bank was built from, and others, in one source.",
         )
-    given, built = [len(person.items) for person in anchors], list(bank.info.items)
-    if changed := sum(now != then for now, then in zip(given, built)):
+    if settings.choose == "groups":
+        items = (pooled_from(group, settings.max_items, info.run.seed)[: settings.group_items] for group in behind)
+        trained = [Person(f"group {n}", tuple(own)) for n, own in enumerate(items)]
+    else:
+        trained = [person.latest(settings.max_items) for (person,) in behind]
+    if changed := sum(len(one.items) != then for one, then in zip(trained, info.items)):
         raise InputError(
             f"{changed} of {len(bank)} anchors have other items than when the bank was built; "
             "the items that the bank was trained on are unknown",
             hint="Give the histories the bank was built from.",
         )
+    return trained
 
 
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
