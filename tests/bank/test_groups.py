@@ -111,14 +111,15 @@ def test_all_but_those_who_calibrate_are_behind_groups(built):
 
 
 def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkeypatch):
-    gains = iter([0.1, 0.2, 0.15])
+    gains = iter([0.1, 0.2, 0.15, 0.3])
     monkeypatch.setattr(groups, "_gain_outside", lambda *_: next(gains))
     run = changed("calibration", changed("bank", RUN, rounds=3), enabled=False)
-    out = grouped(tmp_path / "three", run)
+    out = grouped(tmp_path / "four", changed("bank", run, rounds=4))
     assert sittings(out)[-1][GAINS] == [0.1, 0.2, 0.15]
     gains = iter([0.1, 0.2])
-    once = grouped(tmp_path / "one", changed("bank", run, rounds=1))
-    assert trained(out)["anchors.safetensors"] == trained(once)["anchors.safetensors"]
+    twice = grouped(tmp_path / "two", changed("bank", run, rounds=2))
+    assert trained(out)["anchors.safetensors"] == trained(twice)["anchors.safetensors"]
+    assert GAINS not in sittings(grouped(tmp_path / "one", changed("bank", run, rounds=1)))[-1]
 
 
 @pytest.mark.parametrize(("stage", "at"), [("groups", 2), ("anchors", 2), ("anchors", 10), ("calibration", 1)])

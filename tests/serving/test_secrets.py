@@ -31,7 +31,7 @@ RUN = Run(
     memory="3GiB",
     max_tokens=64,
     task_lora={"enabled": False},
-    bank={"anchors": 2, "min_items": 1, "max_items": 2, "training": Training(lr=1e-4, epochs=1, batch_size=2)},
+    bank={"anchors": 2, "min_items": 2, "max_items": 2, "training": Training(lr=1e-4, epochs=1, batch_size=2)},
     merge={"policy": "uniform", "k": 0},
     stack={"lora": Lora(rank=1, alpha=16.0), "training": Training(lr=2e-3, steps=30, batch_size=2)},
 )

@@ -69,11 +69,12 @@ def choose_roles(context: BuildContext) -> Roles:
     Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
     """
     task, run, candidates = context.task, context.run, context.candidates
-    outside = _outside(candidates, run) if run.bank.choose == "groups" else set()
+    grouped = run.bank.choose == "groups"
+    outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
     eligible, vectors, chosen = choose_anchors(
         task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
     )
-    behind = [one for one in eligible if one.id not in outside] if outside else [eligible[i] for i in chosen]
+    behind = [one for one in eligible if one.id not in outside] if grouped else [eligible[i] for i in chosen]
     anchors, kept_back = {person.id for person in behind}, run.task_lora.kept_back
     pool = [*context.task_people] if run.task_lora.enabled else []
     if kept_back is not None:  # candidates with too few items for an anchor train like task people

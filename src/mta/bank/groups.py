@@ -14,6 +14,7 @@ Source: our choice; docs/decisions/031-groups.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from mta.system.progress import Step
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
-GAINS = "gains of people outside, by round"  # per token, of the first bank and of each round, in run.json
+GAINS = "gains of people outside, by round"  # per token, in run.json
 SEEN = 24  # items of a person that the expectation reads, at most
 _TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
 
@@ -58,7 +59,7 @@ def train_groups(
     """
     run, people = context.run, roles.behind_anchors
     best = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], [])
-    gains = [_gain_outside(context, roles, best.loras, task_lora, 0)]
+    gains = list[float]()
     for number in range(1, run.bank.rounds + 1):
         halves = [_halves(context, person) for person in people]
         w, metric = _expectation(context, halves, best.loras, task_lora, number)
@@ -66,11 +67,12 @@ def train_groups(
         groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, run.bank.min_people, run.seed)]
         items = [spread(group, run.bank.max_items, run.seed)[: run.bank.group_items] for group in groups]
         made = Groups(_maximization(context, groups, items, task_lora, number), groups, [len(one) for one in items])
-        gains.append(_gain_outside(context, roles, made.loras, task_lora, number))
-        if number > 1 and gains[-1] <= gains[-2]:
+        if run.bank.rounds > 1:
+            gains.append(_gain_outside(context, roles, made.loras, task_lora, number))
+            context.record.note(GAINS, [round(one, 5) for one in gains])
+        if gains[1:] and gains[-1] <= gains[-2]:
             break
         best = made
-    context.record.note(GAINS, [round(one, 5) for one in gains])
     return best
 
 
@@ -170,7 +172,13 @@ def _gain_outside(
     if not subjects:
         return 0.0
     measure, together = _measure(context, subjects, loras, task_lora, f"outside-{number}-")
-    return calibrator_of(context.run, context.task, subjects, len(loras), measure, together).quick_gain()
+    every = sum(COSTS["gradients"] * len(one.all) + COSTS["scores"] * len(one.queries) for one in subjects)
+
+    def on_step(step: Step) -> None:
+        context.record.step("gain outside", replace(step, examples_total=every))
+
+    context.record.stage_begins()
+    return calibrator_of(context.run, context.task, subjects, len(loras), measure, together, on_step).quick_gain()
 
 
 def _measure(

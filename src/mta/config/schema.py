@@ -109,7 +109,7 @@ class BankSettings(Settings):
     """Stage 1. At most a quarter of the candidates become anchors."""
 
     anchors: int = Field(default=50, ge=1, description="number of anchors, at most a quarter of the candidates")
-    min_items: int = Field(default=11, ge=1, description="minimum number of items of a candidate; paper: more than 10")
+    min_items: int = Field(default=11, ge=2, description="minimum number of items of a candidate; paper: more than 10")
     max_items: int = Field(default=200, ge=1, description="an anchor is trained on this many most recent items")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
