@@ -44,6 +44,8 @@ def test_a_label_bias_moves_the_pooled_models_answers(tiny, settings, std):
         gold = torch.tensor([task.labels.index(task.target(item)) for item in person.items])
         expected = asked + fitted_bias(shots, gold, features_of(task.labels), std)
         near(answers.scores.log_softmax(1), expected.log_softmax(1))
+        lengths = [len(base.prompts.prompt(task, query).tokens) for query in queries]
+        assert answers.prompt_tokens == sum(lengths) / len(lengths)
 
 
 def test_a_bias_without_a_gain_is_the_pooled_model(tiny):

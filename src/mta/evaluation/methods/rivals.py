@@ -13,7 +13,7 @@ from mta.bank.calibration.label_bias import features_of, fitted_bias
 from mta.config import Training, parse_size
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import adapted
-from mta.evaluation.methods.method import Method
+from mta.evaluation.methods.method import Method, answer
 from mta.evaluation.methods.plain import TaskLora
 from mta.evaluation.metrics import from_scores
 from mta.evaluation.protocol import Outcome, TestBatch
@@ -45,9 +45,11 @@ class LabelBias(Method):
         shots = label_scores(batch.base, batch.task, items, over, memory=memory)
         biases = [fitted_bias(scores, own, features, std) for scores, own in zip(shots, gold)]
         seconds = clock(batch.base.device) - start
-        asked = label_scores(batch.base, batch.task, batch.queries, over, memory=memory)
-        answers = [from_scores(batch.task, scores.double() + bias) for scores, bias in zip(asked, biases)]
-        answers = [replace(own, shots=scores) for own, scores in zip(answers, shots)]
+        answers = []
+        for asked, bias, scores in zip(answer(batch, range(len(items)), over), biases, shots):
+            assert asked.scores is not None  # the task has labels
+            biased = from_scores(batch.task, asked.scores.double() + bias)
+            answers.append(replace(biased, shots=scores, prompt_tokens=asked.prompt_tokens))
         return Outcome(answers, seconds, 4.0 * features.shape[1])
 
 
