@@ -12,9 +12,10 @@ from tiny import base_of
 
 from mta.bank import groups
 from mta.bank.bank import Bank
+from mta.bank.card import body
 from mta.bank.context import BuildContext
 from mta.bank.format import read_info
-from mta.bank.groups import GAINS, assigned, coefficients_of
+from mta.bank.groups import assigned, coefficients_of
 from mta.bank.notes import mark_stale, parts_to_rebuild
 from mta.bank.rebuild import rebuild_groups
 from mta.bank.task_lora import spread
@@ -22,7 +23,6 @@ from mta.distributed.executor import LocalExecutor
 from mta.errors import InputError
 from mta.lora.batch import fresh
 from mta.lora.layers import Shared
-from mta.tracking.run_folder import sittings
 from mta.training.trainer import Job, train_loras
 
 RUN = changed("bank", choose="groups", rounds=1, min_people=2, anchors=3, group_items=12)
@@ -110,16 +110,31 @@ def test_all_but_those_who_calibrate_are_behind_groups(built):
     assert info.members.anchors_of("nobody") == []
 
 
-def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkeypatch):
-    gains = iter([0.1, 0.2, 0.15, 0.3])
+def gaining(monkeypatch, *values):
+    gains = iter(values)
     monkeypatch.setattr(groups, "_gain_outside", lambda *_: next(gains))
-    run = changed("calibration", changed("bank", RUN, rounds=3), enabled=False)
+
+
+def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkeypatch):
+    run = changed("calibration", RUN, enabled=False)
+    gaining(monkeypatch, 0.1, 0.2, 0.15)
     out = grouped(tmp_path / "four", changed("bank", run, rounds=4))
-    assert sittings(out)[-1][GAINS] == [0.1, 0.2, 0.15]
-    gains = iter([0.1, 0.2])
+    assert [gain for _, gain in read_info(out).tried] == [0.1, 0.2, 0.15]
+    gaining(monkeypatch, 0.1, 0.2)
     twice = grouped(tmp_path / "two", changed("bank", run, rounds=2))
     assert trained(out)["anchors.safetensors"] == trained(twice)["anchors.safetensors"]
-    assert GAINS not in sittings(grouped(tmp_path / "one", changed("bank", run, rounds=1)))[-1]
+    assert read_info(grouped(tmp_path / "one", run)).tried == ()
+
+
+def test_the_number_of_groups_is_chosen_on_people_outside(tmp_path, monkeypatch):
+    run = changed("calibration", RUN, enabled=False)
+    gaining(monkeypatch, 0.1, 0.3)
+    info = read_info(grouped(tmp_path / "sizes", changed("bank", run, sizes=(1, 3))))
+    assert info.tried == ((1, 0.1), (len(info.items), 0.3))
+    assert len(info.items) > 1
+    assert f"1 groups +0.1000, {len(info.items)} groups +0.3000" in body(info)
+    gaining(monkeypatch, 0.3, 0.1)
+    assert len(read_info(grouped(tmp_path / "one", changed("bank", run, sizes=(1, 3)))).items) == 1
 
 
 @pytest.mark.parametrize(("stage", "at"), [("groups", 2), ("anchors", 2), ("anchors", 10), ("calibration", 1)])

@@ -213,6 +213,7 @@ def _finish(
         plan=plan.digest,
         items=tuple(items),
         people=tuple(map(len, anchors.people)),
+        tried=anchors.tried,
         cut=cut,
         seconds=run_folder.seconds_of(context.out, context.keys.training),
         members=roles.members(context.keys.secret, anchors.people),

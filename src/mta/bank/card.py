@@ -43,7 +43,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
         if not info.plan
         else f"""
 | items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
-| cut | {cuts} |
+| cut | {cuts} |{_sizes_tried(info)}
 | training | {seconds} |"""
     )
     gains = what_to_expect(info)
@@ -235,6 +235,12 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
         values["license"] = license
     values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _sizes_tried(info: BankInfo) -> str:
+    """Return a row of the card: what people outside gained with other numbers of groups, and in other rounds."""
+    tried = ", ".join(f"{count} groups {gain:+.4f}" for count, gain in info.tried)
+    return f"\n| tried, and the gain per token of people outside | {tried} |" if tried else ""
 
 
 def _anchors_in_words(info: BankInfo) -> str:

@@ -72,6 +72,7 @@ class BankInfo(BaseModel):
     plan: str = ""  # empty if anchors are LoRAs that were trained elsewhere
     items: tuple[int, ...]
     people: tuple[int, ...] = ()  # behind each anchor; empty for imported LoRAs
+    tried: tuple[tuple[int, float], ...] = ()  # numbers of groups, with the gain of people outside, round by round
     cut: dict[str, int] = {}
     seconds: dict[str, float] = {}
     members: Members

@@ -29,7 +29,7 @@ from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
 from mta.bank.context import BuildContext
 from mta.bank.task_lora import spread
 from mta.data.earlier import as_shown
-from mta.data.history import Item, Person
+from mta.data.history import Person
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
@@ -37,17 +37,20 @@ from mta.system.progress import Step
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
-GAINS = "gains of people outside, by round"  # per token, in run.json
 SEEN = 24  # items of a person that the expectation reads, at most
 _TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
 
 
 class Groups(NamedTuple):
-    """The LoRAs of a bank, and the people and the number of items behind each of them."""
+    """The LoRAs of a bank, and the people and the number of items behind each of them.
+
+    ``tried`` are numbers of groups that were trained, round by round, each with the gain of people outside per token.
+    """
 
     loras: LoraBatch
     people: list[list[Person]]
     items: list[int]
+    tried: tuple[tuple[int, float], ...] = ()
 
 
 def train_groups(
@@ -57,23 +60,21 @@ def train_groups(
 
     Raises BankError, MemoryBudgetError.
     """
-    run, people = context.run, roles.behind_anchors
+    settings, tried, gained = context.run.bank, list[tuple[int, float]](), float("-inf")
     best = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], [])
-    gains = list[float]()
-    for number in range(1, run.bank.rounds + 1):
-        halves = [_halves(context, person) for person in people]
-        w, metric = _expectation(context, halves, best.loras, task_lora, number)
-        count = min(run.bank.anchors, len(people) // run.bank.min_people)
-        groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, run.bank.min_people, run.seed)]
-        items = [spread(group, run.bank.max_items, run.seed)[: run.bank.group_items] for group in groups]
-        made = Groups(_maximization(context, groups, items, task_lora, number), groups, [len(one) for one in items])
-        if run.bank.rounds > 1:
-            gains.append(_gain_outside(context, roles, made.loras, task_lora, number))
-            context.record.note(GAINS, [round(one, 5) for one in gains])
-        if gains[1:] and gains[-1] <= gains[-2]:
+    for number in range(1, settings.rounds + 1):
+        known = _expectation(context, roles.behind_anchors, best.loras, task_lora, number)
+        counts = (settings.sizes or (settings.anchors,)) if number == 1 else (len(best.people),)
+        made = [_maximization(context, roles.behind_anchors, *known, count, task_lora, number) for count in counts]
+        if settings.rounds == len(counts) == 1:  # nothing to choose
+            return made[0]
+        gains = [_gain_outside(context, roles, one.loras, task_lora, number) for one in made]
+        tried += [(len(one.people), round(gain, 5)) for one, gain in zip(made, gains)]
+        winner = max(range(len(made)), key=gains.__getitem__)
+        if gains[winner] <= gained:
             break
-        best = made
-    return best
+        best, gained = made[winner], gains[winner]
+    return best._replace(tried=tuple(tried))
 
 
 def _halves(context: BuildContext, person: Person) -> tuple[list[Example], list[Example]]:
@@ -84,13 +85,10 @@ def _halves(context: BuildContext, person: Person) -> tuple[list[Example], list[
 
 
 def _expectation(
-    context: BuildContext,
-    halves: Sequence[tuple[list[Example], list[Example]]],
-    loras: LoraBatch,
-    task_lora: LoraBatch | None,
-    number: int,
+    context: BuildContext, people: Sequence[Person], loras: LoraBatch, task_lora: LoraBatch | None, number: int
 ) -> tuple[Tensor, Tensor]:
     """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
+    halves = [_halves(context, person) for person in people]
     parts = [tuple(half) for both in halves for half in both]
     measure, together = _measure(
         context, [Subject(tuple(one), tuple(other)) for one, other in halves], loras, task_lora, ""
@@ -150,18 +148,24 @@ def assigned(w: Tensor, metric: Tensor, count: int, least: int, seed: int) -> li
 
 def _maximization(
     context: BuildContext,
-    groups: Sequence[Sequence[Person]],
-    items: Sequence[Sequence[Item]],
+    people: Sequence[Person],
+    w: Tensor,
+    metric: Tensor,
+    count: int,
     task_lora: LoraBatch | None,
     number: int,
-) -> LoraBatch:
-    """Return one LoRA per group, trained on its items."""
-    history, lora = context.run.task_lora.history, context.run.bank.lora
-    shown = [as_shown(context.task, people, own, history) for people, own in zip(groups, items)]
+) -> Groups:
+    """Return at most ``count`` groups of people with similar coefficients, each with a LoRA of its own."""
+    run, settings = context.run, context.run.bank
+    count = min(count, len(people) // settings.min_people)
+    groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, settings.min_people, run.seed)]
+    items = [spread(group, settings.max_items, run.seed)[: settings.group_items] for group in groups]
+    shown = [as_shown(context.task, group, own, run.task_lora.history) for group, own in zip(groups, items)]
     jobs = [context.job(f"group-{n}", own) for n, own in enumerate(shown)]
-    plan = context.plan(jobs, lora, frozen=context.run.task_lora.lora if task_lora else None)
-    who = json_sha256([[person.id for person in people] for people in groups])
-    return train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}", who=who)
+    plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
+    who = json_sha256([[person.id for person in group] for group in groups])
+    loras = train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}-{len(groups)}", who=who)
+    return Groups(loras, groups, [len(own) for own in items])
 
 
 def _gain_outside(
@@ -171,7 +175,7 @@ def _gain_outside(
     subjects = subjects_of(context.base, context.task, roles.calibrating, context.run)
     if not subjects:
         return 0.0
-    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{number}-")
+    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{number}-{len(loras)}-")
     every = sum(COSTS["gradients"] * len(one.all) + COSTS["scores"] * len(one.queries) for one in subjects)
 
     def on_step(step: Step) -> None:

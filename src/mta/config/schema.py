@@ -122,6 +122,9 @@ class BankSettings(Settings):
     rounds: int = Field(
         default=1, ge=1, description="groups are formed and trained so often, while people outside gain"
     )
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="numbers of groups to try on people outside; empty: bank.anchors"
+    )
     group_items: int = Field(default=800, ge=1, description="maximum number of items of a group")
     min_people: int = Field(default=4, ge=1, description="minimum number of people in a group")
     start: Literal["same", "own"] = Field(default="same", description="one initial A for all anchors, or one for each")
