@@ -174,13 +174,25 @@ def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
 
 
 def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
-    info, mu = CalibrationInfo(ridge=RIDGE, prior=5.0), normal(2, N)
-    fits = [Calibration(mu[n], curvature_of(normal(30, N, seed=n)), info) for n in (0, 1)]
+    fits, priors = [(mu, curvature_of(normal(30, N, seed=n))) for n, mu in enumerate(normal(2, N))], (5.0, 2.0)
     gradients = [GateGradients(normal(6, N, seed=seed), -normal(6, seed=seed).abs()) for seed in (7, 8)]
-    found = Calibrator(known(2), N, SETTINGS, lambda pieces: []).coefficients(fits, gradients, 4)
+    found = Calibrator(known(2), N, SETTINGS, lambda pieces: []).coefficients(fits, gradients, 4, torch.tensor(priors))
     for u in (0, 1):
         sums, loglik = (part[-4:].sum(0)[None] for part in gradients[u])
-        near(found[u], fits[1 - u].coefficients(sums, loglik, torch.tensor([4]))[0])
+        fit = Calibration(*fits[1 - u], CalibrationInfo(ridge=RIDGE, prior=priors[u]))
+        near(found[u], fit.coefficients(sums, loglik, torch.tensor([4]))[0])
+
+
+def test_the_prior_is_the_multiple_that_helps_the_others(scene, monkeypatch):
+    """Everybody gains most by the weakest prior but one person, who gains so much by the strongest that all choose it."""
+    people, size = known(12), torch.tensor([1e6] + [-1.0] * 11).double()
+    monkeypatch.setattr(Calibrator, "coefficients", lambda self, fits, single, n, priors: priors[:, None].expand(-1, N))
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w[:, 0])
+    one = calibrator(scene, people)
+    priors, final = one.best_prior([], [], 4.0, 2)
+    assert final == 8.0
+    assert priors.tolist() == [0.5] + [8.0] * 11
+    assert one.best_prior([], [], BOUNDLESS, 2)[1] == BOUNDLESS
 
 
 @pytest.mark.parametrize("people", [ENOUGH + 4, ENOUGH])
@@ -238,7 +250,7 @@ def test_a_person_does_not_choose_the_newton_step_that_their_reported_gain_is_by
     size = torch.tensor([4.0] + [1.0, -0.9] * 5 + [1.0]).double()
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w.any(dim=1))
     monkeypatch.setattr(
-        Calibrator, "coefficients", lambda self, fits, *_: torch.stack([fits[f].mu for f in 1 - self.fold])
+        Calibrator, "coefficients", lambda self, fits, *_: torch.stack([fits[f][0] for f in 1 - self.fold])
     )
     people = known(12)
     steps = calibrator(scene, people)
@@ -300,7 +312,7 @@ def test_where_peoples_shots_say_nothing_nobody_gets_a_merge_of_their_own(scene,
 @pytest.mark.parametrize("gain", [math.nan, -math.inf])
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_gain_that_is_not_finite_rules_out_merges_of_ones_own(scene, monkeypatch, gain, at):
-    def own(self, fits, found, shots):
+    def own(self, fits, found, shots, priors):
         return torch.full((len(self.subjects), N), 9.0 + shots).double()
 
     def gains(self, w):

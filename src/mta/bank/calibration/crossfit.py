@@ -3,13 +3,15 @@
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
     1. merge    mu by Newton steps, each as long as the other fold's later items allow; F at mu
-    2. prior    how much people's gradients differ, compared with those of one person's shots
+    2. prior    how much people's gradients differ, compared with those of one person's shots; then some multiple of
+                that, by later items: a quadratic model of the likelihood is not exact
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
     5. rivals   what a person gains without the bank: by a LoRA's single step over the pooled model, by a label bias
 
-A person's reported gain is by what the likelihood of everybody else chooses: the lengths of the Newton steps, a merge
-of the person's own, mu, or no merge, and the stack's rate. The kept calibration averages mu and F of both folds.
+A person's reported gain is by what the likelihood of everybody else chooses: the lengths of the Newton steps, the
+multiple of the prior, a merge of the person's own, mu, or no merge, and the stack's rate. The kept calibration averages
+mu and F of both folds.
 Limit: the merges of the other fold's people come from mu and F that were fitted on this person, so these choices are
 not fully independent of the person. tests/bank/test_card_coverage.py simulates how often the intervals hold.
 Source: our choice; docs/explanation/method.md.
@@ -46,6 +48,7 @@ from mta.training.gates import GateGradients
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
+MULTIPLES = (2.0, 1.0, 0.5, 0.25, 0.125)  # of the prior
 STDS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the prior of a label bias
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
@@ -112,11 +115,12 @@ class Calibrator:
         shots = [one.shots for one in self.subjects]
         single = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
         prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
-        fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
+        fits = [*zip(mu, curvature)]
+        priors, prior = self.best_prior(fits, single, prior, typical_shots(counts))
         asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
-        merges = {n: self.coefficients(fits, single, n) for n in counts}
+        merges = {n: self.coefficients(fits, single, n, priors) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
         kind, merges, gains = self.best_kind(mu, population, merges, gains, own=prior < BOUNDLESS)
         if kind == _NO_MERGE:
@@ -154,9 +158,9 @@ class Calibrator:
         rows = [torch.cat([one.gradients for one, f in zip(first, self.fold) if f == fold]) for fold in (0, 1)]
         curvature = torch.stack([curvature_of(one) for one in rows])
         prior = prior_of([one.gradients for one in shots], self.fold.tolist(), curvature.mean(0), RIDGE)
-        info, nothing = CalibrationInfo(ridge=RIDGE, prior=prior), torch.zeros(self.anchors).double()
-        fits = [Calibration(nothing, one, info) for one in curvature]
-        return float(self.gains(self.coefficients(fits, shots, int(self.shots.max()))).mean())
+        fits, most = [(torch.zeros(self.anchors).double(), one) for one in curvature], int(self.shots.max())
+        priors, _ = self.best_prior(fits, shots, prior, most)
+        return float(self.gains(self.coefficients(fits, shots, most, priors)).mean())
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
@@ -207,6 +211,21 @@ class Calibrator:
                 break
             mu, best = mu + LENGTHS[chosen - 1] * steps, held[:, chosen]
         return mu, curvature, best, best - honest
+
+    def best_prior(
+        self, fits: Sequence[tuple[Tensor, Tensor]], single: Sequence[GateGradients], prior: float, shots: int
+    ) -> tuple[Tensor, float]:
+        """Return everybody's prior (U,), the multiple of ``prior`` that the others choose, and what all choose.
+
+        The others' later items choose it, after so many shots.
+        """
+        people = len(self.subjects)
+        if prior >= BOUNDLESS:  # people do not differ
+            return torch.full((people,), prior).double(), prior
+        priors = torch.tensor([prior * one for one in MULTIPLES]).double()
+        tried = [self.gains(self.coefficients(fits, single, shots, one.expand(people))) for one in priors]
+        chosen, final = chosen_by_others(torch.stack(tried, dim=1), self.shots >= shots, best_on_average)
+        return priors[torch.tensor(chosen)], float(priors[final])
 
     def best_kind(
         self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor], *, own: bool
@@ -261,13 +280,19 @@ class Calibrator:
             rivals.append(rival_of(name, (0.0, *RATES), gains, surely_best, *measured))
         return tuple(rivals)
 
-    def coefficients(self, fits: Sequence[Calibration], single: Sequence[GateGradients], shots: int) -> Tensor:
-        """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
+    def coefficients(
+        self, fits: Sequence[tuple[Tensor, Tensor]], single: Sequence[GateGradients], shots: int, priors: Tensor
+    ) -> Tensor:
+        """Return everybody's coefficients (U, N) by the other fold's mu and F, from gradients of their latest shots.
+
+        ``priors`` (U,) are in shots.
+        """
         made = list[Tensor]()
-        for fold, one in zip(self.fold.tolist(), single):
+        for fold, one, prior in zip(self.fold.tolist(), single, priors.tolist()):
             gradients, loglik = (part[-shots:] for part in one)
-            count = torch.tensor([len(loglik)])
-            made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
+            mu, curvature = fits[1 - fold]
+            fit = Calibration(mu, curvature, CalibrationInfo(ridge=RIDGE, prior=prior))
+            made.append(fit.coefficients(gradients.sum(0)[None], loglik.sum()[None], torch.tensor([len(loglik)])))
         return torch.cat(made)
 
     # -- passes --------------------------------------------------------------------------------------------------------
@@ -353,7 +378,7 @@ def planned_cost(
     ``shots`` are everybody's numbers of earlier items, ``queries`` all later items, ``rivals`` LoRAs without the bank.
     """
     counts, steps, every = [n for n in SHOTS if n <= settings.shots], settings.steps, sum(shots)
-    newton = (steps + 1) * COSTS["gradients"] * (every + queries) + steps * len(LENGTHS) * queries
+    newton = (steps + 1) * COSTS["gradients"] * (every + queries) + (steps * len(LENGTHS) + len(MULTIPLES)) * queries
     some = sum(min(own, n) for own in shots for n in counts)
     tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
     alone = (
