@@ -184,9 +184,9 @@ def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
 
 
 def test_the_prior_is_the_multiple_that_helps_the_others(scene, monkeypatch):
-    """Everybody gains most by the weakest prior but one person, who gains so much by the strongest that all choose it."""
+    """All but one gain most by the weakest prior, but that one gains so much by the strongest that all choose it."""
     people, size = known(12), torch.tensor([1e6] + [-1.0] * 11).double()
-    monkeypatch.setattr(Calibrator, "coefficients", lambda self, fits, single, n, priors: priors[:, None].expand(-1, N))
+    monkeypatch.setattr(Calibrator, "coefficients", lambda *given: given[4][:, None].expand(-1, N))
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w[:, 0])
     one = calibrator(scene, people)
     priors, final = one.best_prior([], [], 4.0, 2)
@@ -393,3 +393,12 @@ def test_people_are_measured_as_newcomers(task):
     (found,) = subjects_of(base, task, [person], Run(calibration=CalibrationSettings(people=1, queries=3, shots=8)))
     assert found.all == tuple(base.prompts.example(task, item) for item in person.items[:11])
     assert found.queries == found.all[8:]
+
+
+def test_where_prompts_show_all_shots_nobody_is_measured_with_fewer(scene):
+    steps = calibrator(scene, known(12))
+    counts = [gain.shots for gain in steps.run().info.gains]
+    steps = calibrator(scene, known(12))
+    steps.fewer = False
+    assert [gain.shots for gain in steps.run().info.gains] == counts[-1:]
+    assert len(counts) > 1

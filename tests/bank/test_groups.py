@@ -10,17 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
 
-from mta.bank import groups
+from mta.bank import groups, rebuild
 from mta.bank.bank import Bank
 from mta.bank.card import body
 from mta.bank.context import BuildContext
 from mta.bank.format import read_info
-from mta.bank.groups import assigned, coefficients_of
+from mta.bank.groups import assigned, coefficients_of, items_of
 from mta.bank.notes import mark_stale, parts_to_rebuild
 from mta.bank.rebuild import rebuild_groups
-from mta.bank.task_lora import spread
 from mta.distributed.executor import LocalExecutor
-from mta.errors import InputError
+from mta.errors import ConfigError, InputError
 from mta.lora.batch import fresh
 from mta.lora.layers import Shared
 from mta.training.trainer import Job, train_loras
@@ -79,6 +78,24 @@ def test_coefficients_follow_what_both_halves_of_a_persons_items_agree_on():
     assert max(sum(taste[row] > 0 for row in group) / len(group) for group in two) > 0.97
 
 
+def test_a_person_without_a_finite_gradient_spoils_nobodys_group(tmp_path, monkeypatch):
+    plain = groups.CalibrationWorker.sums
+    lost = torch.tensor([0])
+    monkeypatch.setattr(groups.CalibrationWorker, "sums", lambda *given: plain(*given).index_fill(0, lost, torch.nan))
+    info = read_info(grouped(tmp_path / "bank", changed("calibration", RUN, enabled=False)))
+    assert sum(info.people) == len(CANDIDATES)
+
+
+def test_settings_of_groups_that_cannot_be(tmp_path):
+    with pytest.raises(InputError, match=r"^3 of 4 candidates for anchors have 3 items or more"):
+        build(tmp_path / "bank", candidates=CANDIDATES[:4], run=RUN)
+    off = changed("calibration", RUN, enabled=False)
+    for how in ({"sizes": (2, 3)}, {"rounds": 2}):
+        with pytest.raises(ConfigError, match="are chosen on the people who calibrate the bank"):
+            grouped(tmp_path / "bank", changed("bank", off, **how))
+    assert not (tmp_path / "bank").exists()
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +133,7 @@ def gaining(monkeypatch, *values):
 
 
 def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkeypatch):
-    run = changed("calibration", RUN, enabled=False)
+    run = changed("calibration", RUN, steps=1)
     gaining(monkeypatch, 0.1, 0.2, 0.15)
     out = grouped(tmp_path / "four", changed("bank", run, rounds=4))
     assert [gain for _, gain in read_info(out).tried] == [0.1, 0.2, 0.15]
@@ -127,7 +144,7 @@ def test_groups_are_formed_again_only_while_people_outside_gain(tmp_path, monkey
 
 
 def test_the_number_of_groups_is_chosen_on_people_outside(tmp_path, monkeypatch):
-    run = changed("calibration", RUN, enabled=False)
+    run = changed("calibration", RUN, steps=1)
     gaining(monkeypatch, 0.1, 0.3)
     info = read_info(grouped(tmp_path / "sizes", changed("bank", run, sizes=(1, 3))))
     assert info.tried == ((1, 0.1), (len(info.items), 0.3))
@@ -186,8 +203,8 @@ def test_only_the_groups_of_forgotten_people_are_trained_anew(built, tmp_path):
         assert [n for n, one in enumerate(same) if not one] in ([1], [])
     assert not torch.equal(new.anchors.delta(name_of(new))[1], old.anchors.delta(name_of(old))[1])
     left = [person for person in behind(built, 1) if person is not gone]
-    items = spread(left, RUN.bank.max_items, 0)[: RUN.bank.group_items]
-    job = Job("1", [base.prompts.example(new.task, item) for item in items])
+    items = items_of(left, RUN)
+    job = Job("group-1", [base.prompts.example(new.task, item) for item in items])
     start = fresh(base.targets, RUN.bank.lora.rank, RUN.bank.lora.scale, RUN.seed, ["bank"], base.master_dtype)
     alone = train_loras(base, [job], start, RUN.bank.training, frozen=[Shared(new.task_lora)], seed=RUN.seed)
     for name, tensor in alone.tensors().items():
@@ -201,6 +218,16 @@ def test_only_the_groups_of_forgotten_people_are_trained_anew(built, tmp_path):
 
 def name_of(bank):
     return bank.anchors.names[0]
+
+
+def test_who_is_forgotten_during_a_rebuild_stays_marked(built, tmp_path, monkeypatch):
+    (gone, late), base, plain = (behind(built, n)[0] for n in (1, 0)), base_of(), rebuild.train_piece
+    folder = forgotten(built, tmp_path / "bank", gone)
+    monkeypatch.setattr(rebuild, "train_piece", lambda *given: mark_stale(folder, late.id) and plain(*given))
+    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+    assert "anchor" in parts_to_rebuild(tmp_path / "new")
+    members = read_info(tmp_path / "new").members
+    assert (members.trained(gone.id, "anchor"), members.trained(late.id, "anchor")) == (False, True)
 
 
 def test_a_group_without_anybody_left_is_zero(built, tmp_path):

@@ -91,7 +91,7 @@ MISTAKES = {
     ),
     "an attack without people of the bank": (
         "attack {new} --bank {bank} --out {root}/r shots=2",
-        "InputError: 0 of the bank's 2 anchors are among the 4 people given",
+        "InputError: 2 people behind the bank's anchors are not among the 4 people given",
     ),
     "an experiment on a file of people": (
         "evaluate {new} --out {root}/r",

@@ -170,11 +170,12 @@ def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeyp
     assert (said.code, message in said.err) == (1, True), said.err
 
 
-def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tmp_path):
+def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tmp_path, monkeypatch):
     """The pooled model answers from the file of earlier items; a bank of other prompts refuses it."""
     bank = tmp_path / "bank"
     mta(*world.build[:-1], bank, "task_lora.history=2", "calibration.enabled=false")
-    at = ["--bank", bank, "--store", tmp_path / "none", "--fallback", "task"]
+    monkeypatch.chdir(tmp_path)
+    at = ["--bank", bank, "--fallback", "task"]
     found = lines(mta("predict", asked, *at, "--history", world.new).out)
     base, opened, settings = open_bank(bank)
     personal = Personalizer(base, opened, run=settings)
@@ -184,3 +185,7 @@ def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tm
         assert one["shares"] == pytest.approx(personal.shares([(TASK, shown)])[0], abs=1e-5)
     said = run("predict", asked, *world.at, "--history", world.new)
     assert (said.code, "task_lora.history=8" in said.err) == (1, True)
+    said = run("predict", asked, *at, "--history", world.new, "--out", world.new)
+    assert (said.code, "is also the file of questions" in said.err) == (1, True)
+    said = run("predict", asked, "--bank", bank, "--store", "poeple", "--fallback", "task", "--history", world.new)
+    assert (said.code, "there is no store at" in said.err) == (1, True)

@@ -123,7 +123,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
     assert "probability of each answer to 'Fargo': pooled model, person A, person B." in pictures
-    assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
+    assert "Coefficients of person A: anchor 0 (4 items) 0.50" in pictures
 
 
 def test_the_people_who_were_asked_are_those_with_coefficients(written, comparison):
@@ -133,8 +133,8 @@ def test_the_people_who_were_asked_are_those_with_coefficients(written, comparis
     found = Page(written(shown=[7, 2]))
     coefficients = [alt for alt in found.alts if "Coefficients" in alt]
     assert [alt[:63] for alt in coefficients] == [
-        "Coefficients of person A: anchor 2 (6 items) 0.33, anchor 1 (6 ",
-        "Coefficients of person B: anchor 0 (6 items) 0.44, anchor 1 (6 ",
+        "Coefficients of person A: anchor 2 (4 items) 0.33, anchor 1 (4 ",
+        "Coefficients of person B: anchor 0 (4 items) 0.44, anchor 1 (4 ",
     ]
     assert "The people are the same as under the questions below." in "".join(found.text)
 

@@ -140,7 +140,7 @@ def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, mo
         learnt = ["task LoRA"] if as_task else ["task LoRA", "clusters", "anchor"]
         assert forget_person(person.id, store, bank).needs_rebuild == learnt
         assert parts_to_rebuild(bank) == sorted(learnt)
-        assert json.loads((bank / "needs-rebuild.json").read_text()) == {"needs_rebuild": sorted(learnt)}
+        assert json.loads((bank / "needs-rebuild.json").read_text())["needs_rebuild"] == sorted(learnt)
     assert traces([bank, cache], person, store) == []
 
 

@@ -1,5 +1,6 @@
 """``/v1/classify``: probabilities of all labels, with the models' names and rights of other routes."""
 
+import asyncio
 from contextlib import contextmanager
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import people_of
 from gateway import world as world  # the fixture
 
 from mta.data.earlier import in_words
+from mta.personalize.forgetting import forget_person
 
 FIELDS = [{"title": f"Film {n}", "genres": "Drama"} for n in range(11)]
 
@@ -121,7 +123,8 @@ def probs(found):
 @pytest.mark.parametrize(
     ("model", "key", "how", "items"),
     [
-        ("person:ann", "serve", {}, 3),
+        ("person:ann", "ann", {}, 3),
+        ("person:ann", "serve", {}, 0),  # it may use her model, but not see her data
         ("person:ann", "ann", {"history_of": ""}, 0),
         ("task", "ann", {"history_of": "ann"}, 3),
         ("task", "ann", {}, 0),
@@ -170,3 +173,25 @@ def test_a_text_comes_behind_earlier_items_only_for_those_who_may_read_them(worl
     with showing(world, 1):
         assert said("ann", text, "4", text) == said("admin", text, "4", text) == behind
         assert said("serve", text, "4", text) == said("ann", text, "4", text, history_of="") == plain
+
+
+def test_forgetting_drops_what_prompts_showed_to_other_models(world):
+    """Also of a person without a key, and of one whom another process forgot."""
+    slots, store = world.service.engine.scheduler.slots, world.service.store
+    for person, forget in (("zed", None), ("yan", store)):
+        with showing(world):
+            store.save_history(type(PERSON)(person, PERSON.items))
+            probs(ask(world, "admin", model="task", input="Film 7", history_of=person))
+        assert [owner for owner in owners(slots) if owner[1] == f"admin\n{person}"]
+        if forget:
+            asyncio.run(world.service.drop_forgotten_elsewhere())  # from now on
+            forget_person(person, store)
+            asyncio.run(world.service.drop_forgotten_elsewhere())
+        else:
+            with world.http("admin") as http:
+                assert http.delete(f"/v1/people/{person}").status_code == 200
+        assert not [owner for owner in owners(slots) if person in owner[1]]
+
+
+def owners(slots):
+    return [slot.owner for slot in slots._slots if slot.owner]

@@ -147,7 +147,7 @@ def test_classify_shows_the_items_that_the_store_keeps(gateway, world):
     task, personal = world.bank.task, personalizer(world.base, world.bank, world.store)
     world.store.save_history(replace(person, id="0"))
     gateway.service.history = 2
-    with gateway.http("serve") as http:
+    with gateway.http("admin") as http:
         body = {"model": "person:0", "input": task.prompt(task.asked(question))}
         found = http.post("/v1/classify", json=body, timeout=120).json()
     shown = question | {PROFILE: in_words(task, person.items[-2:])}

@@ -70,6 +70,11 @@ def choose_roles(context: BuildContext) -> Roles:
     """
     task, run, candidates = context.task, context.run, context.candidates
     grouped = run.bank.choose == "groups"
+    if grouped and not run.calibration.enabled and (len(run.bank.sizes) > 1 or run.bank.rounds > 1):
+        raise ConfigError(
+            "bank.sizes and bank.rounds are chosen on the people who calibrate the bank, and nobody does",
+            hint="Leave them out, or set calibration.enabled=true.",
+        )
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
     eligible, vectors, chosen = choose_anchors(
         task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
@@ -131,14 +136,14 @@ def choose_anchors(
     People ``outside`` (ids) become no anchors.
     """
     eligible = [person for person in candidates if len(person.items) >= settings.min_items]
-    if len(eligible) < SHARE:
+    able = [i for i, person in enumerate(eligible) if person.id not in outside]
+    if len(able) < SHARE:
         raise InputError(
-            f"{len(eligible)} of {len(candidates)} candidates for anchors have {settings.min_items} items or more; "
+            f"{len(able)} of {len(candidates)} candidates for anchors have {settings.min_items} items or more; "
             f"at least {SHARE} such people are needed, and {SHARE * settings.anchors} for {settings.anchors} anchors",
             hint="Give more people, or people with more items, or lower  bank.min_items=…",
         )
     vectors = encode_people(encoder, task, eligible, settings.encode, on_step)
-    able = [i for i, person in enumerate(eligible) if person.id not in outside]
     choose = "active" if settings.choose == "groups" else settings.choose
     chosen = select_anchors([eligible[i] for i in able], vectors[able], settings.first_bank, seed, choose=choose)
     return eligible, vectors, [able[i] for i in chosen]

@@ -37,8 +37,8 @@ from mta.bank.format import (
     read_info,
     write_task,
 )
-from mta.bank.groups import Groups, train_groups
-from mta.bank.task_lora import pooled_items, spread, train_task_lora
+from mta.bank.groups import Groups, items_of, train_groups
+from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
@@ -70,7 +70,8 @@ def build_bank(build: Build) -> None:
         return write_task(context.out, context.task)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles, run = choose_roles(context), context.run
-    context = replace(context, chosen=tuple(roles.chosen))
+    behind = [person.id for person in roles.behind_anchors] if run.bank.choose == "groups" else []
+    context = replace(context, chosen=(*roles.chosen, *behind))
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not context.task_lora else [])
     trained, tested = (as_shown(context.task, roles.pooled, items, run.task_lora.history) for items in pooled)
@@ -182,8 +183,7 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     frozen = run.task_lora.lora if run.task_lora.enabled else None
     plan = context.plan(jobs, run.bank.lora, frozen)
     if run.bank.choose == "groups":  # somebody's: who is in which group is known later
-        items = spread(roles.behind_anchors, run.bank.max_items, run.seed)[: run.bank.group_items]
-        context.plan([context.job("group", items)], run.bank.lora, frozen)
+        context.plan([context.job("group", items_of(roles.behind_anchors, run))], run.bank.lora, frozen)
     subjects = subjects_of(base, context.task, roles.calibrating, run)
     size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest

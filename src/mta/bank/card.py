@@ -69,7 +69,8 @@ import mta
 base = mta.BaseModel.load("{info.base}", "{info.run.dtype}", max_tokens={info.run.max_tokens})
 bank = mta.Bank.from_pretrained("{place}", base)
 personal = mta.Personalizer(base, bank, store="people/")
-personal.personalize(mta.read_people("newcomers.jsonl", task=bank.task))
+people = mta.read_people("newcomers.jsonl", task=bank.task)
+personal.personalize(people{", histories=people" * bool(info.run.task_lora.history)})
 personal.generate([("ann", "...")])
 ```
 

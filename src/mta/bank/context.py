@@ -91,7 +91,8 @@ class BuildContext(Build):
     _: KW_ONLY
     keys: BuildKeys
     record: RunFolder
-    chosen: tuple[int, ...] = ()  # the anchors among the eligible candidates: another device may choose others
+    # The anchors among the eligible candidates, and the ids of those in groups: another device may choose others.
+    chosen: tuple[int | str, ...] = ()
 
     @property
     def training_key(self) -> str:

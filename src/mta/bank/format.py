@@ -27,7 +27,7 @@ from mta.system.assets import cache_dir
 from mta.system.atomic import file_sha256, read_json, write_json, write_text
 from mta.tracking import run_folder
 
-SCHEMA = 4
+SCHEMA = 5
 INFO = "bank.json"
 MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from mta.bank.anchors import Roles, train_anchors
 from mta.bank.calibration.calibrate import Measure, calibrator_of, measuring, size_of_passes
-from mta.bank.calibration.crossfit import RIDGE
+from mta.bank.calibration.crossfit import MULTIPLES, RIDGE
 from mta.bank.calibration.laplace import prior_of, regular, solved
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
 from mta.bank.context import BuildContext
 from mta.bank.task_lora import spread
+from mta.config import Run
 from mta.data.earlier import as_shown
-from mta.data.history import Person
+from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
@@ -68,7 +69,7 @@ def train_groups(
         made = [_maximization(context, roles.behind_anchors, *known, count, task_lora, number) for count in counts]
         if settings.rounds == len(counts) == 1:  # nothing to choose
             return made[0]
-        gains = [_gain_outside(context, roles, one.loras, task_lora, number) for one in made]
+        gains = [_gain_outside(context, roles, one.loras, task_lora, f"{number}-{n}") for n, one in enumerate(made)]
         tried += [(len(one.people), round(gain, 5)) for one, gain in zip(made, gains)]
         winner = max(range(len(made)), key=gains.__getitem__)
         if gains[winner] <= gained:
@@ -104,6 +105,7 @@ def _expectation(
         done += piece.cost
         context.record.step("groups", Step(len(results), len(piece) // 2, done, every))
     rows = torch.cat([results[piece.name] for piece in pieces]).double().view(len(halves), 2, -1)
+    rows = rows.masked_fill(~rows.isfinite().all(dim=2).all(dim=1)[:, None, None], 0.0)  # these people like nobody
     counts = torch.tensor([[len(one), len(other)] for one, other in halves]).double()
     return coefficients_of(rows[..., :-1], counts)
 
@@ -146,6 +148,13 @@ def assigned(w: Tensor, metric: Tensor, count: int, least: int, seed: int) -> li
     return sorted(groups)
 
 
+def items_of(group: Sequence[Person], run: Run) -> list[Item]:
+    """Return the items that a group is trained on: at most ``group_items``, of everybody's latest ``max_items``."""
+    settings = run.bank
+    latest = [person.latest(settings.max_items) for person in group]
+    return spread(latest, settings.max_items, run.seed)[: settings.group_items]
+
+
 def _maximization(
     context: BuildContext,
     people: Sequence[Person],
@@ -159,7 +168,7 @@ def _maximization(
     run, settings = context.run, context.run.bank
     count = min(count, len(people) // settings.min_people)
     groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, settings.min_people, run.seed)]
-    items = [spread(group, settings.max_items, run.seed)[: settings.group_items] for group in groups]
+    items = [items_of(group, run) for group in groups]
     shown = [as_shown(context.task, group, own, run.task_lora.history) for group, own in zip(groups, items)]
     jobs = [context.job(f"group-{n}", own) for n, own in enumerate(shown)]
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
@@ -169,14 +178,15 @@ def _maximization(
 
 
 def _gain_outside(
-    context: BuildContext, roles: Roles, loras: LoraBatch, task_lora: LoraBatch | None, number: int
+    context: BuildContext, roles: Roles, loras: LoraBatch, task_lora: LoraBatch | None, name: str
 ) -> float:
     """Return what people who calibrate the bank gain by a merge, per token; 0 if they are too few to measure it."""
     subjects = subjects_of(context.base, context.task, roles.calibrating, context.run)
     if not subjects:
         return 0.0
-    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{number}-{len(loras)}-")
-    every = sum(COSTS["gradients"] * len(one.all) + COSTS["scores"] * len(one.queries) for one in subjects)
+    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{name}-")
+    scored = COSTS["scores"] * (len(MULTIPLES) + 1)
+    every = sum(COSTS["gradients"] * len(one.all) + scored * len(one.queries) for one in subjects)
 
     def on_step(step: Step) -> None:
         context.record.step("gain outside", replace(step, examples_total=every))

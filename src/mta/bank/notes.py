@@ -63,7 +63,7 @@ def published(folder: Path) -> list[str]:
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
 
 
-def pass_stale_on(folder: Path, copy: Path, without: str) -> None:
+def pass_stale_on(folder: Path, copy: Path, without: str = "") -> None:
     """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew. Raises BankError."""
     if parts := set(parts_to_rebuild(folder)) - {without}:
         _note(copy, STALE, parts, forgotten_in(folder))

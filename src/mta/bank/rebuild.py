@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from mta.bank.card import write_described
 from mta.bank.format import ANCHORS, INDEX, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
+from mta.bank.groups import items_of
 from mta.bank.notes import forgotten_in, pass_stale_on
-from mta.bank.task_lora import spread
 from mta.bank.worker import BankWorker, LoraPiece, train_piece
 from mta.config import parse_size
 from mta.data.earlier import as_shown
@@ -49,19 +49,20 @@ def rebuild_groups(
     info = read_info(folder)
     check_base(folder, info, base.name, base.fingerprint)
     check_new(out)
-    groups, task = _marked(folder, info, people), Task.model_validate(info.task)
+    gone = forgotten_in(folder)  # others, whom somebody forgets from now on, stay marked
+    groups, task = _marked(folder, info, people, gone), Task.model_validate(info.task)
     anchors, task_lora = read_adapters(folder, info)
-    items = {
-        n: spread(group, info.run.bank.max_items, info.run.seed)[: info.run.bank.group_items]
-        for n, group in groups.items()
-    }
+    items = {n: items_of(group, info.run) for n, group in groups.items()}
     shown = {n: as_shown(task, groups[n], own, info.run.task_lora.history) for n, own in items.items()}
-    jobs = [Job(str(n), [base.prompts.example(task, item) for item in own]) for n, own in shown.items() if own]
+    jobs = [Job(f"group-{n}", [base.prompts.example(task, item) for item in own]) for n, own in shown.items() if own]
     loras = _trained(base, info, jobs, task_lora, executor or LocalExecutor(), on_step)
     with replacing_folder(out) as written:
         for name in info.files.keys() - {ANCHORS, INDEX}:
             copy_file(folder / name, written / name)
-        pass_stale_on(folder, written, without="anchor")
+        if forgotten_in(folder) <= gone:
+            pass_stale_on(folder, written, without="anchor")
+        else:
+            pass_stale_on(folder, written)
         each = [
             loras.get(n, anchors.select([n]).map(torch.zeros_like if n in groups else torch.clone))
             for n in range(len(anchors))
@@ -77,16 +78,16 @@ def rebuild_groups(
         changed = {
             "items": tuple(len(shown[n]) if n in groups else count for n, count in enumerate(info.items)),
             "people": tuple(len(groups[n]) if n in groups else count for n, count in enumerate(info.people)),
-            "members": info.members.without(forgotten_in(folder)),
+            "members": info.members.without(gone),
             "files": info.files | file_hashes(written, [ANCHORS, INDEX]),
             "calibration": known,
         }
         write_described(written, info.model_copy(update=changed))
 
 
-def _marked(folder: Path, info: BankInfo, people: Sequence[Person]) -> dict[int, list[Person]]:
+def _marked(folder: Path, info: BankInfo, people: Sequence[Person], gone: set[str]) -> dict[int, list[Person]]:
     """Return the people who are left of each marked group, by its number. Raises InputError."""
-    members, gone = info.members, forgotten_in(folder)
+    members = info.members
     if members.hashed is None:
         raise InputError(f"{folder} has no list of its members", hint="Rebuild the bank where it was built.")
     left = {n: set(own) - gone for n, own in enumerate(members.hashed.anchors) if gone & set(own)}
@@ -127,5 +128,8 @@ def _trained(
     for outcome in executor.run(train_piece, pieces, worker) if pieces else ():
         if outcome.result is None:
             raise BankError(f"the groups cannot be trained: {outcome.error}", hint="Fix this, and try again.")
-        loras |= {int(job.key): outcome.result.select([row]) for row, job in enumerate(outcome.piece.jobs)}
+        loras |= {
+            int(job.key.removeprefix("group-")): outcome.result.select([row])
+            for row, job in enumerate(outcome.piece.jobs)
+        }
     return loras

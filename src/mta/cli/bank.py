@@ -153,8 +153,8 @@ def rebuild(
 ) -> None:
     """Train the groups of a bank anew that forgotten people are behind; all other groups stay.
 
-    SOURCE holds the people of these groups. The task LoRA stays: if it was trained on a forgotten person, too, the copy
-    still says so, and only a new build is without the person.
+    SOURCE holds the people of these groups. The task LoRA and the first choice of anchors stay: the copy still says
+    that a forgotten person is behind these, and only a new build is without the person.
 
     Example:  mta bank rebuild bank/ history.jsonl --out bank-2/
     """

@@ -18,6 +18,7 @@ from mta.data.readers.people import is_read
 from mta.errors import InputError
 from mta.system.atomic import check_ordinary, make_folder, write_json, write_text
 
+_STORE = "people"
 _OTHER = "Give the name of another file:  --out answers.jsonl"
 
 
@@ -32,7 +33,7 @@ def predict(
     source: options.Source,
     words: options.Words = None,
     bank: options.BankDir = Path("bank"),
-    store: options.StoreUrl = "people",
+    store: options.StoreUrl = _STORE,
     out: Annotated[
         Path | None,
         Option(help="File of answers: JSON lines, or LaMP's outputs if it ends in .json. Default: standard output."),
@@ -71,7 +72,9 @@ def predict(
         if out.is_dir():
             raise InputError(f"{out} is a folder", hint=_OTHER)
         check_ordinary(out)
-        if is_read(out, Path(os.path.expanduser(source))) or (skip_bad and out.resolve() == skip_bad.resolve()):
+        if any(is_read(out, Path(os.path.expanduser(one))) for one in (source, history) if one) or (
+            skip_bad and out.resolve() == skip_bad.resolve()
+        ):
             raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
         options.check_out(out.parent)
     task = options.task_of(bank)
@@ -111,4 +114,4 @@ def _needed(store: str, bank: mta.Bank, has_history: bool, fallback: Fallback | 
     """Return the store to open; None if there is none, and the pooled model answers from earlier items alone."""
     if has_history and not bank.history:
         raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
-    return None if has_history and fallback and not Path(store).exists() else store
+    return None if has_history and fallback and store == _STORE and not Path(store).exists() else store

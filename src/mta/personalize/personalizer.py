@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
 from mta.config import parse_size
 from mta.data.earlier import after
@@ -79,17 +80,12 @@ class Personalizer(Pipeline):
 
     def _asked(self, rows: Sequence[tuple[PersonOrModel, Question]]) -> list[Item]:
         """Return the questions as items, behind earlier items of their people. Raises DataError, StateCorrupt."""
-        task, people = self.bank.task, {who for who, _ in rows if isinstance(who, str)}
+        task, asked = self.bank.task, [(who, self.bank.task.asked(question)) for who, question in rows]
+        people = {who for who, item in asked if isinstance(who, str) and PROFILE not in item.fields}
         earlier = {who: self.earlier(who) for who in people}
-        if self.bank.history and (unknown := sum(not items for items in earlier.values())):
-            log.warning(
-                "this bank's prompts show earlier items, and those of %d of %d people are not kept: "
-                "mta personalize --keep-histories keeps them",
-                *(unknown, len(people)),
-            )
-        asked = ((who, task.asked(question)) for who, question in rows)
+        warn_of_missing(self.bank, earlier)
         return [
-            item if PROFILE in item.fields or isinstance(who, SharedModel) else after(task, item, earlier[who])
+            item if PROFILE in item.fields else after(task, item, earlier[who] if isinstance(who, str) else ())
             for who, item in asked
         ]
 
@@ -197,6 +193,16 @@ class Personalizer(Pipeline):
         states = [who if isinstance(who, SharedModel) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
+
+
+def warn_of_missing(bank: Bank, earlier: Mapping[str, Sequence[Item]]) -> None:
+    """Warn if prompts of a bank show earlier items, and none are known of some people."""
+    if bank.history and (unknown := sum(not items for items in earlier.values())):
+        log.warning(
+            "this bank's prompts show earlier items, and none are kept of %d of %d people: "
+            "mta personalize --keep-histories keeps them",
+            *(unknown, len(earlier)),
+        )
 
 
 def _warn_of_cuts(prompts: Sequence[Example]) -> None:

@@ -230,8 +230,9 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     bank = task + trained(run.bank.first_bank * single, task_rank, rank) + scored(tried, task_rank + anchors * rank)
     if run.bank.choose == "groups":  # full ones, whose items all give gradients before
         first = task_rank + run.bank.first_bank * rank
-        each = trained(anchors * run.bank.group_items, first, 0) + trained(anchors * several, task_rank, rank)
-        bank += run.bank.rounds * each
+        again = run.bank.rounds * anchors + sum(run.bank.sizes[1:])
+        bank += run.bank.rounds * trained(anchors * run.bank.group_items, first, 0)
+        bank += trained(again * several, task_rank, rank)
     merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)

@@ -18,6 +18,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel
+from mta.personalize.personalizer import warn_of_missing
 from mta.system.atomic import append_lines, json_sha256
 from mta.system.progress import OnStep, Step
 from mta.system.storage import in_threads
@@ -91,7 +92,9 @@ def predict(
     rows = [(person.id, question) for person in people for question in person.queries]
     task, prompts = personal.bank.task, personal.base.prompts
     most, of = personal.bank.history, earlier or personal.earlier
-    shown = {person.id: in_words(task, of(person.id)[-most:]) for person in people} if most else {}
+    known = {person.id: of(person.id)[-most:] for person in people} if most else {}
+    warn_of_missing(personal.bank, known)
+    shown = {id: in_words(task, items) for id, items in known.items()}
     settings = personal.run.model_dump(mode="json", exclude=set(ROUNDING_ONLY))
     scored = bool(task.labels) and not write
     longest = prompts.answer_tokens(task) if scored else personal.longest_answer(max_new_tokens)

@@ -97,6 +97,7 @@ class Chosen(Method):
     Source: our choice.
     """
 
+    shows_history: ClassVar[bool] = False  # the candidates' outcomes count it
     method: Literal["choice"] = "choice"
     name: str = "MTA, chosen"
     candidates: tuple[AnyMethod, ...] = (TaskLora(), Merged(), MergeThenAdapt())

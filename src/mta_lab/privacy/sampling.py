@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.task_lora import spread as pooled_from
+from mta.bank.groups import items_of
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
 from mta.data.splits import draw
@@ -142,8 +142,7 @@ def _trained(bank: Bank, people: Sequence[Person]) -> list[Person]:
             hint="Give the people the bank was built from, and others, in one source.",
         )
     if settings.choose == "groups":
-        items = (pooled_from(group, settings.max_items, info.run.seed)[: settings.group_items] for group in behind)
-        trained = [Person(f"group {n}", tuple(own)) for n, own in enumerate(items)]
+        trained = [Person(f"group {n}", tuple(items_of(group, info.run))) for n, group in enumerate(behind)]
     else:
         trained = [person.latest(settings.max_items) for (person,) in behind]
     if changed := sum(len(one.items) != then for one, then in zip(trained, info.items)):

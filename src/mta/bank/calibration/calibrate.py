@@ -101,6 +101,7 @@ def calibrator_of(
         rivals=rivals_of(run),
         labels=(task.labels or ()) if task.labelled else (),
         together=together,
+        fewer=not run.task_lora.history,
     )
 
 

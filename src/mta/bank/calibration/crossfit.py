@@ -61,7 +61,8 @@ class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
     ``stacks``: whether to measure stacks too. ``rivals``: name -> shape of LoRAs to measure without the bank; with
-    ``labels``, a bias on these, too. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
+    ``labels``, a bias on these, too. ``fewer``: whether to measure gains by some of people's shots, too, which is wrong
+    where prompts show the others. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
     ``pooled_loglik`` (U,) is the log-likelihood of people's later items under the pooled model, and ``tokens`` (U,)
     their target tokens.
     """
@@ -75,6 +76,7 @@ class Calibrator:
     rivals: Mapping[str, Lora] = field(default_factory=dict)
     labels: Sequence[str] = ()
     together: int = PIECE
+    fewer: bool = True
     passes: int = 0
     done: int = 0  # in forward passes of one example
     fold: Tensor = field(init=False)
@@ -116,9 +118,10 @@ class Calibrator:
         single = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
         prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
+        counts = counts if self.fewer else counts[-1:]
         fits = [*zip(mu, curvature)]
         priors, prior = self.best_prior(fits, single, prior, typical_shots(counts))
-        asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
+        asked = [n for n in SHOTS if self.fewer and n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, single, n, priors) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
@@ -158,7 +161,8 @@ class Calibrator:
         rows = [torch.cat([one.gradients for one, f in zip(first, self.fold) if f == fold]) for fold in (0, 1)]
         curvature = torch.stack([curvature_of(one) for one in rows])
         prior = prior_of([one.gradients for one in shots], self.fold.tolist(), curvature.mean(0), RIDGE)
-        fits, most = [(torch.zeros(self.anchors).double(), one) for one in curvature], int(self.shots.max())
+        fits = [(torch.zeros(self.anchors).double(), one) for one in curvature]
+        most = typical_shots([n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH])
         priors, _ = self.best_prior(fits, shots, prior, most)
         return float(self.gains(self.coefficients(fits, shots, most, priors)).mean())
 

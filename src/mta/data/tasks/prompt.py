@@ -42,8 +42,9 @@ class Example:
 class PromptFormat:
     """Formats prompts and answers for one tokenizer.
 
-    ``max_tokens`` bounds prompt and target together. Only fields in the task's ``cut`` and the text in front of a
-    prompt are shortened, from their end, the longest first; instruction and target are never changed.
+    ``max_tokens`` bounds prompt and target together. Of a text in front of a prompt, the oldest items are left out
+    first. Then fields in the task's ``cut`` are shortened, from their end, the longest first; instruction and target
+    are never changed.
     A special token in a person's text (``<|im_end|>``), or another added token that the chat template writes, is broken
     by a space, so that text cannot end a turn and continue in another role.
     """
@@ -192,8 +193,11 @@ class PromptFormat:
             excess = len(tokens) - limit
             if excess <= 0:
                 return text, tokens, cut
-            able = [name for name in (*task.form(item).cut, PROFILE) if name in fields]
-            name = max(able, key=lambda field: len(fields[field]), default=None)
+            if fields.get(PROFILE):
+                fields[PROFILE], removed = self._without_oldest(fields[PROFILE])
+                cut += removed
+                continue
+            name = max(task.form(item).cut, key=lambda field: len(fields[field]), default=None)
             if name is None or not fields[name]:
                 raise DataError(
                     f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - limit} tokens, "
@@ -202,6 +206,14 @@ class PromptFormat:
                 )
             fields[name], removed = self._shorten(fields[name], excess)
             cut += removed
+
+    def _without_oldest(self, text: str) -> tuple[str, int]:
+        """Return a text of items without the first one, or "" without another one; and the tokens that were cut."""
+        head, colon, items = text.partition(": ")
+        _, more, rest = items.partition("; ")
+        kept = head + colon + rest if more else ""
+        count = [len(self.tokenizer(one, add_special_tokens=False)["input_ids"]) for one in (text, kept)]
+        return kept, max(count[0] - count[1], 1)
 
     def _shorten(self, text: str, excess: int) -> tuple[str, int]:
         """Return the text without its last ``excess`` tokens (at least one character less), and how many were cut.

@@ -104,6 +104,8 @@ def _unnamed(settings: Any) -> Any:
 class OverMethod(Method):
     """A method that changes what another one, ``over``, gets to see."""
 
+    shows_history: ClassVar[bool] = False  # the outcome of ``over`` counts it
+
     if TYPE_CHECKING:  # a field of the subclasses: their order is part of the digest
         over: SerializeAsAny[Method]
 

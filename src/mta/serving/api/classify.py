@@ -15,10 +15,9 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from mta.data.history import Item
 from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ClassifyRequest, usage_of
-from mta.serving.api.service import Caller, Gateway, Service
+from mta.serving.api.service import Caller, Earlier, Gateway, Service
 from mta.serving.api.streaming import until_disconnect
 from mta.serving.engine import AnswerPiece, Engine, EngineRequest, Refused, ServedModel, together
 
@@ -42,10 +41,8 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     inputs = [request.input] if isinstance(request.input, str) else request.input
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
     with service.counted("classify", key, at_once):  # first: many inputs tokenize long
-        earlier = await service.earlier(request, key, text=False)
-        asked = [
-            await service.apart_from_store(_tokenized, service, text, labels, who, key, earlier) for text in inputs
-        ]
+        earlier = await service.earlier(request, key)
+        asked = [await service.apart_from_store(_tokenized, service, text, labels, who, earlier) for text in inputs]
         places = asyncio.Semaphore(at_once)
         scored = await together(_scored(service.engine, one, places) for one in asked)
     tokens, cached = sum(len(one.prompt) for one in asked), sum(piece.cached for piece in scored)
@@ -60,9 +57,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     return JSONResponse(body | {"usage": usage_of(tokens, 0, cached)})
 
 
-def _tokenized(
-    service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key, earlier: Sequence[Item]
-) -> EngineRequest:
+def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedModel, earlier: Earlier) -> EngineRequest:
     """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
     prompts = service.base.prompts
     longest = prompts.answer_tokens(service.task)
@@ -71,10 +66,12 @@ def _tokenized(
         return len(service.chat_tokens([{"role": "user", "content": text}])) + longest <= service.length
 
     EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
-    text = service.behind(earlier, text, fits)
+    text = service.behind(earlier.items, text, fits)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
-    asked = EngineRequest(examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=key.name, labels=targets)
+    asked = EngineRequest(
+        examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=earlier.asker, labels=targets
+    )
     asked.check(service.length)
     return asked
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -14,13 +14,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from mta.data.history import Item
 from mta.errors import MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.errors import error_of
 from mta.serving.api.schemas import AnswerText, ChatRequest, CompletionRequest, Request, ResponseFormatter, usage_of
-from mta.serving.api.service import Caller, Gateway, Service
+from mta.serving.api.service import Caller, Earlier, Gateway, Service
 from mta.serving.api.streaming import stream_answer, until_disconnect
 from mta.serving.engine import EngineRequest, Refused, ServedModel, person_name
 
@@ -54,8 +53,8 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 
 
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
-    earlier = await service.earlier(request, key, text=True)
-    asked = await service.apart_from_store(_tokenized, service, request, who, key, earlier)  # long prompts take long
+    earlier = await service.earlier(request, key)
+    asked = await service.apart_from_store(_tokenized, service, request, who, earlier)  # long prompts take long
     formatter = ResponseFormatter(request, service.name_of(who, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, asked, request, key)
     if request.stream:
@@ -68,9 +67,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     return JSONResponse(formatter.body([choice], usage))
 
 
-def _tokenized(
-    service: Service, request: Request, who: ServedModel, key: Key, earlier: Sequence[Item]
-) -> EngineRequest:
+def _tokenized(service: Service, request: Request, who: ServedModel, earlier: Earlier) -> EngineRequest:
     """Tokenize a request; the first turn of a user comes behind ``earlier`` items. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
@@ -81,13 +78,13 @@ def _tokenized(
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
         most = request.max_completion_tokens or request.max_tokens
         room = length - (most or prompts.answer_tokens(service.task))
-        if earlier and (first := next((turn for turn in turns if turn["role"] == "user"), None)):
+        if earlier.items and (first := next((turn for turn in turns if turn["role"] == "user"), None)):
 
             def fits(text: str) -> bool:
                 longer = [turn | {"content": text} if turn is first else turn for turn in turns]
                 return len(service.chat_tokens(longer)) <= room
 
-            first["content"] = service.behind(earlier, first["content"], fits)
+            first["content"] = service.behind(earlier.items, first["content"], fits)
         prompt = service.chat_tokens(turns)
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
@@ -105,7 +102,7 @@ def _tokenized(
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=request.seed,
         top_logprobs=top,
-        asker=key.name,
+        asker=earlier.asker,
     )
 
 

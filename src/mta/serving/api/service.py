@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec, TypeVar
+from typing import Annotated, Literal, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter, to_thread
@@ -45,6 +45,18 @@ T = TypeVar("T")
 _WORKERS = 4  # threads that tokenize and format
 
 
+class Earlier(NamedTuple):
+    """Items in front of a prompt, the oldest first, and the ``asker`` under which the engine keeps what it computes."""
+
+    items: tuple[Item, ...]
+    asker: str
+
+
+def _asker_for(key: Key, person: str) -> str:
+    """Return the asker of requests with a key that show a person's items: forgetting the person drops these."""
+    return f"{key.name}\n{person}"
+
+
 @dataclass
 class Service:
     """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
@@ -62,17 +74,18 @@ class Service:
     keys: Keys
     jobs: Jobs
     limits: Limits = field(default_factory=Limits)
-    history: int = 0
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
     strict_bank: tuple[Path, str] | None = None
     is_stale: bool = False
     sweep: float = 10.0
+    history: int = 0
     rate: Rate = field(init=False)
     forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
     _workers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_WORKERS), init=False)
     answers: Shares = field(init=False)  # open ones
+    _shown: set[str] = field(default_factory=set, init=False)  # people whose items were in prompts
     _swept: Session | None = field(default=None, init=False)  # of the latest sweep
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
@@ -155,23 +168,22 @@ class Service:
         except DataError as error:
             raise Refused(error.message, hint="Send other messages.") from None
 
-    async def earlier(self, request: ModelRequest, key: Key, *, text: bool) -> tuple[Item, ...]:
-        """Return the items in front of a request's prompt, the oldest first.
+    async def earlier(self, request: ModelRequest, key: Key) -> Earlier:
+        """Return the items in front of a request's prompt.
 
-        A ``text`` may repeat them, so only a key that may see the person's data gets them there; for labels, the right
-        to ask the person's model is enough. Raises UnknownOrForbidden for another person in ``history_of``.
+        An answer can repeat them, so only a key that may see the person's data gets them. Raises UnknownOrForbidden
+        for another person in ``history_of``.
         """
-        if not self.history:
-            return ()
         asked, person = named(request.model, self.base.name), request.history_of
         if person is None:
-            person = asked.person if isinstance(asked, Version) else ""
-        if person and not (key.owns(person) if text else key.may_ask(person)):
-            if request.history_of is None:
-                return ()
-            raise UnknownOrForbidden("history_of names somebody whose data this key may not use", hint="Leave it out.")
-        known = await run_in_threadpool(self.histories.of, person) if person else None
-        return known.items[-self.history :] if known else ()
+            person = asked.person if isinstance(asked, Version) and key.owns(asked.person) else ""
+        if not self.history or not person:
+            return Earlier((), key.name)
+        if not key.owns(person):
+            raise UnknownOrForbidden("history_of names somebody whose data this key may not see", hint="Leave it out.")
+        self._shown.add(person)
+        known = await run_in_threadpool(self.histories.of, person)
+        return Earlier(known.items[-self.history :] if known else (), _asker_for(key, person))
 
     def behind(self, earlier: Sequence[Item], text: str, fits: Callable[[str], bool]) -> str:
         """Return a prompt behind as many of the ``earlier`` items as fit; the oldest are left out first."""
@@ -228,7 +240,7 @@ class Service:
         """
         await run_in_threadpool(self.histories.drop_forgotten)
         await self.jobs.drop_forgotten()
-        owners = {key.scope for key in self.keys.keys if key.rights == "person"}
+        owners = {key.scope for key in self.keys.keys if key.rights == "person"} | self._shown
         session = await run_in_threadpool(self.store.session)
         gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
@@ -238,8 +250,9 @@ class Service:
         self._swept = session
 
     def keys_of(self, person: str) -> list[str]:
-        """Return the names of the person's own keys, under which other models were asked, too."""
-        return [key.name for key in self.keys.keys if key.rights == "person" and key.scope == person]
+        """Return the askers of what is dropped with a person: the person's own keys, and all that showed the items."""
+        own = [key.name for key in self.keys.keys if key.rights == "person" and key.scope == person]
+        return own + [_asker_for(key, person) for key in (*self.keys.keys, LOCAL)]
 
     def _removed(self, versions: Collection[Version]) -> set[Version]:
         """Return the versions that the store no longer has, or has with other content."""

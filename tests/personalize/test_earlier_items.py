@@ -117,7 +117,7 @@ def test_answers_come_behind_the_items_that_the_store_keeps(world, tmp_path, cap
         assert personal.generate([("x2", QUESTION)]) == personal.generate([("x2", by_hand)])
         assert not caplog.messages
         last = personal.score([("x4", QUESTION, "4")])
-    assert "those of 1 of 1 people are not kept" in caplog.text
+    assert "none are kept of 1 of 1 people" in caplog.text
     assert last == personal.score([("x4", QUESTION | {PROFILE: ""}, "4")])
     assert personal.score([(TASK, QUESTION, "4")]) == personal.score([(TASK, QUESTION | {PROFILE: ""}, "4")])
     shares = personal.shares([("x2", QUESTION)])
