@@ -284,6 +284,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "choice": ("A choice for each person", _compared),
     "steps": ("The stack's steps", _against),
     "controls": ("Controls: without the person's own shots, or without any model", _against),
+    "rivals": ("What a bank has to beat", _against),
     "tune": ("Settings, tried on development people", _compared),
     "oppu": ("OPPU's steps and rate, on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
