@@ -67,6 +67,10 @@ MISTAKES = {
         "compare {members} --bank {bank} --out {root}/r shots=2 queries=2",
         "InputError: none of 18 people can be tested",
     ),
+    "an experiment on people who train": (
+        "evaluate movielens --out {root}/e --on training",
+        "InputError: --on is 'training'; expected test or development",
+    ),
     "an experiment on a file of people": ("evaluate {new} --out {root}/r", "ConfigError: no recipe '{new}'"),
     "a question with half of a surrogate pair": (
         "generate Great-\ud83d --bank {bank} --store {store}",
