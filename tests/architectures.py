@@ -106,7 +106,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 LATENT = {"head_dim": 4, "num_key_value_heads": 4}  # multi-head latent attention
-KINDS_OF_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT,

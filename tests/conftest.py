@@ -213,18 +213,11 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_bank_folder(tmp_path_factory, task):
+def tiny_bank_folder(tmp_path_factory):
     """A bank of three anchors over the tiny Llama, built once."""
-    from tiny import base_of
+    from builds import build  # which imports this module
 
-    from mta.bank.build import build_bank
-    from mta.bank.context import Build
-
-    out = tmp_path_factory.mktemp("bank")
-    build_bank(
-        Build(base_of(), task, HashEncoder(), people_of(4, prefix="t"), people_of(12, prefix="c"), TINY_RUN, out)
-    )
-    return out
+    return build(tmp_path_factory.mktemp("bank"), people_of(4, prefix="t"), people_of(12, prefix="c"))
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import base_of, tokenizer
+from tiny import save_base
 
 from mta.cli import main
 from mta.system.storage import LOCK
@@ -98,12 +97,6 @@ def written(path: Path, rows) -> Path:
     return path
 
 
-def saved_base(folder: Path) -> Path:
-    base_of("llama", torch.float32).model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Return all paths with their content, except a store's lock, which is empty, and a bank's note of forgettings."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != LOCK]
@@ -136,7 +129,7 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.base = saved_base(root / "base")
+        self.base = save_base(root / "base")
         self.members = written(root / "members.jsonl", ratings("member", "hoxha", 18))
         self.new = written(root / "new.jsonl", ratings("new", "quispe", 4))
         self.bank, self.store = root / "bank", root / "people"

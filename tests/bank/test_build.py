@@ -178,10 +178,7 @@ def test_an_interrupted_build_is_not_overwritten_by_one_with_other_settings(buil
 def test_a_build_in_the_folder_of_another_process_is_refused_and_changes_nothing(tmp_path):
     stopped(tmp_path / "bank")
     before = stamps(tmp_path / "bank")
-    with (
-        FileLock(tmp_path / "bank" / ".lock"),
-        pytest.raises(InputError, match="another process is writing to"),
-    ):
+    with FileLock(tmp_path / "bank" / ".lock"), pytest.raises(InputError, match="another process is writing to"):
         build(tmp_path / "bank")
     assert stamps(tmp_path / "bank") == before
 

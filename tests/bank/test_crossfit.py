@@ -50,9 +50,19 @@ def known(people: int, shots: tuple[int, ...] = (4, 5, 6, 7, 8, 9)) -> list[Subj
 SETTINGS = CalibrationSettings(steps=1)
 
 
-def calibrator(scene, people, measure=None) -> Calibrator:
+def noting(scene, probes: list[Probe]):
+    """Measures as a calibration does, and notes what it was asked."""
     models = CalibrationWorker(*scene)
-    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [(p, run_probe(models, p)) for p in pieces]))
+
+    def measure(pieces):
+        probes.extend(pieces)
+        return [(piece, run_probe(models, piece)) for piece in pieces]
+
+    return measure
+
+
+def calibrator(scene, people, measure=None) -> Calibrator:
+    return Calibrator(people, N, SETTINGS, measure or noting(scene, []))
 
 
 def calibrated(scene, people, measure=None) -> Calibration:
@@ -81,24 +91,13 @@ def test_a_calibration_says_what_it_measured(scene):
 
 def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
     """The queries of fold 0 may change the choices of fold 1, but never the coefficients that they are scored at."""
-    scored: dict[str, list[Probe]] = {}
-
-    def recorded(name, people):
-        models = CalibrationWorker(*scene)
-        scored[name] = []
-
-        def note(pieces):
-            scored[name] += pieces
-            return [(piece, run_probe(models, piece)) for piece in pieces]
-
-        calibrated(scene, people, note)
-
-    people = known(8)
-    recorded("before", people)
-    other = random_examples(3, seed=999)
-    recorded("after", [replace(one, queries=tuple(other)) if u % 2 == 0 else one for u, one in enumerate(people)])
+    people, other = known(8), tuple(random_examples(3, seed=999))
+    changed = [replace(one, queries=other) if u % 2 == 0 else one for u, one in enumerate(people)]
+    before, after = list[Probe](), list[Probe]()
+    calibrated(scene, people, noting(scene, before))
+    calibrated(scene, changed, noting(scene, after))
     # The first Newton step of fold 0 is scored on fold 1, and that of fold 1, which did not change, on fold 0.
-    steps = [next(p for p in scored[name] if p.kind == "scores") for name in ("before", "after")]
+    steps = [next(p for p in probes if p.kind == "scores") for probes in (before, after)]
     near(steps[0].w[::2], steps[1].w[::2])
     assert not torch.allclose(steps[0].w[1::2], steps[1].w[1::2])
 
@@ -108,13 +107,8 @@ def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(w > 5, -1.0, w.abs()).sum(1))
     own = Calibrator.coefficients
     monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + own(*words))  # never better than mu
-    people, models, probes = known(12), CalibrationWorker(*scene), list[Probe]()
-
-    def note(pieces):
-        probes.extend(pieces)
-        return [(piece, run_probe(models, piece)) for piece in pieces]
-
-    calibrated(scene, people, note)
+    people, probes = known(12), list[Probe]()
+    calibrated(scene, people, noting(scene, probes))
     steps = calibrator(scene, people)
     mu, *_ = steps.best_merge(steps.first_pass()[0])
     assert not torch.allclose(mu[0], mu[1])
@@ -237,14 +231,6 @@ NOTHING = torch.zeros(10).double()
 MERGES = {n: torch.zeros(10, N).double() for n in (1, 8)}
 
 
-def test_no_gain_is_promised_without_shots(scene, monkeypatch):
-    """A person without a state gets the pooled model, not mu."""
-    monkeypatch.setattr(Calibrator, "gains", lambda self, w: w.abs().sum(1))
-    found = calibrated(scene, known(12))
-    assert bool(found.mu.any())
-    assert [gain.shots for gain in found.info.gains] == [1, 4]
-
-
 def test_a_person_does_not_choose_the_newton_step_that_their_reported_gain_is_by(scene, monkeypatch):
     """Without the first person, there would be no step: only that person's gain beyond mu's is reported, here none."""
     size = torch.tensor([4.0] + [1.0, -0.9] * 5 + [1.0]).double()
@@ -294,6 +280,7 @@ def test_where_a_step_of_ones_own_does_not_help_everybody_gets_the_same_merge(sc
     assert bool(found.mu.any())
     near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), found.mu.expand(2, -1))
     assert {gain.mean for gain in found.info.gains} == {found.info.gains[0].mean}
+    assert [gain.shots for gain in found.info.gains] == [1, 4]  # none is promised without shots, and so without a state
     assert found.info.prior == BOUNDLESS
 
 

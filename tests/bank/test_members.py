@@ -43,19 +43,6 @@ def test_without_a_task_lora_nobody_is_behind_it(tmp_path, task):
     assert read_info(build(tmp_path / "other", run=run)).members.task == 0
 
 
-def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built):
-    info = read_info(built)
-    assert info.items == (4, 4, 4)
-    assert info.cut == {"items left out": 6, "texts shortened": 0}
-
-
-def test_anchors_and_task_people_are_disjoint(tmp_path, task):
-    task_people = [*TASK_PEOPLE, CANDIDATES[3]]
-    with pytest.raises(InputError, match="1 people are given twice"):
-        Bank.build(base_of(), CANDIDATES, tmp_path / "bank", task=task, encoder=HashEncoder(), task_people=task_people)
-    assert not (tmp_path / "bank").exists()
-
-
 def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cache):
     everyone = people_of(24, prefix="somebody-")
     bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)

@@ -236,7 +236,6 @@ def test_the_card_is_one_the_hub_reads(hub, bank):
     assert (data["license"], data["library_name"]) == ("apache-2.0", "merge-then-adapt")
     assert set(data["tags"]) >= {"lora", "arxiv:2511.20072"}
     assert f'bank = mta.Bank.from_pretrained("{NAME}", base)' in text
-    assert "| people behind the task LoRA / candidates for anchors | 7 / 12 |" in text
     assert "| items per anchor | 4 to 4, " in text
     assert "it is not anonymous" in text
     assert Run.model_validate(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])) == bank.info.run
@@ -269,6 +268,3 @@ def test_forgetting_says_what_a_published_bank_does_not_let_us_know(hub, bank, t
     there = Bank.from_pretrained(NAME, BASE).folder
     found = forget_person("t2", Store(tmp_path / "people"), there)
     assert (found.needs_rebuild, found.unknown) == ([], [str(there)])
-
-
-# -- an adapter --------------------------------------------------------------------------------------------------------

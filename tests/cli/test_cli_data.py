@@ -63,15 +63,6 @@ def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
 
 
-def test_one_column_cannot_be_the_prompt_and_the_answer(tmp_path):
-    path = tmp_path / "reviews.csv"
-    path.write_text("person,review,stars\nann,Fine.,3\n")
-    said = run("data", "describe", path, "--task", "lamp3", "--columns", "input=stars,output=stars")
-    assert (said.code, "column 'stars' was given for the answer 'score' and for 'text'" in said.err) == (1, True), (
-        said.err
-    )
-
-
 def test_answers_in_lines_are_no_outputs_of_the_benchmark(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"person": "ann", "answer": "3"}\n')

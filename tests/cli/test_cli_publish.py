@@ -1,9 +1,7 @@
 """``mta bank publish`` and a hub id as ``--bank``: what is printed and sent."""
 
-import shutil
-
 from hub import hub
-from world import ANN, QUESTION, mta, run, tree
+from world import ANN, MEMBER, QUESTION, mta, run, tree
 from world import world as world  # the fixture
 
 __all__ = ["hub"]  # a fixture
@@ -44,26 +42,6 @@ def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     assert "This bank came without its members: these people may have helped to train it." in said.err
     assert "that were trained on them: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
     assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
+    assert f"published; delete it there by hand: {hub.endpoint}/{NAME}\n" in mta("forget", MEMBER, *at).out
     said = run("attack", world.members, base, "--bank", NAME)
     assert "InputError: this bank came without its members: the people it was trained on are unknown\n" in said.err
-
-
-def test_a_bank_that_is_neither_a_folder_nor_on_the_hub_is_an_error(world, hub):
-    said = run("generate", QUESTION, "--bank", "nobody/nothing")
-    assert said.err.startswith("HubError: there is no 'nobody/nothing' on the hub, or it is private\n")
-
-
-def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):
-    at = world.copy(tmp_path)
-    mta("bank", "publish", at[1], "--to", NAME, "--yes")
-    said = mta("forget", "member-03-hoxha", *at).out
-    assert f"the bank was published; delete it there by hand: {hub.endpoint}/{NAME}\n" in said
-    again = run("bank", "publish", at[1], "--to", NAME)
-    assert again.err.startswith("BankError: a forgotten person is in the ")
-
-
-def test_a_local_folder_takes_precedence_over_a_hub_id(world, hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(world.bank, NAME)
-    mta("bank", "show", NAME)
-    assert hub.requests == []

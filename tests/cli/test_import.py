@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny import base_of, random_loras
-from world import TASK, mta, ratings, run, saved_base, written
+from tiny import base_of, random_loras, save_base
+from world import TASK, mta, ratings, run, written
 
 from mta.lora.peft import write_peft
 
@@ -15,7 +15,7 @@ LORAS = ("ann", "bob", "cem")
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     root = tmp_path_factory.mktemp("loras")
-    saved_base(root / "base")
+    save_base(root / "base")
     drawn = random_loras(base_of("llama", torch.float32), 3)
     for n, name in enumerate(LORAS):
         write_peft(root / name, drawn.select([n]), "base")

@@ -33,14 +33,6 @@ def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_
     assert mta(*words, tmp_path / "again", "--json").json["hash"] == world.built.json["hash"]
 
 
-def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
-    task = tmp_path / "mine.yaml"
-    task.write_text((Path(__file__).parents[2] / "src/mta/data/tasks/builtin/movielens-rating.yaml").read_text())
-    words = [word for word in world.settings if word not in ("--task", "movielens-rating")]
-    mta("bank", "build", world.members, *words, "--task", task, "--out", tmp_path / "bank")
-    assert sitting(tmp_path / "bank")["settings"]["task"] == str(task)
-
-
 def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
     found, out = compared
     entry = sitting(out)
@@ -66,16 +58,6 @@ def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
     assert sitting(tmp_path / "run")["outcome"]["unchanged"] == 4  # the same settings: the same states
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or not any(word in path.read_bytes() for word in (b"quispe", b"Zorblax")), path
-
-
-def test_an_attack_writes_a_run_folder(world, tmp_path):
-    everybody = tmp_path / "everybody.jsonl"
-    everybody.write_text(world.members.read_text() + world.new.read_text())
-    words = ["--bank", world.bank, "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
-    mta("attack", everybody, *words)
-    entry = sitting(tmp_path / "out")
-    assert entry["kind"] == "privacy"
-    assert all(0 <= auc <= 1 for auc in entry["outcome"]["AUC"].values())
 
 
 def test_runs_of_every_kind_have_reports(world, compared, tmp_path):

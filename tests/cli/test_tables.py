@@ -25,8 +25,7 @@ def test_a_table_with_other_columns_is_read(tmp_path):
         ("user", "--columns has 'user'; expected a name, =, and a column"),
         ("person=", "--columns has 'person='; expected a name, =, and a column"),
         ("output=stars,score=day", "two columns were given for 'score': 'stars' and 'day'"),
-        ("person=user,film=body", "task 'lamp3' has no field 'film'; its fields are text, score"),
-        ("person=user,input=bdy,score=stars", "{path}:2: field 'bdy': missing; the columns are user, body, stars, day"),
+        ("person=user,input=stars,output=stars", "column 'stars' was given for the answer 'score' and for 'text'"),
     ],
 )
 def test_bad_names_of_columns_are_refused(tmp_path, columns, message):

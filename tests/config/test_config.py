@@ -31,15 +31,8 @@ def test_defaults_are_those_of_the_paper():
     assert run.bank.lora.scale == 2.0
 
 
-def test_a_file_changes_only_the_keys_it_names(tmp_path):
-    run = load_settings(Run, written(tmp_path, "task: lamp3\nbank:\n  anchors: 20\n"))
-    assert (run.task, run.bank.anchors) == ("lamp3", 20)
-    assert run.bank.max_items == Run().bank.max_items
-
-
 def test_a_partial_group_keeps_its_other_defaults(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("stack: {training: {lr: 0.5}}\n")
+    path = written(tmp_path, "stack: {training: {lr: 0.5}}\n")
     given, default = load_settings(Run, path).stack.training, Run().stack.training
     assert given == default.model_copy(update={"lr": 0.5})
 
@@ -92,6 +85,8 @@ def test_an_unknown_key_is_named_with_its_value():
         ("bank.anchors=0", "bank.anchors", "0", "The default:  bank.anchors=50"),
         ("merge.k=-1", "merge.k", "-1", "k: anchors retrieved, 0 = all; the paper takes 2. The default:  merge.k=0"),
         ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
+        ("seed=-1", "seed", "-1", "The default:  seed=0"),
+        ("bank.training.epochs=.inf", "bank.training.epochs", "inf", ""),
         ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=auto"),
         ("bank=3", "bank", "3", "Set a key of the group, for example:  bank.anchors=…"),
         ("memory=lots", "memory", "'lots'", "Write a size such as  4GiB"),
@@ -150,15 +145,17 @@ def test_a_missing_file_is_named(tmp_path):
     assert refused(tmp_path / "no.yaml").message == f"no such configuration file: {tmp_path / 'no.yaml'}"
 
 
-@pytest.mark.parametrize("text", ["a: [1", "\t- x: :"])
-def test_a_file_that_is_not_yaml_is_reported(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1", " is not readable YAML: "),
+        ("\t- x: :", " is not readable YAML: "),
+        ("- 1\n", ": expected a mapping of settings, got list"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_settings_is_reported(tmp_path, text, reason):
     path = written(tmp_path, text)
-    assert refused(path).message.startswith(f"{path} is not readable YAML: ")
-
-
-def test_a_file_that_is_a_list_is_refused(tmp_path):
-    path = written(tmp_path, "- 1\n")
-    assert refused(path).message == f"{path}: expected a mapping of settings, got list"
+    assert refused(path).message.startswith(f"{path}{reason}")
 
 
 # sizes
@@ -190,10 +187,8 @@ def test_an_unknown_recipe_is_reported_with_the_known_ones(name):
 
 @pytest.mark.parametrize("text", ["- 1\n", "", "a: [1"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="recipe"):
-        load_demo(path)
+        load_demo(written(tmp_path, text))
 
 
 def test_a_key_that_is_merged_may_be_overridden_and_one_that_is_written_twice_not(tmp_path):

@@ -87,10 +87,7 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({**GOOD, "time": True}, f"field 'time': bad time true or false; {TIME}"),
     ({**GOOD, "time": "inf"}, f"field 'time': bad time 'inf'; {TIME}"),
     ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),
-    (
-        {**GOOD, "id": "x"},
-        "field 'id': duplicate item id 'x' of person 'ann'; rename a field that names no items",
-    ),
+    ({**GOOD, "id": "x"}, "field 'id': duplicate item id 'x' of person 'ann'; rename a field that names no items"),
 ]
 
 

@@ -60,11 +60,7 @@ def test_columns_with_other_names(tmp_path):
     [
         ("ann,Fine.\n", 2, "expected 3 columns, got 2"),
         ("ann,Fine.,4\nbob,Bad.,7\n", 3, "field 'stars': unknown label '7'; expected one of: 1, 2, 3, 4, 5"),
-        (
-            'ann,"two\nlines",4\nbob, ,2\n',
-            4,
-            "field 'body': empty; expected some text",
-        ),
+        ('ann,"two\nlines",4\nbob, ,2\n', 4, "field 'body': empty; expected some text"),
         ('ann,"open\n', 2, "not a table: unexpected end of data"),
     ],
 )

@@ -16,11 +16,3 @@ def test_titles_of_papers_are_not_asked_where_the_task_asks_for_references(ask) 
     assert not has_enough_items(task, Person("ann", history), 3, 1, ask)
     assert not has_enough_items(task, Person("ann", history, (without,)), 3, 1, ask)
     assert shots_and_queries(task, Person("ann", history, (own,)), 3, 1, ask)[1] == (own,)
-
-
-def test_a_person_whose_own_question_is_asked_needs_no_items_for_it() -> None:
-    task = load_task("lamp1")
-    asked = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[2]"}, is_query=True)
-    items = tuple(Item({"title": f"T{n}", "abstract": "We."}) for n in range(8))
-    people = [Person("ann", items, (asked,)), Person("bob", items), Person("cem", items[:7], (asked,))]
-    assert [has_enough_items(task, person, 8, 4, "last") for person in people] == [True, False, False]

@@ -1,15 +1,14 @@
 """``mta-lab evaluate`` on a recipe, and ``mta-lab report``: on a small world."""
 
 import json
-from pathlib import Path
 
 import pytest
+from files import shared_data
 from world import closed, mta, run
 from world import world as world  # the fixture
 
 pytestmark = pytest.mark.integration
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
 FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]
 
@@ -58,23 +57,6 @@ def test_a_report_is_drawn_again_from_itself_also_in_place_of_an_older_one(smoke
     }
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["evaluate", "nothing.yaml", "--out", "{out}"], "no recipe 'nothing.yaml'"),
-        (["evaluate", "movielens", "--out", "{out}", "--on", "training"], "expected test or development"),
-        (["evaluate", "movielens", "--out", "{out}", "people.tests=3"], "people.tests"),
-        (["report", "{out}"], "is not a run's folder: it contains no run.json"),
-    ],
-)
-def test_mistakes_are_reported_without_a_traceback(world, tmp_path, words, expected):
-    said = run(*(word.format(out=tmp_path / "out") for word in words))
-    assert said.code == 1
-    assert expected in said.err
-    assert "Traceback" not in said.err
-    assert not (tmp_path / "out").exists()
-
-
 def test_bad_rows_and_names_of_columns_are_as_for_other_commands(tmp_path):
     table, bad = tmp_path / "reviews.csv", tmp_path / "bad.jsonl"
     table.write_text("who,text,score\nann,Fine.,4\nann,Bad.,9\n")
@@ -104,12 +86,10 @@ def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
 @pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
 def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
     """Real data through the whole pipeline, on a tiny base. Checks that it runs, not the scores."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"no {name}: real data are beside the repository, not in it")
     recipe, out = name.split("_")[0], tmp_path / "runs"
     small = ["run.task_lora.items=8", "run.bank.max_items=4", "queries=2", "run.max_tokens=300"]
     words = [f"run.base={world.base}", *TINY, *FEW, *small]
-    mta("evaluate", recipe, *words, "--data", SHARED / name, "--out", out, "--exhibit", "ablation")
+    mta("evaluate", recipe, *words, "--data", shared_data(name), "--out", out, "--exhibit", "ablation")
     mta("report", out, "--out", tmp_path / "report", "--texts")
     folder = tmp_path / "report" / name
     assert "| MTA |" in (folder / "README.md").read_text()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY_RUN
 
 from mta.bank.calibration.info import CalibrationInfo, Gain
@@ -206,12 +205,3 @@ def test_an_outlier_is_drawn_at_the_edge_and_equal_numbers_give_equal_bytes(tmp_
     assert "+9.00" in (tmp_path / "one.svg").read_text()
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_intervals_are_over_people_not_questions():
-    rows = [record(TaskLora(), p) for p in PEOPLE]
-    rows += [record(MergeThenAdapt(), p, nll=(0.5, 1.5) if n % 2 else (0.9, 0.9)) for n, p in enumerate(PEOPLE)]
-    difference = results(rows).comparison("main").difference("MTA", "task LoRA", "NLL")
-    values = torch.tensor([0.0 if n % 2 else -0.1 for n in range(24)])
-    assert difference.mean == pytest.approx(float(values.mean()))
-    assert difference.low > -0.1

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +39,13 @@ def world(tmp_path_factory):
     """A saved tiny base and people's ratings."""
     root = tmp_path_factory.mktemp("experiment")
     save_base(root / "base")
-    rows = [
-        {"person": f"{person.id}-hoxha", **item.fields, "time": item.time}
-        for person in people_of(30, items=8)
-        for item in person.items
-    ]
-    (root / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "people.jsonl", people_of(30, items=8), "-hoxha")
     return root
+
+
+def write_rows(path: Path, people: list[Person], surname: str = "") -> None:
+    rows = [{"person": p.id + surname, **item.fields, "time": item.time} for p in people for item in p.items]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def workspace_of(world: Path, out: Path, *words: str, **how) -> Workspace:
@@ -66,13 +65,8 @@ def finished(world, tmp_path_factory):
 
 
 def test_an_experiment_tests_people_of_another_file(world, cache, tmp_path):
-    rows = [
-        {"person": person.id, **item.fields, "time": item.time}
-        for person in people_of(4, items=6, seed=9)
-        for item in person.items
-    ]
     others = tmp_path / "others.jsonl"
-    others.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(others, people_of(4, items=6, seed=9))
     workspace = workspace_of(world, tmp_path / "run", test=str(others))
     assert [id.partition("/")[2] for id in workspace.splits.test] == [person.id for person in people_of(4)]
     run_experiment(workspace, ["ablation"])
@@ -367,15 +361,6 @@ def test_development_people_are_not_test_people_and_have_their_own_folder(world,
     assert len(development) == 2
     assert not test & development
     assert Results.read(finished / "development").comparison("ablation") is not None
-
-
-def test_two_sets_give_one_table(finished, tmp_path):
-    other = shutil.copytree(finished, tmp_path / "other")
-    (other / "sizes.json").write_text(json.dumps(json.loads((other / "sizes.json").read_text()) | {"data": "other"}))
-    report([finished, other], tmp_path / "report")
-    text = (tmp_path / "report" / "README.md").read_text()
-    assert "| MTA |" in text
-    assert text.count("| pooled on everything |") == 3  # a row of the table, and a comparison of each set
 
 
 def test_mistakes_are_refused(world, cache, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from builds import changed
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
@@ -55,19 +56,9 @@ EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
 
 # -- selection of people ----------------------------------------------------------------------------------------------
 
-MEMORIZING = TINY_RUN.model_copy(
-    update={
-        "bank": TINY_RUN.bank.model_copy(
-            update={
-                "anchors": ANCHORS_KEPT,
-                "max_items": EACH,
-                "lora": Lora(rank=8),
-                "training": Training(lr=1e-2, epochs=150, batch_size=6),
-            }
-        ),
-        "stack": StackSettings(lora=Lora(rank=4, alpha=8.0), training=Training(lr=2e-2, steps=80, batch_size=8)),
-    }
-)
+STACK = StackSettings(lora=Lora(rank=4, alpha=8.0), training=Training(lr=2e-2, steps=80, batch_size=8))
+HARD = {"lora": Lora(rank=8), "training": Training(lr=1e-2, epochs=150, batch_size=6)}
+MEMORIZING = changed("bank", anchors=ANCHORS_KEPT, max_items=EACH, **HARD).model_copy(update={"stack": STACK})
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +108,7 @@ def test_the_task_loras_items_are_those_it_was_trained_on(world):
 
 def test_outsiders_who_share_items_do_not_change_what_trained_the_task_lora(tmp_path, cache):
     task, many = load_task("movielens-rating"), people_of(24, prefix="task-", seed=1)
-    run = MEMORIZING.model_copy(
-        update={"task_lora": MEMORIZING.task_lora.model_copy(update={"rounds": 2, "items": 400})}
-    )
+    run = changed("task_lora", MEMORIZING, rounds=2, items=400)
     run = override(run, ["task_lora.training.epochs=1", "bank.training.epochs=1", "calibration.enabled=false"])
     base = base_of()
     build_bank(Build(base, task, HashEncoder(), many, CANDIDATES, run, tmp_path / "bank"))

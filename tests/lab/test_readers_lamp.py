@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import ASK, dumped, fails, jsonl, lamp, question
+from files import ASK, dumped, fails, jsonl, lamp, question, shared_data
 
 from mta.data.describe import describe
 from mta.data.history import Item
@@ -11,8 +11,6 @@ from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.errors import DataError
 from mta_lab.readers.lamp import read_answers
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def test_lamp_questions_and_outputs(tmp_path: Path) -> None:
@@ -135,9 +133,7 @@ def test_a_folder_with_several_files_of_questions(tmp_path: Path) -> None:
     ],
 )
 def test_real_lamp_data(name: str, folder: str, expected: tuple[float, ...]) -> None:
-    if not (DATA / folder).exists():
-        pytest.skip(f"no data at {DATA / folder}")
-    people, task = read_people(DATA / folder, name), load_task(name)
+    people, task = read_people(shared_data(folder), name), load_task(name)
     counts = describe(people)
     assert tuple(counts[key] for key in ("people", "min", "median", "max")) == expected
     assert counts["queries"] == len(people)

@@ -70,11 +70,7 @@ def test_bad_rows_do_not_replace_a_file_of_ratings(tmp_path: Path, name: str) ->
         ),
         (f"{INTER}7\t1\t3\t1\n", f"{MOVIE}1\tHeat\t1995\tDrama\n", "/ml.item:3: field 'item_id': duplicate item '1'"),
         ("user_id:token\n", MOVIE, "/ml.inter:1: field 'item_id': no such column; got user_id"),
-        (
-            "",
-            MOVIE,
-            "/ml.inter is empty; expected a RecBole header, such as user_id:token item_id:token rating:token",
-        ),
+        ("", MOVIE, "/ml.inter is empty; expected a RecBole header, such as user_id:token item_id:token rating:token"),
         (INTER, MOVIE, " holds no people: no row could be used, 0 were bad"),
     ],
 )

@@ -89,6 +89,8 @@ def test_parts_of_other_merges_and_of_named_banks_are_accepted():
         ("over: smoke\ntuned: [base]", "tuned names methods"),
         ("over: smoke\ntuned: {task LoRA: 3}", "tuned names methods"),
         ("over: mine.yaml", "mine.yaml is over itself"),
+        ("over: [lamp3]", r"over is \['lamp3'\], expected one recipe"),
+        ("over: smoke\nexhibits: {main: [{methods: [{method: [merge]}]}]}", "no such method"),
         ("over: other.yaml", "mine.yaml is over itself"),
         ("over: smoke\nexhibits: {main: [{methods: [{method: base, name: [a]}]}]}", "name"),
         ("run: {}", "exhibits are missing"),

@@ -88,16 +88,12 @@ def test_verdict_when_unclear(task):
     assert "better" not in shown(table(found)).export_text().split("Means over people")[0]
 
 
-def test_verdict_when_surely_as_good(task):
+def test_verdict_when_surely_as_good_and_when_equal(task):
     found = comparison_of(task, gain=0.0, oppu=0.0, people=400)
     difference = found.difference("MTA", "OPPU", "NLL")
     assert max(-difference.low, difference.high) < 0.02
     interval = f"(95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse)"
     assert f"NLL: MTA is as good as OPPU, to within 0.02 {interval}." in verdict(found)
-
-
-def test_equal_methods_are_said_to_be_equal(task):
-    found = comparison_of(task, gain=0.0, oppu=0.0, people=400)
     mta = found.row("MTA")
     found.rows[found.names.index("OPPU")] = replace(mta, name="OPPU")
     found.rows[found.names.index("task LoRA")] = replace(mta, name="task LoRA")

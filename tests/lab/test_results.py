@@ -8,14 +8,7 @@ from pages import ROOT
 
 from mta.data.tasks import load_task
 from mta.errors import DataError
-from mta_lab.experiments.results import (
-    Record,
-    Records,
-    Where,
-    latest,
-    read_beside,
-    read_records,
-)
+from mta_lab.experiments.results import Record, Records, Where, latest, read_beside, read_records
 from mta_lab.reports.report import lamp_answers
 
 WHERE = Where("k", "m", "main", 8, 0)

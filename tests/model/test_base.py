@@ -1,6 +1,5 @@
 """The frozen base: what LoRA attaches to, whose weights they are, and what is refused."""
 
-import json
 import logging
 import re
 import shutil
@@ -11,7 +10,7 @@ import architectures
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny import KINDS, base_of, new_base, save_base, tokenizer
+from tiny import KINDS, base_of, changed_json, new_base, save_base, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -43,12 +42,6 @@ def copy(saved, tmp_path) -> Path:
 
 def load(folder) -> BaseModel:
     return BaseModel.load(str(folder), "float32", "cpu")
-
-
-def configured(folder: Path, **changes) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 def refused(folder, kind=ModelError) -> str:
@@ -133,7 +126,8 @@ def test_weights_that_were_cut_short_are_refused(copy):
 
 
 def test_missing_weights_are_refused(copy):
-    message = refused(configured(copy, num_hidden_layers=3))
+    changed_json(copy / "config.json", num_hidden_layers=3)
+    message = refused(copy)
     assert "9 weights are not in its files, model.layers.2.input_layernorm.weight first" in message
 
 
@@ -146,7 +140,7 @@ def test_pickled_weights_are_not_read(copy):
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8"])
 def test_a_quantized_folder_is_refused_before_its_weights_are_read(copy, method):
     (copy / "model.safetensors").unlink()
-    configured(copy, quantization_config={"quant_method": method, "bits": 4})
+    changed_json(copy / "config.json", quantization_config={"quant_method": method, "bits": 4})
     message = refused(copy, UnsupportedModel)
     assert "'llama' is quantized; adapters are trained over unquantized weights only" in message
 
@@ -215,7 +209,8 @@ def test_the_fingerprint_does_not_depend_on_the_dtype_weights_load_in(saved):
 
 
 def test_the_fingerprint_does_not_depend_on_the_configuration(saved, copy):
-    assert load(configured(copy, bos_token_id=7)).fingerprint == load(saved).fingerprint
+    changed_json(copy / "config.json", bos_token_id=7)
+    assert load(copy).fingerprint == load(saved).fingerprint
 
 
 def test_one_changed_byte_of_the_weights_changes_the_fingerprint(saved, copy):
@@ -240,9 +235,7 @@ def test_another_vocabulary_changes_the_fingerprint(saved, copy):
 
 
 def test_another_way_to_split_text_changes_the_fingerprint(saved, copy):
-    rules = json.loads((copy / "tokenizer.json").read_text())
-    rules["normalizer"] = {"type": "Lowercase"}
-    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    changed_json(copy / "tokenizer.json", normalizer={"type": "Lowercase"})
     assert load(copy).fingerprint != load(saved).fingerprint
 
 

@@ -6,7 +6,6 @@ from conftest import HashEncoder, people_of
 from tiny import base_of
 
 from mta.data.history import Item, Person
-from mta.errors import ModelError
 from mta.model.encoders import BaseEncoder, SentenceEncoder, encode_people, load_encoder
 
 TEXTS = ["short", "a text that is a good deal longer than the others are", "", "naïve café", "x"]
@@ -92,11 +91,6 @@ def test_the_base_as_encoder_has_the_fingerprint_of_the_base():
 
 
 # sentence encoders
-
-
-def test_a_folder_that_is_no_sentence_encoder_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="cannot be loaded as a sentence encoder"):
-        SentenceEncoder(str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -68,12 +68,7 @@ SHAPES = {
         Qwen3Config(vocab_size=5000, hidden_size=128, intermediate_size=256, head_dim=64, **COMMON)
     ),
     "phi3": lambda: Phi3ForCausalLM(
-        Phi3Config(
-            vocab_size=300,
-            hidden_size=192,
-            intermediate_size=256,
-            **COMMON | {"num_key_value_heads": 4},
-        )
+        Phi3Config(vocab_size=300, hidden_size=192, intermediate_size=256, **COMMON | {"num_key_value_heads": 4})
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=300, n_embd=192, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)

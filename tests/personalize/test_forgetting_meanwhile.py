@@ -220,8 +220,3 @@ def test_only_a_persons_newest_tombstone_is_kept_and_tells_everybody_who_read_it
         seen.append(store.tombstones.names())
         assert len(seen[-1]) == 1
     assert [store.tombstones.since(["ann", "bob"], known) for known in seen] == [*[{"ann"}] * 9, set()]
-
-
-def test_forgetting_in_a_store_that_is_not_there_begins_none(tmp_path):
-    assert not forget_person("ann", Store(tmp_path / "people")).states_removed
-    assert not (tmp_path / "people").exists()

@@ -12,13 +12,7 @@ from tiny import random_examples, random_loras
 from mta.config import MergeSettings, Training
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.evidence import gather_evidence
-from mta.personalize.merge import (
-    Earlier,
-    Merge,
-    fit_merge,
-    learn,
-    merge_adapters,
-)
+from mta.personalize.merge import Earlier, Merge, fit_merge, learn, merge_adapters
 from mta.training.scoring import log_likelihood
 
 START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], [0.1, 0.6], [0.3, 0.3]]).double())

@@ -17,12 +17,7 @@ from mta.bank.bank import Bank
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import PromptFormat
-from mta.errors import (
-    AnchorNotFound,
-    ConfigError,
-    InputError,
-    StoreError,
-)
+from mta.errors import AnchorNotFound, ConfigError, InputError, StoreError
 from mta.personalize.outcomes import Personalized
 from mta.store import Session, Store
 from mta.store.run_checkpoints import RunCheckpoints

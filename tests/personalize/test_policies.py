@@ -132,15 +132,12 @@ def test_more_anchors_than_there_are_is_an_error():
     assert str(caught.value) == "merge.k is 6, but the bank has 5 anchors\n  Lower merge.k, or use 0 for all."
 
 
-@pytest.mark.parametrize("settings", [{"policy": "loss"}, {"policy": "posterior"}, {"policy": "learned"}])
-def test_a_policy_that_reads_losses_asks_for_them(settings):
-    with pytest.raises(ConfigError, match=f"^policy '{settings['policy']}' needs the anchors' likelihood of the shots"):
-        coefficients(MergeSettings(**settings), SIMILARITY)
-
-
-def test_retrieving_by_loss_asks_for_losses_too():
-    with pytest.raises(ConfigError, match="needs the anchors' likelihood"):
-        coefficients(MergeSettings(policy="uniform", options={"by_loss": 2}), SIMILARITY)
+@pytest.mark.parametrize(
+    ("policy", "options"), [("loss", {}), ("posterior", {}), ("learned", {}), ("uniform", {"by_loss": 2})]
+)
+def test_a_policy_that_reads_losses_asks_for_them(policy, options):
+    with pytest.raises(ConfigError, match=f"^policy '{policy}' needs the anchors' likelihood of the shots"):
+        coefficients(MergeSettings(policy=policy, options=options), SIMILARITY)
 
 
 def test_gates_are_the_coefficients_over_all_anchors():

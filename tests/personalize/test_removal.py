@@ -1,6 +1,5 @@
 """Export a person's adapter, and forget the person with it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,17 +7,14 @@ import peft
 import plain
 import pytest
 import torch
-from conftest import people_of, personalizer
+from conftest import personalizer
 from crowd import PEOPLE, QUESTION, knowing, states_in
 from tiny import base_of
 
 from mta.config import MergeSettings
-from mta.errors import (
-    PersonNotFound,
-)
+from mta.errors import PersonNotFound
 from mta.lora.peft import WEIGHTS, read_peft
-from mta.personalize import Forgotten, forget_person
-from mta.store import Store
+from mta.personalize import Forgotten
 
 # -- export ------------------------------------------------------------------------------------------------------------
 
@@ -156,30 +152,11 @@ def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path,
     assert not any((tmp_path / name).exists() for name in ("one", "two"))
 
 
-def test_an_export_without_a_store_is_not_recorded(tiny, tmp_path):
-    personal = personalizer(*tiny)
+def test_forgetting_works_without_a_store_which_would_know_of_exports(own_bank, tmp_path):
+    personal = personalizer(*own_bank)
     personal.personalize(PEOPLE[:1])
     assert personal.export("x0", tmp_path / "out") == 0.0
     assert personal.forget("x0") == Forgotten(True, [])
     assert read_peft(tmp_path / "out").rank
-
-
-def test_forgetting_names_what_still_holds_something_of_a_person(own_bank, tmp_path):
-    _, bank = own_bank
-    personal = knowing(*own_bank, tmp_path / "people", people_of(1, prefix="t"))
-    assert personal.forget("t0") == Forgotten(True, ["task LoRA"])
-    assert json.loads((bank.folder / "needs-rebuild.json").read_text())["needs_rebuild"] == ["task LoRA"]
-
-
-def test_forgetting_needs_no_model(own_bank, tmp_path):
-    knowing(*own_bank, tmp_path / "people", people_of(1, prefix="t"))
-    assert forget_person("t0", Store(tmp_path / "people"), own_bank[1].folder) == Forgotten(True, ["task LoRA"])
-    assert "t0" not in Store(tmp_path / "people")
-
-
-def test_forgetting_works_without_a_store(own_bank):
-    personal = personalizer(*own_bank)
-    personal.personalize(PEOPLE[:1])
-    assert personal.forget("x0") == Forgotten(True, [])
     with pytest.raises(PersonNotFound):
         personal.state("x0")

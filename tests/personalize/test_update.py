@@ -117,10 +117,7 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     personal.update(GROWN)
     for person, state in zip(GROWN, before):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
-        over = [
-            *bank.task_adapters,
-            *merge_adapters(bank, stored_merges([state], base.master_dtype)),
-        ]
+        over = [*bank.task_adapters, *merge_adapters(bank, stored_merges([state], base.master_dtype))]
         stack = personal.run.stack
         alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():

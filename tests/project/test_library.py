@@ -149,6 +149,7 @@ def test_nobody_is_built_or_calibrated_on_twice(tiny, tmp_path):
     people = people_of(16)
     with pytest.raises(InputError, match="1 people are given twice"):
         mta.Bank.build(base, people, tmp_path / "bank", task="movielens-rating", task_people=[people[3]], run=TINY_RUN)
+    assert not (tmp_path / "bank").exists()
     with pytest.raises(InputError, match="16 people are given twice"):
         bank.calibrate(base, (one for one in [*people, *people]), tmp_path / "copy")
 

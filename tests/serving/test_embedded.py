@@ -86,10 +86,7 @@ def prompts_of(count, longest=40, seed=0):
     return [[draw.randrange(3, 259) for _ in range(draw.randrange(1, longest))] for _ in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "pooled"),
-    [*((kind, True) for kind in KINDS), ("llama", False)],
-)
+@pytest.mark.parametrize(("kind", "pooled"), [*((kind, True) for kind in KINDS), ("llama", False)])
 async def test_batched_answers_equal_single_answers(kind, pooled):
     base, bank, models = world(kind, pooled=pooled)
     requests = [request_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]

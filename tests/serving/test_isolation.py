@@ -42,16 +42,8 @@ class World:
     def renew(self, person, seed):
         """Save a new version of a person, with a word that no other version of anybody has."""
         for other in itertools.count(seed, 100_000):
-            state = State(
-                self.bank.hash,
-                (0, 1, 2),
-                (1.0, -2.0, float(other % 7)),
-                "fixed",
-                "",
-                f"{person}/{other}",
-                0,
-                random_loras(self.base, 1, rank=1, size=0.9, seed=other),
-            )
+            w, stack = (1.0, -2.0, float(other % 7)), random_loras(self.base, 1, rank=1, size=0.9, seed=other)
+            state = State(self.bank.hash, (0, 1, 2), w, "fixed", "", f"{person}/{other}", 0, stack)
             word = tuple(self.said(state, person))
             if word not in self.words.values():
                 return self.keep(person, state, word)

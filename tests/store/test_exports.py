@@ -131,13 +131,6 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.md"]
 
 
-def test_an_adapter_that_was_changed_later_stays(tmp_path: Path) -> None:
-    export = exported(tmp_path / "out")
-    exported(tmp_path / "out", 1)
-    assert export.remove() == f"{tmp_path}/out (its adapter was changed since)"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS}
-
-
 def test_another_hosts_export_is_removed_only_if_its_weights_are_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

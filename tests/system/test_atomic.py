@@ -200,17 +200,6 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
     return seen
 
 
-def refuse_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    fsync = os.fsync
-
-    def refuse(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(code, os.strerror(code))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-
-
 def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out")
     with pytest.raises(InputError, match="is a device or a pipe"):
