@@ -177,15 +177,15 @@ def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
         near(found[u], fit.coefficients(sums, loglik, torch.tensor([4]))[0])
 
 
-def test_the_prior_is_the_multiple_that_helps_the_others(scene, monkeypatch):
-    """All but one gain most by the weakest prior, but that one gains so much by the strongest that all choose it."""
-    people, size = known(12), torch.tensor([1e6] + [-1.0] * 11).double()
+def test_the_prior_is_the_multiple_that_surely_helps_the_others(scene, monkeypatch):
+    people = known(12)
     monkeypatch.setattr(Calibrator, "coefficients", lambda *given: given[4][:, None].expand(-1, N))
-    monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w[:, 0])
-    one = calibrator(scene, people)
-    priors, final = one.best_prior([], [], 4.0, 2)
-    assert final == 8.0
-    assert priors.tolist() == [0.5] + [8.0] * 11
+    one, size = calibrator(scene, people), torch.tensor([1.0, -1.0] * 6).double()
+    for gain, final in ((size * 0 + 0.2, 0.5), (size, 4.0), (size * 0 - 0.2, 8.0)):
+        monkeypatch.setattr(Calibrator, "gains", lambda self, w, gain=gain: gain * (4.0 - w[:, 0]))
+        priors, chosen = one.best_prior([], [], 4.0, 2)
+        assert chosen == final
+        assert set(priors.tolist()) == {final}
     assert one.best_prior([], [], BOUNDLESS, 2)[1] == BOUNDLESS
 
 

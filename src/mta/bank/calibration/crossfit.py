@@ -48,7 +48,7 @@ from mta.training.gates import GateGradients
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
-MULTIPLES = (2.0, 1.0, 0.5, 0.25, 0.125)  # of the prior
+MULTIPLES = (1.0, 2.0, 0.5, 0.25, 0.125)  # of the prior, the estimate first
 STDS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the prior of a label bias
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
@@ -221,14 +221,14 @@ class Calibrator:
     ) -> tuple[Tensor, float]:
         """Return everybody's prior (U,), the multiple of ``prior`` that the others choose, and what all choose.
 
-        The others' later items choose it, after so many shots.
+        The others' later items choose it, after so many shots, if they gain beyond the 95% interval.
         """
         people = len(self.subjects)
         if prior >= BOUNDLESS:  # people do not differ
             return torch.full((people,), prior).double(), prior
         priors = torch.tensor([prior * one for one in MULTIPLES]).double()
         tried = [self.gains(self.coefficients(fits, single, shots, one.expand(people))) for one in priors]
-        chosen, final = chosen_by_others(torch.stack(tried, dim=1), self.shots >= shots, best_on_average)
+        chosen, final = chosen_by_others(torch.stack(tried, dim=1), self.shots >= shots, surely_best)
         return priors[torch.tensor(chosen)], float(priors[final])
 
     def best_kind(
