@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.bank.calibration.people import calibration_people
+from mta.bank.calibration.people import by_hash, calibration_people
 from mta.bank.context import BuildContext
 from mta.bank.members import Members
 from mta.bank.task_lora import pooled_candidates
@@ -41,7 +41,7 @@ class Roles:
     vectors: Tensor  # of ``eligible``, (U, E)
     chosen: list[int]
     calibrating: list[Person]
-    behind_anchors: list[Person]  # candidates whom anchors may learn from: the anchors, or all but those kept outside
+    behind_anchors: list[Person]  # candidates who train anchors: the anchors, or with groups all who do not calibrate
     keeping_back: list[Person]  # candidates who keep items back, with these alone
 
     @property
@@ -72,7 +72,7 @@ def choose_roles(context: BuildContext) -> Roles:
     grouped = run.bank.choose == "groups"
     if grouped and not run.calibration.enabled and (len(run.bank.sizes) > 1 or run.bank.rounds > 1):
         raise ConfigError(
-            "bank.sizes and bank.rounds are chosen on the people who calibrate the bank, and nobody does",
+            "bank.sizes and bank.rounds are chosen on the people who calibrate the bank, and calibration is off",
             hint="Leave them out, or set calibration.enabled=true.",
         )
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
@@ -99,10 +99,9 @@ def choose_roles(context: BuildContext) -> Roles:
 
 
 def _outside(candidates: Sequence[Person], run: Run) -> set[str]:
-    """Return the candidates whom no group learns from, by hash: those to calibrate on, at most a quarter."""
+    """Return the ids of the people to calibrate on, who are in no group: at most a quarter of the candidates."""
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
-    order = sorted(able, key=lambda one: hashlib.sha256(f"{run.seed}/{one.id}".encode()).digest())
-    return {one.id for one in order[: min(run.calibration.people, len(able) // SHARE)]}
+    return {one.id for one in by_hash(able, run.seed)[: min(run.calibration.people, len(able) // SHARE)]}
 
 
 def _calibrating(

@@ -70,8 +70,7 @@ def build_bank(build: Build) -> None:
         return write_task(context.out, context.task)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles, run = choose_roles(context), context.run
-    behind = [person.id for person in roles.behind_anchors] if run.bank.choose == "groups" else []
-    context = replace(context, chosen=(*roles.chosen, *behind))
+    context = replace(context, chosen=(*roles.chosen, *(person.id for person in roles.behind_anchors)))
     pooled = pooled_items(roles.task_people, run.task_lora, run.seed, roles.held_out, roles.pooled_candidates)
     _check_lengths(context, roles, [*chain(*pooled)] if run.task_lora.enabled and not context.task_lora else [])
     trained, tested = (as_shown(context.task, roles.pooled, items, run.task_lora.history) for items in pooled)
@@ -182,7 +181,7 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     frozen = run.task_lora.lora if run.task_lora.enabled else None
     plan = context.plan(jobs, run.bank.lora, frozen)
-    if run.bank.choose == "groups":  # somebody's: who is in which group is known later
+    if run.bank.choose == "groups":  # of any group: the groups are known only later
         context.plan([context.job("group", items_of(roles.behind_anchors, run))], run.bank.lora, frozen)
     subjects = subjects_of(base, context.task, roles.calibrating, run)
     size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)

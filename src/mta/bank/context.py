@@ -91,7 +91,7 @@ class BuildContext(Build):
     _: KW_ONLY
     keys: BuildKeys
     record: RunFolder
-    # The anchors among the eligible candidates, and the ids of those in groups: another device may choose others.
+    # The anchors among the eligible candidates, and the ids of all who train them: another device may choose others.
     chosen: tuple[int | str, ...] = ()
 
     @property

@@ -105,7 +105,9 @@ def _expectation(
         done += piece.cost
         context.record.step("groups", Step(len(results), len(piece) // 2, done, every))
     rows = torch.cat([results[piece.name] for piece in pieces]).double().view(len(halves), 2, -1)
-    rows = rows.masked_fill(~rows.isfinite().all(dim=2).all(dim=1)[:, None, None], 0.0)  # these people like nobody
+    rows = rows.masked_fill(
+        ~rows.isfinite().all(dim=2).all(dim=1)[:, None, None], 0.0
+    )  # no gradient of these people counts
     counts = torch.tensor([[len(one), len(other)] for one, other in halves]).double()
     return coefficients_of(rows[..., :-1], counts)
 

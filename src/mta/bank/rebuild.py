@@ -42,14 +42,14 @@ def rebuild_groups(
 ) -> None:
     """Write a copy of a bank to ``out`` whose marked groups are trained anew; other groups do not change.
 
-    A group is marked if somebody behind it asked to be forgotten. ``people`` hold all others of these groups. A group
+    A group is marked if one of its people asked to be forgotten. ``people`` hold all others of these groups. A group
     without anybody left changes nothing any more: its LoRA is zero. The calibration is the bank's, and says so.
-    Raises InputError if no group is marked or somebody is missing, BankError, BankCorrupt, BankMismatch.
+    Raises InputError if no group is marked or a person is missing, BankError, BankCorrupt, BankMismatch.
     """
     info = read_info(folder)
     check_base(folder, info, base.name, base.fingerprint)
     check_new(out)
-    gone = forgotten_in(folder)  # others, whom somebody forgets from now on, stay marked
+    gone = forgotten_in(folder)  # people who are forgotten from now on stay marked
     groups, task = _marked(folder, info, people, gone), Task.model_validate(info.task)
     anchors, task_lora = read_adapters(folder, info)
     items = {n: items_of(group, info.run) for n, group in groups.items()}

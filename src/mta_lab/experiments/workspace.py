@@ -268,15 +268,13 @@ class Workspace:
         key = (bank_name(part.bank, seed), part.words)
         if key not in self._contexts:
             bank, run = self.bank(part, seed), self._run_of(part, seed)
-            single = max(bank.info.people, default=1) == 1
+            anchors = in_bank(bank, "anchor", self._task_people_and_candidates[1])
             self._contexts[key] = Context(
                 self.base,
                 bank,
                 bank.encoder(self.base, run.encoder),
                 run,
-                anchors=self._shown(part, in_bank(bank, "anchor", self._task_people_and_candidates[1]))
-                if single
-                else (),
+                anchors=self._shown(part, anchors) if len(anchors) == len(bank) else (),  # none of groups
                 task_people=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_of=partial(kept_evidence, self.out / "work"),

@@ -53,7 +53,12 @@ def calibration_people(
         for person, own in zip(map(Copies(people, task).alone, people), measurable)
     ]
     able = [person for person in apart if person.id not in members and len(person.items) > 1]
-    return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
+    return by_hash(able, seed)[: settings.people]
+
+
+def by_hash(people: Sequence[Person], seed: int) -> list[Person]:
+    """Return the people in the order of a hash of seed and id: those who calibrate a bank are the first."""
+    return sorted(people, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())
 
 
 def measured_items(
