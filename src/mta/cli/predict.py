@@ -65,6 +65,7 @@ def predict(
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
     """
+    from mta.bank.format import read_info
     from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
@@ -84,8 +85,11 @@ def predict(
     if lamp:
         tool.check_ids(people)
     known = {one.id: one.items for one in options.people_in(history, task, columns, None)} if history else None
+    if history and not read_info(bank).run.task_lora.history:
+        raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
     base, opened, run = options.open_bank(bank, words, device=device, config=config)
-    personal = mta.Personalizer(base, opened, _needed(store, opened, known is not None, fallback), run=run)
+    alone = history and fallback and store == _STORE and not Path(store).exists()  # no model of a person is asked
+    personal = mta.Personalizer(base, opened, None if alone else store, run=run)
     if out:
         make_folder(out.parent)
     kept = tool.Unfinished(out) if out else None
@@ -108,10 +112,3 @@ def predict(
     fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
     if out and json:
         show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})
-
-
-def _needed(store: str, bank: mta.Bank, has_history: bool, fallback: Fallback | None) -> str | None:
-    """Return the store to open; None if there is none, and the pooled model answers from earlier items alone."""
-    if has_history and not bank.history:
-        raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
-    return None if has_history and fallback and store == _STORE and not Path(store).exists() else store

@@ -228,7 +228,7 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     tried *= how.enabled
     single, several = (run.bank.training.examples(items) for items in (run.bank.max_items, run.bank.group_items))
     bank = task + trained(run.bank.first_bank * single, task_rank, rank) + scored(tried, task_rank + anchors * rank)
-    if run.bank.choose == "groups":  # full ones, whose items all give gradients before
+    if run.bank.choose == "groups":  # full groups; all their items give gradients first
         first = task_rank + run.bank.first_bank * rank
         again = run.bank.rounds * anchors + sum(run.bank.sizes[1:])
         bank += run.bank.rounds * trained(anchors * run.bank.group_items, first, 0)

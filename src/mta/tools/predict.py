@@ -82,8 +82,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield the answers to the people's ``queries``, person by person.
 
-    ``earlier`` returns a person's items for banks whose prompts show some, whoever answers; by default, those kept in
-    the store.
+    ``earlier`` returns a person's items for banks with such prompts, also if another model answers; by default, those
+    kept in the store.
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
     ``fallback`` answers for people without a model of this bank; without it, they raise PersonNotFound. Answers in
     ``kept`` to the same questions of the same models are not computed again. Raises DataError for a long question.

@@ -50,7 +50,7 @@ class ModelRequest(_Request):
     """Fields of all requests to a model; the last two are extensions.
 
     ``fallback`` is the model that answers for an unknown person. ``history_of`` is the person whose latest items stand
-    in front of the prompt, if the bank's prompts show some: by default the person whose model is asked, "" for nobody.
+    in front of the prompt, if the bank's prompts show some: by default the person of the model, "" for none.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]

@@ -180,7 +180,7 @@ class Service:
         if not self.history or not person:
             return Earlier((), key.name)
         if not key.owns(person):
-            raise UnknownOrForbidden("history_of names somebody whose data this key may not see", hint="Leave it out.")
+            raise UnknownOrForbidden("history_of names a person whose data this key may not see", hint="Leave it out.")
         self._shown.add(person)
         known = await run_in_threadpool(self.histories.of, person)
         return Earlier(known.items[-self.history :] if known else (), _asker_for(key, person))
