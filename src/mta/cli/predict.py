@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import Enum
 from json import dumps
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer import Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, show_json
+from mta.data.history import Item
 from mta.data.readers.people import is_read
 from mta.errors import InputError
 from mta.system.atomic import check_ordinary, make_folder, write_json, write_text
@@ -65,7 +67,6 @@ def predict(
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
     """
-    from mta.bank.format import read_info
     from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
@@ -84,9 +85,7 @@ def predict(
     lamp = out is not None and out.suffix == ".json"
     if lamp:
         tool.check_ids(people)
-    known = {one.id: one.items for one in options.people_in(history, task, columns, None)} if history else None
-    if history and not read_info(bank).run.task_lora.history:
-        raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
+    known = _items_in(history, bank, columns)
     base, opened, run = options.open_bank(bank, words, device=device, config=config)
     alone = history and fallback and store == _STORE and not Path(store).exists()  # no model of a person is asked
     personal = mta.Personalizer(base, opened, None if alone else store, run=run)
@@ -112,3 +111,18 @@ def predict(
     fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
     if out and json:
         show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})
+
+
+def _items_in(history: str | None, bank: Path, columns: Sequence[str] | None) -> dict[str, tuple[Item, ...]] | None:
+    """Return people's earlier items from a file, if there is one, before a base is loaded.
+
+    Raises InputError for a bank whose prompts show none.
+    """
+    from mta.bank.format import read_info
+
+    if history is None:
+        return None
+    if not read_info(bank).run.task_lora.history:
+        raise InputError("this bank's prompts show no earlier items", hint="Build one with  task_lora.history=8")
+    people = options.people_in(history, options.task_of(bank), columns, None)
+    return {person.id: person.items for person in people}
