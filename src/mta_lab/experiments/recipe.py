@@ -230,10 +230,10 @@ _HOW_MUCH = {"about", "seeds", "compared", *(f"run.{name}" for name in ROUNDING_
 
 
 def _all_people(recipe: Experiment) -> dict[str, Any]:
-    """Return a recipe's values without the numbers of people that its parts test."""
+    """Return a recipe's values without the numbers of people and the seeds that its parts test."""
     values = recipe.model_dump(mode="json")
     for part in (part for parts in values["exhibits"].values() for part in parts):
-        part.pop("people")
+        part.pop("people"), part.pop("seeds")
     return values
 
 
