@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras, unpacked
 
 from mta.lora.layers import Shared
-from mta.training.gates import gate_gradients
+from mta.training.gates import gate_gradients, units_of
 from mta.training.trainer import Job
 
 N = 4
@@ -42,6 +42,28 @@ def test_gradients_equal_autograd_through_dense_merges(scene, packed, length):
         loglik = dense(scene, u, w)
         near(found.loglik[u], loglik.detach())
         near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5))
+def test_the_same_examples_of_many_people_are_computed_once(scene, answers):
+    base, task, bank, _, at = scene
+    known = random_examples(6, seed=9)
+    jobs = [Job(str(u), [known[n] for n in own]) for u, own in enumerate(answers)]
+    found = gate_gradients(base, jobs, bank, at[0], [Shared(task)])
+    for u, job in enumerate(jobs):
+        alone = gate_gradients(base, [job], bank, at[0], [Shared(task)])
+        near(found.gradients[u], alone.gradients[0])
+        near(found.loglik[u], alone.loglik[0])
+    units, _ = units_of([job.examples for job in jobs])
+    assert sum(map(len, units)) <= sum(map(len, answers))
+
+
+def test_twenty_people_with_the_same_answers_cost_one_pass(scene):
+    known = random_examples(3, seed=9)
+    units, places = units_of([known] * 20)
+    assert [len(unit) for unit in units] == [1, 1, 1]
+    assert places == [[0, 1, 2]] * 20
 
 
 def test_a_person_without_shots_has_no_gradient(scene):

@@ -35,6 +35,7 @@ from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
 from mta.system.atomic import json_sha256
 from mta.system.progress import Step
+from mta.training.gates import summed, units_of
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
@@ -90,10 +91,9 @@ def _expectation(
 ) -> tuple[Tensor, Tensor]:
     """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
     halves = [_halves(context, person) for person in people]
-    parts = [tuple(half) for both in halves for half in both]
-    measure, together = _measure(
-        context, [Subject(tuple(one), tuple(other)) for one, other in halves], loras, task_lora, ""
-    )
+    parts, places = units_of([half for both in halves for half in both])
+    subjects = [Subject(tuple(one), tuple(other)) for one, other in halves]
+    measure, together = _measure(context, subjects, loras, task_lora, "")
     nothing, cuts = torch.zeros(len(parts), len(loras)).double(), range(0, len(parts), together)
     pieces = [
         Probe(f"groups-{number}-{n}", "sums", tuple(parts[n : n + together]), nothing[n : n + together]) for n in cuts
@@ -103,8 +103,9 @@ def _expectation(
     for piece, result in measure(pieces):
         results[piece.name] = result
         done += piece.cost
-        context.record.step("groups", Step(len(results), len(piece) // 2, done, every))
-    rows = torch.cat([results[piece.name] for piece in pieces]).double().view(len(halves), 2, -1)
+        context.record.step("groups", Step(len(results), len(piece), done, every))
+    found = torch.cat([results[piece.name] for piece in pieces]).double()
+    rows = summed(found, places).view(len(halves), 2, -1)
     rows = rows.masked_fill(
         ~rows.isfinite().all(dim=2).all(dim=1)[:, None, None], 0.0
     )  # no gradient of these people counts

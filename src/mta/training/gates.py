@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated
 from mta.model.base import BaseModel
-from mta.training.packing import TOKENS
+from mta.training.packing import TOKENS, common_prefix
 from mta.training.trainer import Job, gradient
 
 
@@ -45,5 +48,33 @@ def gate_gradients(
     def adapters(parameters: Mapping[str, Tensor], _: Tensor) -> Gated:
         return Gated(anchors, parameters["w"], is_zero)
 
+    places: list[list[int]] | None = None
+    if len(jobs) > 1 and bool((rows == rows[0]).all()):
+        parts, places = units_of([job.examples for job in jobs])
+        rows, jobs = rows[:1].expand(len(parts), *rows.shape[1:]), [Job(str(n), part) for n, part in enumerate(parts)]
     found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=task_adapters, tokens_per_batch=tokens_per_batch)
-    return GateGradients(found["w"].double(), loglik.double())
+    gates = GateGradients(found["w"].double(), loglik.double())
+    return gates if places is None else GateGradients(*(summed(one, places) for one in gates))
+
+
+def units_of(parts: Sequence[Sequence[Example]]) -> tuple[list[tuple[Example, ...]], list[list[int]]]:
+    """Return sets of examples whose sums of gradients give those of ``parts``, and the numbers of each part's sets.
+
+    At one point, an example has the same gradient in everybody's items. Where people answer the same questions, each
+    answer is a set of its own, and computed once; where that takes more tokens, the parts themselves are the sets.
+    """
+    distinct = {example: n for n, example in enumerate(dict.fromkeys(example for part in parts for example in part))}
+    if sum(len(example.tokens) for example in distinct) >= sum(map(_tokens, parts)):
+        return [tuple(part) for part in parts], [[n] for n in range(len(parts))]
+    return [(example,) for example in distinct], [[distinct[example] for example in part] for part in parts]
+
+
+def summed(rows: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
+    """Return the sum of the ``rows`` at each of the ``places``."""
+    return torch.stack([rows[list(of)].sum(0) for of in places])
+
+
+def _tokens(part: Sequence[Example]) -> int:
+    """Return the number of tokens of a part's tree."""
+    ordered = sorted(example.tokens for example in part)
+    return sum(map(len, ordered)) - sum(common_prefix(*pair) for pair in pairwise(ordered))
