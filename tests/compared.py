@@ -4,19 +4,31 @@ import pytest
 import torch
 
 from mta.evaluation.metrics import Answers, measure, query_nll
-from mta.evaluation.sample_answers import PersonAnswers, SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
+from mta.evaluation.two_people import Asked
 from mta.personalize.merge import Merge
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
 EVERY = {"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.5, "5": 0.1}
-ASKED = SampleAnswers(
-    questions=(HOSTILE, "Fargo"),
-    labels=("1", "2", "3", "4", "5"),
-    pooled=(EVERY, EVERY),
-    people=(
-        PersonAnswers("c1", "3 shots, 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
-        PersonAnswers("c2", "3 shots, 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
+LABELS = tuple(EVERY)
+ASKED = (
+    Asked(
+        place=7,
+        id="c1",
+        labels=LABELS,
+        shots=((HOSTILE, "2"), ("Alien", "1")),
+        questions=(HOSTILE, "Fargo"),
+        golds=("1", "4"),
+        answers={"task LoRA": (EVERY, EVERY), "MTA": ({**dict.fromkeys(LABELS, 0.0), "1": 1.0}, EVERY)},
+    ),
+    Asked(
+        place=2,
+        id="c2",
+        labels=LABELS,
+        shots=(("Heat", "5"),),
+        questions=("Fargo",),
+        golds=("5",),
+        answers={"task LoRA": (EVERY,), "MTA": (EVERY,)},
     ),
 )
 

@@ -14,10 +14,11 @@ from mta.evaluation.reports.summary import verdict
 from mta.evaluation.statistics import Comparison
 
 SECTIONS = [
+    "What a model of one's own gains",
+    "Two people, question by question",
     "The comparison",
     "Score against bytes kept per person",
     "Chosen anchors and coefficients",
-    "The same questions, before and after",
     "How this was made",
 ]
 
@@ -65,7 +66,7 @@ def written(tiny, comparison, tmp_path):
         what = {
             "comparison": comparison,
             "bank": tiny[1],
-            "samples": ASKED,
+            "people": ASKED,
             "meta": {
                 "command": "mta compare x.jsonl --bank bank/",
                 "seed": 3,
@@ -85,9 +86,10 @@ def written(tiny, comparison, tmp_path):
 
 
 def test_page_is_whole_loads_nothing_and_contains_no_person_and_no_item(written, tmp_path):
-    text = written()
+    shown = Page(written())
+    assert [heading for heading in shown.headings if heading in SECTIONS] == SECTIONS
+    text = written(people=())  # as mta compare writes it; a demo shows two people of public data
     found = Page(text)
-    assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
     assert "MTA against the task LoRA: better in MAE and NLL" in found.headings
     assert "script" not in found.tags
     assert all(value.startswith("data:") for value in found.loads)
@@ -114,15 +116,15 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "2026-11-25",
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
-        "person A, 3 shots, 1.7 on average; gave before: 2 (1 of 2), 1 (1 of 2)",
-        "pooled model: 3.4 on average",
+        "person B gave the answers: Heat 5",
         "see https://example.org/terms",
         "made up <b>here</b>",
     ):
         assert part in text
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
-    assert "probability of each answer to 'Fargo': pooled model, person A, person B." in pictures
+    assert "Mean errors: everybody's 1.50, their own 0.30." in pictures
+    assert "OPPU MAE +0." in pictures
     assert "Coefficients of person A: anchor 0 (4 items) 0.50" in pictures
 
 
@@ -130,13 +132,13 @@ def test_the_people_who_were_asked_are_those_with_coefficients(written, comparis
     merge = comparison.row("MTA").merge
     merge.w[7] = torch.tensor([0.11, 0.22, 0.33])
     merge.w[2] = torch.tensor([0.44, 0.1, 0.1])
-    found = Page(written(shown=[7, 2]))
+    found = Page(written())
     coefficients = [alt for alt in found.alts if "Coefficients" in alt]
     assert [alt[:63] for alt in coefficients] == [
         "Coefficients of person A: anchor 2 (4 items) 0.33, anchor 1 (4 ",
         "Coefficients of person B: anchor 0 (4 items) 0.44, anchor 1 (4 ",
     ]
-    assert "The people are the same as under the questions below." in "".join(found.text)
+    assert "The people are the same as above." in "".join(found.text)
 
 
 def test_hostile_strings_stay_text(written):
@@ -173,7 +175,7 @@ def test_escaped_texts_are_shown_as_they_are(text):
 
 def test_page_without_merge_or_questions(written, task):
     without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
-    found = Page(written(comparison=without, samples=None))
+    found = Page(written(comparison=without, people=()))
     assert "Chosen anchors and coefficients" not in found.headings
-    assert "The same questions, before and after" not in found.headings
+    assert "Two people, question by question" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)

@@ -15,7 +15,7 @@ from mta.tools.demo import load_demo
 @pytest.mark.parametrize(("platform", "opener"), [("darwin", "open"), ("linux", "xdg-open")])
 def test_the_commands_at_the_end_can_be_pasted_into_any_shell(monkeypatch, platform, opener):
     monkeypatch.setattr(demo.sys, "platform", platform)
-    found = SimpleNamespace(samples=SimpleNamespace(people=[SimpleNamespace(id="7")]))
+    found = SimpleNamespace(people=[SimpleNamespace(id="7")])
     lines = demo.next_commands(Path("my demo"), found)
     assert not [line for line in lines if "#" in line]
     assert f"  {opener} 'my demo/report.html'" in lines

@@ -53,7 +53,7 @@ def demo(
         report = tool.demo(out, chosen, command, given, full=full, on_step=screen.step, say=screen.say)
     if json:
         return show_json(to_json(report.comparison, **report.meta, command=command))
-    show_glance(report.comparison, report.samples, tool.next_commands(out, report), tables())
+    show_glance(report.comparison, report.people, tool.next_commands(out, report), tables())
 
 
 def doctor(

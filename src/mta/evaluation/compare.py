@@ -37,8 +37,8 @@ from mta.evaluation.methods import (
     TaskLora,
 )
 from mta.evaluation.protocol import TestBatch, check_lengths, members_and_others
-from mta.evaluation.sample_answers import SampleAnswers
 from mta.evaluation.statistics import Comparison, Row
+from mta.evaluation.two_people import Asked
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import can_merge, check_merge, needs_encodings
@@ -76,12 +76,12 @@ def run_methods(
 
 @dataclass(slots=True)
 class ComparisonReport:
-    """A comparison, its batch, and sample answers of people's models, if any were asked."""
+    """A comparison, its batch, and two people whose questions the page shows, if any: it shows their texts, too."""
 
     comparison: Comparison
     batch: TestBatch
     meta: dict[str, Any]
-    samples: SampleAnswers | None = None
+    people: tuple[Asked, ...] = ()
 
     def outcome(self) -> dict[str, Any]:
         """Return the number of people, and every method's mean of the metric that differences are judged by."""
@@ -95,11 +95,9 @@ class ComparisonReport:
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
-        out, meta, batch = Path(out), self.meta | {"command": command}, self.batch
+        out, meta = Path(out), self.meta | {"command": command}
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        ids = [person.id for person in batch.people]
-        shown = [ids.index(person.id) for person in self.samples.people] if self.samples else range(3)
-        write_html(out / "report.html", self.comparison, batch.bank, self.samples, meta, shown)
+        write_html(out / "report.html", self.comparison, self.batch.bank, self.people, meta)
 
 
 def standard_methods(

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from statistics import fmean
 
 from mta.bank.bank import Bank
 from mta.config import CompareSettings, Run, override
@@ -19,7 +18,7 @@ from mta.data.splits import Splits, draw
 from mta.data.tasks.load import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import ComparisonReport, compare
-from mta.evaluation.sample_answers import sample_answers
+from mta.evaluation.two_people import two_people
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.merge import check_merge
@@ -102,12 +101,10 @@ def demo(
         check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
         folder.begin()  # locks the folder
         report = _compared(out, recipe, people, splits, base, folder.step, say)
-        two = _two(report)
-        say("4/4  the same questions for two people, before and after")
+        report.people = two_people(report.batch, report.comparison)
+        say("4/4  a file for each of two people")
         personal = Personalizer(base, report.batch.bank, out / "people", run=run)
-        personal.personalize(two, on_step=folder.step)
-        if questions := personal.bank.task.examples[:3]:
-            report.samples = sample_answers(personal, two, questions)
+        personal.personalize([report.batch.people[one.place] for one in report.people], on_step=folder.step)
         folder.outcome = report.outcome()
         report.write(out, command)
     return report
@@ -120,8 +117,8 @@ def next_commands(out: Path, report: ComparisonReport) -> list[str]:
     lines += [f"  mta serve --bank {bank} --store {store} --insecure-local"]
     lines += [f"Open {page} in a browser (pictures, every number):"]
     lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {page}"]
-    if report.samples:
-        person = shlex.quote(report.samples.people[0].id)
+    if report.people:
+        person = shlex.quote(report.people[0].id)
         lines += ["Show all that is stored about a person:"]
         lines += [f"  mta person show {person} --bank {bank} --store {store}"]
     return lines
@@ -162,11 +159,3 @@ def _check_same(out: Path, chosen: DemoRecipe) -> None:
     path, unused = out / RECIPE, {"run": set(ROUNDING_ONLY)}
     if path.is_file() and load_demo(path).model_dump(exclude=unused) != chosen.model_dump(exclude=unused):
         raise ConfigError(f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out.")
-
-
-def _two(report: ComparisonReport) -> list[Person]:
-    """Return two people: those with the lowest and highest mean rating in their shots, or the first and the last."""
-    task, people = report.batch.bank.task, list(report.batch.people)
-    if task.metric == "mae":
-        people.sort(key=lambda person: fmean(float(task.target(item)) for item in person.items))
-    return [people[0], people[-1]] if len(people) > 1 else people

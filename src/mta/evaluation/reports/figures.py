@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports.summary import OURS
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
@@ -131,6 +133,69 @@ def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str
         ax.legend(**LEGEND)
 
     return Picture(f"{y_label} of each {x_label}: {listed(groups)}.", draw, (6.4, 3.6))
+
+
+def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Picture:
+    """Each method's difference to everybody's model (zero) in some metrics, side by side; better is to the right."""
+
+    def draw(ax: Any) -> None:
+        ax.axis("off")
+        for n, metric in enumerate(metrics):
+            sign, width = -1 if metric in BETTER_LOW else 1, 1 / len(metrics)
+            panel = ax.inset_axes((n * width, 0, 0.9 * width, 1))
+            for place, (name, known) in enumerate(rows.items()):
+                mean, ends = sign * known[n].mean, sorted((sign * known[n].low, sign * known[n].high))
+                colour = COLOURS[0] if name.startswith(f"{OURS}\n") else MUTED
+                panel.plot(ends, [place, place], color=colour, linewidth=2)
+                panel.plot(mean, place, "o", color=colour, markersize=6)
+                panel.annotate(
+                    f"{mean:+.3f}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
+                )
+            panel.axvline(0, color=INK, linewidth=1)
+            panel.set_yticks(range(len(rows)), list(rows) if n == 0 else [""] * len(rows), fontsize=8.5)
+            panel.set(ylim=(len(rows) - 0.4, -0.7), xlabel=f"{metric}: better to the right")
+            panel.locator_params(axis="x", nbins=5)
+            panel.tick_params(left=False)
+
+    said = listed(
+        f"{name.splitlines()[0]} {' and '.join(f'{m} {one.mean:+.3f}' for m, one in zip(metrics, known))}"
+        for name, known in rows.items()
+    )
+    return Picture(f"Differences to everybody's model: {said}.", draw, (8.4, 0.8 + 0.55 * len(rows)))
+
+
+def predictions(
+    title: str,
+    questions: Sequence[str],
+    golds: Sequence[str],
+    labels: Sequence[str],
+    means: Mapping[str, Sequence[float]],
+) -> Picture:
+    """A person's true answers, and what several models expect, question by question. Labels are numbers."""
+
+    def draw(ax: Any) -> None:
+        places = range(len(questions))
+        ax.scatter([float(gold) for gold in golds], places, s=110, facecolors="none", edgecolors=INK, label="true")
+        for n, (name, values) in enumerate(means.items()):
+            colour = (MUTED, *COLOURS)[n]
+            ax.scatter(values, places, s=28, color=colour, label=name, marker="os^Dv"[n % 5])
+        ax.set_yticks(places, [textwrap.shorten(question, 48, placeholder="…") for question in questions], fontsize=8.5)
+        numbers = [float(label) for label in labels]
+        ax.set(xlim=(min(numbers) - 0.4, max(numbers) + 0.4), ylim=(len(questions) - 0.4, -0.6), title=title)
+        ax.set_xticks(numbers, labels)
+        ax.tick_params(left=False)
+        ax.grid(axis="y", color=LINE, linewidth=0.4)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), **LEGEND)
+
+    errors = listed(
+        f"{name} {sum(abs(m - float(g)) for m, g in zip(values, golds)) / len(golds):.2f}"
+        for name, values in means.items()
+    )
+    return Picture(
+        f"Answers of {title}: true, and as models expect them. Mean errors: {errors}.",
+        draw,
+        (7.6, 0.9 + 0.3 * len(questions)),
+    )
 
 
 def coefficient_bars(

@@ -8,21 +8,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mta.evaluation.reports.summary import POOLED, verdict
+from mta.evaluation.reports.summary import verdict
 from mta.evaluation.reports.tables import show_scores
-from mta.evaluation.sample_answers import Answer, PersonAnswers, SampleAnswers
 from mta.evaluation.statistics import Comparison
+from mta.evaluation.two_people import CALLED, Answer, Asked, mean_of
 
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_TITLE = 26  # characters of a question or a shot
+_TITLE = 38  # characters of a question or a shot
+_QUESTIONS = 6  # of a person
 
 
-def show_glance(
-    comparison: Comparison, samples: SampleAnswers | None, commands: Sequence[str], console: Console
-) -> None:
-    """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
-    if samples:
-        _show_people(samples, console)
+def show_glance(comparison: Comparison, people: Sequence[Asked], commands: Sequence[str], console: Console) -> None:
+    """Print what two people answered, and what their and other models expected; then scores, and commands."""
+    for person in people:
+        _show_person(person, console)
     show_scores(comparison, console)
     measure = comparison.yardstick
     for sentence in verdict(comparison):
@@ -33,61 +31,43 @@ def show_glance(
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show_people(samples: SampleAnswers, console: Console) -> None:
-    shares = [one for own in (samples.pooled, *(person.answers for person in samples.people)) for one in own]
-    most = max((share for one in shares if not isinstance(one, str) for share in one.values()), default=1.0)
-    for person in samples.people:
-        console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
-        for line in before(person, samples.labels):
-            console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
-        console.print(_answers(samples, person, most))
-    bars = " Bars: the probability of each answer." if most < 1.0 else ""
-    console.print(
-        f"Pooled model: the {POOLED}, one model for all. The person's model mixes the bank's LoRAs with "
-        f"weights that fit this person's items.{bars}",
-        style="dim",
-        highlight=False,
-    )
+def _show_person(person: Asked, console: Console) -> None:
+    console.print(f"\n[bold]Person {escape(person.id)}[/] gave {len(person.shots)} answers:", highlight=False)
+    for line in before(person):
+        console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
+    console.print("Later answers, and what models of everybody's, their own, and another person's items expect:")
+    console.print(_predictions(person))
 
 
-def before(person: PersonAnswers, labels: Sequence[str]) -> list[str]:
+def before(person: Asked) -> list[str]:
     """Return a person's items as lines: for each label, the items that the person gave it to; or three texts."""
-    given = {label: [_short(text) for text, own in person.shots if own == label] for label in reversed(labels)}
+    given = {label: [_short(text) for text, own in person.shots if own == label] for label in reversed(person.labels)}
     if any(given.values()):
-        return [f"  gave {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
+        return [f"  {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
     return [f"  {_short(text)}  ->  {_short(own, 48)}" for text, own in person.shots[:3]]
 
 
-def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
-    """Return a distribution over labels as one block character for each label; another answer as a short text.
-
-    The highest block is a probability of ``most``.
-    """
+def said(answer: Answer) -> str:
+    """Return an answer in a few characters: the expected number, the most likely label, or the text."""
+    mean = mean_of(answer)
     if isinstance(answer, str):
         return " ".join(answer.split())
-    if len(labels) > 9:  # too many to tell apart
-        best = max(labels, key=lambda label: answer[label])
-        return f"{best} {answer[best]:.0%}"
-    return "".join(_BLOCKS[max(1, round(answer[label] / most * (len(_BLOCKS) - 1)))] for label in labels)
+    best = max(answer, key=lambda label: answer[label])
+    return f"{best} {answer[best]:.0%}" if mean is None else f"{mean:.1f}"
 
 
-def _answers(samples: SampleAnswers, person: PersonAnswers, most: float) -> Table:
+def _predictions(person: Asked) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
-    shares = [one for two in (samples.pooled, person.answers) for one in two if not isinstance(one, str)]
-    scale = "".join(label[0] for label in samples.labels) if 0 < len(samples.labels) <= 9 else ""
-    numbers = any(samples.mean(one) is not None for one in shares)
-    for title in ("pooled model", f"person {person.id}"):
-        if not made.columns:
-            made.add_column("")
-        made.add_column(escape(f"{title} {scale}".strip()), justify="right" if shares else "left", header_style="dim")
-        if numbers:
-            made.add_column("mean", justify="right", header_style="dim")
-    for question, pooled, own in zip(samples.questions, samples.pooled, person.answers):
-        cells = [escape(_short(question))]
-        for answer in (pooled, own):
-            mean = samples.mean(answer)
-            cells += [escape(bars(answer, samples.labels, most)), *([f"{mean:.1f}"] if mean is not None else [])]
-        made.add_row(*cells)
+    numbers = bool(person.labels)
+    for title in ("", "true", *(CALLED[name] for name in person.answers)):
+        made.add_column(title, justify="right" if title and numbers else "left", header_style="dim")
+    for n, (question, gold) in enumerate(zip(person.questions[:_QUESTIONS], person.golds)):
+        answers = [escape(said(given[n])) for given in person.answers.values()]
+        made.add_row(escape(_short(question)), escape(gold if numbers else _short(gold)), *answers)
+    errors = [person.error(name) for name in person.answers]
+    if all(error is not None for error in errors):
+        count = len(person.questions)
+        made.add_row(f"mean error, all {count}", "", *(f"{error:.2f}" for error in errors), style="bold")
     return made
 
 

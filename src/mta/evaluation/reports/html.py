@@ -7,7 +7,6 @@ a few people are shown as person A, B and C.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,14 +14,15 @@ from typing import Any
 
 from mta.bank.bank import Bank
 from mta.config.constants import NOTICEABLE
-from mta.data.tasks.task import short
+from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import CHEAP, OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
+from mta.evaluation.reports.summary import CHEAP, OTHER, OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
-from mta.evaluation.sample_answers import SampleAnswers
-from mta.evaluation.statistics import Comparison
+from mta.evaluation.statistics import Comparison, Interval
+from mta.evaluation.two_people import CALLED, Asked, mean_of
 from mta.system.atomic import write_text
+from mta.system.units import human_bytes
 
 # -- any report --------------------------------------------------------------------------------------------------------
 
@@ -94,25 +94,25 @@ def write_html(
     path: str | Path,
     comparison: Comparison,
     bank: Bank,
-    samples: SampleAnswers | None,
+    people: Sequence[Asked],
     meta: Mapping[str, Any],
-    shown: Sequence[int] = range(3),
 ) -> None:
     """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes.
 
-    ``shown``: the places, among the tested people, of person A, B, …; those of ``samples``, in its order.
+    ``people`` are shown with their questions, as person A and B. Only a demo gives them: these are people's texts.
     """
     head = f"{title_of(comparison)}\n\n"
     head += "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
     sections = [
+        *_gains(comparison),
+        *_two_people(people),
         _measured(comparison),
         Section(
             "Score against bytes kept per person",
             "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
             {"bytes": score_over_bytes(comparison)},
         ),
-        *_coefficients(comparison, bank, shown, samples),
-        *(_before_and_after(samples) if samples else ()),
+        *_coefficients(comparison, bank, [person.place for person in people]),
         Section("How this was made", _facts(bank, meta)),
     ]
     write_text(Path(path), page(headline(comparison), head, sections))
@@ -138,47 +138,59 @@ def _measured(comparison: Comparison) -> Section:
     )
 
 
-def _coefficients(
-    comparison: Comparison, bank: Bank, shown: Sequence[int], samples: SampleAnswers | None
-) -> list[Section]:
+def _gains(comparison: Comparison) -> list[Section]:
+    """The picture that a newcomer looks at first: what each model gains over everybody's, and what it costs."""
+    columns = KINDS[comparison.task.metric].columns
+    metrics = [*dict.fromkeys((comparison.primary, *(m for m in columns if m == "accuracy"), comparison.yardstick))]
+    rows = dict[str, list[Interval]]()
+    for row in [row for row in comparison.rows if row.name in (*CHEAP, RIVAL, OURS, OTHER)]:
+        known = [d for metric in metrics if (d := comparison.difference(row.name, POOLED, metric))]
+        if len(known) == len(metrics):
+            cost = f"{human_bytes(row.bytes_per_person)}, {row.seconds / comparison.people:.2g} s"
+            rows[f"{row.name}\n{cost}"] = known
+    if not rows:
+        return []
+    text = (
+        f"Each model learned from the same items of a person. Zero is the {POOLED}, one model for everybody. Below a "
+        "name are the bytes kept and the seconds of training for each person. Lines are 95% intervals over people."
+    )
+    return [Section("What a model of one's own gains", text, {"gains": figures.gains(rows, metrics)})]
+
+
+def _two_people(people: Sequence[Asked]) -> list[Section]:
+    """Two people's questions with their true answers, and what several models expected."""
+    text, pictures = "The two people whose true answers differ most, whatever the models said.\n\n", {}
+    for n, person in enumerate(people):
+        name = figures.letter(n)
+        gave = "; ".join(f"{plain(text)} {plain(answer)}" for text, answer in person.shots)
+        text += f"- {name} gave the answers: {gave}\n"
+        if means := means_of(person):
+            pictures[f"answers-{n}"] = figures.predictions(name, person.questions, person.golds, person.labels, means)
+        else:
+            for number, (question, gold) in enumerate(zip(person.questions, person.golds)):
+                said = "; ".join(f"{CALLED[key]}: {plain(str(own[number]))}" for key, own in person.answers.items())
+                text += f"    - {plain(question)} (true: {plain(gold)}) {said}\n"
+    return [Section("Two people, question by question", text, pictures)] if people else []
+
+
+def means_of(person: Asked) -> dict[str, list[float]]:
+    """Return the expected answers of each model, by what it is called; empty where answers are no numbers."""
+    found = {CALLED[name]: [mean_of(answer) for answer in answers] for name, answers in person.answers.items()}
+    return {name: [m for m in means if m is not None] for name, means in found.items() if None not in means}
+
+
+def _coefficients(comparison: Comparison, bank: Bank, shown: Sequence[int]) -> list[Section]:
     """Pictures of some people's coefficients."""
     merge = comparison.row(OURS).merge if OURS in comparison.names else None
     if merge is None:
         return []
-    same = "the same as under the questions below" if samples else "the first of the test, not selected"
+    same = "the same as above" if shown else "the first of the test, not selected"
     text = (
         "The weight of each anchor in a person's model. Of the merge, the weights of all anchors are stored and, with "
         f"the default policy, the gradient that they come from. The people are {same}."
     )
-    bars = figures.coefficient_bars(merge, bank.info.items, shown)
+    bars = figures.coefficient_bars(merge, bank.info.items, shown or range(3))
     return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]
-
-
-def _before_and_after(samples: SampleAnswers) -> list[Section]:
-    """The answers of the pooled model and of some people's models, without the people's ids and items."""
-    text = "The pooled model gives all people one answer. The personal models give each person their own.\n\n"
-    names = [figures.letter(n) for n in range(len(samples.people))]
-    for name, person in zip(names, samples.people):
-        counts = Counter(label for _, label in person.shots)
-        gave = ", ".join(
-            f"{label} ({counts[label]} of {len(person.shots)})" for label in reversed(samples.labels) if counts[label]
-        )
-        text += f"- {name}, {plain(person.about)}" + (f"; gave before: {plain(gave)}\n" if gave else "\n")
-    pictures = {}
-    for n, question in enumerate(samples.questions):
-        answers = {"pooled model": samples.pooled[n]} | {
-            name: one.answers[n] for name, one in zip(names, samples.people)
-        }
-        text += f"\n**{plain(question)}**\n\n"
-        for name, answer in answers.items():
-            mean = samples.mean(answer)
-            if isinstance(answer, str):
-                text += f"- {name}: {plain(answer)}\n"
-            elif mean is not None:
-                text += f"- {name}: {mean:.1f} on average\n"
-        if shares := {name: answer for name, answer in answers.items() if not isinstance(answer, str)}:
-            pictures[f"question-{n}"] = figures.shares(shares, f"answer to {short(question, 40)}", "probability", "")
-    return [Section("The same questions, before and after", text, pictures)]
 
 
 def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from mta.system.units import human_bytes
 Judgement = Literal["better", "worse", "unclear"]
 
 OURS, POOLED, RIVAL = "MTA", "task LoRA", OPPU
+OTHER = "MTA, other person's shots"
 CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
