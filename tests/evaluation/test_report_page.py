@@ -4,7 +4,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from compared import ASKED, HOSTILE, comparison_of
 from compared import comparison as comparison  # the fixture
 
@@ -18,7 +17,6 @@ SECTIONS = [
     "Two people, question by question",
     "The comparison",
     "Score against bytes kept per person",
-    "Chosen anchors and coefficients",
     "How this was made",
 ]
 
@@ -125,20 +123,6 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
     assert "Mean errors: everybody's 1.50, their own 0.30." in pictures
     assert "OPPU MAE +0." in pictures
-    assert "Coefficients of person A: anchor 0 (4 items) 0.50" in pictures
-
-
-def test_the_people_who_were_asked_are_those_with_coefficients(written, comparison):
-    merge = comparison.row("MTA").merge
-    merge.w[7] = torch.tensor([0.11, 0.22, 0.33])
-    merge.w[2] = torch.tensor([0.44, 0.1, 0.1])
-    found = Page(written())
-    coefficients = [alt for alt in found.alts if "Coefficients" in alt]
-    assert [alt[:63] for alt in coefficients] == [
-        "Coefficients of person A: anchor 2 (4 items) 0.33, anchor 1 (4 ",
-        "Coefficients of person B: anchor 0 (4 items) 0.44, anchor 1 (4 ",
-    ]
-    assert "The people are the same as above." in "".join(found.text)
 
 
 def test_hostile_strings_stay_text(written):
@@ -173,9 +157,8 @@ def test_escaped_texts_are_shown_as_they_are(text):
     assert not {"em", "strong", "code", "a", "img", "s", "ol"} & found.tags
 
 
-def test_page_without_merge_or_questions(written, task):
+def test_page_without_mta_or_people(written, task):
     without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
     found = Page(written(comparison=without, people=()))
-    assert "Chosen anchors and coefficients" not in found.headings
     assert "Two people, question by question" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)

@@ -16,7 +16,6 @@ from mta.evaluation.reports.html import to_json
 from mta.evaluation.reports.summary import headline, verdict
 from mta.evaluation.reports.tables import table
 from mta.evaluation.statistics import Comparison, Interval, Row
-from mta.personalize.merge import Merge
 
 
 def shown(made, width=140, **how):
@@ -174,16 +173,17 @@ def test_scatter_shows_methods_that_store_nothing_and_outliers():
     assert ">m0<" in svg(figures.scatter([near[0]], "MAE"))
 
 
-def test_bars_show_the_rest_and_coefficients_below_zero():
-    merge = Merge(torch.tensor([[4, 1, 2], [0, 1, 2]]), torch.tensor([[0.5, -0.2, 0.1], [0.7, 0.2, 0.1]]))
-    one, other = map(svg, figures.coefficient_bars(merge, items=[10, 11, 12, 13, 14], most=2))
-    for part in (
-        "anchor 4 (14 items)",
-        "anchor 1 (11 items)",
-        "-0.20",
-        "1 other anchors",
-        "pooled model alone",
-        "0.60",
-    ):
-        assert part in one
-    assert "pooled model alone" not in other
+def test_gains_point_to_the_right_where_a_metric_gets_better():
+    rows = {"MTA\n708 B, 0.3 s": [Interval(-0.2, -0.3, -0.1), Interval(0.1, 0.05, 0.15)]}
+    drawn = figures.gains(rows, ["MAE", "accuracy"])
+    for part in ("MAE: better to the right", "+0.200", "+0.100", ">708 B, 0.3 s<"):
+        assert part in svg(drawn)
+    assert drawn.alt == "Differences to everybody's model: MTA MAE -0.200 and accuracy +0.100."
+
+
+def test_predictions_say_how_far_each_model_is_off():
+    means = {"everybody's": [3.0, 3.0], "their own": [1.5, 5.0]}
+    drawn = figures.predictions("person A", ["one", "two"], ["1", "5"], ("1", "2", "3", "4", "5"), means)
+    assert drawn.alt.endswith("Mean errors: everybody's 2.00, their own 0.25.")
+    for part in (">true<", ">their own<", ">two<"):
+        assert part in svg(drawn)

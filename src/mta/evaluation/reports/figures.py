@@ -12,14 +12,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports.summary import OURS
 from mta.evaluation.statistics import Interval
-from mta.personalize.merge import Merge
 from mta.system.atomic import replacing
 from mta.system.extras import require
 from mta.system.units import human_bytes
@@ -196,46 +194,6 @@ def predictions(
         draw,
         (7.6, 0.9 + 0.3 * len(questions)),
     )
-
-
-def coefficient_bars(
-    merge: Merge, items: Sequence[int] = (), people: Sequence[int] = range(3), most: int = 5
-) -> list[Picture]:
-    """Bars of the strongest coefficients of some people (rows of the merge), one picture per person, to the same scale.
-
-    The first person is called person A, and has the color that ``shares`` gives to the second group: the first is the
-    pooled model. Its remaining weight is a bar too. ``items`` are the history lengths of the anchors, for labels.
-    """
-    groups = [_bars(merge, person, items, most) for person in people if person < len(merge.ids)]
-    top = max([1e-9, *(abs(w) for bars in groups for _, w, _ in bars)])
-    least = min([-1.15 * top, *(1.25 * w for bars in groups for _, w, _ in bars)])
-    rows = max(len(bars) for bars in groups)
-
-    def draw(ax: Any, person: int) -> None:
-        for y, (label, w, ours) in enumerate(groups[person]):
-            left, pad = w < 0, 0.03 * top
-            ax.barh(y, w, 0.62, color=COLOURS[1 + person] if ours else MUTED, alpha=1.0 if ours else 0.45)
-            ax.text(pad if left else -pad, y, label, ha="left" if left else "right", va="center_baseline")
-            ax.text(w + math.copysign(pad, w), y, f"{w:.2f}", ha="right" if left else "left", va="center_baseline")
-        ax.axvline(0, color=LINE, linewidth=1)
-        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6), title=letter(person))
-        ax.axis("off")
-
-    alts = [f"Coefficients of {letter(p)}: {listed(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
-    return [Picture(alt, partial(draw, person=p), (4.4, 0.28 * rows + 0.45)) for p, alt in enumerate(alts)]
-
-
-def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tuple[str, float, bool]]:
-    """Label, coefficient, and whether the coefficient is an anchor's."""
-    w = merge.w[person].double()
-    strongest = w.abs().argsort(descending=True, stable=True)[:most].tolist()
-    top = [(int(merge.ids[person, k]), float(w[k])) for k in strongest if abs(w[k]) >= 0.005]
-    named = [(f"anchor {n}" + (f" ({items[n]} items)" if items else ""), share, True) for n, share in top]
-    total = float(w.sum())
-    if len(w) > len(top) and abs(rest := total - sum(share for _, share in top)) >= 0.005:
-        named.append((f"{len(w) - len(top)} other anchors", rest, True))
-    # Coefficients with a sum below 1 come from a policy with a null anchor: the rest goes to the pooled model.
-    return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
 
 
 def inside(values: Sequence[Interval]) -> tuple[float, float]:

@@ -112,7 +112,6 @@ def write_html(
             "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
             {"bytes": score_over_bytes(comparison)},
         ),
-        *_coefficients(comparison, bank, [person.place for person in people]),
         Section("How this was made", _facts(bank, meta)),
     ]
     write_text(Path(path), page(headline(comparison), head, sections))
@@ -177,20 +176,6 @@ def means_of(person: Asked) -> dict[str, list[float]]:
     """Return the expected answers of each model, by what it is called; empty where answers are no numbers."""
     found = {CALLED[name]: [mean_of(answer) for answer in answers] for name, answers in person.answers.items()}
     return {name: [m for m in means if m is not None] for name, means in found.items() if None not in means}
-
-
-def _coefficients(comparison: Comparison, bank: Bank, shown: Sequence[int]) -> list[Section]:
-    """Pictures of some people's coefficients."""
-    merge = comparison.row(OURS).merge if OURS in comparison.names else None
-    if merge is None:
-        return []
-    same = "the same as above" if shown else "the first of the test, not selected"
-    text = (
-        "The weight of each anchor in a person's model. Of the merge, the weights of all anchors are stored and, with "
-        f"the default policy, the gradient that they come from. The people are {same}."
-    )
-    bars = figures.coefficient_bars(merge, bank.info.items, shown or range(3))
-    return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]
 
 
 def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:
