@@ -107,8 +107,9 @@ def pack(
 
     A row of several examples has at most ``budget`` tokens (0: no row has several); a target token counts as
     ``weight`` tokens more, for its logits, once where examples share them. A row of T tokens costs
-    T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention (``mta.model.tree_attention``),
-    of its longest example. Examples sorted by their tokens are cut into runs; dynamic programming finds the cheapest cut.
+    T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention
+    (``mta.model.tree_attention``), of its longest example. Examples sorted by their tokens are cut into runs; dynamic
+    programming finds the cheapest cut.
     """
     order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
     lengths = [len(examples[e].tokens) - 1 for e in order]
