@@ -176,9 +176,7 @@ def report(
         Argument(help="Folders of --out (mta compare, bank build, demo, mta-lab evaluate, attack) or --run."),
     ],
     out: Annotated[Path, Option(help="Folder for tables, figures and pages.")] = Path("report"),
-    texts: Annotated[
-        bool, Option("--texts", help="Include people's texts: the case study, and answers in LaMP's format.")
-    ] = False,
+    texts: Annotated[bool, Option("--texts", help="Include people's texts: answers in LaMP's format.")] = False,
     json: options.Json = False,
 ) -> None:
     """Draw finished exhibits and runs as Markdown, HTML, SVG and PNG. Loads no model.

@@ -47,11 +47,11 @@ def test_a_report_is_drawn_again_from_itself_also_in_place_of_an_older_one(smoke
     drawn, again = (tmp_path / name / "members.jsonl" for name in ("drawn", "again"))
     drawn.mkdir(parents=True)
     older = {"machine": "another", "threads": 1, "versions": {}, "hours": 1, "command": "older", "commit": "older"}
-    (drawn / "meta.json").write_text(json.dumps({"exhibits": ["case"], "runs": [older]}))
-    (drawn / "case.json").write_text("{}")
+    (drawn / "meta.json").write_text(json.dumps({"exhibits": ["banks"], "runs": [older]}))
+    (drawn / "banks.json").write_text('{"older": {}}')
     mta("report", out, "--out", drawn.parent)
     mta("report", drawn, "--out", again.parent)
-    assert not (drawn / "case.json").exists()
+    assert "older" not in (drawn / "banks.json").read_text()
     assert {file.name: file.read_bytes() for file in drawn.glob("*.*")} == {
         file.name: file.read_bytes() for file in again.glob("*.*")
     }

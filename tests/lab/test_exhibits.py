@@ -30,9 +30,7 @@ def results(records, exhibits=None, meta=None, **how):
     parts = exhibits or {"main": (Part(methods=METHODS),)}
     recipe = Experiment(run=TINY_RUN, exhibits=parts, **how)
     about = {"exhibits": list(parts)} | (meta or {})
-    return Results(
-        Path("runs"), recipe, load_task("movielens-rating"), latest(records), {"data": "made up"}, about, {}, {}
-    )
+    return Results(Path("runs"), recipe, load_task("movielens-rating"), latest(records), {"data": "made up"}, about, {})
 
 
 def everybody(method, shift=0.0, seeds=(0,), **more):

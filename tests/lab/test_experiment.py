@@ -149,7 +149,7 @@ def test_a_bank_without_a_task_lora_saw_no_items_of_task_people(world, cache, tm
 
 def test_another_recipe_and_other_items_in_the_same_folder_are_refused_and_leave_it_as_it_was(world, cache, tmp_path):
     out, first = tmp_path / "run", workspace_of(world, tmp_path / "run", "run.merge.policy=posterior")
-    run_experiment(first, ["case"])
+    run_experiment(first, ["banks"])
 
     def refused(match, *words, **how):
         with pytest.raises(InputError, match=match) as error:
@@ -269,7 +269,7 @@ def test_existing_results_are_not_computed_again(world, finished, cache, monkeyp
     monkeypatch.setattr(runner, "compute_records", None)  # fails if a result is missing
     monkeypatch.setattr(TestBatch, "evidence", None)  # Figure 2 needs no pass for every anchor
     workspace = workspace_of(world, finished)
-    run_experiment(workspace, [name for name in wanted(workspace.recipe, "test", ()) if name not in ("banks", "case")])
+    run_experiment(workspace, [name for name in wanted(workspace.recipe, "test", ()) if name != "banks"])
     assert [(finished / name).read_bytes() for name in ("scores.jsonl", "banks.json")] == before
 
 
@@ -379,7 +379,7 @@ def test_mistakes_are_refused(world, cache, tmp_path):
 
 def test_an_experiment_without_people_to_test_trains_nothing(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path / "run", "queries=50", "few=4")
-    for exhibits in (["main"], ["case"], ["banks"]):
+    for exhibits in (["main"], ["banks"]):
         with pytest.raises(InputError, match="people have 3 shots and 50 answered questions"):
             run_experiment(workspace, exhibits)
     assert not (tmp_path / "run").exists()

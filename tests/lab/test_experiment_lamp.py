@@ -71,7 +71,7 @@ def test_every_method_runs_on_every_kind_of_lamp_task(cache, tmp_path, name):
     given = {**recipe.model_dump(mode="json"), **tiny, "queries": 1}
     given["run"] = {**tiny["run"], "task": name, "base": str(base), "dtype": "float32"}
     workspace = Workspace.open(Experiment.model_validate(given), tmp_path / "runs", str(data))
-    run_experiment(workspace, ["main", "case"])
+    run_experiment(workspace, ["main"])
     known = read_records(tmp_path / "runs")
     run_experiment(workspace, ["controls"])  # needs only likelihoods
     assert {row.method for row in read_records(tmp_path / "runs")[len(known) :]} <= NEW

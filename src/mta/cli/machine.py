@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from rich import box
 from rich.console import Console
@@ -30,17 +32,20 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bol
 def demo(
     words: options.RecipeWords = None,
     out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
-    recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
+    recipe: Annotated[str, Option("--data", "--recipe", help="survey, movielens, or a YAML file.")] = "survey",
     full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
+    me: Annotated[bool, Option("--me", help="Answer the questions yourself, after a demo: nothing is kept.")] = False,
     seed: options.Seed = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from MovieLens, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
+    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
 
     Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
     Example:  mta demo --out demo/
     """
+    if me:
+        return _ask_me(out, json)
     from mta.evaluation.reports.glance import show_glance
     from mta.evaluation.reports.html import to_json
     from mta.tools import demo as tool
@@ -54,6 +59,29 @@ def demo(
     if json:
         return show_json(to_json(report.comparison, **report.meta, command=command))
     show_glance(report.comparison, report.people, tool.next_commands(out, report), tables())
+
+
+def _ask_me(out: Path, json: bool) -> None:
+    from mta.evaluation.reports.glance import predictions
+    from mta.tools.me import ask_me, in_words
+
+    console = tables()
+
+    def ask(question: str, labels: Sequence[str]) -> str | None:
+        while True:
+            console.print(f"{question}  ", end="", highlight=False, markup=False)
+            key = click.getchar() if sys.stdin.isatty() else sys.stdin.readline().strip() or "q"
+            console.print(key if key.isprintable() else "", highlight=False, markup=False)
+            if key in (*labels, "q"):
+                return key if key in labels else None
+
+    found = ask_me(out, ask, Screen().say)
+    if found is None:
+        return console.print("Nothing to compare, and nothing was kept.")
+    if json:
+        return show_json(asdict(found))
+    console.print(predictions(found, most=len(found.questions)))
+    console.print(in_words(found), highlight=False)
 
 
 def doctor(

@@ -14,8 +14,8 @@ from mta.evaluation.protocol import TestBatch
 from mta.evaluation.statistics import Comparison
 
 Answer = Mapping[str, float] | str  # the probability of every label, or a text
-# Methods, and what their answers are called.
-CALLED = {TaskLora().name: "everybody's", MergeThenAdapt().name: "their own", OtherPerson().name: "another person's"}
+POOLED, OURS, ANOTHER = TaskLora().name, MergeThenAdapt().name, OtherPerson().name
+CALLED = {POOLED: "everybody's", OURS: "their own", ANOTHER: "another's"}  # methods, and what their answers are called
 _COMMON = 4  # questions, at least, that two people are compared by
 
 

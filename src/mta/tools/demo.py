@@ -1,4 +1,4 @@
-"""``mta demo``: run the whole method on MovieLens, from open weights to a report, with a recipe that can be copied."""
+"""``mta demo``: run the whole method on public data, from weights to a report, with a recipe that can be copied."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_demo(name: str | Path) -> DemoRecipe:
     packaged = Path(str(resources.files("mta"))) / "recipes" / f"{name}.yaml"
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else packaged
     if not path.is_file():
-        raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens")
+        raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: survey, movielens")
     return checked(DemoRecipe, read_yaml(path), f"recipe {name}")
 
 
@@ -81,12 +81,7 @@ def demo(
     for name in (run.base, run.encoder, recipe.data):
         if name in assets.ASSETS:
             assets.fetch(name, say)
-    people = read_people(assets.resolve(recipe.data), run.task)
-    sizes, evaluation = recipe.people.model_dump(), recipe.evaluation
-    try:
-        splits = draw(people, run.seed, **sizes, min_items=evaluation.shots + evaluation.queries)
-    except InputError as error:
-        raise InputError(error.message, hint=_FEWER) from None
+    people, splits = people_of(recipe)
     base = BaseModel.of(run)
     with RunFolder(
         folder=out,
@@ -108,6 +103,16 @@ def demo(
         folder.outcome = report.outcome()
         report.write(out, command)
     return report
+
+
+def people_of(recipe: DemoRecipe) -> tuple[list[Person], Splits]:
+    """Return the people of a demo and their parts. Raises InputError if they are too few."""
+    people, evaluation = read_people(assets.resolve(recipe.data), recipe.run.task), recipe.evaluation
+    try:
+        sizes, items = recipe.people.model_dump(), evaluation.shots + evaluation.queries
+        return people, draw(people, recipe.run.seed, **sizes, min_items=items)
+    except InputError as error:
+        raise InputError(error.message, hint=_FEWER) from None
 
 
 def next_commands(out: Path, report: ComparisonReport) -> list[str]:

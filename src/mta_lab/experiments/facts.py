@@ -1,4 +1,4 @@
-"""Facts of an experiment beside its scores: the usefulness of a bank, and the case of one person."""
+"""Facts of an experiment beside its scores: how useful a bank is to people outside it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
-from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
-from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import TestBatch
 from mta.lora.batch import LoraBatch, join
 from mta.lora.merge import truncate
@@ -76,41 +74,3 @@ def _squares(batch: LoraBatch) -> Tensor:
     """Return the squared Frobenius norm of each update, (U,). No O x D matrix is formed."""
     factors = batch.scaled_into_b().map(Tensor.double).factors.values()
     return torch.stack([((b.mT @ b) * (a @ a.mT)).sum((1, 2)) for a, b in factors]).sum(0)
-
-
-def case_study(batch: TestBatch, settings: MergeSettings, seed: int) -> dict[str, Any]:
-    """Return the last query of one person under base, task LoRA, merge, adapt and MTA, and the reasons for the merge.
-
-    The person is the batch's first, so that no result is picked. The case contains this person's texts.
-    """
-    task, query, stack = batch.task, batch.queries[0][-1], batch.run.stack
-    adapt = OneLora(name="adapt only", lora=stack.lora, training=stack.training)
-    answers = {}
-    for method in [Base(), TaskLora(), Merged(merge=settings), adapt, MergeThenAdapt()]:
-        own = method.run(batch, seed).answers[0]
-        nll = query_nll(task, own, batch.golds[0])
-        scores = None if own.scores is None else own.scores[-1].double().softmax(0).tolist()
-        answers[method.name] = {
-            "text": own.texts[-1],
-            "nll": None if nll is None else float(nll[-1]),
-            "labels": scores and dict(zip(task.labels or (), scores)),
-        }
-    merge, _ = batch.merge(settings, seed)
-    gain = (batch.evidence.anchor_loglik[0] - batch.evidence.pooled_loglik[0]).tolist()
-    why = [
-        {
-            "anchor": anchor,
-            "items": batch.bank.info.items[anchor],
-            "cosine": float(batch.similarity[0, anchor]),
-            "gain": gain[anchor],
-            "w": w,
-        }
-        for anchor, w in zip(merge.ids[0].tolist(), merge.w[0].tolist())
-    ]
-    return {
-        "shots": [task.sentence(item) for item in batch.people[0].items],
-        "query": task.prompt(query),
-        "gold": task.target(query),
-        "anchors": sorted(why, key=lambda anchor: -abs(anchor["w"])),
-        "answers": answers,
-    }

@@ -28,7 +28,7 @@ from mta.tracking.run_folder import sittings
 from mta_lab.experiments.recipe import MAIN_BANK, Experiment, record_names
 
 KIND = "experiment"  # of its sittings in run.json
-SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
+SCORES, RECIPE, SIZES, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "banks.json"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 _COPY = "Restore it from a copy."
 META = "meta.json"  # facts of the runs behind published scores, and of versions without run.json
@@ -172,7 +172,6 @@ class Results:
     sizes: dict[str, Any]
     meta: dict[str, Any]
     facts: dict[str, Any]
-    case: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -180,10 +179,10 @@ class Results:
         above = folder if (folder / RECIPE).exists() else folder.parent  # development/ is inside the folder
         recipe = read_recipe(above)
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
-        facts, case = read_beside(folder / FACTS), read_beside(folder / CASE)
-        scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "case" and "banks" have no methods
-        records = latest(read_records(folder)) if scored or not (facts or case) else []
-        beside = read_beside(above / SIZES), meta, facts, case
+        facts = read_beside(folder / FACTS)
+        scored = any(recipe.exhibits.get(name) for name in meta["exhibits"])  # "banks" has no methods
+        records = latest(read_records(folder)) if scored or not facts else []
+        beside = read_beside(above / SIZES), meta, facts
         return cls(folder, recipe, load_task(recipe.run.task), records, *beside)
 
     @property

@@ -13,9 +13,9 @@ from mta.errors import ClusterError, InputError
 from mta.evaluation.methods import Method
 from mta.system.atomic import json_sha256, write_json
 from mta.tracking.run_folder import RunFolder
-from mta_lab.experiments.facts import bank_facts, case_study, use_to_others
+from mta_lab.experiments.facts import bank_facts, use_to_others
 from mta_lab.experiments.recipe import MAIN_BANK, Part, bank_name, wanted
-from mta_lab.experiments.results import CASE, FACTS, KIND, Record, Records, Where, read_beside
+from mta_lab.experiments.results import FACTS, KIND, Record, Records, Where, read_beside
 from mta_lab.experiments.workspace import MAIN, Workspace, batches
 
 
@@ -71,8 +71,6 @@ def run_experiment(workspace: Workspace, exhibits: Sequence[str] = (), command: 
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)
         _write_facts(workspace, exhibits)
-        if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
-            _write_case(workspace, recipe.seeds[0])
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 
@@ -106,11 +104,6 @@ def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
         facts = facts | {name: own}
     if facts:
         write_json(path, facts)
-
-
-def _write_case(workspace: Workspace, seed: int) -> None:
-    test_batch = next(workspace.batches_of(MAIN, seed, workspace.recipe.shots))
-    write_json(workspace.folder / CASE, case_study(test_batch, test_batch.run.merge, seed))
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:

@@ -12,7 +12,7 @@ from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.methods import Method, OneLora
-from mta.evaluation.reports.figures import Picture, shares
+from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
@@ -214,38 +214,6 @@ def _banks(results: Results, name: str) -> Drawn | None:
     return text + markdown(heads, rows), {}
 
 
-def _case(results: Results, name: str) -> Drawn | None:
-    """Figure 5: one person's question from shots to answers."""
-    case = results.case
-    if not case:
-        return None
-    anchors = [
-        [str(a["anchor"]), str(a["items"]), f"{a['cosine']:.2f}", f"{a['gain']:+.2f}", f"{a['w']:+.3f}"]
-        for a in case["anchors"][:6]
-    ]
-    answers = [
-        [method, plain(a["text"]), "" if a["nll"] is None else f"{a['nll']:.3f}"]
-        for method, a in case["answers"].items()
-    ]
-    pictures = {}
-    if all(a["labels"] for a in case["answers"].values()):
-        groups = {method: a["labels"] for method, a in case["answers"].items()}
-        pictures[name] = shares(groups, "answer", "probability", case["gold"])
-    text = "The first of the tested people; the shots and the question are not published.\n\n"
-    if case["shots"]:
-        shots = "".join(f"- {plain(shot)}\n" for shot in case["shots"])
-        text = f"The person's shots:\n\n{shots}\nThe question: {plain(case['query'])}\n\n"
-    if case["gold"]:
-        text += f"The true answer: {plain(case['gold'])}\n\n"
-    text += markdown(["method", "answer", "NLL of the true one"], answers)
-    text += (
-        "\nThe strongest anchors: their similarity by content, and the shots' gain in log-likelihood over the pooled "
-        "model (nats).\n\n"
-    )
-    text += markdown(["anchor", "items", "cosine", "gain on the shots", "coefficient"], anchors)
-    return text, pictures
-
-
 def _setting(results: Results, comparison: Comparison, name: str) -> str:
     seeds = results.seeds(name)
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
@@ -279,7 +247,6 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "anchors": ("Size of the bank", _over(r"N = (\d+)", "anchors in the bank")),
     "efficiency": ("Figure 2: time and storage against people", _efficiency),
     "banks": ("Use of a bank to other people, and error of merges", _banks),
-    "case": ("Figure 5: one person's question", _case),
     "gradient": ("Coefficients from one gradient", _against),
     "choice": ("A choice for each person", _compared),
     "steps": ("The stack's steps", _against),

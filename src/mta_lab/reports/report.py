@@ -19,7 +19,6 @@ from mta.evaluation.statistics import Interval
 from mta.system.atomic import copy_file, make_folder, write_json, write_text
 from mta.tracking.run_folder import RUN, lines, sittings
 from mta_lab.experiments.results import (
-    CASE,
     FACTS,
     KIND,
     META,
@@ -43,7 +42,7 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
 
     Each gets a folder under ``out`` with ``README.md``, ``index.html``, and pictures (SVG and PNG). An experiment's
     folder also holds what is needed to draw it again: scores without texts (compressed), sizes, and settings. ``texts``
-    adds the files with people's texts: the case study, and every method's answers in LaMP's format under ``answers/``.
+    adds the files with people's texts: every method's answers in LaMP's format under ``answers/``.
     Raises DataError.
     """
     experiments = [Results.read(folder) for folder in folders if _is_experiment(folder)]
@@ -102,8 +101,6 @@ def _experiment(experiment: Results, folder: Path, texts: bool, more: Sequence[S
             hint="Remove that folder, or write to another --out.",
         )
     make_folder(folder)
-    if not texts and experiment.case:
-        experiment.case.update(_without_texts(experiment.case))
     made = [*sections(experiment), *more]
     _copy(experiment, folder, texts)
     write_report(folder, experiment.recipe.about or experiment.name, _sizes(experiment), made)
@@ -147,7 +144,7 @@ def _copy(experiment: Results, folder: Path, texts: bool) -> None:
     write_without_texts(experiment.records, folder / f"{SCORES}.gz")
     runs = [{name: run[name] for name in _SHOWN if name in run} for run in experiment.meta.get("runs", ())]
     meta = experiment.meta | {"runs": runs}
-    for name, value in ((SIZES, experiment.sizes), (META, meta), (FACTS, experiment.facts), (CASE, experiment.case)):
+    for name, value in ((SIZES, experiment.sizes), (META, meta), (FACTS, experiment.facts)):
         if value:
             write_json(folder / name, value)
         else:
@@ -156,13 +153,6 @@ def _copy(experiment: Results, folder: Path, texts: bool) -> None:
     copy_file(recipe if recipe.exists() else experiment.folder.parent / RECIPE, folder / RECIPE)
     if texts:
         lamp_answers(experiment.records, experiment.task, folder / ANSWERS)
-
-
-def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
-    """A case that can be published: labels and numbers, without shots, question, and written answers."""
-    labelled = all(answer["labels"] for answer in case["answers"].values())
-    answers = {name: one | ({} if labelled else {"text": ""}) for name, one in case["answers"].items()}
-    return {"shots": [], "query": "", "answers": answers} | ({} if labelled else {"gold": ""})
 
 
 def _sizes(experiment: Results) -> str:

@@ -117,22 +117,6 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
     return Picture(f"{y_label}, over bytes kept per person: {points_text}.", draw, (7.6, 4.8))
 
 
-def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, gold: str) -> Picture:
-    """Bars of each method's share of every label, side by side. ``gold`` is the true label."""
-
-    def draw(ax: Any) -> None:
-        labels = list(next(iter(groups.values())))
-        width = 0.8 / len(groups)
-        for n, (name, share) in enumerate(groups.items()):
-            x = [place + (n - (len(groups) - 1) / 2) * width for place in range(len(labels))]
-            ax.bar(x, [share[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
-        ax.set_xticks(range(len(labels)), [f"{one} (true)" if one == gold else one for one in labels])
-        ax.set(xlabel=x_label, ylabel=y_label)
-        ax.legend(**LEGEND)
-
-    return Picture(f"{y_label} of each {x_label}: {listed(groups)}.", draw, (6.4, 3.6))
-
-
 def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Picture:
     """Each method's difference to everybody's model (zero) in some metrics, side by side; better is to the right."""
 

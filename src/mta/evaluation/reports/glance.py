@@ -36,7 +36,7 @@ def _show_person(person: Asked, console: Console) -> None:
     for line in before(person):
         console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
     console.print("Later answers, and what models of everybody's, their own, and another person's items expect:")
-    console.print(_predictions(person))
+    console.print(predictions(person))
 
 
 def before(person: Asked) -> list[str]:
@@ -56,12 +56,13 @@ def said(answer: Answer) -> str:
     return f"{best} {answer[best]:.0%}" if mean is None else f"{mean:.1f}"
 
 
-def _predictions(person: Asked) -> Table:
+def predictions(person: Asked, most: int = _QUESTIONS) -> Table:
+    """Return the first ``most`` questions with the true answers and those that models expect, and the mean errors."""
     made = Table(box=None, padding=(0, 2), pad_edge=True)
     numbers = bool(person.labels)
     for title in ("", "true", *(CALLED[name] for name in person.answers)):
         made.add_column(title, justify="right" if title and numbers else "left", header_style="dim")
-    for n, (question, gold) in enumerate(zip(person.questions[:_QUESTIONS], person.golds)):
+    for n, (question, gold) in enumerate(zip(person.questions[:most], person.golds)):
         answers = [escape(said(given[n])) for given in person.answers.values()]
         made.add_row(escape(_short(question)), escape(gold if numbers else _short(gold)), *answers)
     errors = [person.error(name) for name in person.answers]
