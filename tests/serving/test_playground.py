@@ -53,7 +53,7 @@ def at(page, id):
     return page.find_element("id", id)
 
 
-def until(page, what, seconds=120):
+def until(page, what, seconds=60):
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(page, seconds).until(lambda _: what())
@@ -123,6 +123,39 @@ def test_free_text_is_streamed_from_four_models(page, world, monkeypatch):
     answers = [card.text for card in page.find_elements("css selector", ".answer p")]
     assert len(set(answers)) >= 3  # merge and person are the same without a stack
     assert page.find_elements("css selector", "#chart *") == []
+
+
+def test_you_answer_eight_and_see_the_rest_predicted(page, world, monkeypatch):
+    from selenium.webdriver.common.keys import Keys
+
+    films = tuple({"title": f"Film {n}", "genres": "Drama"} for n in range(11))
+    monkeypatch.setattr(world.service, "task", world.service.task.model_copy(update={"examples": films}))
+    page.refresh()
+    type_in(page, "key", world.secrets["admin"])
+    until(page, lambda: at(page, "you").is_displayed())
+    sliders = page.find_elements("css selector", "#given input")
+    assert len(sliders) == 8
+    sliders[0].send_keys(Keys.ARROW_RIGHT)
+    at(page, "mine").click()
+    until(page, lambda: "Made from 8 answers" in at(page, "made").text)
+    person = page.execute_script("return me.id")
+    given = [item.fields["rating"] for item in world.service.histories.of(person).items]
+    assert given == ["4", *["3"] * 7]
+    bars = [bar.get_attribute("aria-label") for bar in page.find_elements("css selector", "#rest .bar")]
+    assert len(bars) == 2 * 3
+    assert bars[0].startswith("Everybody's model: ")
+    assert bars[1].startswith("Yours: ")
+    page.find_element("css selector", "#rest select").send_keys("5")
+    until(page, lambda: "1 true answers: your model is off by" in at(page, "made").text)
+    at(page, "mine").click()
+    until(page, lambda: "Made from 9 answers" in at(page, "made").text)
+    assert len(page.find_elements("css selector", "#rest select")) == 2
+    at(page, "unmake").click()
+    until(
+        page, lambda: page.execute_script("return document.readyState === 'complete' && me.id") not in (False, person)
+    )
+    assert world.service.histories.of(person) is None
+    assert world.service.store.latest(person) is None
 
 
 def test_the_page_loads_nothing_external_and_stores_no_key(page, world):
