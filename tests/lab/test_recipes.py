@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 
-from mta.config import override
+from mta.config import StackSettings, override
 from mta.errors import ConfigError, InputError
-from mta_lab.experiments.recipe import load_experiment, names, wanted
+from mta_lab.experiments.recipe import difference, load_experiment, names, wanted
 
 recipe = cache(load_experiment)
 
@@ -27,6 +27,20 @@ def test_one_method_with_two_merges_on_one_bank_is_refused_before_it_runs():
     with pytest.raises(InputError, match="two parts run 'x' on bank 'main' with different words"):
         wanted(parts("merge.policy=posterior"), "test", ["main"])
     assert wanted(parts("memory=2GiB"), "test", ["main"]) == ["main"]
+
+
+def test_recipes_may_differ_in_what_is_run_but_not_in_what_both_run():
+    known = load_experiment("survey")
+    fewer = known.model_copy(update={"exhibits": {"rivals": known.exhibits["rivals"]}, "seeds": (7,)})
+    assert difference(known, fewer) is None
+    assert difference(fewer, known) is None
+    (first, *rest) = known.exhibits["rivals"]
+    other = first.methods[-1].model_copy(update={"stack": StackSettings(enabled=False)})
+    changed = fewer.model_copy(update={"exhibits": {"rivals": (first.model_copy(update={"methods": (other,)}), *rest)}})
+    assert difference(known, changed)[0] == "mta 'MTA' on bank main"
+    trained = rest[0].model_copy(update={"words": ("task_lora.history=3",)})
+    changed = fewer.model_copy(update={"exhibits": {"rivals": (first, trained)}})
+    assert difference(known, changed)[0] == "bank history"
 
 
 def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):

@@ -219,22 +219,26 @@ def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> d
 def difference(before: Experiment, now: Experiment) -> tuple[str, Any, Any] | None:
     """Return the first setting in which two recipes differ, and its two values; None if their results are alike.
 
-    Recipes may differ in how much is run (seeds, numbers of tested people), and in settings that change rounding only.
+    Recipes may differ in what and how much is run (exhibits, methods, seeds, numbers of tested people), and in settings
+    that change rounding only. A bank or a method that both have must be the same.
     """
-    one, other = (dict(_flat(_all_people(recipe))) for recipe in (before, now))
-    keys = [key for key in one | other if key not in _HOW_MUCH and one.get(key) != other.get(key)]
-    return (keys[0], one.get(keys[0]), other.get(keys[0])) if keys else None
+    (one, parts), (other, others) = map(_settings, (before, now))
+    one, other = one | {key: parts[key] for key in parts if key in others}, other | others
+    keys = [key for key in one if key not in _HOW_MUCH and one[key] != other.get(key)]
+    return (keys[0], one[keys[0]], other.get(keys[0])) if keys else None
 
 
 _HOW_MUCH = {"about", "seeds", "compared", *(f"run.{name}" for name in ROUNDING_ONLY)}
 
 
-def _all_people(recipe: Experiment) -> dict[str, Any]:
-    """Return a recipe's values without the numbers of people and the seeds that its parts test."""
-    values = recipe.model_dump(mode="json")
-    for part in (part for parts in values["exhibits"].values() for part in parts):
-        part.pop("people"), part.pop("seeds")
-    return values
+def _settings(recipe: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a recipe's settings by key, and those of its banks and of the methods on them."""
+    parts = [part for parts in recipe.exhibits.values() for part in parts]
+    named: dict[str, Any] = {f"bank {part.bank}": part.bank_settings for part in parts}
+    for part in parts:
+        free = [word for word in part.words if word.startswith(FREE)]
+        named |= {f"{one.method} {one.name!r} on bank {part.bank}": (one.digest, free) for one in part.methods}
+    return dict(_flat(recipe.model_dump(mode="json", exclude={"exhibits"}))), named
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
