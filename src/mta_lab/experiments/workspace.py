@@ -317,7 +317,7 @@ def _digest(task: Task, splits: Splits, people: Sequence[Person]) -> str:
     """Return a hash of the task and of the items of everybody in the experiment."""
     chosen = [person for part in PARTS for person in splits.select(part, people)]
     items = [replace(person, items=(*person.items, *person.queries)).digest() for person in chosen]
-    return json_sha256([task.model_dump(mode="json"), *items])[:16]
+    return json_sha256([task.identity, *items])[:16]
 
 
 def _open_remote(recipe: Experiment, **read: Any) -> Workspace:
