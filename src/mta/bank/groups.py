@@ -28,7 +28,7 @@ from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
 from mta.bank.context import BuildContext
 from mta.bank.task_lora import spread
-from mta.config import Run
+from mta.config import Run, override
 from mta.data.earlier import as_shown
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
@@ -40,6 +40,7 @@ from mta.training.plan import Plan
 from mta.training.trainer import Job
 
 SEEN = 24  # items of a person that the expectation reads, at most
+_FIRST = 4  # steps of the first bank, at most: it only ranks people
 _TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
 
 
@@ -63,7 +64,10 @@ def train_groups(
     Raises BankError, MemoryBudgetError.
     """
     settings, tried, gained = context.run.bank, list[tuple[int, float]](), float("-inf")
-    best = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], [])
+    steps = min(settings.training.steps or _FIRST, _FIRST)
+    brief = override(context.run, [f"bank.training.steps={steps}"])
+    first = train_anchors(replace(context, run=brief), jobs, plan, task_lora)
+    best = Groups(first, [[one] for one in roles.anchors], [])
     for number in range(1, settings.rounds + 1):
         known = _expectation(context, roles.behind_anchors, best.loras, task_lora, number)
         counts = (settings.sizes or (settings.anchors,)) if number == 1 else (len(best.people),)

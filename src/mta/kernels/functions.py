@@ -18,7 +18,6 @@ from mta.kernels.compile import call, kernels, wide
 from mta.system.device import cpuinfo
 
 _ROWS = 24  # of AdaptedRows, at most
-_FEW, _LOW = 4, 16  # with more tokens of a person and more ranks than this, oneDNN's products are faster in bfloat16
 
 
 class RmsNorm(Function):
@@ -72,7 +71,8 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     """
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return None
-    few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
+    tokens, low = _few_and_low()
+    few = x.dtype != torch.bfloat16 or x.shape[1] <= tokens or a.shape[1] <= low
     contiguous = y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()
     if not (few and contiguous and kernels("low_rank", y, x, a, b)):
         return None
@@ -80,6 +80,15 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     h = x.new_empty(people, rows, a.shape[1], dtype=wide(x.dtype))
     call("low_rank", x.dtype, "low_rank", (y, h, x, a, b), people, rows, a.shape[1], d, y.shape[2])
     return h
+
+
+@cache
+def _few_and_low() -> tuple[int, int]:
+    """Return the tokens of a person and the ranks beyond which oneDNN's products are faster in bfloat16.
+
+    Measured with and without a matrix unit (docs/decisions/025-speed-diary.md).
+    """
+    return (32, 4) if "amx_bf16" in cpuinfo("flags").split() else (4, 16)
 
 
 def low_rank_gradients(

@@ -96,7 +96,8 @@ class RowTerm:
         dh = torch.bmm(dy, self.b)
         if dx is not None:
             dx.baddbmm_(dh, self.a)
-        return torch.bmm(dh[:, :, :trained].mT, x), torch.bmm(dy.mT, h[:, :, :trained])
+        # Few rows times many columns: the other way round, or with strided rows, products take longer.
+        return torch.bmm(dh[:, :, :trained].mT.contiguous(), x), torch.bmm(h[:, :, :trained].mT.contiguous(), dy).mT
 
     def laid_out(self) -> RowTerm:
         """Return the term with B in the memory layout of the kernels: rank by rank."""
