@@ -19,7 +19,6 @@ from mta.config import CompareSettings
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
 from mta.evaluation.compare import compare
-from mta.evaluation.sample_answers import sample_answers
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
 from mta.store.maintenance import check
@@ -75,7 +74,6 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     )
     evaluation = CompareSettings(shots=2, queries=2, policies=("posterior",))
     found = compare(base, bank, everybody, evaluation, run=TINY_RUN, encoder=HashEncoder())
-    found.samples = sample_answers(personal, everybody, [{"title": "Film 7", "genres": "Drama"}])
     found.write(tmp_path / "results", "mta compare people.jsonl")
     stopped(personalizer(base, bank, store=tmp_path / "people", seed=1), everybody, monkeypatch)
     leftovers(personal.store, EVE.id)

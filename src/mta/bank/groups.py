@@ -95,7 +95,8 @@ def _expectation(
 ) -> tuple[Tensor, Tensor]:
     """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
     halves = [_halves(context, person) for person in people]
-    parts, places = units_of([half for both in halves for half in both])
+    units, places = units_of([half for both in halves for half in both], [0] * (2 * len(halves)))
+    parts = [part for _, part in units]
     subjects = [Subject(tuple(one), tuple(other)) for one, other in halves]
     measure, together = _measure(context, subjects, loras, task_lora, "")
     nothing, cuts = torch.zeros(len(parts), len(loras)).double(), range(0, len(parts), together)

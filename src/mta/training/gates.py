@@ -48,25 +48,28 @@ def gate_gradients(
     def adapters(parameters: Mapping[str, Tensor], _: Tensor) -> Gated:
         return Gated(anchors, parameters["w"], is_zero)
 
-    places: list[list[int]] | None = None
-    if len(jobs) > 1 and bool((rows == rows[0]).all()):
-        parts, places = units_of([job.examples for job in jobs])
-        rows, jobs = rows[:1].expand(len(parts), *rows.shape[1:]), [Job(str(n), part) for n, part in enumerate(parts)]
+    points, numbers = torch.unique(rows, dim=0, return_inverse=True)
+    units, places = units_of([job.examples for job in jobs], numbers.tolist())
+    jobs, rows = [Job(str(n), part) for n, (_, part) in enumerate(units)], points[[number for number, _ in units]]
     found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=task_adapters, tokens_per_batch=tokens_per_batch)
-    gates = GateGradients(found["w"].double(), loglik.double())
-    return gates if places is None else GateGradients(*(summed(one, places) for one in gates))
+    return GateGradients(summed(found["w"].double(), places), summed(loglik.double(), places))
 
 
-def units_of(parts: Sequence[Sequence[Example]]) -> tuple[list[tuple[Example, ...]], list[list[int]]]:
+def units_of(
+    parts: Sequence[Sequence[Example]], points: Sequence[int]
+) -> tuple[list[tuple[int, tuple[Example, ...]]], list[list[int]]]:
     """Return sets of examples whose sums of gradients give those of ``parts``, and the numbers of each part's sets.
 
-    At one point, an example has the same gradient in everybody's items. Where people answer the same questions, each
-    answer is a set of its own, and computed once; where that takes more tokens, the parts themselves are the sets.
+    ``points`` are the numbers of the coefficients at which each part is computed; each set has its own. At one point,
+    an example has the same gradient in everybody's items. Where people answer the same questions, each answer is a set,
+    and computed once; where that takes more tokens, the parts themselves are the sets.
     """
-    distinct = {example: n for n, example in enumerate(dict.fromkeys(example for part in parts for example in part))}
-    if sum(len(example.tokens) for example in distinct) >= sum(map(_tokens, parts)):
-        return [tuple(part) for part in parts], [[n] for n in range(len(parts))]
-    return [(example,) for example in distinct], [[distinct[example] for example in part] for part in parts]
+    pairs = ((point, example) for point, part in zip(points, parts) for example in part)
+    distinct = {pair: n for n, pair in enumerate(dict.fromkeys(pairs))}
+    if sum(len(example.tokens) for _, example in distinct) >= sum(map(_tokens, parts)):
+        return [(point, tuple(part)) for point, part in zip(points, parts)], [[n] for n in range(len(parts))]
+    places = [[distinct[point, example] for example in part] for point, part in zip(points, parts)]
+    return [(point, (example,)) for point, example in distinct], places
 
 
 def summed(rows: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
