@@ -62,12 +62,15 @@ def test_texts_and_ids_with_markup_are_shown_as_they_are():
     assert "mean error" not in shown
 
 
-def test_the_two_people_answered_most_differently_whatever_was_predicted():
+def test_the_two_people_have_the_models_that_differ_most_in_content():
+    """Not those whose models differ by the same number for each question: that is a habit."""
     task = load_task("movielens-rating")
     rows = [rated(task, name, people=3, queries=4) for name in ("task LoRA", "MTA")]
+    for person, ratings in zip(rows[1].answers, ([0, 1, 2, 3], [1, 2, 3, 4], [3, 2, 1, 0])):
+        person.scores[:] = 50.0 * torch.eye(5)[ratings]
     people = people_of(3, items=8, prefix="x")
     asked = [tuple(people[0].items[4:])] * 3  # all answer the same questions
-    golds = [["1", "2", "3", "4"], ["3", "3", "3", "3"], ["5", "5", "5", "5"]]
+    golds = [["1", "2", "3", "4"], ["5", "5", "5", "5"], ["3", "3", "3", "3"]]
     batch = SimpleNamespace(task=task, people=people, queries=asked, golds=golds)
     first, second = two_people(batch, Comparison(task, rows))
     assert (first.id, second.id) == (people[0].id, people[2].id)

@@ -326,7 +326,7 @@ def test_the_report_needs_only_the_files_and_contains_no_texts(finished, tmp_pat
     assert {"Every method", "Ablation", "Score against shots", "Size of the bank"} <= titles
     assert "Primary comparisons, named in advance" in titles  # of one set, too
     folder = out / "people.jsonl"
-    for name in ("README.md", "index.html", "main.svg", "main.png", "bytes.svg", "k.svg", "efficiency-time.png"):
+    for name in ("README.md", "index.html", "main.svg", "main.png", "k.svg", "efficiency-time.png"):
         assert (folder / name).stat().st_size > 0, name
     for path in folder.rglob("*"):
         text = path.read_bytes()

@@ -164,15 +164,6 @@ def svg(picture):
     return base64.b64decode(picture.data_uri().partition(",")[2]).decode()
 
 
-def test_scatter_shows_methods_that_store_nothing_and_outliers():
-    near = [(f"m{i}", i * 1e3, Interval(0.7 + i / 100, 0.6, 0.9)) for i in range(4)]
-    far = ("base", 0.0, Interval(2.5, 2.4, 2.6))
-    drawn = figures.scatter([*near, far], "MAE")
-    assert "base (2.50)" in svg(drawn)
-    assert drawn.alt.startswith("MAE, over bytes kept per person: m0 0.700 with 0, m1 0.710 with 1 kB")
-    assert ">m0<" in svg(figures.scatter([near[0]], "MAE"))
-
-
 def test_gains_point_to_the_right_where_a_metric_gets_better():
     rows = {"MTA\n708 B, 0.3 s": [Interval(-0.2, -0.3, -0.1), Interval(0.1, 0.05, 0.15)]}
     drawn = figures.gains(rows, ["MAE", "accuracy"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, pstdev
 
 from mta.data.history import Item
 from mta.data.tasks.task import Task, is_number
@@ -49,9 +49,11 @@ def mean_of(answer: Answer) -> float | None:
 
 
 def two_people(batch: TestBatch, comparison: Comparison) -> tuple[Asked, ...]:
-    """Return the two tested people whose true answers to the same questions differ most, whatever was predicted.
+    """Return the two tested people whose models differ most in content, whatever the true answers are.
 
-    Where answers are no numbers, or few questions are the same, they are the first and the last.
+    That is, by the standard deviation of what both models expect of the questions that both people were asked: two
+    habits of using a scale differ by the same number everywhere. Where answers are no numbers, or few questions are the
+    same, they are the first and the last.
     """
     every = [_asked(batch, comparison, u) for u in range(len(batch.people))]
     pairs = [(distance, pair) for pair in combinations(every, 2) if (distance := _distance(*pair)) is not None]
@@ -59,12 +61,10 @@ def two_people(batch: TestBatch, comparison: Comparison) -> tuple[Asked, ...]:
 
 
 def _distance(one: Asked, other: Asked) -> float | None:
-    """Return the mean distance of two people's answers to the questions that both were asked."""
-    mine, theirs = (dict((*person.shots, *zip(person.questions, person.golds))) for person in (one, other))
-    common = mine.keys() & theirs.keys()
-    if len(common) < _COMMON or not all(map(is_number, one.labels)):
-        return None
-    return fmean(abs(float(mine[question]) - float(theirs[question])) for question in sorted(common))
+    """Return how much two people's models differ in content."""
+    mine, theirs = (dict(zip(person.questions, map(mean_of, person.answers.get(OURS, ())))) for person in (one, other))
+    differences = [a - b for question, a in mine.items() if a is not None and (b := theirs.get(question)) is not None]
+    return pstdev(differences) if len(differences) >= _COMMON else None
 
 
 def _asked(batch: TestBatch, comparison: Comparison, u: int) -> Asked:

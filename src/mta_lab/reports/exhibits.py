@@ -13,7 +13,7 @@ from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.methods import Method, OneLora
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.html import Section, plain, score_over_bytes
+from mta.evaluation.reports.html import Section, plain
 from mta.evaluation.reports.summary import FEW, OURS, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import Comparison, Interval
@@ -57,8 +57,6 @@ def _compared(results: Results, name: str) -> Drawn | None:
     measure, pictures = comparison.yardstick, dict[str, Picture]()
     if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
-    if name == "main" and any(comparison.primary in row.people for row in comparison.rows):
-        pictures["bytes"] = score_over_bytes(comparison)
     return text, pictures
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mta.evaluation.reports.figures import COLOURS, INK, LEGEND, LINE, MUTED, Picture, inside, listed
+from mta.evaluation.reports.figures import COLOURS, INK, LEGEND, LINE, MUTED, Picture, listed
 from mta.evaluation.statistics import Interval
 from mta.system.units import human_bytes, human_seconds
 
@@ -73,6 +73,21 @@ def lines(
         _name_levels(ax, level)
 
     return Picture(f"{y_label} over {x_label}: {listed(series)}.", draw)
+
+
+def inside(values: Sequence[Interval]) -> tuple[float, float]:
+    """Return the ends of an axis on which most values can be distinguished. Outliers are cut."""
+    means = sorted(one.mean for one in values)
+    middle = means[len(means) // 2]
+    spread = sorted(abs(mean - middle) for mean in means)
+    reach = max(
+        4 * spread[int(len(spread) * 0.6)],
+        *(one.high - one.low for one in values if abs(one.mean - middle) <= spread[len(spread) // 2]),
+    )
+    low = max(min(one.low for one in values), middle - reach)
+    high = min(max(one.high for one in values), middle + reach)
+    pad = 0.05 * (high - low) or 1.0
+    return low - pad, high + pad
 
 
 def _name_levels(ax: Any, level: Mapping[str, float]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from mta.evaluation.reports.summary import OURS
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import replacing
 from mta.system.extras import require
-from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,41 +80,6 @@ class Picture:
             yield figure
 
 
-def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Picture:
-    """Score with its interval over bytes stored per person. Methods that store nothing are at the left edge.
-
-    A score far from the others is drawn at the edge, with its value in the label. Labels are at the right, in the
-    order of the scores.
-    """
-    bottom, top = inside([one for _, _, one in points])
-    right = max(8, *(math.ceil(math.log10(max(stored, 1.0))) for _, stored, _ in points))
-
-    def draw(ax: Any) -> None:
-        for place, (name, stored, one) in enumerate(sorted(points, key=lambda point: point[2].mean)):
-            colour = COLOURS[0] if name.startswith(OURS) else MUTED
-            x, y = max(stored, 1.0), min(max(one.mean, bottom), top)
-            ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
-            ax.plot(x, y, "o", color=colour, markersize=5)
-            ax.annotate(
-                name if y == one.mean else f"{name} ({one.mean:.2f})",
-                (x, y),
-                (1.05, (place + 0.5) / len(points)),
-                textcoords="axes fraction",
-                va="center",
-                color=INK if colour == MUTED else colour,
-                weight="bold" if name == OURS else "normal",
-                fontsize=8.5,
-                arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.6},
-            )
-        ticks = [10.0**power for power in range(2, right, 2)]
-        ax.set(xscale="log", xlim=(10**-0.5, 10**right), ylim=(bottom, top), xlabel="kept per person", ylabel=y_label)
-        ax.set_xticks([1, *ticks], ["0", *(human_bytes(tick) for tick in ticks)])
-        ax.minorticks_off()
-
-    points_text = listed(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
-    return Picture(f"{y_label}, over bytes kept per person: {points_text}.", draw, (7.6, 4.8))
-
-
 def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Picture:
     """Each method's difference to everybody's model (zero) in some metrics, side by side; better is to the right."""
 
@@ -136,7 +99,7 @@ def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Pic
             panel.axvline(0, color=INK, linewidth=1)
             panel.set_yticks(range(len(rows)), list(rows) if n == 0 else [""] * len(rows), fontsize=8.5)
             panel.set(ylim=(len(rows) - 0.4, -0.7), xlabel=f"{metric}: better to the right")
-            panel.locator_params(axis="x", nbins=5)
+            panel.locator_params(axis="x", nbins=4)
             panel.tick_params(left=False)
 
     said = listed(
@@ -178,21 +141,6 @@ def predictions(
         draw,
         (7.6, 0.9 + 0.3 * len(questions)),
     )
-
-
-def inside(values: Sequence[Interval]) -> tuple[float, float]:
-    """Return the ends of an axis on which most values can be distinguished. Outliers are cut."""
-    means = sorted(one.mean for one in values)
-    middle = means[len(means) // 2]
-    spread = sorted(abs(mean - middle) for mean in means)
-    reach = max(
-        4 * spread[int(len(spread) * 0.6)],
-        *(one.high - one.low for one in values if abs(one.mean - middle) <= spread[len(spread) // 2]),
-    )
-    low = max(min(one.low for one in values), middle - reach)
-    high = min(max(one.high for one in values), middle + reach)
-    pad = 0.05 * (high - low) or 1.0
-    return low - pad, high + pad
 
 
 def letter(person: int) -> str:

@@ -17,7 +17,7 @@ from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import CHEAP, OTHER, OURS, POOLED, RIVAL, better_side, headline, title_of, verdict
+from mta.evaluation.reports.summary import CHEAP, OTHER, OURS, POOLED, RIVAL, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.statistics import Comparison, Interval
 from mta.evaluation.two_people import CALLED, Asked, mean_of
@@ -101,27 +101,15 @@ def write_html(
 
     ``people`` are shown with their questions, as person A and B. Only a demo gives them: these are people's texts.
     """
-    head = f"{title_of(comparison)}\n\n"
-    head += "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
+    sentences = "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
     sections = [
         *_gains(comparison),
         *_two_people(people),
+        Section("In sentences", sentences),
         _measured(comparison),
-        Section(
-            "Score against bytes kept per person",
-            "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
-            {"bytes": score_over_bytes(comparison)},
-        ),
         Section("How this was made", _facts(bank, meta)),
     ]
-    write_text(Path(path), page(headline(comparison), head, sections))
-
-
-def score_over_bytes(comparison: Comparison) -> Picture:
-    """Return the picture of each method's primary metric over the bytes that it stores per person."""
-    metric = comparison.primary
-    points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
-    return figures.scatter(points, f"{metric}, {better_side(metric)} is better")
+    write_text(Path(path), page(headline(comparison), title_of(comparison), sections))
 
 
 def _measured(comparison: Comparison) -> Section:
@@ -142,7 +130,7 @@ def _gains(comparison: Comparison) -> list[Section]:
     columns = KINDS[comparison.task.metric].columns
     metrics = [*dict.fromkeys((comparison.primary, *(m for m in columns if m == "accuracy"), comparison.yardstick))]
     rows = dict[str, list[Interval]]()
-    for row in [row for row in comparison.rows if row.name in (*CHEAP, RIVAL, OURS, OTHER)]:
+    for row in [comparison.row(name) for name in (OURS, *CHEAP, RIVAL, OTHER) if name in comparison.names]:
         known = [d for metric in metrics if (d := comparison.difference(row.name, POOLED, metric))]
         if len(known) == len(metrics):
             cost = f"{human_bytes(row.bytes_per_person)}, {row.seconds / comparison.people:.2g} s"
@@ -158,7 +146,7 @@ def _gains(comparison: Comparison) -> list[Section]:
 
 def _two_people(people: Sequence[Asked]) -> list[Section]:
     """Two people's questions with their true answers, and what several models expected."""
-    text, pictures = "The two people whose true answers differ most, whatever the models said.\n\n", {}
+    text, pictures = "The two people whose models differ most in content, whatever their true answers.\n\n", {}
     for n, person in enumerate(people):
         name = figures.letter(n)
         gave = "; ".join(f"{plain(text)} {plain(answer)}" for text, answer in person.shots)
