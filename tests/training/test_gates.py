@@ -77,26 +77,6 @@ def test_a_person_without_shots_has_no_gradient(scene):
     near(found.gradients[0], alone.gradients[0])
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_gradients_by_layer_equal_autograd_and_add_up_to_those_of_the_whole_merge(scene, packed):
-    """So coefficients for groups of layers need no other pass."""
-    base, task, bank, jobs, at = scene
-    here = base if packed else unpacked(base)
-    by_layer = at[:, None] * torch.linspace(0.5, 1.5, len(bank.names), dtype=torch.float64)[:, None]
-    found = gate_gradients(here, jobs, bank, by_layer, [Shared(task)])
-    assert found.gradients.shape == (3, len(bank.names), N)
-    for u in range(3):
-        w = by_layer[u].clone().requires_grad_()
-        merges = {
-            name: sum(w[layer, n] * bank.delta(name)[n] for n in range(N)) for layer, name in enumerate(bank.names)
-        }
-        changed = plain.weights(base, plain.update(task), merges)
-        loglik = sum(plain.log_likelihood(base, changed, example) for example in jobs[u].examples)
-        near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
-    alike = gate_gradients(here, jobs, bank, at[:, None].expand(-1, len(bank.names), -1), [Shared(task)])
-    near(alike.gradients.sum(1), gate_gradients(here, jobs, bank, at, [Shared(task)]).gradients)
-
-
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(3)), most=st.integers(1, 3), budget=st.sampled_from([1, 40, 200, 4096]))
 def test_gradients_do_not_depend_on_mates_order_or_passes(scene, order, most, budget):

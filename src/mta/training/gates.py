@@ -18,10 +18,7 @@ from mta.training.trainer import Job, gradient
 
 
 class GateGradients(NamedTuple):
-    """``gradients`` of the log-likelihoods ``loglik`` (U,) of U jobs: (U, N), or (U, L, N) with coefficients per layer.
-
-    Both are float64, on the CPU.
-    """
+    """``gradients`` (U, N) of the log-likelihoods ``loglik`` (U,) of U jobs. Both are float64, on the CPU."""
 
     gradients: Tensor
     loglik: Tensor
@@ -38,9 +35,8 @@ def gate_gradients(
 ) -> GateGradients:
     """Return d log p(examples of a job) / d w for all N anchors at once, at the coefficients ``at``.
 
-    log p sums over the target tokens of all examples of a job. Shapes: at (U, N); (U, L, N) with coefficients per
-    adapted layer, whose gradients of a group of layers add up; or, the same for all jobs, (N,). ``task_adapters`` are
-    applied, too.
+    log p sums over the target tokens of all examples of a job. Shapes: at (U, N) or, the same for all jobs, (N,).
+    ``task_adapters`` are applied, too.
     Source: our choice; the gates are those of ``Gated``.
     """
     rows, is_zero = at.expand(len(jobs), -1) if at.ndim == 1 else at, not at.any()
