@@ -18,7 +18,7 @@ from mta_lab.reports.report import report
 RESULTS = ROOT / "results"
 PUBLISHED = sorted(path.parent for path in RESULTS.rglob("scores.jsonl.gz"))
 # Decision records quote what was measured at the time, also in experiments whose results were not kept.
-BY_HAND = [RESULTS / "older-default.md"]
+BY_HAND = [RESULTS / "older" / "README.md"]
 PAGES = [ROOT / "README.md", *BY_HAND, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
 NUMBER = r"[+-]?\d+\.\d+"
 INTERVAL = re.compile(rf"({NUMBER})\**\s+\[({NUMBER}),\s+({NUMBER})\]")
