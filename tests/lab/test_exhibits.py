@@ -194,6 +194,7 @@ def test_sets_stand_side_by_side():
     assert "| MTA | 0.750 [0.750, 0.750] | **-0.250 [-0.250, -0.250]** | 0% |  |  |  |" in table
     assert "made up (24 people): MAE" in table
     assert overview([results(everybody(TaskLora()), {"mine": (Part(methods=METHODS),)})] * 2) == ""
+    assert "| task LoRA |" in overview([results(everybody(TaskLora()), {"rivals": (Part(methods=METHODS),)})])
 
 
 def test_an_outlier_is_drawn_at_the_edge_and_equal_numbers_give_equal_bytes(tmp_path):

@@ -15,7 +15,8 @@ def overview(many: Sequence[Results]) -> str:
 
     Each set's columns are over the people whom all of its methods have.
     """
-    compared = [(results.name, comparison) for results in many if (comparison := results.comparison("main"))]
+    found = [(one.name, one.comparison("main") or one.comparison("rivals")) for one in many]
+    compared = [(name, comparison) for name, comparison in found if comparison]
     if not compared:
         return ""
     names = list(dict.fromkeys(name for _, c in compared for name in c.names))
@@ -65,7 +66,7 @@ def primary(many: Sequence[Results]) -> str:
 def _widest(results: Results, other: str) -> tuple[Resampled, int, int] | None:
     """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
     tried: list[tuple[Resampled, int, int]] = []
-    for exhibit in ("seeds", "main"):
+    for exhibit in ("rivals", "seeds", "main"):
         rows = (OURS, other, POOLED)
         comparison = results.comparison(exhibit, among=rows)
         if comparison and (test := comparison.resampled(OURS, other, comparison.yardstick)):
