@@ -47,20 +47,6 @@ def test_packing_never_costs_more_than_one_row_per_example(made, price, blocked)
 
 
 @settings(deadline=None)
-@given(examples, st.integers(1, 40), st.sampled_from([0.0, 1.5]))
-def test_a_row_of_several_examples_fits_into_the_budget(made, budget, weight):
-    for row in pack(made, 0.0, budget=budget, weight=weight):
-        used = len(row.tokens) + weight * row.logit_count
-        assert used <= budget or len(set(row.examples)) == 1
-
-
-def test_the_same_answer_of_many_people_counts_once():
-    same = [Example((3, 4, 5, 6), 2)] * 50
-    (row,) = pack(same, 0.0, budget=6, weight=1.5)  # three tokens, and two places that need logits
-    assert (len(row.tokens), row.logit_count) == (3, 2)
-
-
-@settings(deadline=None)
 @given(
     st.lists(st.lists(examples, max_size=3), min_size=1, max_size=8), st.integers(1, 60), st.sampled_from([0.0, 1.5])
 )

@@ -106,25 +106,21 @@ def pack(
     """Return the cheapest rows for one person's examples.
 
     A row of several examples has at most ``budget`` tokens (0: no row has several); a target token counts as
-    ``weight`` tokens more, for its logits, once where examples share them. A row of T tokens costs
-    T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention
-    (``mta.model.tree_attention``), of its longest example. Examples sorted by their tokens are cut into runs; dynamic
-    programming finds the cheapest cut.
+    ``weight`` tokens more, for its logits. A row of T tokens costs T + attention_price * T * S. S is the length of the
+    row or, with ``blocked`` attention (``mta.model.tree_attention``), of its longest example. Examples sorted by their
+    tokens are cut into runs; dynamic programming finds the cheapest cut.
     """
     order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
     lengths = [len(examples[e].tokens) - 1 for e in order]
     heads = [weight * len(examples[e].target) for e in order]
     shared = [0] + [common_prefix(examples[a].tokens[:-1], examples[b].tokens[:-1]) for a, b in pairwise(order)]
-    known = [0.0] + [
-        weight * _shared_places(examples[a], examples[b], n) for (a, b), n in zip(pairwise(order), shared[1:])
-    ]
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
         size, deepest, logits, options = 0, 0, 0.0, []
         for start in range(stop - 1, -1, -1):
             size += lengths[start] - (shared[start + 1] if start + 1 < stop else 0)
             deepest = max(deepest, lengths[start])
-            logits += heads[start] - (known[start + 1] if start + 1 < stop else 0)
+            logits += heads[start]
             if start + 1 < stop and size + logits > budget:
                 break
             options.append((best[start] + size + attention_price * size * (deepest if blocked else size), start))
@@ -136,11 +132,6 @@ def pack(
         rows.append(tree(examples, order[cut[stop] : stop]))
         stop = cut[stop]
     return rows[::-1]
-
-
-def _shared_places(before: Example, example: Example, shared: int) -> int:
-    """Return how many places whose logits an example needs are among those of the one ``before`` it in a tree."""
-    return max(shared - max(before.target_start, example.target_start) + 1, 0)
 
 
 def pack_for(base: BaseModel, examples: Sequence[Example], budget: int) -> list[TreeRow]:
