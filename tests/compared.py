@@ -4,32 +4,18 @@ import pytest
 import torch
 
 from mta.evaluation.metrics import Answers, measure, query_nll
+from mta.evaluation.reports.two_people import Asked
 from mta.evaluation.statistics import Comparison, Row
-from mta.evaluation.two_people import Asked
 from mta.personalize.merge import Merge
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
 EVERY = {"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.5, "5": 0.1}
 LABELS = tuple(EVERY)
+SURE = {**dict.fromkeys(LABELS, 0.0), "1": 1.0}
+_FIRST = {"task LoRA": (EVERY, EVERY), "MTA": (SURE, EVERY)}
 ASKED = (
-    Asked(
-        place=7,
-        id="c1",
-        labels=LABELS,
-        shots=((HOSTILE, "2"), ("Alien", "1")),
-        questions=(HOSTILE, "Fargo"),
-        golds=("1", "4"),
-        answers={"task LoRA": (EVERY, EVERY), "MTA": ({**dict.fromkeys(LABELS, 0.0), "1": 1.0}, EVERY)},
-    ),
-    Asked(
-        place=2,
-        id="c2",
-        labels=LABELS,
-        shots=(("Heat", "5"),),
-        questions=("Fargo",),
-        golds=("5",),
-        answers={"task LoRA": (EVERY,), "MTA": (EVERY,)},
-    ),
+    Asked(7, "c1", LABELS, ((HOSTILE, "2"), ("Alien", "1")), (HOSTILE, "Fargo"), ("1", "4"), _FIRST),
+    Asked(2, "c2", LABELS, (("Heat", "5"),), ("Fargo",), ("5",), {"task LoRA": (EVERY,), "MTA": (EVERY,)}),
 )
 
 

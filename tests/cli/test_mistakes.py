@@ -108,7 +108,7 @@ MISTAKES = {
         "report {bank} --out {root}",
         "DataError: the report of {bank} would be written into that folder",
     ),
-    "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
+    "a recipe that is not there": ("demo --data no --out {root}/d", "ConfigError: no recipe 'no'"),
 }
 
 

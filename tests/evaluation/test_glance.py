@@ -4,7 +4,6 @@ import io
 import re
 from types import SimpleNamespace
 
-import pytest
 import torch
 from compared import ASKED, EVERY, LABELS, comparison_of, rated
 from conftest import people_of
@@ -12,8 +11,8 @@ from rich.console import Console
 
 from mta.data.tasks import load_task
 from mta.evaluation.reports.glance import before, said, show_glance
+from mta.evaluation.reports.two_people import Asked, two_people
 from mta.evaluation.statistics import Comparison
-from mta.evaluation.two_people import Asked, two_people
 
 
 def screen_of(people):
@@ -34,9 +33,8 @@ def test_the_screen_shows_people_with_true_answers_scores_and_what_to_do_next():
     (ours,) = [line for line in lines if line.startswith("MTA ") and "better" in line]
     assert "1.2 MB" in ours
     assert "mta serve" in lines
-    assert not re.search(
-        r"[a-z0-9]…", "\n".join(screen[screen.index("method") :].splitlines()[:6])
-    )  # nothing is cut off
+    table = screen[screen.index("method") :].splitlines()[:6]
+    assert not re.search(r"[a-z0-9]…", "\n".join(table))  # nothing is cut off
 
 
 def test_an_answer_is_a_number_the_most_likely_label_or_a_text():
@@ -86,12 +84,3 @@ def test_people_who_were_asked_other_questions_are_the_first_and_the_last():
     people = people_of(3, items=2, prefix="x")
     batch = SimpleNamespace(task=task, people=people, queries=[one.items[:1] for one in people], golds=[["1"]] * 3)
     assert [one.place for one in two_people(batch, Comparison(task, rows))] == [0, 2]
-
-
-@pytest.mark.parametrize("people", [0, 1])
-def test_too_few_people_are_shown_as_they_are(people):
-    task = load_task("movielens-rating")
-    rows = [rated(task, "MTA", people=max(people, 1), queries=1)]
-    them = people_of(people, items=2, prefix="x")
-    batch = SimpleNamespace(task=task, people=them, queries=[one.items[:1] for one in them], golds=[["1"]] * people)
-    assert len(two_people(batch, Comparison(task, rows))) == people

@@ -38,9 +38,8 @@ def test_recipes_may_differ_in_what_is_run_but_not_in_what_both_run():
     other = first.methods[-1].model_copy(update={"stack": StackSettings(enabled=False)})
     changed = fewer.model_copy(update={"exhibits": {"rivals": (first.model_copy(update={"methods": (other,)}), *rest)}})
     assert difference(known, changed)[0] == "mta 'MTA' on bank main"
-    trained = rest[0].model_copy(update={"words": ("task_lora.history=3",)})
-    changed = fewer.model_copy(update={"exhibits": {"rivals": (first, trained)}})
-    assert difference(known, changed)[0] == "bank history"
+    trained = {"rivals": (rest[0].model_copy(update={"words": ("task_lora.history=3",)}),)}
+    assert difference(known, fewer.model_copy(update={"exhibits": trained}))[0] == "bank history"
 
 
 def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):

@@ -7,7 +7,7 @@ from conftest import people_of
 from tiny import save_base
 
 from mta.errors import InputError
-from mta.evaluation.two_people import ANOTHER, OURS, POOLED
+from mta.evaluation.reports.summary import OTHER, OURS, POOLED
 from mta.tools import demo as tool
 from mta.tools.me import ask_me, in_words
 
@@ -25,15 +25,10 @@ examples:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a small demo with a tiny base."""
     folder = tmp_path_factory.mktemp("me")
     save_base(folder / "base")
     (folder / "stars.yaml").write_text(TASK)
-    rows = [
-        {"person": p.id, "title": item.fields["title"], "rating": item.fields["rating"], "time": item.time}
-        for p in people_of(40, items=9)
-        for item in p.items
-    ]
+    rows = [{"person": p.id, "time": item.time, **item.fields} for p in people_of(40, items=9) for item in p.items]
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = {"run.base": folder / "base", "run.task": folder / "stars.yaml", "data": folder / "people.jsonl"}
     words = [f"{key}={value}" for key, value in names.items()] + ["run.encoder=base", "run.dtype=float32"]
@@ -45,14 +40,8 @@ def finished(tmp_path_factory):
 
 
 def answering(answers, asked):
-    """A person who gives these answers in turn, and then stops."""
     left = iter(answers)
-
-    def ask(question, labels):
-        asked.append((question, tuple(labels)))
-        return next(left, None)
-
-    return ask
+    return lambda question, labels: asked.append((question, labels)) or next(left, None)
 
 
 def test_later_answers_stand_beside_three_predictions(finished):
@@ -63,7 +52,7 @@ def test_later_answers_stand_beside_three_predictions(finished):
     assert found.shots == (("Film 0", "5"), ("Film 1", "1"), ("Film 2", "3"))
     assert found.questions == ("Film 3", "Film 4", "Film 5")
     assert found.golds == ("5", "2", "4")
-    assert list(found.answers) == [POOLED, OURS, ANOTHER]
+    assert list(found.answers) == [POOLED, OURS, OTHER]
     assert all(len(own) == 3 and abs(sum(own[0].values()) - 1) < 1e-6 for own in found.answers.values())
     assert "Your model is made" in said[-1]
     assert f"{found.error(OURS):.2f}" in in_words(found)

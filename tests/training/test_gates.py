@@ -60,12 +60,9 @@ def test_the_same_examples_of_many_people_are_computed_once(scene, answers):
 
 def test_twenty_people_with_the_same_answers_cost_one_pass(scene):
     known = random_examples(3, seed=9)
-    units, places = units_of([known] * 20, [0] * 20)
-    assert units == [(0, (example,)) for example in known]
-    assert places == [[0, 1, 2]] * 20
-    units, places = units_of([known] * 20, range(20))  # at points of their own
-    assert units == [(n, tuple(known)) for n in range(20)]
-    assert places == [[n] for n in range(20)]
+    shared, own = [(0, (example,)) for example in known], [(n, tuple(known)) for n in range(20)]
+    assert units_of([known] * 20, [0] * 20) == (shared, [[0, 1, 2]] * 20)
+    assert units_of([known] * 20, range(20)) == (own, [[n] for n in range(20)])  # at points of their own
 
 
 def test_a_person_without_shots_has_no_gradient(scene):

@@ -17,7 +17,7 @@ from rich.table import Table
 from typer import Option
 
 from mta.cli import options
-from mta.cli.screen import Screen, show_json, tables
+from mta.cli.screen import Screen, console, show_json, tables
 from mta.config import Run, override
 from mta.system.extras import require
 from mta.system.units import human_bytes, human_seconds
@@ -32,13 +32,13 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bol
 def demo(
     words: options.RecipeWords = None,
     out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
-    recipe: Annotated[str, Option("--data", "--recipe", help="survey, movielens, or a YAML file.")] = "survey",
-    full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
+    recipe: Annotated[str, Option("--data", help="survey, movielens, or a recipe in a YAML file.")] = "survey",
+    full: Annotated[bool, Option("--full", help="Train longer, and compare all methods.")] = False,
     me: Annotated[bool, Option("--me", help="Answer the questions yourself, after a demo: nothing is kept.")] = False,
     seed: options.Seed = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in 4 to 8 minutes.
+    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in about nine minutes.
 
     Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
@@ -65,8 +65,6 @@ def _ask_me(out: Path, json: bool) -> None:
     from mta.evaluation.reports.glance import predictions
     from mta.tools.me import ask_me, in_words
 
-    console = tables()
-
     def ask(question: str, labels: Sequence[str]) -> str | None:
         while True:
             console.print(f"{question}  ", end="", highlight=False, markup=False)
@@ -80,8 +78,8 @@ def _ask_me(out: Path, json: bool) -> None:
         return console.print("Nothing to compare, and nothing was kept.")
     if json:
         return show_json(asdict(found))
-    console.print(predictions(found, most=len(found.questions)))
-    console.print(in_words(found), highlight=False)
+    tables().print(predictions(found, most=len(found.questions)))
+    tables().print(in_words(found), highlight=False)
 
 
 def doctor(

@@ -37,8 +37,8 @@ from mta.evaluation.methods import (
     TaskLora,
 )
 from mta.evaluation.protocol import TestBatch, check_lengths, members_and_others
+from mta.evaluation.reports.two_people import Asked
 from mta.evaluation.statistics import Comparison, Row
-from mta.evaluation.two_people import Asked
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import can_merge, check_merge, needs_encodings

@@ -18,7 +18,7 @@ from mta.data.splits import Splits, draw
 from mta.data.tasks.load import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import ComparisonReport, compare
-from mta.evaluation.two_people import two_people
+from mta.evaluation.reports.two_people import two_people
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.merge import check_merge

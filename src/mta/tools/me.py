@@ -10,14 +10,15 @@ from mta.bank.bank import Bank
 from mta.data.history import Item, Person
 from mta.data.tasks.task import is_number
 from mta.errors import InputError
-from mta.evaluation.two_people import ANOTHER, OURS, POOLED, Asked
+from mta.evaluation.reports.summary import OTHER, OURS, POOLED
+from mta.evaluation.reports.two_people import Asked
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import TASK, PersonOrModel
 from mta.system.device import clock
 from mta.tools.demo import RECIPE, load_demo, people_of
 
-ME, OTHER = "you", "another person"
+ME, SOMEBODY = "you", "another person"
 Ask = Callable[[str, Sequence[str]], str | None]
 """Asks a question with labels, and returns one of the labels; None to stop."""
 
@@ -66,16 +67,16 @@ def _personalized(
     target = bank.task.item.target
     items = (Item({**fields, target: given}, float(time)) for time, (fields, given) in enumerate(asked))
     personal, start = Personalizer(base, bank), clock(base.device)
-    personal.personalize([Person(ME, tuple(items)), Person(OTHER, other.items)])
+    personal.personalize([Person(ME, tuple(items)), Person(SOMEBODY, other.items)])
     seconds = clock(base.device) - start
-    say(f"Your model is made: {seconds:.1f} s. It has guessed the rest. Answer as before: how well does it know you?")
+    say(f"Your model is made: {seconds:.1f} s. Answer the others, too: it predicts them without these answers.")
     return personal
 
 
 def _compared(personal: Personalizer, asked: Sequence[tuple[Mapping[str, str], str]], shots: int) -> Asked:
     """Return the answers after the first ``shots``, with what the three models expect."""
     task, later = personal.bank.task, asked[shots:]
-    models: dict[str, PersonOrModel] = {POOLED: TASK, OURS: ME, ANOTHER: OTHER}
+    models: dict[str, PersonOrModel] = {POOLED: TASK, OURS: ME, OTHER: SOMEBODY}
     shares = personal.shares([(who, fields) for who in models.values() for fields, _ in later])
     found = {name: tuple(shares[n * len(later) : (n + 1) * len(later)]) for n, name in enumerate(models)}
     pairs = [(next(iter(fields.values())), given) for fields, given in asked]
@@ -85,7 +86,7 @@ def _compared(personal: Personalizer, asked: Sequence[tuple[Mapping[str, str], s
 
 def in_words(found: Asked) -> str:
     """Return how far each model was off, on average, in one sentence."""
-    own, pooled, other = (found.error(name) for name in (OURS, POOLED, ANOTHER))
+    own, pooled, other = (found.error(name) for name in (OURS, POOLED, OTHER))
     return (
         f"On average, your model was off by {own:.2f}, everybody's by {pooled:.2f}, and that of another person, "
         f"drawn at random, by {other:.2f}. Nothing of this was kept."

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from mta.evaluation.reports.summary import verdict
 from mta.evaluation.reports.tables import show_scores
+from mta.evaluation.reports.two_people import CALLED, Answer, Asked, mean_of
 from mta.evaluation.statistics import Comparison
-from mta.evaluation.two_people import CALLED, Answer, Asked, mean_of
 
 _TITLE = 38  # characters of a question or a shot
 _QUESTIONS = 6  # of a person

@@ -19,8 +19,8 @@ from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import CHEAP, OTHER, OURS, POOLED, RIVAL, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
+from mta.evaluation.reports.two_people import CALLED, Asked, mean_of
 from mta.evaluation.statistics import Comparison, Interval
-from mta.evaluation.two_people import CALLED, Asked, mean_of
 from mta.system.atomic import write_text
 from mta.system.units import human_bytes
 

@@ -9,13 +9,12 @@ from statistics import fmean, pstdev
 
 from mta.data.history import Item
 from mta.data.tasks.task import Task, is_number
-from mta.evaluation.methods import MergeThenAdapt, OtherPerson, TaskLora
 from mta.evaluation.protocol import TestBatch
+from mta.evaluation.reports.summary import OTHER, OURS, POOLED
 from mta.evaluation.statistics import Comparison
 
 Answer = Mapping[str, float] | str  # the probability of every label, or a text
-POOLED, OURS, ANOTHER = TaskLora().name, MergeThenAdapt().name, OtherPerson().name
-CALLED = {POOLED: "everybody's", OURS: "their own", ANOTHER: "another's"}  # methods, and what their answers are called
+CALLED = {POOLED: "everybody's", OURS: "their own", OTHER: "another's"}  # methods, and what their answers are called
 _COMMON = 4  # questions, at least, that two people are compared by
 
 
