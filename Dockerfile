@@ -1,4 +1,4 @@
-# mta on CPUs; how it is built and used stands in docs/how-to/container.md.
+# mta on CPUs; how it is built and used stands in docs/how-to/serve.md.
 FROM python:3.11-slim-trixie AS build
 # PyTorch keeps its builds for CPUs on an index of its own: name it here, or gigabytes of CUDA come along.
 ARG PIP_EXTRA_INDEX_URL=

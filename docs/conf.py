@@ -47,6 +47,8 @@ def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:
     }
     for there, here in moved.items():
         source[0] = source[0].replace(f"]({there}", f"]({here}")
+    if "/" not in name:  # a page of docs/ itself
+        source[0] = source[0].replace("](../results/", "](results/")
 
 
 def setup(app: Sphinx) -> None:

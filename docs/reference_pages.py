@@ -1,4 +1,4 @@
-"""The reference that is made from the code: verbs, settings, tasks, errors; `docs/conf.py` writes the pages."""
+"""The reference that is made from the code: verbs, settings, tasks; `docs/conf.py` writes the pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mta import errors as tree
 from mta.cli.app import app
 from mta.cli.options import MACHINE_SETTINGS
 from mta.config import CompareSettings, Run, Settings
@@ -27,7 +26,7 @@ from mta_lab.privacy.settings import AttackSettings
 
 def write_all(folder: Path) -> None:
     """Write the pages; a page that says the same already is left alone, so that nothing is built for nothing."""
-    for name, text in {"cli": verbs(), "settings": settings(), "tasks": tasks(), "errors": errors()}.items():
+    for name, text in {"cli": verbs(), "settings": settings(), "tasks": tasks()}.items():
         page = folder / f"{name}.md"
         if not page.is_file() or page.read_text(encoding="utf-8") != text:
             page.write_text(text, encoding="utf-8")
@@ -173,15 +172,3 @@ def tasks() -> str:
             f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
         )
     return text
-
-
-def errors() -> str:
-    """The tree of errors as its module draws it."""
-    drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
-    said = rest.partition("To add one")[0].strip().replace("``", "`")
-    return (
-        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 "
-        "where `mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C, and 128 plus the "
-        "signal's number after SIGTERM and SIGHUP. In Python each error is a class of `mta.errors`.\n\n"
-        f"```text\n{drawing}\n```\n\n{said}\n"
-    )

@@ -28,7 +28,9 @@ from mta_lab.privacy.settings import AttackSettings
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
 TUTORIAL = ROOT / "docs" / "tutorial" / "your-people.md"
+TROUBLES = ROOT / "docs" / "troubleshooting.md"
 RUN = [page for page in PAGES if any(b.language in ("bash", "python") and b.mark not in NOT_RUN for b in blocks(page))]
+HOW_TO = [page for page in RUN if page.parent.name == "how-to" or page == TROUBLES]
 EVERYWHERE = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
@@ -220,7 +222,7 @@ def test_the_tutorial_runs(tutorial):
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-@pytest.mark.parametrize("page", [page for page in RUN if page.parent.name == "how-to"], ids=name_of)
+@pytest.mark.parametrize("page", HOW_TO, ids=name_of)
 def test_every_how_to_runs(page, tutorial, tmp_path):
     # The copied store knows only where the tutorial exported ann's adapter: a copy of that would be another adapter.
     shutil.copytree(tutorial, tmp_path / "here", ignore=shutil.ignore_patterns("ann-adapter"))
@@ -242,7 +244,7 @@ def test_the_readme_runs(tutorial, tmp_path):
 
 def test_every_page_with_code_is_run():
     """Whatever is neither a how-to nor named here has its blocks marked."""
-    elsewhere = [name_of(page) for page in RUN if page.parent.name != "how-to"]
+    elsewhere = [name_of(page) for page in RUN if page not in HOW_TO]
     assert elsewhere == ["README.md", name_of(TUTORIAL)]
 
 
