@@ -153,15 +153,15 @@ class Comparison:
         found = self.resampled(name, reference, metric)
         return None if found is None else found.interval()
 
-    def resampled(self, name: str, reference: str, metric: str) -> Resampled | None:
-        """Return the bootstrap of the paired difference over people and seeds, ``name`` minus ``reference``.
+    def resampled(self, name: str, reference: str, metric: str, times: int = 10_000) -> Resampled | None:
+        """Return ``times`` draws of the paired difference over people and seeds, ``name`` minus ``reference``.
 
         None if they are the same, if one was not run, or if one has no such metric.
         """
         if name == reference or not {name, reference} <= set(self.names):
             return None
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
-        return None if one is None or other is None else resample(one - other, groups=self.groups)
+        return None if one is None or other is None else resample(one - other, times=times, groups=self.groups)
 
     def worse_off(self, name: str, reference: str) -> tuple[float, float | None] | None:
         """Return the share of people whose NLL is higher by more than 0.02 nats, and the share of clearly worse ones.

@@ -9,6 +9,8 @@ from mta.evaluation.reports.tables import brackets, markdown, marked
 from mta.evaluation.statistics import Resampled, corrected
 from mta_lab.experiments.results import Results
 
+DRAWS = 200_000  # of a comparison that is named in advance: its p-value after correction may be small
+
 
 def overview(many: Sequence[Results]) -> str:
     """Return the main table over data sets: each method's primary metric and its difference to the pooled model.
@@ -53,11 +55,11 @@ def primary(many: Sequence[Results]) -> str:
             resampled, people, seeds = test
             interval, p = next(tested)
             counts = str(people), str(resampled.count), str(seeds)
-            cells = [*counts, f"{interval.mean:+.3f} {brackets(interval)}", f"{p:.4f}"]
+            cells = [*counts, f"{interval.mean:+.3f} {brackets(interval)}", f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
         rows.append([results.name, other, *cells])
     said = (
         f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
-        "Measured by NLL where there is one."
+        f"Measured by NLL where there is one, with {DRAWS:,} draws."
     )
     heads = ["set", f"{OURS} against", "people", "independent", "seeds", "difference", "p"]
     return f"{said}\n\n{markdown(heads, rows)}"
@@ -65,10 +67,14 @@ def primary(many: Sequence[Results]) -> str:
 
 def _widest(results: Results, other: str) -> tuple[Resampled, int, int] | None:
     """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
-    tried: list[tuple[Resampled, int, int]] = []
-    for exhibit in ("rivals", "seeds", "main"):
-        rows = (OURS, other, POOLED)
-        comparison = results.comparison(exhibit, among=rows)
-        if comparison and (test := comparison.resampled(OURS, other, comparison.yardstick)):
-            tried.append((test, comparison.people, len(results.seeds(exhibit, among=rows))))
-    return max(tried, key=lambda one: one[1:], default=None)
+    rows = (OURS, other, POOLED)
+    tried = [
+        (comparison, comparison.people, len(results.seeds(exhibit, among=rows)))
+        for exhibit in ("rivals", "seeds", "main")
+        if (comparison := results.comparison(exhibit, among=rows)) and {OURS, other} <= set(comparison.names)
+    ]
+    if not tried:
+        return None
+    comparison, people, seeds = max(tried, key=lambda one: one[1:])
+    test = comparison.resampled(OURS, other, comparison.yardstick, times=DRAWS)
+    return (test, people, seeds) if test else None
