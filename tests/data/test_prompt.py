@@ -181,6 +181,17 @@ def test_a_tokenizer_without_any_end_token_is_refused():
         PromptFormat(made)
 
 
+def test_equal_items_are_tokenized_once_and_items_that_differ_anywhere_apart(monkeypatch):
+    made, asked = form(), []
+    items = [pair(), pair(score="2"), pair(), Item(pair().fields, is_query=True), Item(pair().fields, time=3, id="z")]
+    every, labelled = made.all(PAIR, items), made.all(PAIR, items, ["1", "2"])
+    assert every == [[made.example(PAIR, item)] for item in items]
+    assert labelled == [made.examples(PAIR, item, ["1", "2"]) for item in items]
+    monkeypatch.setattr(made, "examples", lambda task, item, targets: asked.append(item) or [])
+    made.all(PAIR, items)
+    assert asked == [items[0], items[1], items[3]]
+
+
 # cutting
 
 

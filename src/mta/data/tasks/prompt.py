@@ -67,6 +67,15 @@ class PromptFormat:
         """
         return self.examples(task, item, [task.target(item) if target is None else target])[0]
 
+    def all(self, task: Task, items: Iterable[Item], targets: Sequence[str] = ()) -> list[list[Example]]:
+        """Return ``examples`` of every item, by default with its own target. Equal items are tokenized once."""
+        known: dict[object, list[Example]] = {}
+        keys = [(_content(item), item) for item in items]
+        for key, item in keys:
+            if key not in known:
+                known[key] = self.examples(task, item, targets or [task.target(item)])
+        return [known[key] for key, _ in keys]
+
     def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
         """Return one prompt with several targets (the labels of a query), cut to the same length for all targets."""
         text, cut = self.render(task.prompt(item)), 0
@@ -83,7 +92,11 @@ class PromptFormat:
 
         With ``reserve``, the items are questions, and so many tokens stay free for the answer.
         """
+        fine = set[object]()
         for place, item in items:
+            if (key := _content(item)) in fine:
+                continue
+            fine.add(key)
             if wrong := task.wrong(item):
                 raise DataError(f"{place}: field {wrong[0]!r}: {wrong[1]}", hint="Correct the item, or leave it out.")
             form = task.form(item)
@@ -260,6 +273,11 @@ class PromptFormat:
                 hint="Give the tokenizer a chat template or an eos_token (tokenizer_config.json).",
             )
         return int(self.tokenizer.eos_token_id)
+
+
+def _content(item: Item) -> object:
+    """Return what decides an item's prompt and target."""
+    return frozenset(item.fields.items()), item.is_query
 
 
 def _added_after(tokenizer: Any) -> int:
