@@ -100,6 +100,21 @@ def plain(base, example, adapters):
     return torch.stack([table[i - 1, example.tokens[i]] for i in places]).sum()
 
 
+def test_equal_examples_of_one_owner_are_computed_once(monkeypatch):
+    base, some, fed = base_of(), random_examples(4, 0), []
+    logits = type(base).logits
+    monkeypatch.setattr(type(base), "logits", lambda *given: fed.append(given[1].numel()) or logits(*given))
+    (once,) = log_likelihood(base, [some])
+    together = log_likelihood(base, [some, some[::-1], some[1:]])
+    assert fed == [fed[0]] * 2
+    torch.testing.assert_close(torch.cat(together), torch.cat([once, once.flip(0), once[1:]]), rtol=0, atol=1e-9)
+    people = PerPerson(random_loras(base, 2))
+    first, second, third = log_likelihood(base, [some, some, some[::-1]], [people], owners=[0, 1, 0])
+    alone = log_likelihood(base, [some, some], [people])
+    assert torch.equal(first, third.flip(0))
+    torch.testing.assert_close(torch.stack([first, second]), torch.stack(alone), rtol=0, atol=1e-9)
+
+
 def test_padding_sees_itself_only():
     rows = collate([tree(random_examples(1, 0), [0]), tree(random_examples(3, 1), [0, 1, 2])], 0, torch.device("cpu"))
     seen = visible(rows.ends)

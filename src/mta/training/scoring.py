@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.data.history import Item
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
-from mta.lora.layers import Adapters, applied
+from mta.lora.layers import Adapters, Shared, applied
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
 from mta.training.packing import TOKENS, collate, fitting, pack_for
@@ -31,27 +31,33 @@ def log_likelihood(
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: an (n,) tensor for each list of n examples.
 
-    List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person). ``tokens_per_batch`` is as
-    in ``train``; by default, passes are as large as is fast on the device, and take at most half of ``memory`` bytes.
-    Up to rounding, results do not depend on which lists share a batch.
+    List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person), equal examples of an owner
+    once. ``tokens_per_batch`` is as in ``train``; by default, passes are as large as is fast on the device, and take at
+    most half of ``memory`` bytes. Up to rounding, results do not depend on which lists share a batch.
     """
-    owners = range(len(examples)) if owners is None else owners
+    if owners is None:  # without anybody's own adapters, all lists are of one owner
+        owners = [0] * len(examples) if all(isinstance(one, Shared) for one in adapters) else range(len(examples))
     tokens_per_batch = tokens_per_batch or _tokens_per_batch(base, examples, memory)
     weight = base.footprint.target_weight
-    rows = [(i, row) for i, part in enumerate(examples) for row in pack_for(base, part, tokens_per_batch)]
+    numbers: dict[int, dict[Example, int]] = {owner: {} for owner in owners}
+    for owner, part in zip(owners, examples):
+        for example in part:
+            numbers[owner].setdefault(example, len(numbers[owner]))
+    starts = dict(zip(numbers, accumulate(map(len, numbers.values()), initial=0)))
+    rows = [(one, row) for one, own in numbers.items() for row in pack_for(base, list(own), tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
-    starts = [0, *accumulate(map(len, examples))]
-    sums = torch.zeros(starts[-1], dtype=base.master_dtype, device=base.device)
+    sums = torch.zeros(sum(map(len, numbers.values())), dtype=base.master_dtype, device=base.device)
     while rows:
         # Longest rows first: rows of similar length share a pass, and the pass with the largest memory comes first.
         fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
         rows, chosen = rows[:-fit], rows[-fit:]
         chosen.sort(key=lambda entry: entry[0])
-        batch = collate([row for _, row in chosen], base.pad_token, base.device, [starts[i] for i, _ in chosen])
-        with applied(base.model, adapters, torch.tensor([owners[i] for i, _ in chosen])):
+        batch = collate([row for _, row in chosen], base.pad_token, base.device, [starts[one] for one, _ in chosen])
+        with applied(base.model, adapters, torch.tensor([one for one, _ in chosen])):
             found = batch.log_probs(batch.logits(base))
         sums.index_add_(0, batch.owner + batch.example, found.to(sums.dtype))
-    return list(torch.split(sums.cpu(), [len(part) for part in examples]))
+    sums = sums.cpu()
+    return [sums[[starts[one] + numbers[one][e] for e in part]] for one, part in zip(owners, examples)]
 
 
 def _tokens_per_batch(base: BaseModel, examples: Sequence[Sequence[Example]], memory: int | None) -> int:
@@ -90,7 +96,8 @@ def label_scores(
     ``memory`` are as in ``log_likelihood``. ``on_examples`` gets an example of each query, with its first label.
     """
     labels = task.labels or ()
-    jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
+    every = iter(base.prompts.all(task, chain(*queries), labels))
+    jobs = [list(chain(*islice(every, len(items)))) for items in queries]
     if on_examples:
         on_examples([example for job in jobs for example in job[:: len(labels)]])
     found = log_likelihood(base, jobs, adapters, owners=owners, memory=memory)

@@ -108,11 +108,13 @@ class CalibrationWorker:
         return torch.cat([gates.gradients, gates.loglik[:, None]], dim=1)
 
     def scores(self, piece: Probe) -> Tensor:
-        return torch.stack([scores.sum() for scores in self._scored(piece.examples, self._merge(piece))])
+        points, owners = torch.unique(piece.w, dim=0, return_inverse=True)  # at one point, a question is asked once
+        found = self._scored(piece.examples, self._merge(points), owners.tolist())
+        return torch.stack([scores.sum() for scores in found])
 
     def stacks(self, piece: Probe) -> Tensor:
         # The first step of AdamW moves B by the rate and leaves A: other rates are other scales of the same stack.
-        base, lora, merge, rate = self.base, piece.lora or self.run.stack.lora, self._merge(piece), max(piece.rates)
+        base, lora, merge, rate = self.base, piece.lora or self.run.stack.lora, self._merge(piece.w), max(piece.rates)
         jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
         frozen, tokens = [*self.task_adapters, *merge], self.tokens_per_batch
@@ -122,15 +124,17 @@ class CalibrationWorker:
         return torch.stack([torch.stack([own.sum() for own in each]) for each in scored], dim=1)
 
     def labels(self, piece: Probe) -> Tensor:
-        return torch.cat(self._scored(piece.examples, self._merge(piece)))
+        return torch.cat(self._scored(piece.examples, self._merge(piece.w)))
 
-    def _merge(self, piece: Probe) -> list[Adapters]:
-        w = piece.w.to(self.base.device, self.base.master_dtype)
+    def _merge(self, w: Tensor) -> list[Adapters]:
+        w = w.to(self.base.device, self.base.master_dtype)
         return [Gated(self.anchors, w)] if w.shape[1] else []
 
-    def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> list[Tensor]:
-        adapters = [*self.task_adapters, *over]
-        loglik = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
+    def _scored(
+        self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters], owners: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        adapters, tokens = [*self.task_adapters, *over], self.tokens_per_batch
+        loglik = log_likelihood(self.base, examples, adapters, owners=owners, tokens_per_batch=tokens)
         return [scores.double() for scores in loglik]
 
 

@@ -13,10 +13,10 @@ from pydantic import SerializeAsAny
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.methods.merged import MergeThenAdapt, answered
-from mta.evaluation.methods.method import Method, OverMethod
+from mta.evaluation.methods.merged import MergeThenAdapt
+from mta.evaluation.methods.method import Method, OverMethod, answer
 from mta.evaluation.protocol import Outcome, TestBatch
-from mta.personalize.merge import Merge
+from mta.personalize.merge import Merge, merge_adapters
 
 
 class PopulationMerge(Method):
@@ -32,9 +32,11 @@ class PopulationMerge(Method):
         calibration, people = batch.bank.calibration, len(batch.people)
         if calibration is None:
             raise ConfigError("the bank has no calibration", hint="Add one:  mta bank calibrate")
-        ids = torch.arange(len(batch.bank)).expand(people, -1)
-        merge = Merge(ids, calibration.mu.expand(people, -1).to(batch.base.master_dtype))
-        return replace(answered(batch, merge, seconds=0.0), bytes_per_person=0.0)
+        ids = torch.arange(len(batch.bank))[None]
+        merge = Merge(ids, calibration.mu[None].to(batch.base.master_dtype))
+        adapters = [*batch.bank.task_adapters, *merge_adapters(batch.bank, merge)]
+        answers = answer(batch, range(people), adapters, together=True)
+        return Outcome(answers, 0.0, 0.0, Merge(ids.expand(people, -1), merge.w.expand(people, -1)))
 
 
 class OtherPerson(OverMethod):

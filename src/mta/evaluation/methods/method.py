@@ -125,23 +125,27 @@ class OverMethod(Method):
         return self.over.fits(task, anchors, calibrated)
 
 
-def answer(batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
+def answer(
+    batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters], *, together: bool = False
+) -> list[Answers]:
     """Answer the queries of some of the batch's people with ``adapters``, which have the order of ``people``.
+
+    With ``together``, everybody is asked with the adapters of the first.
 
     Labels are scored if the task has labels. Otherwise the text is decoded greedily, and the NLL per token of the gold
     text is returned too.
     """
     task, base, queries = batch.task, batch.base, [batch.queries[i] for i in people]
-    memory = parse_size(batch.run.memory)
+    memory, everybody = parse_size(batch.run.memory), [0] * len(people) if together else None
     if all(task.labels_of(item) for items in queries for item in items):
         asked: list[Example] = []
-        found = label_scores(base, task, queries, adapters, memory=memory, on_examples=asked.extend)
+        found = label_scores(base, task, queries, adapters, owners=everybody, memory=memory, on_examples=asked.extend)
         sizes = _prompt_tokens(asked, queries)
         return [replace(from_scores(task, scores), prompt_tokens=size) for scores, size in zip(found, sizes)]
     jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
     sizes = _prompt_tokens([example for job in jobs for example in job], queries)
     tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
-    logliks = log_likelihood(base, jobs, adapters, memory=memory)
+    logliks = log_likelihood(base, jobs, adapters, owners=everybody, memory=memory)
     nll = [-scores.double() / own for scores, own in zip(logliks, tokens)]
     if not batch.write_texts:
         return [
@@ -149,7 +153,7 @@ def answer(batch: TestBatch, people: Sequence[int], adapters: Sequence[Adapters]
         ]
     longest = base.prompts.answer_tokens(task)
     prompts = [base.prompts.prompt(task, item, reserve=longest).tokens for items in queries for item in items]
-    owners = [person for person, items in enumerate(queries) for _ in items]
+    owners = [0 if together else person for person, items in enumerate(queries) for _ in items]
     written = iter(generate(base, prompts, owners, adapters, max_new_tokens=longest))
     texts = [[base.prompts.decode(next(written)) for _ in items] for items in queries]
     return [Answers(mine, nll=own, prompt_tokens=size) for mine, own, size in zip(texts, nll, sizes)]
