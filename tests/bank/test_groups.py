@@ -101,7 +101,7 @@ def test_settings_of_groups_that_cannot_be(tmp_path):
 
 def test_a_group_trained_with_others_equals_the_same_alone(tmp_path, monkeypatch):
     jobs, plain = {}, BuildContext.job
-    monkeypatch.setattr(BuildContext, "job", lambda self, key, items: jobs.setdefault(key, plain(self, key, items)))
+    monkeypatch.setattr(BuildContext, "job", lambda self, key, *of: jobs.setdefault(key, plain(self, key, *of)))
     out, base = grouped(tmp_path / "bank", changed("calibration", RUN, enabled=False)), base_of()
     bank, run = Bank.open(out, base), RUN
     assert len(bank) > 1

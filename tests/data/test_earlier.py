@@ -44,8 +44,9 @@ def test_chosen_items_are_shown_as_in_their_persons_whole_history():
     people = people_of(3, items=7)
     chosen = [people[2].items[5], people[0].items[0], people[2].items[1]]
     whole = [with_history(TASK, person, 3) for person in people]
-    assert as_shown(TASK, people, chosen, 3) == [whole[2].items[5], whole[0].items[0], whole[2].items[1]]
-    assert as_shown(TASK, people, chosen, 0) == chosen
+    assert as_shown(TASK, people, chosen, 3).items == [whole[2].items[5], whole[0].items[0], whole[2].items[1]]
+    assert as_shown(TASK, people, chosen, 0) == (chosen, [0, 1, 2])
+    assert as_shown(TASK, people, [*people[1].items[::-1], chosen[0]], 3).blocks == [0, 0, 0, 1, 1, 1, 1, 2]
 
 
 def test_what_prompts_show_changes_no_digest():

@@ -3,6 +3,8 @@
 import math
 import os
 import pickle
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -126,12 +128,15 @@ def test_a_finished_person_is_not_trained_further():
     assert difference(together.select([0]), alone) < 1e-10
 
 
-def test_batches_use_every_example_before_repeating():
-    job = jobs_of(7)[0]
+@pytest.mark.parametrize("blocks", [(), range(7), (5, 2, 2, 5, 0, 2, 0)])
+def test_batches_use_every_example_before_repeating_and_keep_blocks_together(blocks):
+    job = replace(jobs_of(7)[0], blocks=blocks)
     seen = [example for step in range(7) for example in batch_of(job, step, 3, seed=0)]
     assert len(seen) == 21
     for epoch in range(3):
         assert sorted(e.tokens for e in seen[epoch * 7 : epoch * 7 + 7]) == sorted(e.tokens for e in job.examples)
+        order = [blocks[job.examples.index(e)] for e in seen[epoch * 7 : epoch * 7 + 7]] if blocks else []
+        assert sum(a != b for a, b in pairwise(order)) == max(len(set(blocks)) - 1, 0)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 6])

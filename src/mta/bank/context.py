@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from mta.bank.format import file_hashes
@@ -99,10 +100,10 @@ class BuildContext(Build):
         """The key of all that stages 0 and 1 leave in ``work``: ``keys.training`` and the chosen anchors."""
         return json_sha256([self.keys.training, self.chosen])
 
-    def job(self, key: str, items: Iterable[Item]) -> Job:
+    def job(self, key: str, items: Iterable[Item], blocks: Sequence[int] = ()) -> Job:
         """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
         try:
-            return Job(key, [self.base.prompts.example(self.task, item) for item in items])
+            return Job(key, list(chain(*self.base.prompts.all(self.task, items))), blocks=blocks)
         except DataError as error:
             raise DataError(f"items of {key}: {error.message}", hint=error.hint) from None
 

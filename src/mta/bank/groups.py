@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -83,18 +84,20 @@ def train_groups(
     return best._replace(tried=tuple(tried))
 
 
-def _halves(context: BuildContext, person: Person) -> tuple[list[Example], list[Example]]:
-    """Return every other item of a person as examples, and the rest; at most ``SEEN`` in all."""
-    items = as_shown(context.task, [person], person.items[-SEEN:], context.run.task_lora.history)
-    examples = [context.base.prompts.example(context.task, item) for item in items]
-    return examples[::2], examples[1::2]
+def _halves(context: BuildContext, people: Sequence[Person]) -> list[tuple[list[Example], list[Example]]]:
+    """Return every other item of each person as examples, and the rest; at most ``SEEN`` in all."""
+    task, history = context.task, context.run.task_lora.history
+    items = [as_shown(task, [person], person.items[-SEEN:], history).items for person in people]
+    examples = chain(*context.base.prompts.all(task, chain(*items)))
+    every = [list(islice(examples, len(own))) for own in items]
+    return [(own[::2], own[1::2]) for own in every]
 
 
 def _expectation(
     context: BuildContext, people: Sequence[Person], loras: LoraBatch, task_lora: LoraBatch | None, number: int
 ) -> tuple[Tensor, Tensor]:
     """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
-    halves = [_halves(context, person) for person in people]
+    halves = _halves(context, people)
     units, places = units_of([half for both in halves for half in both], [0] * (2 * len(halves)))
     parts = [part for _, part in units]
     subjects = [Subject(tuple(one), tuple(other)) for one, other in halves]
@@ -178,7 +181,7 @@ def _maximization(
     groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, settings.min_people, run.seed)]
     items = [items_of(group, run) for group in groups]
     shown = [as_shown(context.task, group, own, run.task_lora.history) for group, own in zip(groups, items)]
-    jobs = [context.job(f"group-{n}", own) for n, own in enumerate(shown)]
+    jobs = [context.job(f"group-{n}", *own) for n, own in enumerate(shown)]
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
     who = json_sha256([[person.id for person in group] for group in groups])
     loras = train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}-{len(groups)}", who=who)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -54,7 +55,11 @@ def rebuild_groups(
     anchors, task_lora = read_adapters(folder, info)
     items = {n: items_of(group, info.run) for n, group in groups.items()}
     shown = {n: as_shown(task, groups[n], own, info.run.task_lora.history) for n, own in items.items()}
-    jobs = [Job(f"group-{n}", [base.prompts.example(task, item) for item in own]) for n, own in shown.items() if own]
+    jobs = [
+        Job(f"group-{n}", list(chain(*base.prompts.all(task, own.items))), blocks=own.blocks)
+        for n, own in shown.items()
+        if own.items
+    ]
     loras = _trained(base, info, jobs, task_lora, executor or LocalExecutor(), on_step)
     with replacing_folder(out) as written:
         for name in info.files.keys() - {ANCHORS, INDEX}:

@@ -11,6 +11,7 @@ from mta.bank.context import BuildContext
 from mta.bank.format import TASK_LORA
 from mta.bank.worker import LoraPiece
 from mta.config import TaskLoraSettings
+from mta.data.earlier import Shown
 from mta.data.history import Item, Person, own_fields
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS, read_peft, write_peft
@@ -96,7 +97,7 @@ def spread(people: Sequence[Person], per_person: int, seed: int) -> list[Item]:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train_task_lora(context: BuildContext, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
+def train_task_lora(context: BuildContext, items: Shown, held_out: Shown) -> LoraBatch:
     """Return the task LoRA: trained on ``items``, or a copy of the given one. A finished one is read again.
 
     Source: our choice; several rounds: docs/decisions/022-rounds.md. Raises BankError, MemoryBudgetError, and
@@ -114,9 +115,9 @@ def train_task_lora(context: BuildContext, items: Sequence[Item], held_out: Sequ
     return read_peft(folder).to(context.base.device)
 
 
-def _train_rounds(context: BuildContext, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
+def _train_rounds(context: BuildContext, items: Shown, held_out: Shown) -> LoraBatch:
     """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
-    job, held = context.job("task", items), context.job("held out", held_out)
+    job, held = context.job("task", *items), context.job("held out", held_out.items)
     # Both are planned before the first round, which may take hours: too little memory fails at once.
     tokens = context.plan([job], context.run.task_lora.lora).tokens_per_batch
     if not held.examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from mta.data.history import PROFILE, Item, Person
 from mta.data.tasks.task import Task
@@ -33,8 +34,20 @@ def in_words(task: Task, earlier: Sequence[Item]) -> str:
     return f"Earlier answers of this person: {said}. " if earlier else ""
 
 
-def as_shown(task: Task, people: Iterable[Person], items: Iterable[Item], most: int) -> list[Item]:
+class Shown(NamedTuple):
+    """Items as prompts show them, and the number of each item's block (``with_history``)."""
+
+    items: list[Item]
+    blocks: list[int]
+
+
+def as_shown(task: Task, people: Iterable[Person], items: Iterable[Item], most: int) -> Shown:
     """Return some ``items`` of ``people``, as they are in ``with_history``."""
-    pairs = ((person.items, with_history(task, person, most).items) for person in people)
-    shown = {id(item): later for plain, known in pairs for item, later in zip(plain, known)}
-    return [shown[id(item)] for item in items]
+    shown = {
+        id(item): (later, (number, place // (most + 1)))
+        for number, person in enumerate(people)
+        for place, (item, later) in enumerate(zip(person.items, with_history(task, person, most).items))
+    }
+    found = [shown[id(item)] for item in items]
+    numbers = {block: n for n, block in enumerate(dict.fromkeys(block for _, block in found))}
+    return Shown([item for item, _ in found], [numbers[block] for _, block in found])

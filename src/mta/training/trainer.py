@@ -35,12 +35,14 @@ from mta.training.packing import TOKENS, TreeRow, collate, fitting, pack_for
 class Job:
     """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
 
-    ``examples_before`` is the number of examples that the adapter was trained on before.
+    ``examples_before`` is the number of examples that the adapter was trained on before. ``blocks`` number the block
+    of each example: the examples of a block share the beginning of their prompts, and stay together when shuffled.
     """
 
     key: str
     examples: Sequence[Example]
     examples_before: int = 0
+    blocks: Sequence[int] = ()
 
     @property
     def targets(self) -> int:
@@ -141,7 +143,7 @@ def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
     if size >= n:
         return list(job.examples)
     places = range(step * size, (step + 1) * size)
-    orders = {epoch: _shuffled(n, f"{seed}/{job.key}/{epoch}") for epoch in {place // n for place in places}}
+    orders = {epoch: _shuffled(job, f"{seed}/{job.key}/{epoch}") for epoch in {place // n for place in places}}
     return [job.examples[orders[place // n][place % n]] for place in places]
 
 
@@ -167,10 +169,13 @@ class _Batches:
         return rows
 
 
-def _shuffled(n: int, key: str) -> list[int]:
-    order = list(range(n))
+def _shuffled(job: Job, key: str) -> list[int]:
+    members: dict[int, list[int]] = {}
+    for place, block in enumerate(job.blocks or range(len(job.examples))):
+        members.setdefault(block, []).append(place)
+    order = list(members.values())
     random.Random(key).shuffle(order)
-    return order
+    return [place for block in order for place in block]
 
 
 @dataclass(slots=True)
