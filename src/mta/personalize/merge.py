@@ -40,8 +40,10 @@ class Merge:
     gradients: ShotGradients | None = None
 
     def select(self, people: Sequence[int]) -> Merge:
-        """Return the merges of some of the people, without the gradients."""
-        return Merge(self.ids[list(people)], self.w[list(people)])
+        """Return the merges of some of the people."""
+        rows = list(people)
+        gradients = self.gradients and ShotGradients(*(part[rows] for part in self.gradients))
+        return Merge(self.ids[rows], self.w[rows], gradients)
 
     def gates(self, anchors: int) -> Tensor:
         """Return the coefficients over all anchors, (U, N) or (U, L, N)."""

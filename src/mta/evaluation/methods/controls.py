@@ -13,7 +13,7 @@ from pydantic import SerializeAsAny
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.methods.merged import MergeThenAdapt
+from mta.evaluation.methods.merged import MergeMethod, MergeThenAdapt
 from mta.evaluation.methods.method import Method, OverMethod, answer
 from mta.evaluation.protocol import Outcome, TestBatch
 from mta.personalize.merge import Merge, merge_adapters
@@ -54,6 +54,11 @@ class OtherPerson(OverMethod):
         givers = givers_of(batch.people, batch.tested or batch.people)
         people = [replace(one, items=giver.items) for one, giver in zip(batch.people, givers)]
         swapped = TestBatch(batch.context, people, batch.queries, batch.task, batch.retrieve, batch.write_texts)
+        places = {person.id: place for place, person in enumerate(batch.people)}
+        if isinstance(self.over, MergeMethod) and all(giver.id in places for giver in givers):  # fitted once for both
+            batch.merge(batch.merge_settings(self.over.merge), seed)
+            rows = [places[giver.id] for giver in givers]
+            swapped.merges.update({key: (merge.select(rows), cost) for key, (merge, cost) in batch.merges.items()})
         return self.over.outcome(swapped, seed)
 
 
