@@ -127,8 +127,9 @@ def _measured(comparison: Comparison) -> Section:
 
 def _gains(comparison: Comparison) -> list[Section]:
     """The picture that a newcomer looks at first: what each model gains over everybody's, and what it costs."""
-    columns = KINDS[comparison.task.metric].columns
-    metrics = [*dict.fromkeys((comparison.primary, *(m for m in columns if m == "accuracy"), comparison.yardstick))]
+    # Of ratings, the median answer has the smallest distance to expect; the most probable one's is noisy.
+    columns = [m for m in KINDS[comparison.task.metric].columns if m != "MAE"]
+    metrics = [*dict.fromkeys((columns[0], *(m for m in columns if m == "accuracy"), comparison.yardstick))]
     rows = dict[str, list[Interval]]()
     for row in [comparison.row(name) for name in (OURS, *CHEAP, RIVAL, OTHER) if name in comparison.names]:
         known = [d for metric in metrics if (d := comparison.difference(row.name, POOLED, metric))]
