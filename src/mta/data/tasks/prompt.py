@@ -69,11 +69,8 @@ class PromptFormat:
 
     def all(self, task: Task, items: Iterable[Item], targets: Sequence[str] = ()) -> list[list[Example]]:
         """Return ``examples`` of every item, by default with its own target. Equal items are tokenized once."""
-        known: dict[object, list[Example]] = {}
         keys = [(_content(item), item) for item in items]
-        for key, item in keys:
-            if key not in known:
-                known[key] = self.examples(task, item, targets or [task.target(item)])
+        known = {key: self.examples(task, item, targets or [task.target(item)]) for key, item in dict(keys).items()}
         return [known[key] for key, _ in keys]
 
     def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
