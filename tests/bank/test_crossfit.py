@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibration.crossfit import ENOUGH, RATES, RIDGE, Calibrator
+from mta.bank.calibration.crossfit import ENOUGH, RATES, RIDGE, Calibrator, left_out
 from mta.bank.calibration.info import CalibrationInfo, one_step, with_calibrated_settings
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of
 from mta.bank.calibration.people import Subject, subjects_of
@@ -103,7 +103,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
 
 
 def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch):
-    """Their shots' gradients, and where mu is best for all, the merge below their stacks, too."""
+    """Their items' gradients, and where mu is best for all, the merge below their stacks, too."""
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(w > 5, -1.0, w.abs()).sum(1))
     own = Calibrator.coefficients
     monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + own(*words))  # never better than mu
@@ -113,8 +113,7 @@ def test_people_are_measured_with_the_merge_of_the_other_fold(scene, monkeypatch
     mu, *_ = steps.best_merge(steps.first_pass()[0])
     assert not torch.allclose(mu[0], mu[1])
     others = mu[1 - steps.fold]
-    shots = [p for p in probes if p.kind == "gradients" and p.examples[0] == people[0].shots]
-    near(torch.cat([p.w for p in shots]), others)
+    near([p for p in probes if p.kind == "gradients"][-1].w, others)  # the last pass over everybody's items
     stacks = [p for p in probes if p.kind == "stacks"]
     near(torch.cat([p.w for p in stacks]), others.repeat(len(stacks), 1))
     assert stacks
@@ -177,16 +176,27 @@ def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
         near(found[u], fit.coefficients(sums, loglik, torch.tensor([4]))[0])
 
 
-def test_the_prior_is_the_multiple_that_surely_helps_the_others(scene, monkeypatch):
+def test_the_prior_is_the_multiple_that_helps_the_others_most(scene, monkeypatch):
     people = known(12)
     monkeypatch.setattr(Calibrator, "coefficients", lambda *given: given[4][:, None].expand(-1, N))
     one, size = calibrator(scene, people), torch.tensor([1.0, -1.0] * 6).double()
+    every = [GateGradients(normal(len(one.all), N), normal(len(one.all))) for one in people]
     for gain, final in ((size * 0 + 0.2, 0.5), (size, 4.0), (size * 0 - 0.2, 8.0)):
-        monkeypatch.setattr(Calibrator, "gains", lambda self, w, gain=gain: gain * (4.0 - w[:, 0]))
-        priors, chosen = one.best_prior([], [], 4.0, 2)
+        monkeypatch.setattr(Calibrator, "_measured", lambda self, kind, asked, w, g=gain: [g * (4.0 - w[:, 0])])
+        priors, chosen = one.best_prior([], every, 4.0, 2)
         assert chosen == final
         assert set(priors.tolist()) == {final}
-    assert one.best_prior([], [], BOUNDLESS, 2)[1] == BOUNDLESS
+    assert one.best_prior([], every, BOUNDLESS, 2)[1] == BOUNDLESS
+
+
+def test_each_block_of_items_is_left_out_in_turn():
+    (one,) = known(1)
+    every = GateGradients(normal(len(one.all), N), normal(len(one.all)))
+    turns = [left_out(one, every, turn) for turn in range(len(one.all) // len(one.queries) + 2)]
+    assert [e for _, block in reversed(turns) for e in block] == list(one.all)
+    for kept, block in turns:
+        near(kept.loglik, every.loglik[[i for i, e in enumerate(one.all) if e not in block]])
+        assert len(kept.gradients) == len(kept.loglik)
 
 
 @pytest.mark.parametrize("people", [ENOUGH + 4, ENOUGH])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mta.bank.anchors import Roles, train_anchors
 from mta.bank.calibration.calibrate import Measure, calibrator_of, measuring, size_of_passes
-from mta.bank.calibration.crossfit import MULTIPLES, RIDGE
+from mta.bank.calibration.crossfit import MULTIPLES, RIDGE, TURNS
 from mta.bank.calibration.laplace import prior_of, regular, solved
 from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
@@ -196,7 +196,7 @@ def _gain_outside(
     if not subjects:
         return 0.0
     measure, together = _measure(context, subjects, loras, task_lora, f"outside-{name}-")
-    scored = COSTS["scores"] * (len(MULTIPLES) + 1)
+    scored = COSTS["scores"] * (TURNS * len(MULTIPLES) + 1)
     every = sum(COSTS["gradients"] * len(one.all) + scored * len(one.queries) for one in subjects)
 
     def on_step(step: Step) -> None:

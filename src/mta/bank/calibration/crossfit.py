@@ -4,7 +4,7 @@ The people are split into two folds. mu and F are judged on the fold that they w
 
     1. merge    mu by Newton steps, each as long as the other fold's later items allow; F at mu
     2. prior    how much people's gradients differ, compared with those of one person's shots; then some multiple of
-                that, by later items: a quadratic model of the likelihood is not exact
+                that, by items left out in turn: a quadratic model of the likelihood is not exact
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
     5. rivals   what a person gains without the bank: by a LoRA's single step over the pooled model, by a label bias
@@ -49,6 +49,7 @@ from mta.training.gates import GateGradients
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
 MULTIPLES = (1.0, 2.0, 0.5, 0.25, 0.125)  # of the prior, the estimate first
+TURNS = 3  # blocks of a person's items that are left out to choose the multiple
 STDS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the prior of a label bias
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
@@ -84,9 +85,6 @@ class Calibrator:
     pooled_loglik: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.assign_folds()
-
-    def assign_folds(self) -> None:
         """Set what depends on ``subjects``: folds, target tokens, and zeros."""
         self.fold = torch.arange(len(self.subjects)) % 2
         self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
@@ -114,13 +112,12 @@ class Calibrator:
         if len(self.subjects) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population, optimism = self.best_merge(first)
-        shots = [one.shots for one in self.subjects]
-        single = self.gradients(shots, mu[1 - self.fold]) if mu.any() else of_shots(first, shots)
+        every = self.gradients([one.all for one in self.subjects], mu[1 - self.fold]) if mu.any() else first
+        single = self.of_shots(every)
         prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         counts = counts if self.fewer else counts[-1:]
-        fits = [*zip(mu, curvature)]
-        priors, prior = self.best_prior(fits, single, prior, typical_shots(counts))
+        priors, prior = self.best_prior(fits := [*zip(mu, curvature)], every, prior, typical_shots(counts))
         asked = [n for n in SHOTS if self.fewer and n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, single, n, priors) for n in counts}
@@ -157,13 +154,13 @@ class Calibrator:
         first, _ = self.first_pass()
         if len(self.subjects) < ENOUGH:
             return 0.0
-        shots = of_shots(first, [one.shots for one in self.subjects])
+        shots = self.of_shots(first)
         rows = [torch.cat([one.gradients for one, f in zip(first, self.fold) if f == fold]) for fold in (0, 1)]
         curvature = torch.stack([curvature_of(one) for one in rows])
         prior = prior_of([one.gradients for one in shots], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [(torch.zeros(self.anchors).double(), one) for one in curvature]
         most = typical_shots([n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH])
-        priors, _ = self.best_prior(fits, shots, prior, most)
+        priors, _ = self.best_prior(fits, first, prior, most)
         return float(self.gains(self.coefficients(fits, shots, most, priors)).mean())
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
@@ -175,7 +172,7 @@ class Calibrator:
         if lost := whole.count(False):
             self.subjects = [one for one, kept in zip(self.subjects, whole) if kept]
             single = [one for one, kept in zip(single, whole) if kept]
-            self.assign_folds()
+            self.__post_init__()
         later = [items.loglik[len(one.shots) :].sum() for items, one in zip(single, self.subjects)]
         self.pooled_loglik = torch.tensor(later).double()
         return single, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
@@ -217,18 +214,21 @@ class Calibrator:
         return mu, curvature, best, best - honest
 
     def best_prior(
-        self, fits: Sequence[tuple[Tensor, Tensor]], single: Sequence[GateGradients], prior: float, shots: int
+        self, fits: Sequence[tuple[Tensor, Tensor]], every: Sequence[GateGradients], prior: float, shots: int
     ) -> tuple[Tensor, float]:
         """Return everybody's prior (U,), the multiple of ``prior`` that the others choose, and what all choose.
 
-        The others' later items choose it, after so many shots, if they gain beyond the 95% interval.
+        ``every`` are gradients of all items. Blocks of each person's items are predicted from ``shots`` others.
         """
         people = len(self.subjects)
         if prior >= BOUNDLESS:  # people do not differ
             return torch.full((people,), prior).double(), prior
-        priors = torch.tensor([prior * one for one in MULTIPLES]).double()
-        tried = [self.gains(self.coefficients(fits, single, shots, one.expand(people))) for one in priors]
-        chosen, final = chosen_by_others(torch.stack(tried, dim=1), self.shots >= shots, surely_best)
+        priors, tried = torch.tensor([prior * one for one in MULTIPLES]).double(), torch.zeros(people, len(MULTIPLES))
+        for turn in range(TURNS if self.fewer else 1):
+            kept, asked = zip(*(left_out(one, own, turn) for one, own in zip(self.subjects, every)))
+            merges = [self.coefficients(fits, kept, shots, one.expand(people)) for one in priors]
+            tried = tried + torch.stack([torch.cat(self._measured("scores", asked, w)) for w in merges], dim=1)
+        chosen, final = chosen_by_others(tried / self.tokens[:, None], self.shots >= shots, best_of)
         return priors[torch.tensor(chosen)], float(priors[final])
 
     def best_kind(
@@ -283,6 +283,10 @@ class Calibrator:
             gains = torch.cat([pooled, self.stacked(shots, torch.zeros(people, 0).double(), RATES, lora)], dim=1)
             rivals.append(rival_of(name, (0.0, *RATES), gains, surely_best, *measured))
         return tuple(rivals)
+
+    def of_shots(self, every: Sequence[GateGradients]) -> list[GateGradients]:
+        """Return people's gradients of their shots alone."""
+        return [left_out(one, own, turn=0)[0] for one, own in zip(self.subjects, every)]
 
     def coefficients(
         self, fits: Sequence[tuple[Tensor, Tensor]], single: Sequence[GateGradients], shots: int, priors: Tensor
@@ -364,9 +368,12 @@ class Calibrator:
         return [results[piece.name] for piece in pieces]
 
 
-def of_shots(single: Sequence[GateGradients], shots: Sequence[Sequence[Example]]) -> list[GateGradients]:
-    """Return the part of people's gradients, example by example, that is of their shots, which come first."""
-    return [GateGradients(one.gradients[: len(own)], one.loglik[: len(own)]) for one, own in zip(single, shots)]
+def left_out(one: Subject, single: GateGradients, turn: int) -> tuple[GateGradients, tuple[Example, ...]]:
+    """Return the gradients of a person's items but for a block, and the block: in turn 0 the queries, then before."""
+    stop = max(len(one.all) - turn * len(one.queries), 0)
+    block = range(max(stop - len(one.queries), 0), stop)
+    kept = [i for i in range(len(one.all)) if i not in block]
+    return GateGradients(single.gradients[kept], single.loglik[kept]), one.all[block.start : stop]
 
 
 def planned_cost(
@@ -382,11 +389,12 @@ def planned_cost(
     ``shots`` are everybody's numbers of earlier items, ``queries`` all later items, ``rivals`` LoRAs without the bank.
     """
     counts, steps, every = [n for n in SHOTS if n <= settings.shots], settings.steps, sum(shots)
-    newton = (steps + 1) * COSTS["gradients"] * (every + queries) + (steps * len(LENGTHS) + len(MULTIPLES)) * queries
+    scored = (steps * len(LENGTHS) + TURNS * len(MULTIPLES)) * queries
+    newton = (steps + 1) * COSTS["gradients"] * (every + queries) + scored
     some = sum(min(own, n) for own in shots for n in counts)
     tried = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if stacks else 0
     alone = (
         COSTS["stacks"] * sum(min(own, typical_shots(counts)) for own in shots) + len(RATES) * queries if counts else 0
     )
     cheap = rivals * alone + COSTS["labels"] * (every + queries) * labels
-    return newton + COSTS["gradients"] * every + len(counts) * queries + tried + cheap
+    return newton + COSTS["gradients"] * (every + queries) + len(counts) * queries + tried + cheap
