@@ -64,12 +64,6 @@ class Evidence:
             labels = Labels(labels.scores[rows], labels.gold[rows].masked_fill(~mask, -1))
         return Evidence(self.loglik[rows] * mask[..., None], self.counts[rows] * mask, labels)
 
-    def of_anchors(self, anchors: Sequence[int]) -> Evidence:
-        """Return the evidence for a bank that holds only these ``anchors``."""
-        columns = [0, *(n + 1 for n in anchors)]
-        labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)
-        return Evidence(self.loglik[..., columns], self.counts, labels)
-
 
 def gather_evidence(
     base: BaseModel,

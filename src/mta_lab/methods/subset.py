@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -12,6 +13,7 @@ from mta.config import MergeSettings
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import MTA_PAPER, MergeMethod, answered
 from mta.evaluation.protocol import Outcome, TestBatch
+from mta.personalize.evidence import Evidence, Labels
 from mta.personalize.merge import Merge, coefficients, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_named
 from mta.system.device import clock
@@ -47,10 +49,17 @@ def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge
     bank = batch.bank
     chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
     reads = needs_evidence(settings)
-    evidence, similarity = batch.evidence.of_anchors(chosen) if reads else None, batch.similarity[:, chosen]
+    evidence, similarity = _evidence_of(batch.evidence, chosen) if reads else None, batch.similarity[:, chosen]
     start = clock(batch.base.device)
     chosen_merge = coefficients(settings, similarity, evidence)
     merge = Merge(torch.tensor(chosen)[chosen_merge.ids], chosen_merge.w.to(batch.base.master_dtype))
     share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
     share += batch.encoding_seconds if needs_encodings(settings) else 0.0
     return merge, clock(batch.base.device) - start + share
+
+
+def _evidence_of(whole: Evidence, anchors: Sequence[int]) -> Evidence:
+    """Return the evidence for a bank that holds only these ``anchors``."""
+    columns = [0, *(n + 1 for n in anchors)]
+    labels = whole.labels and Labels(whole.labels.scores[..., columns], whole.labels.gold)
+    return Evidence(whole.loglik[..., columns], whole.counts, labels)
