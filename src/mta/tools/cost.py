@@ -207,7 +207,7 @@ def planned(run: Run) -> Run:
 
 
 def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
-    """Return the costs of MTA, the merge alone, OPPU (one LoRA per person, of the anchors' rank), and Per-Pcs.
+    """Return the costs of MTA, the merge alone, and OPPU (one LoRA per person, of the anchors' rank).
 
     Raises ConfigError if ``merge.k`` is larger than the number of anchors.
     """
@@ -248,12 +248,10 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
     bank_bytes = float((anchors * rank + task_rank) * number)
     texts = 24 + 20 * policy_of(run.merge).gradients  # anchor, coefficient, and gradient, as text
     merge_bytes = float(texts * k + 640)  # and the other fields of the file
-    assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merge + over),
         "OPPU": Cost(task_rank * number, rank * number, task, trained(OPPU_TRAINING.examples(shots), task_rank, rank)),
-        "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, task_rank)),
     }
 
 
