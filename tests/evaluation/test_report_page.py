@@ -121,7 +121,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         assert part in text
     pictures = " ".join(found.alts)
     assert "Mean errors: everybody's 1.50, their own 0.30." in pictures
-    assert "OPPU MAE +0." in pictures
+    assert "OPPU MAE (median) +0." in pictures
 
 
 def test_hostile_strings_stay_text(written):

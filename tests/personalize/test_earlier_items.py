@@ -30,9 +30,7 @@ RUN = changed("task_lora", history=SHOWN)
 def jobs(monkeypatch):
     """The items of every job of a build, by its key."""
     made, plain = {}, BuildContext.job
-    monkeypatch.setattr(
-        BuildContext, "job", lambda self, key, items: made.update({key: items}) or plain(self, key, items)
-    )
+    monkeypatch.setattr(BuildContext, "job", lambda self, key, *of: made.update({key: of[0]}) or plain(self, key, *of))
     return made
 
 

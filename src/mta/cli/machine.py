@@ -38,7 +38,7 @@ def demo(
     seed: options.Seed = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in about nine minutes.
+    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in about six minutes.
 
     Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
@@ -144,7 +144,7 @@ def size(
     config: options.Config = None,
     json: options.Json = False,
 ) -> None:
-    """Estimate bytes, memory and hours for a base and a number of people, against OPPU and Per-Pcs. Loads no weights.
+    """Estimate bytes, memory and hours for a base and a number of people, against OPPU. Loads no weights.
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100
     """
