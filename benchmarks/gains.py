@@ -1,6 +1,6 @@
 """Draw results/gains.svg: what each method gains on each set, with intervals (docs/explanation/results.md).
 
-Run:  python -m benchmarks.gains   (after new results are in results/gradient)
+Run:  python -m benchmarks.gains   (after new results are in results/)
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from mta.evaluation.reports.figures import COLOURS, INK, LINE, MUTED, Picture
 from mta.evaluation.statistics import Interval
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SETS = {  # title -> file below results/gradient
-    "headlines, 36 people": "lamp4_huffpost/README.md",
-    "news, 31 people": "lamp2n_huffpost/README.md",
-    "ratings, 240 people": "movielens-100k/README.md",
-    "reviews, 60 people": "lamp3_amazon/README.md",
-    "titles, 66 people": "lamp5_papers/README.md",
+SETS = {  # title -> folder below results
+    "survey, 250 people": "rivals/survey",
+    "headlines, 36 people": "gradient/lamp4_huffpost",
+    "news, 31 people": "gradient/lamp2n_huffpost",
+    "ratings, 240 people": "gradient/movielens-100k",
+    "reviews, 60 people": "gradient/lamp3_amazon",
+    "titles, 66 people": "gradient/lamp5_papers",
 }
 METHODS = {  # name in the figure -> names in the files
     "MTA": ("MTA",),
+    "label bias": ("label bias",),
+    "rank 1 alone": ("rank 1 alone", "adapt only"),
     "OPPU": ("OPPU",),
-    "OPPU, one step": ("OPPU, one step",),
-    "one LoRA on everything": ("pooled on everything",),
+    "history in the prompt": ("history in the prompt",),
     "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
 }
 _COLUMN = "NLL against task LoRA"
@@ -37,7 +39,7 @@ def gains() -> dict[str, Gains]:
     """Return each set's differences in NLL to the task LoRA, by method."""
     found = {}
     for title, name in SETS.items():
-        rows = _of_tables((RESULTS / "gradient" / name).read_text(encoding="utf-8"))
+        rows = _of_tables((RESULTS / name / "README.md").read_text(encoding="utf-8"))
         found[title] = {
             method: next(rows[name] for name in names if name in rows)
             for method, names in METHODS.items()
