@@ -20,7 +20,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--demo", type=Path, default=Path("demo"))
     words.add_argument("--out", type=Path, default=Path("docs/pictures/playground.png"))
-    words.add_argument("--answers", type=int, nargs=8, default=[2, 5, 5, 5, 5, 2, 5, 4], help="to the first questions")
+    words.add_argument("--answers", type=int, nargs=8, default=[6, 1, 6, 6, 6, 1, 1, 1], help="to the first questions")
     args = words.parse_args()
     command = [sys.executable, "-m", "mta", "serve", "--bank", str(args.demo / "bank"), "--json", "--insecure-local"]
     command += ["--store", str(args.demo / "people"), "--port", "0"]
