@@ -89,7 +89,7 @@ def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Pic
             sign, width = -1 if metric in BETTER_LOW else 1, 1 / len(metrics)
             panel = ax.inset_axes((n * width, 0, 0.9 * width, 1))
             for place, (name, known) in enumerate(rows.items()):
-                mean, ends = sign * known[n].mean, sorted((sign * known[n].low, sign * known[n].high))
+                mean, ends = 0.0 + sign * known[n].mean, sorted((sign * known[n].low, sign * known[n].high))
                 colour = COLOURS[0] if name.startswith(f"{OURS}\n") else MUTED
                 panel.plot(ends, [place, place], color=colour, linewidth=2)
                 panel.plot(mean, place, "o", color=colour, markersize=6)
