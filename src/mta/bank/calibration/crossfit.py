@@ -63,9 +63,8 @@ class Calibrator:
 
     ``stacks``: whether to measure stacks too. ``rivals``: name -> shape of LoRAs to measure without the bank; with
     ``labels``, a bias on these, too. ``fewer``: whether to measure gains by some of people's shots, too, which is wrong
-    where prompts show the others. ``together`` people are one piece of work. ``fold`` (U,) is 0 or 1.
-    ``pooled_loglik`` (U,) is the log-likelihood of people's later items under the pooled model, and ``tokens`` (U,)
-    their target tokens.
+    where prompts show the others. ``together`` people are one piece of work. ``pooled_loglik`` (U,) is the
+    log-likelihood of people's later items under the pooled model, from the first pass on.
     """
 
     subjects: Sequence[Subject]
@@ -80,15 +79,17 @@ class Calibrator:
     fewer: bool = True
     passes: int = 0
     done: int = 0  # in forward passes of one example
-    fold: Tensor = field(init=False)
-    tokens: Tensor = field(init=False)
-    pooled_loglik: Tensor = field(init=False)
+    pooled_loglik: Tensor = field(init=False, default_factory=lambda: torch.zeros(1).double())
 
-    def __post_init__(self) -> None:
-        """Set what depends on ``subjects``: folds, target tokens, and zeros."""
-        self.fold = torch.arange(len(self.subjects)) % 2
-        self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
-        self.pooled_loglik = torch.zeros_like(self.tokens)
+    @property
+    def fold(self) -> Tensor:
+        """Everybody's fold, 0 or 1, (U,)."""
+        return torch.arange(len(self.subjects)) % 2
+
+    @property
+    def tokens(self) -> Tensor:
+        """The target tokens of everybody's later items, (U,)."""
+        return torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
 
     @property
     def queries(self) -> list[tuple[Example, ...]]:
@@ -112,12 +113,13 @@ class Calibrator:
         if len(self.subjects) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population, optimism = self.best_merge(first)
-        every = self.gradients([one.all for one in self.subjects], mu[1 - self.fold]) if mu.any() else first
+        every = self.gradients(mu[1 - self.fold]) if mu.any() else first
         single = self.of_shots(every)
         prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         counts = counts if self.fewer else counts[-1:]
-        priors, prior = self.best_prior(fits := [*zip(mu, curvature)], every, prior, typical_shots(counts))
+        fits = [*zip(mu, curvature)]
+        priors, prior = self.best_prior(fits, every, prior, typical_shots(counts))
         asked = [n for n in SHOTS if self.fewer and n <= self.settings.shots and n not in counts]
         notes += tuple(f"fewer than {ENOUGH} people have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, single, n, priors) for n in counts}
@@ -165,14 +167,11 @@ class Calibrator:
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
-        single = self.gradients(
-            [one.all for one in self.subjects], torch.zeros(len(self.subjects), self.anchors).double()
-        )
+        single = self.gradients(torch.zeros(len(self.subjects), self.anchors).double())
         whole = [all(bool(part.isfinite().all()) for part in one) for one in single]
         if lost := whole.count(False):
             self.subjects = [one for one, kept in zip(self.subjects, whole) if kept]
             single = [one for one, kept in zip(single, whole) if kept]
-            self.__post_init__()
         later = [items.loglik[len(one.shots) :].sum() for items, one in zip(single, self.subjects)]
         self.pooled_loglik = torch.tensor(later).double()
         return single, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
@@ -197,7 +196,7 @@ class Calibrator:
         honest, everyone = best, torch.ones(len(self.subjects), dtype=torch.bool)
         agreed = everyone  # so far, with everybody else's choices
         for number in range(self.settings.steps + 1):
-            single = self.gradients([one.all for one in self.subjects], mu[self.fold]) if number else first
+            single = self.gradients(mu[self.fold]) if number else first
             rows = [torch.cat([one.gradients for one, f in zip(single, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             if number == self.settings.steps:
@@ -305,8 +304,9 @@ class Calibrator:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[GateGradients]:
-        """Return the gradients and log-likelihoods of each person's single examples."""
+    def gradients(self, w: Tensor) -> list[GateGradients]:
+        """Return the gradients and log-likelihoods of each person's single items, at coefficients ``w`` (U, N)."""
+        examples = [one.all for one in self.subjects]
         measured = self._measured("gradients", examples, w)
         rows = torch.split(torch.cat(measured), [len(one) for one in examples]) if measured else ()
         return [GateGradients(one[:, :-1], one[:, -1]) for one in rows]
