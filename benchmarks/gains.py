@@ -27,7 +27,6 @@ METHODS = {  # name in the figure -> names in the files
     "label bias": ("label bias",),
     "rank 1 alone": ("rank 1 alone", "adapt only"),
     "OPPU": ("OPPU",),
-    "history in the prompt": ("history in the prompt",),
     "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
 }
 _COLUMN = "NLL against task LoRA"
@@ -49,15 +48,20 @@ def gains() -> dict[str, Gains]:
 
 
 def _of_tables(text: str) -> Gains:
-    found: Gains = {}
-    column = 0
-    lines = text.splitlines()
-    for line, following in zip(lines, [*lines[1:], ""]):
-        cells = [cell.strip() for cell in line.split("|")]
-        if following.startswith("| ---"):  # the head of a table; others than of methods are left out
-            column = cells.index(_COLUMN) if cells[1] == "method" and _COLUMN in cells else 0
-        elif line.startswith("|") and column and (cell := _CELL.search(cells[column])):
-            found[cells[1]] = Interval(*map(float, cell.groups()))  # the last table has the most people
+    whole = [table for table in tables(text) if table[0][0] == "method" and _COLUMN in table[0]]
+    cells = {row[0]: row[table[0].index(_COLUMN)] for table in whole for row in table[2:]}  # the last has most people
+    return {name: Interval(*map(float, cell.groups())) for name, one in cells.items() if (cell := _CELL.search(one))}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return every table of a page: rows of cells without bold, the heading first."""
+    found, before = list[list[list[str]]](), ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not before.startswith("|"):
+                found.append([])
+            found[-1].append([cell.strip().replace("**", "") for cell in line.split("|")[1:-1]])
+        before = line
     return found
 
 

@@ -26,10 +26,7 @@ from mta.model.generate import generate
 
 PEOPLE, PROMPT, NEW = 16, 100, 48
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-_PEERS = {
-    "the base alone": "transformers generate, same batch",
-    "PEFT adapter_names": "same batch",
-}
+_PEERS = {"the base alone": "transformers generate, same batch", "PEFT adapter_names": "same batch"}
 _TARGETS = {
     ("bfloat16", "the base alone"): 0.85,
     ("float32", "the base alone"): 0.85,

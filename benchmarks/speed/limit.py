@@ -71,11 +71,7 @@ def limit(name: str, dtype: str, target: float, settings: Settings) -> Row:
         tuple(peer_rates),
         target,
         note="operations a step cannot do without: none of attention, norms, padding, optimizer",
-        more={
-            "people": len(cohort.jobs),
-            "steps": steps,
-            "operations": work,
-        },
+        more={"people": len(cohort.jobs), "steps": steps, "operations": work},
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pages import ROOT
 
-from benchmarks.gains import SETS, gains, picture
+from benchmarks.gains import SETS, gains, picture, tables
 from mta.evaluation import statistics
 from mta.evaluation.reports.figures import Picture
 from mta_lab.reports.report import report
@@ -92,18 +92,6 @@ def test_every_p_value_is_in_the_table_of_corrected_comparisons():
     ]
     assert found
     assert [one for one in found if not any(one[0] == mean and abs(p - one[1]) <= 5e-4 for mean, p in known)] == []
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """Every table of a page: rows of cells without bold, the heading first."""
-    found, before = [], ""
-    for line in text.splitlines():
-        if line.startswith("|"):
-            if not before.startswith("|"):
-                found.append([])
-            found[-1].append([cell.strip().replace("**", "") for cell in line.split("|")[1:-1]])
-        before = line
-    return found
 
 
 def linked_rows() -> list[tuple[str, str, dict[str, str]]]:
