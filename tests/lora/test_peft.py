@@ -127,43 +127,13 @@ def made_by_peft(kind: str, folder: Path, **settings: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_of_peft_computes_the_same_here(tmp_path: Path, kind: str, rslora: bool) -> None:
-    theirs = made_by_peft(kind, tmp_path, use_rslora=rslora)
+def test_an_adapter_of_peft_computes_the_same_here(tmp_path: Path, kind: str) -> None:
+    theirs = made_by_peft(kind, tmp_path)
     adapter = read_peft(tmp_path)
-    assert adapter.scale == 5 / (3**0.5 if rslora else 3)
+    assert adapter.scale == 5 / 3
     assert set(adapter.names) == set(base_of(kind).targets)
     assert adapter.shapes == {name: base_of(kind).targets[name] for name in adapter.names}
     assert (theirs - ours(kind, adapter)).abs().max() < 1e-9
-
-
-def test_layers_with_own_ranks_and_alphas_compute_the_same_here(tmp_path: Path) -> None:
-    own = {
-        "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
-        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 9, "q_proj": 2},  # the first counts, and PEFT sorts them
-    }
-    theirs = made_by_peft("llama", tmp_path, **own)
-    adapter = read_peft(tmp_path)
-    assert (adapter.rank, adapter.scale) == (5, 1.0)
-    assert (theirs - ours("llama", adapter)).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "use_dora is True, expected it unset"),
-        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected it unset"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
-    ],
-)
-def test_variants_of_lora_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
-    start = settings.get("init_lora_weights", True)  # PEFT computes PiSSA in single precision only
-    made_by_peft("llama", tmp_path, **settings | {"init_lora_weights": True})
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"init_lora_weights": start}))
-    with pytest.raises(InputError, match=message + "\n  (mta reads plain LoRA|Convert it to plain LoRA)"):
-        read_peft(tmp_path)
 
 
 def edited(folder: Path, **changes: object) -> Path:
@@ -176,22 +146,19 @@ def edited(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'\n  mta reads plain LoRA"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'\n  Export the adapter again"),
+        ({"use_dora": True}, "use_dora is True, expected False"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
         ({"r": "3"}, "r is '3' and lora_alpha .*, expected a positive integer and a finite number"),
         ({"r": 0}, "r is 0"),
         ({"r": True}, "r is True"),
-        ({"lora_alpha": None}, "lora_alpha None"),
+        ({"lora_alpha": None}, "does not hold the settings of a LoRA"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan"),
-        ({"lora_alpha": 10**400}, "lora_alpha 10+, expected a positive integer and a finite number"),
+        ({"lora_alpha": 10**400}, "does not hold the settings of a LoRA"),
         (
             {"r": 4},
             r"layer 'model.layers.0.\w+.\w+' has A \(3, \d+\) and B \(\d+, 3\), expected rank 4, the r of adapter_c",
         ),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]"),
-        ({"rank_pattern": {"q_proj": "3"}}, "r is '3'"),
-        ({"rank_pattern": {"q_proj": 2}}, r"layer '[\w.]+q_proj' has A \(3, \d+\) and B \(\d+, 3\), expected rank 2"),
-        ({"alpha_pattern": {"(a+)+": 2}}, r"alpha_pattern is {'\(a\+\)\+': 2}, expected names of layers and numbers"),
-        ({"rank_pattern": ["q_proj"]}, "expected names of layers and numbers"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -205,7 +172,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, wrong: torch.Te
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     name = next(iter(tensors))
     save_file(tensors | {name: wrong.expand(tensors[name].shape).contiguous()}, tmp_path / "a" / WEIGHTS)
-    with pytest.raises(InputError, match="expected finite floating point numbers") as caught:
+    with pytest.raises(InputError, match="other values than finite floating point numbers") as caught:
         read_peft(tmp_path / "a")
     assert caught.value.hint
 
@@ -217,22 +184,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_peft(tmp_path / "no/where")
     edited(tmp_path / "a")
     (tmp_path / "a" / WEIGHTS).unlink()
-    with pytest.raises(
-        InputError, match=r"a: adapter_model.safetensors is missing\n  Save the adapter again as safetensors"
-    ):
-        read_peft(tmp_path / "a")
-    (tmp_path / "a" / "adapter_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(InputError, match=r"missing, and adapter_model.bin is a pickle, which mta never reads\n"):
+    with pytest.raises(InputError, match=r"a: adapter_model.safetensors is missing\n  Export the adapter again"):
         read_peft(tmp_path / "a")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
     (edited(tmp_path) / CONFIG).write_bytes(content)
-    with pytest.raises(InputError, match=r"adapter_config.json cannot be read as JSON: .*\n  Export the adapter again"):
+    with pytest.raises(InputError, match=r"adapter_config.json does not hold the settings of a LoRA: .*\n  Export the"):
         read_peft(tmp_path)
     (tmp_path / CONFIG).write_bytes(b"[]")
-    with pytest.raises(InputError, match="holds a list, expected a JSON object of LoRA settings"):
+    with pytest.raises(InputError, match="does not hold the settings of a LoRA"):
         read_peft(tmp_path)
 
 
@@ -241,7 +203,7 @@ def test_weights_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
     path = edited(tmp_path) / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        InputError, match=r"adapter_model.safetensors is not a complete safetensors file: .*\n  Copy or export"
+        InputError, match=r"adapter_model.safetensors is not a complete safetensors file: .*\n  Export the adapter"
     ):
         read_peft(tmp_path)
 
@@ -250,7 +212,7 @@ def test_tensors_that_do_not_pair_up_are_named(tmp_path: Path) -> None:
     path = edited(tmp_path) / WEIGHTS
     whole = load_file(path)
     first = "base_model.model.model.layers.0.mlp.down_proj"
-    expected = r"; expected pairs base_model.model.<layer>.lora_A.weight and lora_B.weight\n  mta reads"
+    expected = r"; expected pairs base_model.model.<layer>.lora_A.weight and lora_B.weight\n  Export"
     save_file({name: t for name, t in whole.items() if name != f"{first}.lora_B.weight"}, path)
     with pytest.raises(InputError, match=rf"lacks the tensor '{first}.lora_B.weight'{expected}"):
         read_peft(tmp_path)

@@ -245,7 +245,6 @@ class OtherEncoder(HashEncoder):
 
 @pytest.mark.parametrize("policy", ["posterior", "uniform", "learned"])
 def test_merges_of_all_anchors_by_what_they_predict_need_no_encoder(tiny, policy):
-    """An imported bank is used where its encoder is not installed."""
     run = TINY_RUN.model_copy(update={"merge": MergeSettings(policy=policy, k=0)})
     personal = Personalizer(*tiny, run=run, encoder=OtherEncoder())
     assert personal.personalize(PEOPLE[:2]).failed == {}

@@ -43,20 +43,16 @@ def calibrate_bank(
     run: Run,
     out: Path,
     *,
-    unrelated: bool = False,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Write a calibrated copy of a finished bank to ``out``, measured on items behind neither anchors nor task LoRA.
 
-    The copy has a new hash. Settings are those of ``run.calibration``. ``unrelated`` confirms that none of
-    the people is behind an imported LoRA; otherwise, the people behind all LoRAs must be among them, to be left out by
-    their ids.
+    The copy has a new hash. Settings are those of ``run.calibration``.
     Raises InputError if too few people are left or the bank has no list of members, DataError for an item that is too
     long, BankError if ``out`` holds anything; BankCorrupt, BankMismatch.
     """
     info = read_info(folder)
-    _check_owners(info, people, unrelated)
     outside = _checked(folder, info, base, people, run.calibration)
     check_new(out)
     anchors, task_lora = read_adapters(folder, info)
@@ -84,20 +80,6 @@ def _settings(info: BankInfo, run: Run) -> Run:
     """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
     given = {name: getattr(run, name) for name in ROUNDING_ONLY}
     return info.run.model_copy(update=given | {"calibration": run.calibration.model_copy(update={"enabled": True})})
-
-
-def _check_owners(info: BankInfo, people: Sequence[Person], unrelated: bool) -> None:
-    """Raise InputError if people behind imported LoRAs may be among the given ones, under other ids than the names."""
-    if info.plan or unrelated or info.members.hashed is None:
-        return
-    anchors = info.members.anchors
-    if unnamed := anchors - sum(info.members.trained(person.id, "anchor") for person in people):
-        raise InputError(
-            f"{unnamed} of {anchors} imported LoRAs have the name of none of the {len(people)} given people, who may "
-            "thus be behind these LoRAs",
-            hint="Import the LoRAs from folders that are called like their people, and give these people, too. Or "
-            "confirm that none of the given people is behind a LoRA of another name:  --unrelated",
-        )
 
 
 def _checked(

@@ -28,7 +28,6 @@ from mta.bank.format import (
     restore,
     verify,
 )
-from mta.bank.imports import import_bank
 from mta.bank.publish import bank_folder, bank_upload, publish_bank
 from mta.bank.rebuild import rebuild_groups
 from mta.config import CompareSettings, Run, override
@@ -158,27 +157,6 @@ class Bank:
         calibration = read_calibration(folder, info)
         return cls(folder, info, task, anchors, device_anchors, vectors, task_lora, calibration)
 
-    @classmethod
-    def of_adapters(
-        cls,
-        base: BaseModel,
-        adapters: Sequence[str | Path],
-        out: str | Path,
-        *,
-        task: str | Path | Task,
-        people: Sequence[Person] = (),
-        run: Run | None = None,
-        encoder: Encoder | None = None,
-    ) -> Bank:
-        """Write and open a bank whose anchors are LoRAs in PEFT folders, each called like its person.
-
-        ``people`` with these ids are what the LoRAs were trained on. Raises InputError, BankError.
-        """
-        run, folders = run or Run(), [Path(folder) for folder in adapters]
-        encoder = encoder or load_encoder(run.encoder, base)
-        import_bank(folders, base, load_task(task), encoder, Path(out), run, people)
-        return cls.open(out, base)
-
     def calibrate(
         self,
         base: BaseModel,
@@ -186,14 +164,12 @@ class Bank:
         out: str | Path,
         *,
         run: Run | None = None,
-        unrelated: bool = False,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
         """Write a copy of the bank to ``out`` that is calibrated on items which it was not trained on, and open it.
 
         The copy has a new hash: personalize people again with it. Settings are those of ``run.calibration``.
-        ``unrelated`` confirms that none of the people is behind an imported LoRA (see ``of_adapters``).
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
         holds anything.
         """
@@ -205,7 +181,6 @@ class Bank:
             people,
             run or self.info.run,
             Path(out),
-            unrelated=unrelated,
             executor=executor,
             on_step=on_step,
         )

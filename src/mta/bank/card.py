@@ -37,20 +37,15 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     """Return the card without the metadata."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
-    made = "some of them trained elsewhere and imported" if not info.plan else "made by merge-then-adapt"
-    trained = (
-        ""
-        if not info.plan
-        else f"""
+    trained = f"""
 | items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
 | cut | {cuts} |{_sizes_tried(info)}
 | training | {seconds} |"""
-    )
     gains = what_to_expect(info)
     expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
-LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, {made}
+LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 | | |
@@ -134,8 +129,6 @@ def what_to_expect(info: BankInfo) -> str:
     if info.calibration is None:
         return ""
     people = "on items that the bank was not trained on"
-    if not info.plan:
-        people = "whose ids are not names of imported LoRAs (whether they are behind a LoRA was not checked otherwise)"
     said = [in_words(info.calibration, people)]
     if info.calibration.gains:
         said.append(

@@ -69,9 +69,9 @@ class BankInfo(BaseModel):
     encoder_fingerprint: str
     run: Run
     work: str
-    plan: str = ""  # empty if anchors are LoRAs that were trained elsewhere
+    plan: str
     items: tuple[int, ...]
-    people: tuple[int, ...] = ()  # behind each anchor; empty for imported LoRAs
+    people: tuple[int, ...] = ()  # behind each anchor
     tried: tuple[tuple[int, float], ...] = ()  # numbers of groups, with the gain of people outside, round by round
     cut: dict[str, int] = {}
     seconds: dict[str, float] = {}

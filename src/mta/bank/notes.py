@@ -42,13 +42,11 @@ def stale_report(folder: Path) -> BankError | None:
     """Return what to say of a bank with a forgotten person; None without one."""
     if not (parts := parts_to_rebuild(folder)):
         return None
-    message, info = f"a forgotten person is in the {' and the '.join(parts)} of {folder}", read_info(folder)
+    message = f"a forgotten person is in the {' and the '.join(parts)} of {folder}"
     if parts == ["calibration"]:
         hint = "Leave that person out, and calibrate again:  mta bank calibrate --out NEW"
-    elif info.plan or info.run.task_lora.enabled:
-        hint = "Leave that person out, and make it anew:  mta bank build --out NEW"
     else:
-        hint = "Leave that person's LoRA out, and import the others anew:  mta bank import --out NEW"
+        hint = "Leave that person out, and make it anew:  mta bank build --out NEW"
     return BankError(message, hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""``mta bank``: build, import, calibrate, show, and publish a bank of anchors."""
+"""``mta bank``: build, calibrate, rebuild, show, and publish a bank of anchors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, show_json
 from mta.config.constants import ROUNDING_ONLY
-from mta.errors import InputError
 
-app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
+app = typer.Typer(help="Build, calibrate, rebuild, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
 @app.command()
@@ -63,33 +62,6 @@ def build(
         typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
 
 
-@app.command("import")
-def import_(
-    adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
-    out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
-    task: options.Task = None,
-    base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
-    people: Annotated[str | None, Option(help="Items of the LoRAs' people, to find anchors by content.")] = None,
-    columns: options.Columns = None,
-    skip_bad: options.SkipBad = None,
-    config: options.Config = None,
-    device: options.Device = None,
-    json: options.Json = False,
-) -> None:
-    """Make a bank of LoRAs that PEFT trained: every LoRA becomes the meta-LoRA of an anchor.
-
-    Ranks, scales, and layers may differ. mta bank calibrate fits the bank to other people.
-
-    Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
-    """
-    run = options.settings(config, None, task=task, base=base, device=device)
-    if not people and (skip_bad or columns):
-        raise InputError("--skip-bad and --columns need --people", hint="Give the file:  --people history.jsonl")
-    read = options.people_in(people, run.task, columns, skip_bad) if people else []
-    bank = mta.Bank.of_adapters(mta.BaseModel.of(run), adapters, out, task=run.task, people=read, run=run)
-    _show(bank, json)
-
-
 @app.command()
 def calibrate(
     bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
@@ -100,10 +72,6 @@ def calibrate(
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    unrelated: Annotated[
-        bool,
-        Option("--unrelated", help="Confirm that none of the given people is behind an imported LoRA of another name."),
-    ] = False,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
@@ -131,7 +99,6 @@ def calibrate(
             people,
             out,
             run=run,
-            unrelated=unrelated,
             executor=executor,
             on_step=screen.step,
         )

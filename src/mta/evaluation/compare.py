@@ -41,7 +41,7 @@ from mta.evaluation.reports.two_people import Asked
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.merge import can_merge, check_merge, needs_encodings
+from mta.personalize.merge import can_merge, check_merge
 from mta.personalize.policies import policy_named
 from mta.system.device import dtype_name
 from mta.system.extras import require
@@ -106,12 +106,11 @@ def standard_methods(
     task: Task,
     anchors: int,
     calibrated: bool = True,
-    encoded: bool = True,
     history: bool = False,
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, what a bank has to beat, merge only (each policy), MTA.
 
-    Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
+    Policies that need labels or a calibrated bank are left out where there are none. A brief
     comparison leaves out the base, and other merges than MTA's. Rivals are a label bias, rank 1 alone, and OPPU. Where
     prompts show a ``history``, all methods get it, and one row is the task LoRA without it.
     Controls are one merge for everybody, and MTA from another person's shots.
@@ -125,7 +124,7 @@ def standard_methods(
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k, "options": {}})
 
     def fits(merge: MergeSettings) -> bool:
-        return can_merge(merge, anchors, task.labelled, calibrated) and (encoded or not needs_encodings(merge))
+        return can_merge(merge, anchors, task.labelled, calibrated)
 
     def alone(name: str, given: OneLoraSettings | None) -> Method:
         if given:
@@ -187,7 +186,7 @@ def compare(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected 1 or more people", hint="Leave it out to test everybody.")
     task, shots, queries, run = bank.task, settings.shots, settings.queries, bank.with_calibrated_settings(run)
-    calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
+    calibrated = bank.calibration is not None
     check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:
         log.warning("this bank came without its members: these people may have been used to train it")
@@ -213,7 +212,7 @@ def compare(
     fitting = [method for method in more if method.fits(task, len(bank), calibrated)]
     if len(fitting) < len(more):
         log.warning("left out: %s", ", ".join(method.name for method in more if method not in fitting))
-    methods = [*standard_methods(run, settings, task, len(bank), calibrated, encoded, bank.history > 0), *fitting]
+    methods = [*standard_methods(run, settings, task, len(bank), calibrated, bank.history > 0), *fitting]
     comparison = run_methods(batch, methods, seeds, on_method)
     meta = _meta(context, settings, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return ComparisonReport(comparison, batch, meta)

@@ -139,11 +139,6 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
             hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
         )
-    if policy_of(settings).by_content(settings) and not similarity.any(dim=0).all():
-        raise ConfigError(
-            "some of the bank's anchors have no encodings, so anchors cannot be retrieved by content",
-            hint="Merge all by what they predict: merge.policy=posterior merge.k=0.",
-        )
     ids = similarity.double().argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
     known = PolicyInput(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, known))

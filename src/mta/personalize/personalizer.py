@@ -162,9 +162,7 @@ class Personalizer(Pipeline):
         card = adapter_card(self.bank.info, whole.rank, float(error), anchors=anchors, stack=stack)
         transposed = self.base.fan_in_fan_out
         with session.exporting(person, out) if session else nullcontext() as written:
-            write_peft(
-                out, whole, self.base.place, fan_in_fan_out=transposed, card=card, whole=True, on_weights=written
-            )
+            write_peft(out, whole, self.base.place, fan_in_fan_out=transposed, card=card, on_weights=written)
         return float(error)
 
     def _check_replaceable(self, person: str, folder: Path) -> None:

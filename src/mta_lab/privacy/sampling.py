@@ -97,11 +97,6 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: AttackSettings
             "this bank came without its members: the people it was trained on are unknown",
             hint="Attack the bank where it was built, or copy its members.json.",
         )
-    if not bank.info.plan:
-        raise InputError(
-            "this bank has imported LoRAs: the items that they were trained on are unknown",
-            hint="Attack a bank that mta bank build trained.",
-        )
     trained = _trained(bank, people)
     outside = [person for person in members_and_others(bank, people)[1] if person.items]
     able = [person for person in outside if len(person.items) > settings.shots]

@@ -91,7 +91,7 @@ class AdapterFolders:
         except InputError as unfit:  # does not know whose state it is
             log.warning("an adapter could not be built: %s", unfit)
             return False
-        write_peft(folder, adapter, "", whole=True)
+        write_peft(folder, adapter, "")
         return True
 
     def _is_stored(self, who: ServedModel) -> bool:
