@@ -40,6 +40,36 @@ def test_items_are_in_time_order(tmp_path: Path) -> None:
     assert describe([])["items"] == 0
 
 
+def turns(*texts: str, roles: tuple[str, ...] = ("user", "assistant")) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+def test_rows_of_chats_are_items(tmp_path: Path) -> None:
+    whole = turns("Be brief.", "Hi", "Yo", roles=("system", "user", "assistant"))
+    rows = [{"user": "ann", "messages": whole}, {"user": "bob", "messages": turns("Hi", "Hello")}]
+    ann, bob = read_people(rows, "text", columns={"person": "user"})
+    assert ann.items == (Item({"input": "Be brief.\n\nHi", "output": "Yo"}),)
+    assert bob.items == (Item({"input": "Hi", "output": "Hello"}),)
+    assert read_people(jsonl(tmp_path, *rows), "text", columns={"person": "user"}) == [ann, bob]
+    assert read_people(jsonl(tmp_path, {"person": "bob", **rows[1]}), "text") == [bob]
+    (asked,) = read_people([{"person": "bob", "messages": turns("Hi")}], "text", questions=True)
+    assert asked.queries == (Item({"input": "Hi"}, is_query=True),)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("Hi", "expected a list of turns with role and content, got text"),
+        (turns("Hi"), "expected turns of user and assistant, perhaps after system; got user"),
+        (2 * turns("Hi", "Yo"), "got user, assistant, user, assistant"),
+        (turns("Hi", " "), "field 'content': empty"),
+    ],
+)
+def test_chats_of_other_turns_are_bad_rows(messages: object, reason: str) -> None:
+    with pytest.raises(DataError, match=f"rows:1: .*{reason}"):
+        read_people([{"person": "ann", "messages": messages}], "text")
+
+
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from mta.config import plugins
 from mta.data.history import Item, People, Person
-from mta.data.readers.rejects import Records, Rejects, data_error
-from mta.data.readers.rows import RecordPart, distinct, item_parts
+from mta.data.readers.rejects import Place, Records, Rejects, data_error
+from mta.data.readers.rows import MESSAGES, RecordPart, distinct, item_parts
 from mta.data.readers.stream import objects
 from mta.data.readers.tables import table_in
 from mta.data.sharing import connected, repeated
@@ -22,8 +22,8 @@ from mta.errors import DataError, InputError
 from mta.system.assets import ASSETS, resolve
 
 FORMATS = (
-    "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields) in each row, or name other "
-    "columns with --columns; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
+    "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields, or messages) in each row, or "
+    "name other columns with --columns; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
     "RecBole folder (*.inter, *.item)."
 )
 log = logging.getLogger("mta")
@@ -60,7 +60,7 @@ def formats() -> list[Format]:
 
 
 def read_people(
-    path: str | Path,
+    source: str | Path | Iterable[Mapping[str, Any]],
     task: str | Path | Task,
     *,
     columns: Mapping[str, str] | None = None,
@@ -69,38 +69,44 @@ def read_people(
 ) -> People:
     """Return the people of a file, a folder, or a data asset, each with their items in time order.
 
-    With ``questions``, the rows of a table are questions: they need no answer, and become the people's ``queries``.
-    ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
-    called otherwise. People who hold copies of the same items get the same ``group``.
-    Bad rows are written to the file ``skip_bad``, as JSONL ({file, line, field, reason, row}, in arrays also element).
-    Without it, a bad row raises DataError, which names file, line, and field. Also raises TaskError, InputError.
+    ``source`` may also be rows: a dataset of the library ``datasets``, or any mappings.
+    With ``questions``, the rows of a table are questions. They need no answer, and become the people's ``queries``.
+    ``columns`` maps ``person``, ``input``, ``output``, ``time``, or a field of the task to the column's name in the
+    file. People who have copies of the same items get the same ``group``.
+    Bad rows are written to the file ``skip_bad`` as JSONL: {file, line, field, reason, row}, in arrays also element.
+    Without ``skip_bad``, a bad row raises DataError, which names file, line, and field. Raises TaskError, InputError.
     """
-    if isinstance(path, str):
-        path = Path(resolve(path) if path in ASSETS else os.path.expanduser(path))
-    source, task = path, load_task(task)
-    rejects_file = _rejects_path(skip_bad, source)
+    if isinstance(source, str):
+        source = Path(resolve(source) if source in ASSETS else os.path.expanduser(source))
+    task, path = load_task(task), source if isinstance(source, Path) else Path("rows")
+    rejects_file = _rejects_path(skip_bad, path)
     gathered: dict[str, tuple[list[Item], list[Item], set[str]]] = {}  # person -> items, queries, ids of items
     with Rejects.to(rejects_file) as rejects:
-        for part in iter_parts(source, task, rejects, columns, questions):
+        if isinstance(source, Path):
+            parts = iter_parts(source, task, rejects, columns, questions)
+        else:
+            rows = ((Place(path, n), dict(row)) for n, row in enumerate(source, 1))
+            parts = item_parts(rows, task, rejects, columns or {}, questions)
+        for part in parts:
             items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
             items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
             queries += part.queries
     if rejects.count:
-        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
+        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, path, rejects_file)
     people = [Person.of(id, items, queries) for id, (items, queries, _) in gathered.items()]
     if not people:
         see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
-        raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
+        raise DataError(f"{path} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     if questions:
         if asked := [person for person in people if person.queries]:
             return People(asked, task)
         hint = "Give rows with person and input, or LaMP's or Per-Pcs's questions."
-        raise DataError(f"{source} holds no questions", hint=hint)
+        raise DataError(f"{path} holds no questions", hint=hint)
     if copies := repeated(people):
-        log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", source, copies)
+        log.warning("%s: %d items repeat an item of the same person; if they are copies, remove them", path, copies)
     people, shared = connected(people, task)
     if shared.people:
-        log.warning("%s: %s; splits keep a group together", source, shared)
+        log.warning("%s: %s; splits keep a group together", path, shared)
     return People(people, task)
 
 
@@ -123,7 +129,7 @@ def iter_parts(
             yield from item_parts(every, task, rejects, columns, questions)
         elif known := next((one for one in formats() if one.knows(record)), None):
             yield from known.parts(path, every, task, rejects, answers=not questions)
-        elif keys & {"person", "input", "output", *task.fields()}:
+        elif keys & {"person", "input", "output", MESSAGES, *task.fields()}:
             yield from item_parts(every, task, rejects, questions=questions)
         else:
             reason = f"unknown format: this record has {', '.join(map(str, keys)) or 'nothing'}"

@@ -21,6 +21,7 @@ from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
 OTHER_LABELS = f"{HINT}\n  Other labels need a task of your own:  --task mine.yaml  (docs/how-to/add-a-task.md)"
+MESSAGES = "messages"  # a field of chats as trl and others train on
 NO_TIME = {"", "null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 
 
@@ -99,6 +100,24 @@ def _iso(text: str) -> float:
         return float(text)
     date = datetime.fromisoformat(f"{text}-01" if re.fullmatch(r"\d{4}-\d{2}", text) else text)
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def _single_turn(row: Mapping[str, Any], question: bool) -> dict[str, str]:
+    """Return ``input`` and ``output`` of chat ``messages``: one turn of the user, and the assistant's answer.
+
+    The text of a system turn is put before the user's. A ``question`` needs no answer. Raises Bad.
+    """
+    turns = row[MESSAGES]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise Bad(MESSAGES, f"expected a list of turns with role and content, got {kind_of(turns)}")
+    roles = [turn.get("role") for turn in turns]
+    system = roles[:1] == ["system"]
+    if roles[system:] not in (["user", "assistant"], ["user"] if question else None):
+        given = ", ".join(map(str, roles)) or "no turns"
+        raise Bad(MESSAGES, f"expected turns of user and assistant, perhaps after system; got {given}")
+    texts = [text_in(turn, "content") for turn in turns]
+    asked = "\n\n".join(texts[: 1 + system])
+    return {"input": asked} if question else {"input": asked, "output": texts[-1]}
 
 
 class _Wanted:
@@ -218,6 +237,8 @@ def item_parts(
     """
     wanted, unread = _Wanted(task, questions), Counter[str]()
     known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
+    chats = MESSAGES not in known
+    known.add(MESSAGES)
     (named, replaced), seen = _columns_of(wanted, columns), set[str]()
     for place, record in records:
         seen |= record.keys()
@@ -226,6 +247,8 @@ def item_parts(
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
             try:
+                if chats and row.get(MESSAGES) is not None:
+                    row |= _single_turn(row, questions)
                 person, items = id_in(row, "person"), (item_in(row, task, question=questions),)
             except Bad as bad:  # in the words of the file
                 field, reason = bad.field or "", bad.reason
