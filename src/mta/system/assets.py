@@ -33,7 +33,7 @@ import platformdirs
 from filelock import FileLock
 
 from mta.errors import AssetError
-from mta.system.atomic import file_sha256
+from mta.system.atomic import file_sha256, json_sha256, replacing_folder
 from mta.system.extras import require
 from mta.system.survey import SURVEY, convert_survey
 
@@ -156,12 +156,15 @@ def cache_dir() -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """Return the place of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
+    """Return the place of an asset, or of a GGUF file's converted weights; other paths and hub ids unchanged.
+
+    Raises AssetError, MissingExtra.
+    """
     if name_or_path in ASSETS:
         return str(fetch(name_or_path) / ASSETS[name_or_path].read)
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
-        return path
+        return str(_dequantized(Path(path))) if path.endswith(".gguf") else path
     if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
         raise AssetError(
             f"no such file or folder: {name_or_path}; expected an existing path, a hub id (owner/name) or one of the "
@@ -196,6 +199,27 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     except OSError as error:
         hint = "Free some disk space there, or set MTA_CACHE to a writable folder on a local disk."
         raise AssetError(f"cannot save {name!r} in {folder.parent}: {error}", hint) from error
+    return folder
+
+
+def _dequantized(gguf: Path) -> Path:
+    """Return the folder of a GGUF file's weights in float32, converted once and cached. Raises AssetError."""
+    require("assets")
+    about = gguf.stat()
+    known = json_sha256([str(gguf.resolve()), about.st_size, about.st_mtime_ns])
+    folder = cache_dir() / "gguf" / f"{gguf.stem}-{known[:12]}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.exists():
+                log.info("converting %s into %s…", gguf, folder)
+                with replacing_folder(folder) as temporary:
+                    convert_gguf(gguf, temporary)
+    except Exception as error:  # transformers raises different errors for architectures that it cannot convert
+        raise AssetError(
+            f"cannot convert {gguf} into {folder.parent}: {(str(error).splitlines() or [repr(error)])[0]}",
+            hint="Give the model's folder or hub id with safetensors instead, or check the disk's free space.",
+        ) from error
     return folder
 
 
