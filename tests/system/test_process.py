@@ -6,12 +6,13 @@ The library leaves the malloc of a process alone; the command line and an explic
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mta.system import process
-from mta.system.process import cores, limit_threads
+from mta.system.process import OtherProcesses, cores, limit_threads
 
 TESTS = Path(__file__).parents[1]
 LIBRARY = """
@@ -130,3 +131,27 @@ def test_memory_is_not_given_back_in_a_process_that_does_not_keep_it(monkeypatch
     monkeypatch.setattr(process, "_keeps", False)  # an earlier test may have run the command line in this process
     monkeypatch.setattr(process, "Path", lambda _: pytest.fail("memory was looked at"))
     process.give_back_memory(keep=0)
+
+
+@pytest.mark.parametrize(("busy", "own", "used"), [(19.0, 1.0, 1.8), (10.0, 10.0, 0.0), (9.0, 10.0, 0.0)])
+def test_cores_of_other_processes(monkeypatch, busy, own, used):
+    counts = iter([(100.0, 5.0, 2.0), (110.0, 5.0 + busy, 2.0 + own), (110.5, 99.0, 2.0)])
+    monkeypatch.setattr(OtherProcesses, "_seconds", lambda *_: next(counts))
+    monkeypatch.setattr(process, "cores", process._affinity)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    others = OtherProcesses()
+    assert others.cores() == pytest.approx(used)
+    assert others.cores() == 0  # within less than a second
+
+
+def test_the_seconds_of_this_process_are_among_the_busy_ones():
+    if not Path("/proc/stat").exists():
+        pytest.skip("no /proc/stat on this system")
+    before = OtherProcesses._seconds()
+    until = time.process_time() + 0.5
+    while time.process_time() < until:
+        pass
+    passed, busy, own = (now - then for now, then in zip(OtherProcesses._seconds(), before))
+    assert passed >= 0.5
+    assert own >= 0.5
+    assert busy >= 0.3  # counted in ticks

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from mta.system.process import OtherProcesses, cores
 from mta.system.units import human_seconds
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # FORCE_COLOR makes a file a terminal for rich, which would write its bars there again and again.
 console = Console(stderr=True, force_interactive=None if sys.stderr and sys.stderr.isatty() else False)
 EVERY = 15.0  # seconds between plain lines
+_SHARED = 0.5  # cores that other processes use: from here on, it is said
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class Screen:
     def __init__(self, unit: str = "examples") -> None:
         self._unit = unit
         self._stages: dict[str, _Stage] = {}
+        self._others, self._looked, self._warned = OtherProcesses(), time.monotonic(), False
         self._progress = Progress(
             TextColumn("{task.description:<14}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=12),
@@ -98,11 +101,24 @@ class Screen:
             notes.append(f"{rate:.1f} {self._unit}/s")
         so_far = f"{done:>6}/{total} {self._unit}"
         self._progress.update(known.bar, completed=done, total=total, note="  ".join([so_far, *notes]))
+        self._look_at_others(now)
         if not console.is_interactive and (done >= total or now - known.printed > EVERY):
             known.printed = now
             if rate and done < total:
                 notes.append(f"about {human_seconds((total - done) / rate)} left")
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
+
+    def _look_at_others(self, now: float) -> None:
+        """Say once if other processes use the cores: two that compute with torch slow each other tenfold."""
+        if self._warned or now - self._looked < EVERY:
+            return
+        self._looked, used = now, self._others.cores()
+        self._warned = used > _SHARED
+        if self._warned:
+            self.say(
+                f"Other processes use {used:.1f} of {cores()} cores, which can slow this down tenfold. Wait for them, "
+                "or give each process its own cores:  OMP_NUM_THREADS=1 taskset -c 0 mta …"
+            )
 
     def say(self, text: str) -> None:
         """Print one line."""

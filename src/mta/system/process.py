@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,35 @@ def limit_threads() -> None:
     """
     if cores() < _affinity():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+
+
+class OtherProcesses:
+    """Measure how many of this process's cores other processes use. Known on Linux, outside containers with a quota."""
+
+    def __init__(self) -> None:
+        self._last = self._seconds()
+
+    def cores(self) -> float:
+        """Return the mean number of cores that others used since the last call; 0 where it is not known.
+
+        Workers of Ray are other processes, too: with them, nothing is known.
+        """
+        before, self._last = self._last, self._seconds()
+        passed, busy, own = (now - then for now, then in zip(self._last, before))
+        known = passed > 1 and cores() == _affinity() and "ray" not in sys.modules
+        return max(busy - own, 0.0) / passed if known else 0.0
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Return the time, the seconds that this process's cores were busy, and those of this process."""
+        busy = 0.0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            mine, ticks = {f"cpu{n}" for n in os.sched_getaffinity(0)}, os.sysconf("SC_CLK_TCK")
+            for name, *spent in map(str.split, Path("/proc/stat").read_text(encoding="ascii").splitlines()):
+                if name in mine:
+                    user, nice, system, _, _, irq, soft = map(int, spent[:7])
+                    busy += (user + nice + system + irq + soft) / ticks
+        return time.monotonic(), busy, time.process_time()
 
 
 def _affinity() -> int:
