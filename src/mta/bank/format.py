@@ -137,8 +137,9 @@ def read_info(folder: Path) -> BankInfo:
 def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> None:
     """Raise BankMismatch if the bank was built for a base with another fingerprint."""
     if info.base_fingerprint != fingerprint:
+        quantized = f", quantize={info.run.quantize}" * (info.run.quantize != "none")
         raise BankMismatch(
-            f"{folder} was built for base {info.base!r} (sha256 {info.base_fingerprint[:8]}…), "
+            f"{folder} was built for base {info.base!r}{quantized} (sha256 {info.base_fingerprint[:8]}…), "
             f"but the loaded base is {name!r} (sha256 {fingerprint[:8]}…)",
             hint="A bank works only with the base that it was trained on. Load that base, or rebuild:  "
             f"mta bank build --base {name}",

@@ -34,11 +34,11 @@ def demo(
     out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
     recipe: Annotated[str, Option("--data", help="survey, movielens, or a recipe in a YAML file.")] = "survey",
     full: Annotated[bool, Option("--full", help="Train longer, and compare all methods.")] = False,
-    me: Annotated[bool, Option("--me", help="Answer the questions yourself, after a demo: nothing is kept.")] = False,
+    me: Annotated[bool, Option("--me", help="After a demo, answer the questions yourself. Nothing is saved.")] = False,
     seed: options.Seed = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from a survey, personalize people outside it, and compare MTA with baselines, in about six minutes.
+    """Build a bank from a survey, personalize other people, and compare MTA with baselines, in about six minutes.
 
     Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
@@ -84,14 +84,14 @@ def _ask_me(out: Path, json: bool) -> None:
 
 def doctor(
     device: Annotated[
-        str | None, Option(help="Check that this device can be used, not that mta demo can run: cpu, cuda, or auto.")
+        str | None, Option(help="Check only this device, not whether mta demo can run: cpu, cuda, or auto.")
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
 
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
-    With --device, exits with 1 if that device cannot be used; what only mta demo needs is not checked.
+    With --device, exits with 1 if that device cannot be used, and checks nothing that only mta demo needs.
 
     Example:  mta doctor --device cuda
     """
@@ -140,7 +140,8 @@ def size(
     shared: Annotated[float, Option(min=0, help="How many of --tokens are a prefix that all items share.")] = 0,
     targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
     shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
-    on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
+    quantize: Annotated[str | None, Option(help="Weights of the base: none, nf4 (4 bits) or int8.")] = None,
+    on: Annotated[str, Option(help="Hardware: this (measured now), l4, rtx-4090, a100 or h100.")] = "this",
     config: options.Config = None,
     json: options.Json = False,
 ) -> None:
@@ -150,7 +151,13 @@ def size(
     """
     from mta.tools import cost as sizing
 
-    given = {"base": base, "bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
+    given = {
+        "base": base,
+        "quantize": quantize,
+        "bank.anchors": anchors,
+        "bank.lora.rank": rank,
+        "task_lora.lora.rank": rank,
+    }
     run = override(Run(base="llama-3-8b"), [*(words or []), *options.as_words(**given)], config)
     load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)
@@ -169,6 +176,8 @@ def size(
     named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
     named |= {"each token in training": memory.token, "each target token, in addition": memory.target}
     say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
+    if fits := sizing.what_fits(machine, memory):
+        say(fits)
     say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.source}), {machine.share:.0%} of it")
 
 

@@ -34,10 +34,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Lora(Settings):
-    """Shape of one LoRA. Its update of a layer is ``alpha / rank * B @ A``."""
+    """Shape of one LoRA. The update of a layer is ``alpha / rank * B @ A``."""
 
     rank: int = Field(default=8, ge=1, description="R of A (R, D) and B (O, R)")
-    alpha: float = Field(default=16.0, gt=0, description="the update is alpha / rank * B @ A")
+    alpha: float = Field(default=16.0, gt=0, description="the update has the scale alpha / rank")
 
     @property
     def scale(self) -> float:
@@ -48,7 +48,7 @@ class Lora(Settings):
 class Training(Settings):
     """How one adapter is trained. If ``steps`` is set, ``epochs`` has no effect.
 
-    ``epochs`` given without ``steps``, in a file or as a word, replaces default ``steps``.
+    If a file or the command line sets only ``epochs``, default ``steps`` have no effect.
     """
 
     lr: float = Field(default=2e-4, gt=0, description="learning rate of AdamW")
@@ -82,22 +82,22 @@ class Training(Settings):
 class TaskLoraSettings(Settings):
     """Stage 0. ``items`` limits the pooled examples, ``per_person`` the examples of one person.
 
-    Candidates for anchors train the task LoRA, too. Those who do not become anchors keep their first ``unseen`` items
-    back: on these the bank is calibrated.
+    Candidates for anchors train the task LoRA, too. Candidates who do not become anchors keep their first ``unseen``
+    items back, for the bank's calibration.
     """
 
-    enabled: bool = Field(default=True, description="train a LoRA on pooled items first, below all later stages")
+    enabled: bool = Field(default=True, description="train the task LoRA on pooled items, before all later stages")
     lora: Lora = Lora()
     training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
     per_person: int = Field(default=64, ge=1, description="maximum number of examples of one person")
     unseen: int | None = Field(
-        default=16, ge=2, description="first items that candidates keep back; null: they do not train the task LoRA"
+        default=16, ge=2, description="first items kept back by candidates; null: candidates do not train the task LoRA"
     )
     history: int = Field(
-        default=0, ge=0, description="earlier items of the person in front of every prompt, at most; also when asked"
+        default=0, ge=0, description="maximum number of the person's earlier items in every prompt, in training and use"
     )
-    rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
+    rounds: int = Field(default=4, ge=1, description="maximum number of rounds, while held-out people gain")
 
     @property
     def kept_back(self) -> int | None:
@@ -110,24 +110,24 @@ class BankSettings(Settings):
 
     anchors: int = Field(default=50, ge=1, description="number of anchors, at most a quarter of the candidates")
     min_items: int = Field(default=11, ge=2, description="minimum number of items of a candidate; paper: more than 10")
-    max_items: int = Field(default=200, ge=1, description="an anchor is trained on this many most recent items")
+    max_items: int = Field(default=200, ge=1, description="maximum number of items of an anchor, the most recent")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both", "history"] = Field(
-        default="both", description="encoders read each input, or also its answer, or the whole history as one text"
+        default="both", description="encoders read input, both (input and answer), or history (all items as one text)"
     )
     choose: Literal["groups", "active", "central", "random"] = Field(
-        default="active", description="groups of people, or one person of each cluster; paper: active"
+        default="active", description="groups, or each cluster's most active (paper), central, or random person"
     )
     rounds: int = Field(
-        default=1, ge=1, description="groups are formed and trained so often, while people outside gain"
+        default=1, ge=1, description="maximum number of rounds of grouping, while people outside the groups gain"
     )
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="numbers of groups to try on people outside; empty: bank.anchors"
+        default=(), description="numbers of groups to compare, on people outside the groups; empty: bank.anchors"
     )
     group_items: int = Field(default=800, ge=1, description="maximum number of items of a group")
     min_people: int = Field(default=4, ge=1, description="minimum number of people in a group")
-    start: Literal["same", "own"] = Field(default="same", description="one initial A for all anchors, or one for each")
+    start: Literal["same", "own"] = Field(default="same", description="initial A: same for all anchors or own for each")
 
     @property
     def first_bank(self) -> int:
@@ -141,7 +141,7 @@ class CalibrationSettings(Settings):
     enabled: bool = Field(default=True, description="calibrate the bank when it is built")
     people: int = Field(default=48, ge=0, description="maximum number of people")
     shots: int = Field(default=8, ge=1, description="maximum number of earlier items of a person")
-    queries: int = Field(default=4, ge=1, description="later items of a person; more where people are fewer")
+    queries: int = Field(default=4, ge=1, description="later items per person; more with few people")
     steps: int = Field(default=2, ge=1, description="Newton steps to the population's best merge")
 
 
@@ -152,13 +152,13 @@ class MergeSettings(Settings):
     ``k`` anchors are retrieved by cosine of the encodings (as in the paper); 0 = all.
     """
 
-    policy: Policy = Field(default="auto", description="how coefficients come from the shots")
+    policy: Policy = Field(default="auto", description="how the shots determine the coefficients")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity policy")
     temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
-    null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior")
-    scale: float = Field(default=1.0, gt=0, description="multiplies all coefficients")
-    options: dict[str, Any] = Field(default={}, description="settings of a policy of another package")
+    null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior probability of the posterior's null anchor")
+    scale: float = Field(default=1.0, gt=0, description="factor of all coefficients")
+    options: dict[str, Any] = Field(default={}, description="settings of a policy from another package")
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -184,7 +184,7 @@ class StackSettings(Settings):
     enabled: bool = Field(default=True, description="train a stack")
     calibrated: bool = Field(
         default=True,
-        description="train as the bank's calibration says, if it has one; false if stack.training is given",
+        description="use the training of the bank's calibration, if any; false if stack.training is given",
     )
     lora: Lora = Lora(rank=1, alpha=16.0)
     training: Training = Training(lr=2e-4, steps=8, batch_size=64)
@@ -197,18 +197,21 @@ class StackSettings(Settings):
 
 
 class Run(Settings):
-    """All settings that determine a result. The same run and seed give the same tensors, on GPUs up to rounding."""
+    """All settings that determine a result. The same settings give the same tensors (on GPUs, up to rounding)."""
 
-    base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
+    base: str = Field(default="smollm2-135m-instruct", description="asset name, folder, or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
     encoder: str = Field(default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (hidden states)")
     seed: Seed = Field(default=0, description="seed of all random draws")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        default="auto", description="dtype of the base; adapters are float32"
+        default="auto", description="adapters are float32; the base has this dtype"
     )
-    device: str = Field(default="auto", description="cpu, cuda, or auto: the GPU if there is one")
-    memory: str = Field(default="4GiB", description="memory limit of one cohort: adapters, optimizer, activations")
-    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time; for large bases")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        default="none", description="store the base's linear layers in 4 or 8 bits, with bitsandbytes"
+    )
+    device: str = Field(default="auto", description="cpu, cuda, or auto (the GPU if there is one)")
+    memory: str = Field(default="4GiB", description="limit for one cohort's adapters, optimizer, and activations")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, but a third more time")
     max_tokens: int = Field(default=1024, ge=16, description="longest example; prompts are cut if the task allows it")
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
@@ -234,20 +237,20 @@ OPPU_TRAINING = Training(lr=2e-4, steps=8, batch_size=64)  # where no calibratio
 
 
 class CompareSettings(Settings):
-    """What is compared: methods learn from a person's first ``shots`` items and answer the next ``queries``."""
+    """What is compared: methods learn from a person's first ``shots`` items, and predict the next ``queries`` items."""
 
     shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")
-    queries: int = Field(default=12, ge=1, description="next items, to answer")
-    seeds: tuple[Seed, ...] = Field(default=(), description="empty: the run's seed")
-    oppu: OneLoraSettings | None = Field(default=None, description="OPPU; null: as the bank's calibration found")
-    alone: OneLoraSettings | None = Field(default=None, description="rank 1 alone; null: likewise")
+    queries: int = Field(default=12, ge=1, description="next items of a person, to predict")
+    seeds: tuple[Seed, ...] = Field(default=(), description="random seeds; empty: the run's seed")
+    oppu: OneLoraSettings | None = Field(default=None, description="settings of OPPU; null: the calibration's settings")
+    alone: OneLoraSettings | None = Field(default=None, description="rank 1 alone; null: the calibration's settings")
     policies: tuple[Policy, ...] = Field(
         default=("similarity", "posterior", "laplace"),
         description="policies of the merge-only methods",
     )
-    brief: bool = Field(default=False, description="only constants, the task LoRA, rivals, the merge, and MTA")
+    brief: bool = Field(default=False, description="compare only constants, the task LoRA, rivals, the merge, and MTA")
     controls: bool = Field(
-        default=False, description="also one merge for everybody, and MTA from another person's shots"
+        default=False, description="also compare one merge for everybody, and MTA from another person's shots"
     )
 
 

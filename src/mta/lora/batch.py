@@ -85,7 +85,7 @@ class LoraBatch:
         return replace(self, factors=factors)
 
     def in_order(self, layers: Iterable[str]) -> LoraBatch:
-        """Return the same adapters with their layers in this order: the order of a sum decides how it is rounded."""
+        """Return the same adapters with their layers in this order. The order of a sum affects its rounding."""
         return replace(self, factors={layer: self.factors[layer] for layer in layers})
 
     def delta(self, name: str) -> Tensor:
@@ -97,7 +97,7 @@ class LoraBatch:
         return {key: part.detach().cpu().contiguous() for key, part in self.parts().items()}
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the factors themselves, on their device, by the names of ``tensors``."""
+        """Return the factors on their device, without a copy, under the names of ``tensors``."""
         return {f"{name}.{end}": part for name, pair in self.factors.items() for end, part in zip("ab", pair)}
 
     @classmethod
@@ -141,7 +141,7 @@ def concatenate(batches: Iterable[LoraBatch]) -> LoraBatch:
 
 
 def even(factors: Mapping[str, Factors]) -> LoraBatch:
-    """Return adapters of factors whose ranks differ between layers, zero-padded to the largest."""
+    """Return adapters from factors with different ranks per layer, zero-padded to the largest rank."""
     widest = max(pair.a.shape[1] for pair in factors.values())
     return LoraBatch({name: LoraBatch({name: pair}).padded(widest).factors[name] for name, pair in factors.items()})
 

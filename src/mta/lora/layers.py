@@ -6,7 +6,7 @@ layer, so that the next layer gets the layer's own output plus the updates of al
     y[b] = W x[b] + sum over adapters of update(owner[b]) @ x[b]
 
 ``owner`` (B,) is the person's number for row b, or -1 for a row without a person, which gets only ``Shared`` adapters.
-It is on the CPU: how the rows are grouped is decided there, and a GPU is not waited for.
+``owner`` is on the CPU: rows are grouped there, without waiting for a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import InputError
+from mta.kernels.quantized import dtype_of
 from mta.lora.batch import LoraBatch
 from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
 from mta.system.device import moved
@@ -34,7 +35,7 @@ class Adapters(Protocol):
     """Adapters that can be applied to any batch of rows."""
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
-        """Return how to make the term of each adapted layer, by its name, for rows of ``owner`` (B,), on the CPU."""
+        """Return a function per adapted layer, by name, that makes the layer's term for ``owner`` (B,), on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,9 @@ class Shared(_OfBatch):
 class Gated(_OfBatch):
     """N adapters shared by all rows, weighted by coefficients of each row: a merge computed from the bank.
 
-    ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers, and no factors are gathered.
+    ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge. A person is N numbers, and no factors are copied.
     Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Gates of owner -1 are 0.
-    ``is_zero`` says that all of ``w`` are 0 and only their gradient is wanted, which costs less.
+    ``is_zero``: all of ``w`` are 0, and only the gradient of ``w`` is needed, which costs less.
     """
 
     w: Tensor
@@ -138,7 +139,7 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
         for name, makers in by_layer.items():
             layer: Any = model.get_submodule(name)
             # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
-            forwards[layer] = with_terms(layer, [make(layer.weight.dtype) for make in makers])
+            forwards[layer] = with_terms(layer, [make(dtype_of(layer)) for make in makers])
         with replaced_forwards(forwards):
             yield
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import kernels, wide
 from mta.kernels.functions import add_low_rank, low_rank_gradients, product
+from mta.kernels.quantized import is_linear, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def _row_blocks(x: Tensor, a: Tensor) -> Tensor:
 
 def _input_gradient(dy: Tensor, layer: nn.Linear, frozen: Sequence[Term]) -> Tensor:
     """Return the gradient of x through a frozen layer and frozen terms."""
-    dx = product(dy, layer.weight.mT)
+    dx = product(dy, weight_of(layer).mT)
     for term in frozen:
         term.pull_(dy, dx)
     return dx
@@ -138,7 +139,7 @@ class _AdaptedLinear(Function):
         alike = [term for term in frozen if isinstance(term, RowTerm) and len(term.a) == len(a)]
         others = [term for term in frozen if not (isinstance(term, RowTerm) and len(term.a) == len(a))]
         rows = _side_by_side([RowTerm(a, b), *alike]).laid_out()
-        y = product(x, layer.weight, layer.bias)
+        y = product(x, weight_of(layer), layer.bias)
         for term in others:
             term.add_(x, y)
         h = rows.add_(x, y)
@@ -164,7 +165,7 @@ class _GatedLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, layer: nn.Linear, own: SharedTerm, frozen: Sequence[Term]) -> Tensor:
-        x, y = x.contiguous(), product(x, layer.weight, layer.bias)
+        x, y = x.contiguous(), product(x, weight_of(layer), layer.bias)
         h = _flat(x) @ own.a.T
         if not own.is_zero:
             _flat(y).addmm_(_gated(h, gate), own.b.T)
@@ -235,9 +236,9 @@ def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Te
     trained = [term for term in parts if term.trained]
     frozen = [term for term in parts if not term.trained]
     own = trained[0] if len(trained) == 1 else None
-    if type(layer) is nn.Linear and isinstance(own, RowTerm):
+    if is_linear(layer) and isinstance(own, RowTerm):
         return lambda x: _AdaptedLinear.apply(x, layer, own.a, own.b, frozen)  # type: ignore[no-untyped-call]
-    if type(layer) is nn.Linear and isinstance(own, SharedTerm) and own.gate is not None and not own.trains_factors:
+    if is_linear(layer) and isinstance(own, SharedTerm) and own.gate is not None and not own.trains_factors:
         return lambda x: _GatedLinear.apply(x, own.gate, layer, own, frozen)  # type: ignore[no-untyped-call]
     if not torch.is_grad_enabled():
         parts = [term.laid_out() if isinstance(term, RowTerm) else term for term in parts]

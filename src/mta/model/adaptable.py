@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from mta.errors import ModelError, UnsupportedModel
+from mta.kernels.quantized import is_linear
+from mta.system.extras import require
 
 log = logging.getLogger("mta")
 
@@ -34,14 +36,14 @@ def longest_text(config: Any, asked: int) -> int:
     return int(capped)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a plain linear layer: nn.Linear or GPT-2's Conv1D."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+def is_adaptable(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer: nn.Linear, plain or quantized, or GPT-2's Conv1D."""
+    return is_linear(module) or type(module).__name__ == "Conv1D"
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """Return (inputs D, outputs O) of a linear layer."""
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
     return int(rows), int(columns)
@@ -74,18 +76,29 @@ def enable_checkpointing(model: Any, name: str) -> None:
                 setattr(layer, attribute, 0.0)  # some layers apply dropout themselves in training mode
 
 
-def refuse_quantized(config: Any) -> None:
-    """Raise UnsupportedModel for quantized weights."""
-    if any(getattr(one, "quantization_config", None) is not None for one in (config, config.get_text_config())):
+def quantized_by(config: Any) -> str:
+    """Return the method by which a model's stored weights are quantized; "" if they are not.
+
+    Raises UnsupportedModel for methods other than bitsandbytes.
+    """
+    given = (getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
+    how = next((one for one in given if one is not None), None)
+    if how is None:
+        return ""
+    method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", "")
+    method = str(getattr(method, "value", method) or "an unknown method")
+    if method != "bitsandbytes":
         raise UnsupportedModel(
-            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over unquantized weights only",
-            hint="Load the unquantized model, or dequantize the model first.",
+            f"{getattr(config, 'model_type', '')!r} is quantized by {method}; adapters are trained over plain weights, "
+            "or weights that bitsandbytes quantized",
+            hint="Load the unquantized model; mta can quantize it:  quantize=nf4",
         )
+    return method
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Raise UnsupportedModel for quantized, adapted, and recurrent models."""
-    refuse_quantized(model.config)
+    """Raise UnsupportedModel for adapted and recurrent models, and for most quantized ones."""
+    quantized_by(model.config)
     kind = getattr(model.config, "model_type", type(model).__name__)
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise UnsupportedModel(
@@ -99,10 +112,16 @@ def refuse_unsupported(model: Any) -> None:
         )
 
 
-def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any:
-    """Return the causal language model of a folder. Raises ModelError if weights are missing."""
+def load_weights(
+    folder: str, config: Any, name: str, dtype: torch.dtype, place: torch.device, quantize: str = "none"
+) -> Any:
+    """Return the causal language model of a folder on ``place``. ``quantize`` quantizes it as it is read.
+
+    Raises ModelError if weights are missing, MissingExtra.
+    """
     from transformers import AutoModelForCausalLM
 
+    more = _quantization(config, dtype, place, quantize)
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -111,6 +130,7 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        **more,
     )
     if missing := sorted(loading["missing_keys"]):  # transformers would use random weights
         raise ModelError(
@@ -120,7 +140,25 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
         )
     if dtype == torch.float64:
         compute_experts_plainly(model)
-    return model
+    return model if more else model.to(place)
+
+
+def _quantization(config: Any, dtype: torch.dtype, place: torch.device, quantize: str) -> dict[str, Any]:
+    """Return the arguments with which transformers quantizes weights, or reads quantized ones; none for plain ones."""
+    if (stored := quantized_by(config)) and quantize != "none":
+        raise UnsupportedModel(f"these weights are quantized by {stored} already", hint="Leave quantize out.")
+    if not stored and quantize == "none":
+        return {}
+    require("quantize")
+    if dtype == torch.float64:
+        raise UnsupportedModel("bitsandbytes has no weights for float64", hint="Set dtype=bfloat16 or dtype=float32.")
+    if stored:
+        return {"device_map": {"": place}}
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    kind = {"load_in_4bit": True, **nf4} if quantize == "nf4" else {"load_in_8bit": True}
+    return {"device_map": {"": place}, "quantization_config": BitsAndBytesConfig(**kind)}
 
 
 def compute_experts_plainly(model: Any) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
-from mta.model.adaptable import is_linear
+from mta.model.adaptable import is_adaptable
 
 log = logging.getLogger("mta")
 CAUSAL = "Give a base that reads text from left to right, such as Llama, Mistral, Qwen, Gemma or GPT-2."  # a hint
@@ -222,7 +222,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _linear_layers(model: nn.Module) -> set[nn.Module]:
-    return set(filter(is_linear, model.modules()))
+    return set(filter(is_adaptable, model.modules()))
 
 
 @contextmanager

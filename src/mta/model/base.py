@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mta.config import Run
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
+from mta.kernels.quantized import use_restored_weights
 from mta.kernels.swap import use_kernels
 from mta.model.adaptable import (
     adapted_layers,
@@ -27,7 +28,7 @@ from mta.model.adaptable import (
     load_weights,
     longest_text,
     outline_model,
-    refuse_quantized,
+    quantized_by,
     refuse_unsupported,
 )
 from mta.model.agreement import CAUSAL, Reference, called_layers, short_windows
@@ -35,6 +36,7 @@ from mta.model.fingerprint import fingerprint_of, folder_fingerprint
 from mta.model.footprint import Footprint
 from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
 from mta.system.assets import ASSETS
+from mta.system.atomic import json_sha256
 from mta.system.device import check_dtype, dtype_name, moved, pick_device, pick_dtype
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
@@ -64,10 +66,12 @@ class BaseModel:
         fingerprint: str = "",
         max_tokens: int = 1024,
         gradient_checkpointing: bool = False,
+        quantize: str = "none",
     ) -> None:
         refuse_unsupported(model)
         check_dtype(next(model.parameters()).dtype)
         model.eval().requires_grad_(False)
+        use_restored_weights(model, next(model.parameters()).dtype)
         given: Any = model.generation_config
         if given:  # without its penalties and filters: they would change answers, but not scores
             model.generation_config = type(given)(eos_token_id=given.eos_token_id)
@@ -75,6 +79,7 @@ class BaseModel:
             enable_checkpointing(model, name)
         self.gradient_checkpointing = gradient_checkpointing
         self.model: Any = model
+        self.quantize = quantize  # what mta quantized, not what was stored quantized
         self.tokenizer = tokenizer
         self.name = name
         self.place = _place(name)  # now: the working directory may change
@@ -108,20 +113,24 @@ class BaseModel:
         max_tokens: int = 1024,
         gradient_checkpointing: bool = False,
         check: Check | None = None,
+        quantize: str = "none",
     ) -> BaseModel:
-        """Load by asset name, local folder, or hub id. Raises AssetError, ModelError, UnsupportedModel.
+        """Load by asset name, local folder, or hub id. Raises AssetError, ModelError, UnsupportedModel, MissingExtra.
 
         ``gradient_checkpointing`` recomputes activations in the backward pass, for big bases and long texts. ``check``
-        is called with the fingerprint before the weights are loaded.
+        is called with the fingerprint before the weights are loaded. ``quantize``: none, nf4, or int8.
         """
         place, name = pick_device(device), os.path.expanduser(name)
-        model, tokenizer, fingerprint = _read(load_weights, name, pick_dtype(dtype, place), check)
-        return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
+        load = partial(load_weights, place=place, quantize=quantize)
+        model, tokenizer, fingerprint = _read(load, name, pick_dtype(dtype, place), check, quantize)
+        return cls(model, tokenizer, name, fingerprint, max_tokens, gradient_checkpointing, quantize)
 
     @classmethod
     def of(cls, run: Run, check: Check | None = None) -> BaseModel:
         """Load the base of a run with the run's settings; ``check`` as for ``load``."""
-        return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing, check)
+        return cls.load(
+            run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing, check, run.quantize
+        )
 
     @classmethod
     def outline(cls, run: Run, check: Check | None = None) -> BaseModel:
@@ -131,8 +140,8 @@ class BaseModel:
         """
         dtype = pick_dtype(run.dtype, pick_device(run.device))
         name = os.path.expanduser(run.base)
-        model, tokenizer, fingerprint = _read(outline_model, name, dtype, check)
-        return cls(model, tokenizer, name, fingerprint, run.max_tokens)
+        model, tokenizer, fingerprint = _read(outline_model, name, dtype, check, run.quantize)
+        return cls(model, tokenizer, name, fingerprint, run.max_tokens, quantize=run.quantize)
 
     def as_loaded(self, run: Run) -> Run:
         """Return the run with this base as loaded and with absolute folders, so that other processes load the same.
@@ -141,7 +150,7 @@ class BaseModel:
         """
         encoder = run.encoder if run.encoder == "base" else _place(run.encoder)  # "base": no folder
         given = {"base": self.place, "encoder": encoder, "device": run.device.partition(":")[0]}
-        own = {"dtype": dtype_name(self.dtype), "max_tokens": self.prompts.max_tokens}
+        own = {"dtype": dtype_name(self.dtype), "max_tokens": self.prompts.max_tokens, "quantize": self.quantize}
         return run.model_copy(update=given | own)
 
     def twin(self) -> BaseModel:
@@ -318,12 +327,16 @@ def corrected(head: nn.Module, x: Tensor, logits: Tensor, exact: Exact) -> Tenso
     return full
 
 
-def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check | None) -> tuple[nn.Module, Any, str]:
+def _read(
+    make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check | None, quantize: str
+) -> tuple[nn.Module, Any, str]:
     """Return model, tokenizer, and fingerprint of a folder; ``make`` the model after safety checks and ``check``."""
     folder = local_folder(name)
     with loading(name, "a causal language model", _CONTENT):
         config, tokenizer = _configured(folder, name)
         fingerprint = folder_fingerprint(folder, tokenizer)
+        if quantize != "none":  # another model
+            fingerprint = json_sha256([fingerprint, quantize])
         if check:
             check(fingerprint)
         return make(folder, config, name, dtype), tokenizer, fingerprint
@@ -346,11 +359,11 @@ def _configured(folder: str, name: str) -> tuple[Any, Any]:
 
     refuse_unsafe_base(Path(folder), name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    refuse_quantized(config)
+    quantized_by(config)
     return config, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _place(name: str) -> str:
-    """Return the absolute path of a local folder; the name of an asset, or of a model on the hub."""
-    folder = Path(os.path.expanduser(name))
-    return str(folder.resolve()) if name not in ASSETS and folder.is_dir() else name
+    """Return the absolute path of a local folder or file; the name of an asset, or of a model on the hub."""
+    path = Path(os.path.expanduser(name))
+    return str(path.resolve()) if name not in ASSETS and path.exists() else name

@@ -149,6 +149,11 @@ def vllm_of(
 
 def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmSettings:
     """Return the server's settings; adapters are truncated to its slot rank. Raises ConfigError."""
+    if base.quantize != "none":
+        raise ConfigError(
+            f"the bank was built over its base with quantize={base.quantize}, but vLLM loads the base unquantized",
+            hint="Serve without --vllm, or build a bank over a folder of weights that bitsandbytes quantized.",
+        )
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--max-lora-rank", "--max_lora_rank", dest="rank", type=int, default=SLOT_RANK)
     try:

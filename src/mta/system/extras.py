@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packag
         "serve": ("fastapi", "httpx2", "prometheus-client", "uvicorn"),
         "tables": ("pyarrow",),
         "ray": ("ray",),
+        "quantize": ("accelerate", "bitsandbytes"),
     }
 )
 

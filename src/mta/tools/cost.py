@@ -28,6 +28,7 @@ from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
 from mta.system.device import REACHED, cpu, dtype_name, gemm_rate, pick_dtype
 from mta.system.process import cores
+from mta.system.units import human_bytes
 
 _FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 _FIELDS += ["num_key_value_heads", "tie_word_embeddings"]
@@ -41,6 +42,9 @@ _SIZES = {
 KNOWN: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, sizes)) for name, sizes in _SIZES.items()}
 STORED = 4  # bytes of a number in bank, states, and training: float32
 SERVED = 2  # bytes of a number in serving: bfloat16
+WEIGHT = {"none": SERVED, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1}  # bytes of a linear layer's weight
+USABLE = 0.9  # share of a GPU's memory
+ON_GPU = 0.35  # share of a GPU's rate that passes are assumed to reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +146,30 @@ class DataSizes:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Operations per second of matrix products, and the share that mta's passes reach. ``source``: source of both."""
+    """Operations per second of matrix products, and the share that mta's passes reach. ``source``: source of both.
+
+    ``memory`` in bytes; 0 for this machine.
+    """
 
     name: str
     rate: float
     share: float
     source: str
+    memory: float = 0.0
 
     def seconds(self, operations: float) -> float:
         return operations / (self.rate * self.share)
 
 
-_GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
+_GPUS = {"l4": (121e12, 24e9), "rtx-4090": (165e12, 24e9), "a100": (312e12, 80e9), "h100": (989e12, 80e9)}
 
 
 def hardware(name: str) -> Hardware:
     """Return ``this`` machine, measured now, or a GPU by the manufacturer's figures. Raises ConfigError."""
     if name in _GPUS:
         source = "the manufacturer's dense bfloat16 rate; the share is assumed, not measured"
-        return Hardware(name, _GPUS[name], 0.35, source)
+        rate, memory = _GPUS[name]
+        return Hardware(name, rate, ON_GPU, source, memory)
     if name != "this":
         raise ConfigError(f"no such hardware: {name!r}", hint=f"Give one of: this, {', '.join(_GPUS)}.")
     dtype = pick_dtype("auto", torch.device("cpu"))
@@ -266,8 +275,24 @@ def memory(shape: Shape, run: Run, data: DataSizes) -> Memory:
     ]
     anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
     token = footprint.token(TextLengths(round(data.tokens), round(data.shared)), footprint.ranks(trained[1]))
-    base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
+    base = SERVED * (shape.parameters - shape.linear) + WEIGHT[run.quantize] * shape.linear
+    bank = 2.0 * SERVED * ranks * shape.width
     return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
+
+
+def what_fits(machine: Hardware, memory: Memory) -> str:
+    """Return in words what a GPU has room for beside base and bank; empty for hardware of unknown memory."""
+    if not machine.memory:
+        return ""
+    free = USABLE * machine.memory - memory.base - memory.bank
+    has = f"{USABLE:.0%} of {human_bytes(machine.memory)} on {machine.name}"
+    if free <= memory.token:
+        return f"Does not fit: base and bank need {human_bytes(memory.base + memory.bank)}, more than {has}"
+    tokens, rows = free / (memory.token + memory.target), free / memory.row
+    return (
+        f"Fits {has}: base and bank leave {human_bytes(free)} for memory=, which trains at least {tokens:,.0f} tokens "
+        f"in a pass, or for {rows:,.0f} served rows"
+    )
 
 
 def _task_rank(run: Run) -> int:

@@ -1,0 +1,79 @@
+"""Frozen linear layers with quantized weights: their products, and gradients of their inputs. Source: QLoRA.
+
+bitsandbytes quantizes and stores the weights. Each product restores one layer's weights in the base's dtype, and drops
+them afterwards. bitsandbytes' own products are not used: those of 8-bit weights also round the inputs, in columns that
+depend on the other rows of a batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mta.kernels.functions import product
+
+_CLASSES = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
+_INT8 = 127  # a row of 8-bit weights is its largest absolute value times numbers from -127 to 127
+
+
+def quantized_as(layer: nn.Module) -> str:
+    """Return the name of a linear layer's quantization, ``nf4`` or ``int8``; empty if there is none."""
+    kind = type(layer)
+    return _CLASSES.get(kind.__name__, "") if kind.__module__.startswith("bitsandbytes.") else ""
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether a layer computes x W^T + b: a plain or quantized nn.Linear."""
+    return type(layer) is nn.Linear or bool(quantized_as(layer))
+
+
+def weight_of(layer: Any) -> Tensor:
+    """Return the weight (O, D) of a linear layer, restored if it is quantized."""
+    kind, weight = quantized_as(layer), layer.weight
+    if kind == "nf4":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
+    if kind == "int8":
+        return (weight.data * (weight.SCB / _INT8)[:, None]).to(layer.compute_dtype)
+    return weight
+
+
+def dtype_of(layer: Any) -> torch.dtype:
+    """Return the dtype in which a linear layer computes."""
+    return layer.compute_dtype if quantized_as(layer) else layer.weight.dtype
+
+
+def use_restored_weights(model: nn.Module, dtype: torch.dtype) -> str:
+    """Let quantized layers compute with their restored weights in ``dtype``; return the quantization, if any."""
+    found = ""
+    for layer in model.modules():
+        if kind := quantized_as(layer):
+            found, own = kind, vars(layer)
+            own["compute_dtype"], own["forward"] = dtype, partial(_forward, layer)
+    return found
+
+
+class _Product(Function):
+    """The product of one layer; the backward pass restores the weights again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return product(x, weight_of(layer), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return product(dy, weight_of(ctx.layer).mT), None
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, layer)  # type: ignore[no-untyped-call]
+    return product(x, weight_of(layer), layer.bias)
