@@ -94,6 +94,9 @@ def training(site: Site) -> Iterator[Planned]:
                 yield Planned(f"{name}, operations", step.share_of_peak)
                 yield Planned(f"{name}, memory", step.memory)
                 yield Planned(f"{name}, memory of a cohort", step.memory_of_a_cohort)
+                yield Planned(f"{name}, estimate", step.against_estimate)
+            if alone and site.shape.name in _LARGE:
+                yield Planned(f"{name}, NF4", step.over_four_bits)
             if alone and tokens < 100 and site.shape.parameters < _WRITTEN:
                 yield Planned(f"{name}, MoE-PEFT", step.against_moe_peft)
             if alone and tokens > 100 and site.shape.name == "Llama-3-8B":

@@ -68,9 +68,13 @@ class Shape:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         return made.eval()
 
-    def base(self, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False) -> BaseModel:
-        """The same as ``mta`` computes with it."""
+    def base(
+        self, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False, nf4: bool = False
+    ) -> BaseModel:
+        """The same as ``mta`` computes with it; ``nf4`` stores linear layers in 4 bits."""
         model = self.model(device, dtype)
+        if nf4:
+            _in_four_bits(model, device, dtype)
         return BaseModel(model, _tokenizer(), self.name, "random weights", LONGEST, gradient_checkpointing)
 
 
@@ -80,6 +84,21 @@ SHAPES = (  # in the order of measuring: should the time run out, the largest is
     Shape("Llama-3.2-1B", "Llama", 2048, 16, 32, 8, 8192, 128256),
     Shape("Qwen3-4B", "Qwen3", 2560, 36, 32, 8, 9728, 151936, head=128),
 )
+
+
+def _in_four_bits(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace the linear layers below the head by layers of bitsandbytes, one by one."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear:
+                new = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4"
+                )
+                new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                new.bias = layer.bias
+                setattr(parent, name, new.to(device))
 
 
 def needed(shape: Shape, dtype: torch.dtype, memory: int, people: int = PEOPLE) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ import torch
 from benchmarks.gpu.site import Site, release
 from benchmarks.speed import limit, multi_lora
 from benchmarks.speed.adaptation import against_peer, trained
+from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import FREE, PRECISIONS, TOKENS, PlainPeft, fastest
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, agreed, oppu, stack
-from mta.config import Training
+from mta.config import Run, Training
+from mta.config.schema import OPPU_TRAINING
 from mta.model.footprint import ParameterCounts, TextLengths
+from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs
+from mta.tools.cost import Shape as CostShape
 from mta.training.packing import common_prefix, pack_for
 from mta.training.trainer import _passes
 
@@ -39,6 +44,7 @@ class Step:
     jobs: Sequence[Any]
     batches: Sequence[int] = ()
     checkpointed: bool = False  # over a base with gradient checkpointing
+    nf4: bool = False  # over a base in 4 bits
     rates: Sequence[float] = ()  # people per minute, once measured
     by_batch: dict[int, float] = field(default_factory=dict)  # the peer's, once measured
 
@@ -46,8 +52,8 @@ class Step:
     def cohort(self) -> Cohort:
         """The people with their adapters, on the device at the first use."""
         site, base = self.site, self.site.base
-        if self.checkpointed:
-            base = site.shape.base(site.device, site.dtype, gradient_checkpointing=True)
+        if self.checkpointed or self.nf4:
+            base = site.shape.base(site.device, site.dtype, self.checkpointed, self.nf4)
         steps = Training(lr=1e-4, steps=1, batch_size=max(len(job.examples) for job in self.jobs))
         how = {} if self.adapter == "rank 8 (OPPU)" else {"bank": site.bank}
         return ADAPTERS[self.adapter](base, self.jobs, steps, site.memory, **how)
@@ -89,6 +95,39 @@ class Step:
             "; ".join([*([FREE] if cohort.pooled else []), f"PEFT: {precision}, faster than {_others(precision)}"]),
             more=more,
         )
+
+    def over_four_bits(self) -> Row:
+        """The same step over a base in 4 bits, in turn with plain weights. Raises Absent."""
+        if find_spec("bitsandbytes") is None:
+            raise Absent("bitsandbytes is not installed")
+        name, count, other = f"{self.name}, NF4", len(self.jobs), replace(self, nf4=True).cohort
+
+        def step(cohort: Cohort) -> float:
+            cohort.train()
+            return _MINUTE * count
+
+        repeats, warm = self.site.settings.repeats, not self.site.settings.quick
+        ours, plain = turns(lambda: step(other), lambda: step(self.cohort), repeats, warm=warm)
+        return Row(name, f"mta over NF4, {count} people", "mta over bfloat16", "people/min", tuple(ours), tuple(plain))
+
+    def against_estimate(self) -> Row:
+        """The same rates against what ``mta size`` estimates from the rate of a large product."""
+        self._need_rates()
+        site, example = self.site, self.jobs[0].examples[0]
+        shared = common_prefix(*(job.tokens for job in self.jobs[0].examples[:2]))
+        data = DataSizes(len(example.tokens), len(example.target), len(self.jobs[0].examples), shared=shared)
+        run = Run.model_validate({"task_lora": {"enabled": False}, "bank": {"lora": {"rank": 8}}})
+        shape = CostShape._of(site.shape.name, site.base.model)
+        steps = OPPU_TRAINING.steps_for(data.shots)
+        operations = costs(shape, run, data)["OPPU"].person_operations / steps
+        size = 512 if site.settings.quick else 8192
+        product = limit.squares(site.dtype, 1 if site.settings.quick else 50, site.device, size)
+        product()
+        machine = Hardware("this", rate(product), ON_GPU, "measured")
+        note = f"the estimate assumes {ON_GPU:.0%} of the rate of a large product"
+        estimate = (_MINUTE / machine.seconds(operations),)
+        mean = (statistics.median(self.rates),)
+        return Row(f"{self.name}, estimate", "measured", "mta size", "people/min", mean, estimate, note=note)
 
     def against_moe_peft(self) -> Row:
         """Against another trainer of many LoRAs, after losses and gradients were compared. Raises Absent."""

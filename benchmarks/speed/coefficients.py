@@ -28,7 +28,7 @@ from mta.training.scoring import mean_nll
 DTYPE = "bfloat16"
 ANCHORS = (16, 32)
 RANK = 8
-OPPU_STEPS = 4  # tuned: src/mta/recipes/evaluation
+OPPU_STEPS = 4  # tuned: the exhibit "oppu" of src/mta_lab/recipes
 STACK, STEP = Lora(rank=1), one_step(1.6e-3)
 _TARGET = 5.0
 
