@@ -43,8 +43,8 @@ def verbs() -> str:
             shared[line] = name
     text = (
         "# Command line\n\n`mta --version` prints the version. Results go to stdout, messages to stderr. `--help` of a "
-        "command explains more than this page. Several commands share these parameters, and only name them below (all "
-        "have `--json`):\n\n" + "\n".join(shared) + "\n\n"
+        "command explains more than this page. Several commands have these common parameters; the sections below only "
+        "name them. All commands have `--json`:\n\n" + "\n".join(shared) + "\n\n"
     )
     for verb, command in commands.items():
         about, *more = inspect.cleandoc(command.help or "").split("\n\n")
@@ -52,7 +52,7 @@ def verbs() -> str:
         text += f"## `{verb}`\n\n{about}\n\n```text\n{chr(10).join(map(str.strip, examples))}\n```\n\n"
         text += "".join(f"{line}\n" for line in lines[verb] if line not in shared)
         named = [f"{shared[line]}`" for line in lines[verb] if line in shared and "`--json`" not in line]
-        text += f"- Shared: {', '.join(named)}.\n\n" if named else "\n"
+        text += f"- Common: {', '.join(named)}.\n\n" if named else "\n"
     return text
 
 
@@ -84,13 +84,13 @@ def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
         "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
-        "`--config`; no value is written `null`. A bank holds the settings it was built with. For a bank that exists "
-        "you can change:\n\n"
+        "`--config`. Write `null` for no value. A bank contains the settings that it was built with. For an existing "
+        "bank, you can change:\n\n"
         "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `serve`, `mta-lab attack`);\n"
-        "- `calibration.…` (`mta bank calibrate`; of the following it takes only `base`, `device`, `memory`, and "
-        "`gradient_checkpointing`);\n"
-        f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
-        "Other changes are an error: build another bank. `mta demo` takes `run.…`, `evaluation.…` (a comparison), "
+        "- `calibration.…` (`mta bank calibrate`);\n"
+        f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}. Of these, `mta bank calibrate` takes only "
+        "`base`, `device`, `memory`, and `gradient_checkpointing`.\n\n"
+        "Other changes are an error: build a new bank. `mta demo` takes `run.…`, `evaluation.…` (a comparison), "
         "`people.task`, `people.development`, and `people.test`.\n\n"
     )
     for title, kind in {
@@ -117,7 +117,7 @@ def _rows(kind: type[Settings], before: str = "", default: Settings | None = Non
         )
         value = getattr(default, name) if default is not None else field.default
         if group in TABLES:
-            yield f"{before}{name}.…", _changed(value), f"{TABLES[group]}: own table"
+            yield f"{before}{name}.…", _changed(value), f"{TABLES[group]} (own table)"
         elif group:
             yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)
         else:
@@ -147,8 +147,9 @@ def _plain(value: object) -> str:
 def _what(field: FieldInfo) -> str:
     bounds = [f"{sign}{getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
     choices = re.findall(r"'([^']+)'", str(field.annotation)) if "Literal" in str(field.annotation) else []
-    said = [field.description or "", ", ".join(choices), ", ".join(bounds)]
-    return "; ".join(part for part in said if part)
+    said = field.description or ""
+    limits = [*bounds, *(choices if any(choice not in said for choice in choices) else [])]
+    return f"{said} ({', '.join(limits)})".strip() if limits else said
 
 
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -157,9 +158,9 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def tasks() -> str:
     """The built-in tasks, as the files that they are."""
     text = (
-        "# Tasks\n\nA task is YAML: how an item is put to the model, what its answer is, and how answers are judged. "
-        "[Yours](../how-to/add-a-task.md) is another such file. Left out here: patterns that read LaMP's files, and "
-        "examples for the playground.\n\n"
+        "# Tasks\n\nA task is a YAML file that defines prompts, answers, and scoring "
+        "([add your own](../how-to/add-a-task.md)). This page omits patterns that parse LaMP's files, and examples for "
+        "the playground.\n\n"
     )
     for name in task_names():
         task = load_task(name)
@@ -168,7 +169,5 @@ def tasks() -> str:
         for part in (values["item"], values.get("query") or {}):
             part.pop("pattern", None)
         shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-        text += (
-            f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
-        )
+        text += f"## {name}\n\n{task.description}. Source: {task.source}.\n\n```yaml\n{shown}```\n\n"
     return text

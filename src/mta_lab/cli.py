@@ -46,7 +46,7 @@ def evaluate(
         Path | None, Option(help="Folder for banks and results; default: runs/ and the recipe's name.")
     ] = None,
     data: Annotated[str | None, Option(help="The people: LaMP files, or any other source.")] = None,
-    test: Annotated[str | None, Option(help="Test these people; otherwise they are drawn from --data.")] = None,
+    test: Annotated[str | None, Option(help="Source of the people to test; default: drawn from --data.")] = None,
     exhibit: Annotated[list[str] | None, Option(help="Run only this exhibit; can be repeated.")] = None,
     on: Annotated[str, Option(help="People to run on: test or development.")] = "test",
     device: options.Device = None,
@@ -56,7 +56,7 @@ def evaluate(
     workers: options.Workers = None,
     json: options.Json = False,
 ) -> None:
-    """Run a recipe: an experiment that builds its own banks and runs all methods and the paper's exhibits.
+    """Run a recipe: an experiment that builds its own banks, runs all methods, and makes the paper's exhibits.
 
     key=value overrides settings of the recipe: seeds=[0] compared=16 run.base=FOLDER. A killed experiment resumes.
     Draw its exhibits with mta-lab report. To compare methods on a bank of yours, use mta compare.
@@ -119,7 +119,7 @@ def attack(
 ) -> None:
     """Attack a bank, its merges and personal models by their losses on training items and other items.
 
-    Do they reveal which items a model was trained on? SOURCE holds the people of the bank and other people. key=value
+    Do losses reveal which items a model was trained on? SOURCE holds people of the bank and other people. key=value
     sets the attack (shots=8 targets=16 items=16; fewer targets take less time) and overrides merge.…, stack.…, memory
     and dtype of the bank.
 
@@ -173,16 +173,16 @@ def score(
 def report(
     folders: Annotated[
         list[Path],
-        Argument(help="Folders of --out (mta compare, bank build, demo, mta-lab evaluate, attack) or --run."),
+        Argument(help="Output folders of mta compare, demo, bank build, personalize --run, mta-lab evaluate, attack."),
     ],
     out: Annotated[Path, Option(help="Folder for tables, figures and pages.")] = Path("report"),
-    texts: Annotated[bool, Option("--texts", help="Include people's texts: answers in LaMP's format.")] = False,
+    texts: Annotated[bool, Option("--texts", help="Include people's texts (answers in LaMP's format).")] = False,
     json: options.Json = False,
 ) -> None:
     """Draw finished exhibits and runs as Markdown, HTML, SVG and PNG. Loads no model.
 
     For a recipe's folder, draws all exhibits that have been run. For a bank, comparison, attack, personalization or
-    demo, draws its results and losses. Each gets a folder in --out. The report can be published: it contains scores
+    demo, draws its results and losses. Each has a folder in --out. The report can be published: it contains scores
     without texts, and people as salted hashes. A report with --texts must not be published.
 
     Example:  mta-lab report runs/lamp3 runs/movielens --out results/

@@ -49,7 +49,7 @@ log = logging.getLogger("mta")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bank:
-    """N anchors over one base.
+    """A bank of N anchors for one base.
 
     >>> bank = Bank.build(base, people, anchors=50, out="bank/")
     >>> bank = Bank.open("bank/", base)
@@ -88,11 +88,11 @@ class Bank:
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
-        Without ``task_people``, they are half of ``people``, drawn by hash (nobody without a task LoRA), and the others
-        are the candidates for anchors; people who share items stay together, unless more than half of all people do.
-        Candidates train the task LoRA, too (``task_lora.unseen``).
-        ``task`` defaults to the task that ``people`` were read for, then to one that ``run`` names (``text`` has to be
-        named here). ``hold_out`` of the ``people`` with enough items for ``mta compare`` stay out of the bank.
+        ``task_people`` train only the task LoRA. By default, they are half of ``people``, drawn by hash, or none
+        without a task LoRA. All others are candidates for anchors, and train the task LoRA, too (``task_lora.unseen``).
+        People who share items stay in the same half, unless more than half of all people share items with each other.
+        ``task`` defaults to the task that ``people`` were read for, then to ``run.task`` if that is not ``text``.
+        ``hold_out`` is the number of people, with enough items for ``mta compare``, who stay out of the bank.
         A killed build resumes. ``command`` is recorded in the folder.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -137,8 +137,9 @@ class Bank:
 
     @classmethod
     def open(cls, folder: str | Path, base: BaseModel, *, full: bool = False) -> Bank:
-        """Open a bank and check its files: all hashes the first time (or with ``full``), sizes and times afterwards.
+        """Open a bank and check its files.
 
+        The first time, or with ``full``, all hashes are checked; later only file sizes and modification times.
         Raises BankMismatch if the bank was built for another base, BankCorrupt for missing or changed files.
         """
         folder = Path(folder)
@@ -167,11 +168,11 @@ class Bank:
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Write a copy of the bank to ``out`` that is calibrated on items which it was not trained on, and open it.
+        """Write a copy of the bank to ``out``, calibrate the copy on items outside the bank's training, and open it.
 
-        The copy has a new hash: personalize people again with it. Settings are those of ``run.calibration``.
+        The copy has a new hash: personalize people again with it. ``run.calibration`` has the settings.
         Raises InputError if the bank's anchors or task LoRA were trained on all of these people, BankError if ``out``
-        holds anything.
+        is not empty.
         """
         people = list(people)
         check_distinct(people)
@@ -195,28 +196,28 @@ class Bank:
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Write a copy whose marked groups are trained anew without the people who asked to be forgotten; open it.
+        """Write a copy with the marked groups retrained without the people who asked to be forgotten, and open it.
 
-        ``people`` hold all others of these groups. Raises as ``mta.bank.rebuild.rebuild_groups``.
+        ``people`` must have all others of these groups. Raises the errors of ``mta.bank.rebuild.rebuild_groups``.
         """
         rebuild_groups(self.folder, base, people, self.encoder(base), Path(out), executor=executor, on_step=on_step)
         return self.open(out, base)
 
     def with_calibrated_settings(self, run: Run | None = None) -> Run:
-        """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""
+        """Return ``run`` (default: the bank's) with ``auto`` settings replaced by the calibration's values."""
         return with_calibrated_settings(run or self.info.run, self.info.calibration, self.info.run.stack.lora)
 
     @classmethod
     def from_pretrained(
         cls, name_or_folder: str | Path, base: BaseModel, revision: str | None = None, *, token: str | None = None
     ) -> Bank:
-        """Open a bank from a folder, else from the hub. Raises HubError, BankMismatch, BankCorrupt."""
+        """Open a bank from a folder or, if none exists, from the hub. Raises HubError, BankMismatch, BankCorrupt."""
         return cls.open(bank_folder(name_or_folder, revision, token), base)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, license: str = "") -> str:
-        """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
+        """Publish the bank with its card on the hub, and return the address. ``from_pretrained`` opens the copy.
 
-        A bank was trained on people's texts: list the files to send first (``mta bank publish``). The list of
+        The bank was trained on people's texts, so first list the files to send (``mta bank publish``). The list of
         members is not sent. Raises BankError if a person in the bank asked to be forgotten, BankCorrupt, HubError.
         """
         upload = bank_upload(self.folder, repo_id, license=license)
@@ -235,7 +236,7 @@ class Bank:
 
     @property
     def history(self) -> int:
-        """The most earlier items of a person in front of a prompt."""
+        """Maximum number of a person's earlier items in front of a prompt."""
         return self.info.run.task_lora.history
 
     def similarity(self, vectors: Tensor) -> Tensor:
@@ -243,9 +244,9 @@ class Bank:
         return vectors @ self.vectors.T
 
     def encoder(self, base: BaseModel, name: str | None = None, given: Encoder | None = None) -> Encoder:
-        """Return the encoder of the anchors' vectors: ``given``, or loaded by ``name`` instead of the bank's name.
+        """Return the encoder of the anchors' vectors: ``given``, or loaded by ``name`` (default: the bank's encoder).
 
-        Raises BankMismatch for other weights, before they are loaded; ModelError if the model is not an encoder.
+        Raises BankMismatch for other weights than the bank's, before loading; ModelError if the model is no encoder.
         """
         encoder = given or load_encoder(name or self.info.encoder, base)
         if encoder.fingerprint != self.info.encoder_fingerprint:

@@ -28,7 +28,7 @@ def build(
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
-    hold_out: Annotated[int, Option(min=0, help="People to keep out of the bank, for mta compare on SOURCE.")] = 0,
+    hold_out: Annotated[int, Option(min=0, help="Number of people outside the bank, for mta compare on SOURCE.")] = 0,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
     together: options.Together = None,
@@ -64,7 +64,7 @@ def build(
 
 @app.command()
 def calibrate(
-    bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
+    bank: Annotated[Path, Argument(help="Folder of a bank with its member list.")],
     source: options.Source,
     out: Annotated[Path, Option(help="New folder for the calibrated copy; the bank stays as it is.")],
     words: options.Words = None,
@@ -77,10 +77,10 @@ def calibrate(
     together: options.Together = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a finished bank on items that it was not trained on: policy, stack, and gains to expect.
+    """Calibrate a finished bank on items outside its training: policy, stack, and expected gains.
 
-    Members of the bank are left out, except for items that candidates kept back. The calibrated bank has a new hash:
-    personalize everybody again with it. The calibrated bank replaces the folder when it is complete.
+    Members of the bank are left out, except for items that candidates kept back. When the calibrated copy is complete,
+    it appears in --out. The copy has a new hash: personalize all people again with it.
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
@@ -107,7 +107,7 @@ def calibrate(
 
 @app.command()
 def rebuild(
-    bank: Annotated[Path, Argument(help="Folder of a bank, with its members.")],
+    bank: Annotated[Path, Argument(help="Folder of a bank with its member list.")],
     source: options.Source,
     out: Annotated[Path, Option(help="New folder for the copy; the bank stays as it is.")],
     device: options.Device = None,
@@ -118,10 +118,10 @@ def rebuild(
     together: options.Together = None,
     json: options.Json = False,
 ) -> None:
-    """Train the groups of a bank anew that forgotten people are behind; all other groups stay.
+    """Retrain the groups of a bank that include forgotten people. Other groups stay unchanged.
 
-    SOURCE holds the people of these groups. The task LoRA and the first choice of anchors stay: the copy still says
-    that a forgotten person is behind these, and only a new build is without the person.
+    SOURCE holds the people of these groups. The task LoRA and the first choice of anchors stay. The copy still says
+    that a forgotten person helped to train them: only a new build is without the person.
 
     Example:  mta bank rebuild bank/ history.jsonl --out bank-2/
     """
@@ -176,10 +176,10 @@ def publish(
     to: Annotated[str, Option(help="Repository on the hub: owner/name.")],
     private: options.Private = True,
     license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
-    yes: Annotated[bool, Option("--yes", help="Send the files; without it, only list them.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Send the files instead of only listing them.")] = False,
     json: options.Json = False,
 ) -> None:
-    """List all files that would be sent to the hub; with --yes, send them: the bank and its card.
+    """List the files for the hub: the bank and its card. With --yes, send them.
 
     The member list and local paths are not sent. The bank keeps its hash, so people's states stay valid.
 

@@ -35,18 +35,16 @@ def compare(
     bank: options.BankDir = Path("bank"),
     out: Out = None,
     config: options.Config = None,
-    people: Annotated[
-        int | None, Option(min=1, help="Compare on at most this many people, drawn with the seed.")
-    ] = None,
+    people: Annotated[int | None, Option(min=1, help="Maximum number of people to test, drawn with the seed.")] = None,
     seed: options.Seed = None,
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Compare MTA with constants, the base, the task LoRA, rivals without a bank, and merges on people outside it.
+    """On people outside the bank, compare MTA with constants, base, task LoRA, merges, and rivals without a bank.
 
-    Each person of SOURCE is personalized anew from their shots. People in the bank, and people with fewer than shots +
+    Each person of SOURCE is personalized anew from the shots. People in the bank, and people with fewer than shots +
     queries items, are left out. key=value sets the comparison (shots=4 queries=10) and overrides merge.…, stack.…,
     memory and dtype of the bank.
 

@@ -29,7 +29,7 @@ def describe(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Count people, items, queries, shared items, times and labels, and people with enough items.
+    """Count people, items, queries, shared items, times, labels, and people with enough items.
 
     Example:  mta data describe history.jsonl --task lamp3
     """
@@ -66,7 +66,7 @@ def show(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Print a person's exact prompts. The target, the tokens that count in the loss, is between ⟦ and ⟧.
+    """Print a person's exact prompts. The target (the tokens that count in the loss) is between ⟦ and ⟧.
 
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """

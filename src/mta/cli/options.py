@@ -41,14 +41,14 @@ def bank_at(name: Path) -> Path:
 
 
 Source = Annotated[
-    str, Argument(help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of RecBole; movielens-100k or survey.")
+    str, Argument(help="A file (JSONL, CSV, Parquet, LaMP, Per-Pcs), a RecBole folder, movielens-100k or survey.")
 ]
 Columns = Annotated[
     list[str] | None,
     Option(
         "--columns",
-        help="Other names of columns, such as person=uid,output=stars: of person, input, output, time, or the task's "
-        "fields; can be repeated.",
+        help="Map names to the file's columns: person=uid,output=stars. Names: person, input, output, time, and the "
+        "task's fields. Can be repeated.",
     ),
 ]
 Words = Annotated[list[str] | None, Argument(help="Settings as key=value, for example memory=8GiB.")]
@@ -72,9 +72,9 @@ Private = Annotated[bool, Option("--private/--public", help="Visibility of a new
 ClusterAt = Annotated[
     str | None, Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001.")
 ]
-Workers = Annotated[int | None, Option(min=1, help="Workers on the cluster; default: one per GPU, or per CPU.")]
+Workers = Annotated[int | None, Option(min=1, help="Number of workers; default: one per GPU, else one per CPU.")]
 Together = Annotated[
-    int | None, Option(min=1, help="People trained together on a worker (default 32); affects rounding.")
+    int | None, Option(min=1, help="Number of people that a worker trains together (default 32). Affects rounding.")
 ]
 
 

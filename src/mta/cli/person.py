@@ -35,7 +35,7 @@ def show(
     store: options.StoreUrl = "people",
     json: options.Json = False,
 ) -> None:
-    """Explain a person's state: coefficients of the anchors, losses on the shots, and what is stored where.
+    """Explain a person's state: coefficients of the anchors, losses on the shots, and stored data.
 
     Loads no model, and prints none of the person's texts.
 
@@ -84,7 +84,7 @@ def _facts(summary: Summary) -> list[str]:
 @app.command()
 def rollback(
     person: options.PersonId,
-    version: Annotated[int, Argument(help="The version to go back to.")],
+    version: Annotated[int, Argument(help="Version to restore.")],
     store: options.StoreUrl = "people",
     json: options.Json = False,
 ) -> None:
@@ -112,7 +112,7 @@ def export(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Write a person's task LoRA, merge and stack as one PEFT adapter for the unchanged base.
+    """Write the task LoRA, a person's merge and stack as one PEFT adapter for the unchanged base.
 
     The store records the folder in clear, so that mta forget removes the adapter too.
 
@@ -147,10 +147,10 @@ def forget(
 ) -> None:
     """Remove a person's states, history and exports, and name the parts of the bank that were trained on the person.
 
-    Removes adapters that mta export wrote on this machine if they are unchanged, and names the others. Exits with 1
-    if some data of the person could not be removed. Exits with 3 if the person is forgotten, but a bank could not be
-    marked as needing a rebuild, or an export was out of reach; and if a bank was marked, but there is no store. Then
-    repeat the command. A running mta serve drops the person's data within seconds.
+    Removes unchanged adapters that mta export wrote on this machine, and names the others. Exits with 1 if some data of
+    the person could not be removed. Exits with 3 if the person is forgotten, but a bank could not be marked as needing
+    a rebuild, or an export was out of reach. Also exits with 3 if a bank was marked, but no store exists. After exit
+    code 3, repeat the command. A running mta serve drops the person's data within seconds.
 
     Example:  mta forget ann --bank bank/ --store people/
     """

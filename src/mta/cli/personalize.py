@@ -25,16 +25,16 @@ def personalize(
     words: options.Words = None,
     bank: options.BankDir = Path("bank"),
     store: options.StoreUrl = "people",
-    latest: Annotated[int | None, Option(min=1, help="Use only this many most recent items of each person.")] = None,
+    latest: Annotated[int | None, Option(min=1, help="Number of latest items to use per person.")] = None,
     keep_histories: Annotated[
         bool,
         Option(
             "--keep-histories",
-            help="Keep all items of the file, instead of those kept before, until people are forgotten.",
+            help="Store all items of the file, replacing stored items. Forgetting a person removes the items.",
         ),
     ] = False,
     update: Annotated[
-        bool, Option("--update", help="Update existing states, at the cost of each person's new items.")
+        bool, Option("--update", help="Update existing states: compute only each person's new items.")
     ] = False,
     config: options.Config = None,
     seed: options.Seed = None,
@@ -50,12 +50,12 @@ def personalize(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Compute the merge and train the stack of all people in a file, in cohorts.
+    """Compute a merge and train a stack for each person in a file, in cohorts.
 
-    People whose states are up to date are skipped, so the command can be repeated. With --update, states are
-    continued from the new items alone. By laplace, the default, coefficients become those of all items; by other
-    policies they change where the new items show a need. A stack is kept, or trained further. With --update, a state
-    made from more items than the file has is kept, unless --latest is given; without it, the file alone counts.
+    People whose states are up to date are skipped, so the command can be repeated. --update reads only the new items.
+    With laplace, the default policy, the new coefficients are those of all items. With other policies, they change
+    only if the new items show a need. A stack is kept, or trained further. --update without --latest keeps a state
+    that was made from more items than the file has. Without --update, the file alone counts.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001

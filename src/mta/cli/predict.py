@@ -38,14 +38,14 @@ def predict(
     store: options.StoreUrl = _STORE,
     out: Annotated[
         Path | None,
-        Option(help="File of answers: JSON lines, or LaMP's outputs if it ends in .json. Default: standard output."),
+        Option(help="File for answers: JSON lines, or LaMP's outputs if it ends in .json. Default: standard output."),
     ] = None,
     fallback: Annotated[
-        Fallback | None, Option(help="Who answers for people without a model: the pooled model (task), or the base.")
+        Fallback | None, Option(help="Fallback for people without a model: the pooled model (task), or the base.")
     ] = None,
     history: Annotated[
         str | None,
-        Option(help="File of earlier items, for a bank whose prompts show some. Default: those in the store."),
+        Option(help="File of earlier items, if the bank's prompts show history. Default: the store's items."),
     ] = None,
     write: Annotated[bool, Option("--write", help="Generate text even if the task has labels.")] = False,
     max_new_tokens: Annotated[
@@ -57,12 +57,12 @@ def predict(
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
-    """Answer all questions of a file with the models of the people who ask them.
+    """Answer each question of a file with the model of the person who asks.
 
-    A row of SOURCE is a question: person, and input or the task's fields; an answer in it is not read. A benchmark's
-    file gives its own questions. Answers come person by person, in the order of the file. Each line names person,
-    question, and answer, and for a task with labels the share of every label. Repeat an interrupted command with --out
-    to go on. With --history and --fallback task, the pooled model answers from earlier items alone, without a store.
+    A row of SOURCE is a question: person, and input or the task's fields. Answers in SOURCE are not read. A benchmark's
+    file gives its own questions. Answers come person by person, in the order of the file. Each line has person,
+    question, answer, and, if the task has labels, the share of every label. To resume an interrupted command, repeat it
+    with --out. With --history and --fallback task, the pooled model answers from earlier items, without a store.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json

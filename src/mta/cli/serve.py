@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    question: Annotated[str, Argument(help='The question: a text, or fields as JSON: {"title": …, "genres": …}.')],
+    question: Annotated[str, Argument(help='A text, or fields of the task as JSON: {"title": …, "genres": …}.')],
     words: options.Words = None,
     person: Annotated[list[str] | None, Option(help="Person id; repeat the option for several people.")] = None,
     bank: options.BankDir = Path("bank"),
@@ -35,7 +35,7 @@ def generate(
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
     shared: Annotated[
-        bool, Option("--shared", help="Also ask the pooled model and the base, without any person.")
+        bool, Option("--shared", help="Also ask the shared models: the pooled model and the base.")
     ] = False,
     config: options.Config = None,
     device: options.Device = None,
@@ -43,8 +43,8 @@ def generate(
 ) -> None:
     """Ask several people's models the same question, in one batch.
 
-    If the task has labels, every label is scored, as in mta compare: the answer is the most likely label, and the
-    shares of all labels are shown. Otherwise the answer is generated token by token.
+    If the task has labels, every label is scored, as in mta compare. The answer is the most likely label, and the
+    shares of all labels are shown. Otherwise, the answer is generated token by token.
 
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --shared
     """
@@ -94,20 +94,20 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     insecure_local: Annotated[
-        bool, Option("--insecure-local", help="Require no API key; only for this machine.")
+        bool, Option("--insecure-local", help="Allow a start without API keys, for this machine only.")
     ] = False,
     new_key: Annotated[
-        str | None, Option(help="Add a key of this name to the key file, print it once, and exit.")
+        str | None, Option(help="Add a key with this name to the key file, print the key once, and exit.")
     ] = None,
     secret: Annotated[
-        Path | None, Option(help="With --new-key: write it to this new file, which only you can read.", dir_okay=False)
+        Path | None, Option(help="Write the new key to this new, private file instead of printing it.", dir_okay=False)
     ] = None,
     rights: Annotated[
         str | None, Option(help="Rights of the new key: admin (the default), serve, person or prefix.")
     ] = None,
     scope: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
-    slots: Annotated[int, Option(min=1, help="Most answers at once; a person's key gets a quarter.")] = 32,
-    vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
+    slots: Annotated[int, Option(min=1, help="Maximum answers at once; a person's key gets at most a quarter.")] = 32,
+    vllm: Annotated[str | None, Option(help="Answer with vLLM: path of the Python in vLLM's environment.")] = None,
     vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
     rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
     strict: Annotated[
@@ -118,7 +118,7 @@ def serve(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Serve all people in a store from one base, with OpenAI's API: model="person:<id>".
+    """Serve the models of all people in a store from one base, with OpenAI's API: model="person:<id>".
 
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """

@@ -20,7 +20,7 @@ Url = Annotated[str, Argument(help="The store: a folder or an fsspec URL.")]
 
 @app.command()
 def check(store: Url = "people", json: options.Json = False) -> None:
-    """Read and count every state, history and list of exports; exits with 1 if one is damaged.
+    """Read and count all states, histories and lists of exports. Exits with 1 if a file is damaged.
 
     Example:  mta store check people/
     """
@@ -51,11 +51,11 @@ def check(store: Url = "people", json: options.Json = False) -> None:
 @app.command()
 def gc(
     store: Url = "people",
-    keep: Annotated[int | None, Option(min=1, help="Keep only this many newest versions of each person.")] = None,
+    keep: Annotated[int | None, Option(min=1, help="Remove old versions for good; keep this many per person.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the files to remove, and remove nothing.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Remove files that a killed writer left an hour ago; with --keep also old versions, which cannot be restored.
+    """Remove killed writers' files after an hour, stopped runs and tombstones after a week; with --keep, old versions.
 
     Example:  mta store gc people/ --keep 2 --dry-run
     """

@@ -26,7 +26,7 @@ PROFILE = "profile"  # field of a text in front of an item's prompt, such as ear
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing a person did: the fields of a task, and the time (any sortable number; None = unknown).
+    """One input with the person's output, as fields of the task, and a time (a number; None if unknown).
 
     ``is_query`` marks a benchmark's own question, which may be worded differently from the history (LaMP-1, LaMP-7).
     """
@@ -58,9 +58,9 @@ def own_fields(item: Item) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Person:
-    """A person's history, oldest item first, and the benchmark's own queries if it has any.
+    """A person's history, oldest item first, and the benchmark's own queries, if any.
 
-    People connected by copies of items have the same ``group``. It is empty for a person who shares no item.
+    People connected by copies of items have the same ``group``. A person who shares no item has an empty ``group``.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Person:
 
     @classmethod
     def of(cls, id: str, items: Iterable[Item], queries: Iterable[Item] = ()) -> Person:
-        """Return a person with items sorted by time; an item without a time has the newest time of those before it."""
+        """Return a person with items sorted by time. An item without a time follows the newest item before it."""
         items = tuple(items)
         newest = accumulate((-math.inf if item.time is None else item.time for item in items), max)
         times = [time if item.time is None else item.time for item, time in zip(items, newest)]
@@ -85,7 +85,7 @@ class Person:
         return replace(self, items=self.items[-n:] if n else ())
 
     def digest(self) -> str:
-        """Return the sha256 over the items in order, whatever their prompts show; the same in any process."""
+        """Return the sha256 of the items in order, without texts in front of prompts; equal in all processes."""
         return self._digest
 
     @cached_property
@@ -93,7 +93,7 @@ class Person:
         return hashlib.sha256(f"[{', '.join(map(_row, self.items))}]".encode()).hexdigest()
 
     def grown_from(self, digest: str) -> int:
-        """Return how many of the first items together have that digest; 0 if earlier items were changed."""
+        """Return n if the first n items have this digest, or 0 if earlier items were changed."""
         so_far = hashlib.sha256(b"[")
         for count, item in enumerate(self.items, 1):
             so_far.update((", " * (count > 1) + _row(item)).encode())

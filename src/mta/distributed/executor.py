@@ -17,16 +17,16 @@ class Piece(Protocol):
         """Return the number of people or anchors in the piece."""
 
     def halves(self) -> Sequence[Self]:
-        """Return the same work as two pieces; by default nothing: the piece cannot be split."""
+        """Return the same work as two pieces, or nothing (the default) if the piece cannot be split."""
         return ()
 
 
 class Context(Protocol):
-    """What a function reads beside its piece: models, settings, a store."""
+    """What a function reads in addition to its piece: models, settings, a store."""
 
     @property
     def opener(self) -> Callable[[], Self]:
-        """What opens the same context in a worker. It can be pickled; equal openers share workers."""
+        """A function that opens the same context in a worker. It can be pickled, and equal openers share workers."""
 
 
 C = TypeVar("C", bound=Context)
@@ -46,8 +46,8 @@ class Executor(Protocol):
     """Apply one function to many pieces of work.
 
     At most ``most`` people are computed together, with ``threads`` threads (None: the setting of the process). Only
-    these two affect the rounding of results, never the number of workers. ``in_process``: functions run right here.
-    ``on_gpu`` says whether workers compute on GPUs (None: on the device of this process), which memory plans need.
+    these two values affect the rounding of results; the number of workers does not. ``in_process``: functions run in
+    this process. ``on_gpu``, for memory plans: whether workers use GPUs (None: the device of this process).
     """
 
     most: int

@@ -76,7 +76,7 @@ def run_methods(
 
 @dataclass(slots=True)
 class ComparisonReport:
-    """A comparison, its batch, and two people whose questions the page shows, if any: it shows their texts, too."""
+    """A comparison, its batch, and optionally two people: the HTML page shows their questions and texts."""
 
     comparison: Comparison
     batch: TestBatch
@@ -84,14 +84,14 @@ class ComparisonReport:
     people: tuple[Asked, ...] = ()
 
     def outcome(self) -> dict[str, Any]:
-        """Return the number of people, and every method's mean of the metric that differences are judged by."""
+        """Return the number of people, and each method's mean of the metric that is used for differences."""
         metric, rows = self.comparison.yardstick, self.comparison.rows
         scores = {row.name: self.comparison.score(row.name, metric) for row in rows}
         means = {name: round(score.mean, 4) for name, score in scores.items() if score}
         return {"people": self.meta["people"], metric: means}
 
     def write(self, out: str | Path, command: str = "") -> None:
-        """Write ``report.html`` and ``results.json`` to ``out``; both record the ``command`` to repeat."""
+        """Write ``report.html`` and ``results.json`` to ``out``. Both files record ``command``."""
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
@@ -171,12 +171,12 @@ def compare(
 ) -> ComparisonReport:
     """Compare the standard methods, and ``more``, on the ``people`` who are not in the bank and have enough items.
 
-    ``run`` defaults to the bank's settings. ``limit`` draws at most this many people with the run's seed. Raises
+    ``run`` defaults to the bank's settings. ``limit``: maximum number of people, drawn with the run's seed. Raises
     InputError if no people are left, MissingExtra without the extra ``eval``.
 
     >>> report = mta.compare(base, bank, people, mta.CompareSettings(shots=4, queries=4))
     >>> report.write("comparison/")  # report.html and results.json
-    >>> report.comparison.score("MTA", "NLL")  # its mean over people, and a 95% interval
+    >>> report.comparison.score("MTA", "NLL")  # mean over people, and a 95% interval
     """
     require("eval")
     settings = settings or CompareSettings()

@@ -90,10 +90,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows over the same people.
+    """The rows of all methods, measured on the same people.
 
-    ``groups`` names for each person the group of people who share items with them. A group is resampled as a whole.
-    Without ``groups`` all people are independent.
+    ``groups`` has a name for each person: people who share items have the same name. A group is resampled as a whole.
+    Without ``groups``, all people are independent.
     """
 
     task: Task

@@ -128,8 +128,8 @@ def encode_people(
 ) -> Tensor:
     """Return one unit vector per person, (U, E): the mean over their items. Each distinct text is encoded once.
 
-    ``both`` encodes an item with its target: inputs alone say which film was watched, but not the rating. ``history``
-    encodes all items with their targets as one text, which encoders cut at their limit: the code of arXiv:2511.20072.
+    ``both`` encodes an item with its target: a film's title alone does not show the rating. ``history`` encodes all
+    items with their targets as one text, like the code of arXiv:2511.20072. Encoders cut the text at their limit.
     """
     texts = [[task.text_of(item, with_target=what != "input") for item in person.items] for person in people]
     if what == "history":

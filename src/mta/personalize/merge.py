@@ -1,4 +1,4 @@
-"""Stage 2: retrieve anchors for each person and fit the coefficients of their merge, from shots only."""
+"""Stage 2: retrieve anchors for each person and fit the coefficients of the person's merge, from shots only."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from mta.training.trainer import Job, Passes, train
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge for each of U people: anchor numbers ``ids`` (U, K), coefficients ``w`` (U, K), or (U, L, K) by layer.
+    """Merges of U people: anchor numbers ``ids`` (U, K), coefficients ``w`` (U, K), or (U, L, K) per layer.
 
-    ``gradients`` are those that ``w`` was solved from, if the policy reads gradients.
+    ``gradients`` are the gradients from which ``w`` was solved, if the policy reads gradients.
     """
 
     ids: Tensor
@@ -58,7 +58,7 @@ class Merge:
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
     """Return whether stage 2 reads the anchors' losses (``gather_evidence``).
 
-    ``grown`` says that earlier merges are known: their anchors stay, and policies that learn start from them.
+    ``grown``: merges of earlier items exist. Their anchors stay, and policies that learn start from these merges.
     """
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
@@ -67,9 +67,9 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
 
 
 def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
-    """Return whether stage 2 reads people's encodings: to retrieve the nearest anchors, or for weights.
+    """Return whether stage 2 reads people's encodings, to retrieve the nearest anchors or to weight anchors.
 
-    ``grown`` as above: where earlier merges are continued, their anchors stay.
+    ``grown``: merges of earlier items exist, and their anchors stay.
     """
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
@@ -78,15 +78,15 @@ def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
 
 
 def keeps_gradients(settings: MergeSettings, calibration: Calibration | None) -> bool:
-    """Return whether merges hold gradients: not where a person's own shots do not change the coefficients."""
+    """Return whether merges hold gradients; False if a person's own shots do not change the coefficients."""
     return policy_of(settings).gradients and calibration is not None and calibration.personal
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool = True) -> None:
     """Check settings before anything is scored.
 
-    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors; ConfigError if the policy needs labels and the
-    task has none, or a calibration and the bank has none, or merges all anchors and ``merge.k`` does not.
+    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors. Raises ConfigError if the policy needs labels or
+    a calibration that do not exist, or if it merges all anchors and ``merge.k`` is lower.
     """
     if settings.k > anchors:
         raise AnchorNotFound(
@@ -110,7 +110,7 @@ def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrate
 
 
 def can_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool) -> bool:
-    """Return whether ``check_merge`` passes. The policy ``auto`` is one that fits the bank."""
+    """Return whether ``check_merge`` passes. The policy ``auto`` always fits the bank."""
     if settings.policy == "auto":
         return settings.k <= anchors
     try:
@@ -146,7 +146,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """Merges of the same people's earlier items, and the number of target ``tokens`` (U,) of those items."""
+    """Merges from the same people's earlier items; ``tokens`` (U,) is the number of target tokens of these items."""
 
     merge: Merge
     tokens: Tensor
@@ -169,9 +169,9 @@ def fit_merge(
     """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy learns.
 
     ``similarity`` (U, N) is the cosine of person and anchor, required if ``needs_encodings``.
-    ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
-    only: laplace and posterior then return the result of all items, a policy that learns starts from the earlier
-    coefficients, and one that reads only encodings is given those of all items.
+    ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` have only the new items.
+    Then laplace and posterior return the result of all items, and policies that learn start from the earlier
+    coefficients. For policies that read only encodings, give the encodings of all items.
     ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.
     """
@@ -236,10 +236,10 @@ def _from_gradients(
 def updated_coefficients(
     settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor, similarity: Tensor | None = None
 ) -> Tensor:
-    """Return the coefficients of all items, from those of earlier items (``before``) and evidence of new items.
+    """Return coefficients for all items, from the merge of earlier items (``before``) and evidence of new items.
 
-    Shapes: w of before (U, K); tokens (U,), number of target tokens of the earlier items; ``similarity`` (U, N) of all
-    items, for policies that read cosines, too -> (U, K).
+    Shapes: ``before.w`` (U, K); ``tokens`` (U,), number of target tokens of the earlier items; ``similarity`` (U, N) of
+    all items, if the policy also reads cosines -> (U, K).
     """
     policy = policy_of(settings)
     unread = torch.zeros_like(before.w, dtype=torch.float64)
@@ -263,8 +263,8 @@ def learn(
 ) -> Merge:
     """Fit the K coefficients to the shots by gradient descent from ``start`` (for policies that learn).
 
-    The difference to ``start`` is trained, so weight decay pulls towards ``start``. ``groups`` gives the number of each
-    adapted layer's group; each group has its own coefficients, and w is (U, L, K).
+    The difference to ``start`` is trained, so weight decay pulls towards ``start``. ``groups`` gives the group
+    number of each adapted layer. Each group has its own coefficients, and w is (U, L, K).
     """
     ids = start.ids.to(base.device)
     before = start.w.to(base.device, base.master_dtype)
@@ -285,7 +285,7 @@ def learn(
 def merge_adapters(bank: Bank, merge: Merge) -> list[Adapters]:
     """Return a merge as adapters; none if all coefficients are 0.
 
-    A merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
+    If K is small, each person's factors are gathered. Otherwise the merge is computed directly from the bank.
     """
     if not merge.w.any():
         return []
@@ -300,7 +300,7 @@ def _is_direct(k: int, anchors: int) -> bool:
 
 
 def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> ParameterCounts:
-    """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
+    """Return the parameter counts of adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
     width = sum(map(sum, bank.anchors.shapes.values()))
     task_lora = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
@@ -319,5 +319,5 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
 
 
 def merge_loras(anchors: LoraBatch, merge: Merge) -> LoraBatch:
-    """Return each person's merge as factors of rank K * R. Nothing is lost."""
+    """Return each person's merge as factors of rank K * R, without loss."""
     return merge_exact(anchors, merge.ids.to(anchors.device), merge.w.to(anchors.device))

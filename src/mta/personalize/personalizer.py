@@ -32,10 +32,10 @@ log = logging.getLogger("mta")
 
 
 class Personalizer(Pipeline):
-    """Makes people's models (``Pipeline``), answers with them, exports, and forgets them.
+    """Personalize people (``Pipeline``), answer with their models, export models, and forget people.
 
     >>> personal = Personalizer(base, bank, store="people/")
-    >>> personal.personalize(people)                              # all of them together
+    >>> personal.personalize(people)                              # in cohorts
     >>> personal.generate([("ann", "..."), ("bob", "...")])       # one batch, two people
     """
 
@@ -48,13 +48,13 @@ class Personalizer(Pipeline):
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> list[str]:
-        """Answer questions of different people, and without a person (``mta.TASK``, ``mta.BASE``), in one batch.
+        """Answer questions in one batch, each with a person's model, ``mta.TASK``, or ``mta.BASE``.
 
-        Where the bank's prompts show earlier items, a person's are those that the store keeps; a question may bring
-        its own text in their place, as its field ``profile``.
-        ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
-        out. Sampling depends on ``seed``, by default the run's. Raises PersonNotFound, StateCorrupt, OtherBank,
-        DataError, and InputError for too many or too few new tokens, or a temperature below 0.
+        If the bank's prompts show earlier items, a person's stored items are shown. A question can replace these items
+        by a text in its field ``profile``. ``max_new_tokens`` defaults to the task's ``PromptFormat.answer_tokens``.
+        ``stacked=False`` answers without the stacks. ``seed``, by default the run's, affects sampling.
+        Raises PersonNotFound, StateCorrupt, OtherBank, DataError. Raises InputError for too many or too few new tokens,
+        or a temperature below 0.
         """
         if temperature < 0:
             raise InputError(f"temperature is {temperature}; expected 0 or more", hint="Leave it out: 0 is greedy.")
@@ -69,7 +69,7 @@ class Personalizer(Pipeline):
         return [self.base.prompts.decode(answer) for answer in answers]
 
     def earlier(self, person: str) -> tuple[Item, ...]:
-        """Return the items that the bank's prompts show before a person's questions; none if they are not kept.
+        """Return the items that the bank's prompts show before a person's questions, or none if no items are stored.
 
         Raises StateCorrupt.
         """
@@ -90,7 +90,7 @@ class Personalizer(Pipeline):
         ]
 
     def longest_answer(self, max_new_tokens: int | None = None) -> int:
-        """Return the most tokens of an answer. Raises InputError for too many, or fewer than one."""
+        """Return the maximum number of tokens of an answer. Raises InputError for too many, or fewer than one."""
         most, usual = self.base.prompts.max_tokens, self.base.prompts.answer_tokens(self.bank.task)
         longest = usual if max_new_tokens is None else max_new_tokens
         if not 0 < longest < most:
@@ -101,7 +101,7 @@ class Personalizer(Pipeline):
         return longest
 
     def score(self, rows: Sequence[tuple[PersonOrModel, Question, str]], *, stacked: bool = True) -> list[float]:
-        """Return the log probability of each row's answer with its end token. Raises as ``generate``."""
+        """Return the log probability of each row's answer with its end token. Raises the errors of ``generate``."""
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
@@ -138,17 +138,17 @@ class Personalizer(Pipeline):
         return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in shares]
 
     def applied(self, models: Sequence[PersonOrModel], *, stacked: bool = True) -> AbstractContextManager[None]:
-        """Apply adapters in a block: row i of a batch through ``base.model`` is computed with ``models[i]``."""
+        """Apply adapters in a ``with`` block: ``base.model`` computes row i of a batch with ``models[i]``."""
         owners, adapters = self._adapters(models, stacked)
         return applied(self.base.model, adapters, torch.tensor(owners))
 
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
-        """Write task LoRA, merge, and stack of a person as one PEFT folder for the unchanged base.
+        """Write the task LoRA and a person's merge and stack as one PEFT folder for the unchanged base.
 
-        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
-        returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
-        it. Raises PersonNotFound, PersonForgotten, StateCorrupt, OtherBank, and InputError for a rank below 1, or a
-        folder with another adapter.
+        Without ``rank``, the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses with
+        SVD. Returns the relative error of compression, 0 for an exact adapter. The store records the folder, so that
+        ``forget`` removes the export. Raises PersonNotFound, PersonForgotten, StateCorrupt, OtherBank. Raises
+        InputError for a rank below 1, or a folder with another adapter.
         """
         if rank is not None and rank < 1:
             raise InputError(f"rank is {rank}; expected 1 or more", hint="Leave the rank out for an exact adapter.")
@@ -175,8 +175,8 @@ class Personalizer(Pipeline):
     def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
         """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.
 
-        ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
-        Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
+        ``keep_exports`` keeps the records of all remaining exports, so that an operator can delete the exports later.
+        Can be repeated. Runs all steps, then raises StoreError if files of the person could not be removed.
         """
         removed = self._unsaved.pop(person, None) is not None
         self._latest.pop(person, None)

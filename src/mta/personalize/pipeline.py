@@ -98,7 +98,7 @@ class Pipeline:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""
+        """The encoder of the anchors' vectors. Raises BankMismatch for another encoder, ModelError for other models."""
         return self.bank.encoder(self.base, self.run.encoder, self._encoder)
 
     def state(self, person: str) -> State:
@@ -119,15 +119,15 @@ class Pipeline:
         session: Session | None = None,
         on_step: OnStep | None = None,
     ) -> Personalized:
-        """Run stages 2 and 3 for all ``people``; their histories are the shots.
+        """Run stages 2 and 3 for all ``people``, with their histories as shots.
 
-        States that ``personalize`` made from the same shots, bank, and settings are kept; the others are computed
-        together, in cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless
-        ``resume`` is False. ``histories`` are stored, too, until their people are forgotten: ``people``, or their whole
-        histories where ``people`` have their latest items only. ``session`` is a ``store.session()`` from before the
-        items were read: people forgotten since then get no state.
-        Raises Diverged if all training of a cohort does, DataError for a person without items, MemoryBudgetError,
-        ConfigError, StoreError, ClusterError.
+        States that ``personalize`` made from the same shots, bank, and settings are kept. Other states are computed in
+        cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless ``resume`` is
+        False. ``histories`` are stored until their people are forgotten. Give ``people`` again, or the whole histories
+        if ``people`` have only the latest items. ``session`` is a ``store.session()`` that began before the items were
+        read: people forgotten since then get no state.
+        Raises Diverged if the training of all people of a cohort diverges, DataError for a person without items,
+        MemoryBudgetError, ConfigError, StoreError, ClusterError.
         """
         session = session or (self.store.session() if self.store else None)
         people, gone = self._checked(people, session)
@@ -179,11 +179,11 @@ class Pipeline:
         session: Session | None = None,
         on_step: OnStep | None = None,
     ) -> Updated:
-        """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
+        """Update people's states; compute only their new items (``mta.personalize.update``).
 
-        People without a state, or whose state is of another bank, other settings, or other earlier items, are
-        personalized anew. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
-        ``session`` and errors are as in ``personalize``.
+        People are personalized anew if they have no state, or if the state has another bank, other settings, or other
+        earlier items. A state made from more items than are given is kept (``Updated.ahead``), unless ``fewer``.
+        ``session`` and the errors are those of ``personalize``.
         """
         session = session or (self.store.session() if self.store else None)
         people, gone = self._checked(people, session)

@@ -31,7 +31,7 @@ LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready.
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log that something failed, with the error's type and place only: its message may hold a person's data."""
+    """Log a failure with only the error's type and place, because the message may contain a person's data."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     log.error("%s failed: %s%s", what, type(error).__name__, place)
@@ -65,8 +65,8 @@ class EngineGone(MtaError):
 class Version:
     """One version of a person: merge and stack, or the merge alone if ``stacked`` is false.
 
-    ``number`` 0 is the newest version, in requests only. ``seal`` identifies the content: after forgetting, the same
-    number may name other content (``Store.seal``).
+    ``number`` 0 means the newest version, and occurs only in requests. ``seal`` identifies the content: after
+    forgetting, the same number may name other content (``Store.seal``).
     """
 
     person: str
@@ -106,8 +106,8 @@ def model_name(who: Version) -> str:
 def wire_name(who: ServedModel) -> str:
     """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
 
-    The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
-    the adapter in its last slot.
+    The base's name is ``zero``, an adapter of zeros: in a batch with people's rows, vLLM on a CPU computes rows without
+    an adapter with the adapter in its last slot.
     """
     if who is BASE:
         return _ZERO
@@ -115,7 +115,7 @@ def wire_name(who: ServedModel) -> str:
 
 
 def from_wire(name: str) -> ServedModel | None:
-    """Inverse of ``wire_name``; None if ``name`` is not such a name."""
+    """Return the model of a ``wire_name``, or None for other names."""
     if name == _ZERO:
         return BASE
     sealed = _WIRE.fullmatch(name)
@@ -131,8 +131,8 @@ class EngineRequest:
 
     ``asker`` identifies the caller: cached keys and values are never shared between callers, even for the same person.
     ``top_logprobs`` is the number of alternatives per token; None turns log probabilities off. With a ``seed``,
-    sampling is reproducible up to rounding. With ``labels``, each with its end token, nothing is generated: the engine
-    scores these answers. ``max_tokens`` must then be at least the longest label's tokens.
+    sampling is reproducible up to rounding. With ``labels``, the engine generates nothing and scores these answers,
+    each with its end token. ``max_tokens`` must then be at least the longest label's number of tokens.
     """
 
     prompt: tuple[int, ...]
@@ -180,7 +180,7 @@ class AnswerPiece:
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results of all works, run at once. An error or a cancellation is raised after all of them ended."""
+    """Run coroutines at once and return their results. Errors and cancellation are raised after all have ended."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
@@ -235,13 +235,13 @@ class Engine(ABC):
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
         """End the person's running answers with ModelRemoved, and drop everything computed for the person.
 
-        ``askers`` are the person's own: what they asked other models ends, too.
+        Also ends answers of other models to ``askers``: the person's own, and callers who saw the person's items.
         """
         error = ModelRemoved("the person was forgotten", hint="Ask the pooled model: task")
         await self._drop(lambda who: who.person == person, error, askers)
 
     async def drop(self, versions: Collection[Version], askers: Collection[str] = ()) -> None:
-        """End the running answers of these versions, and to ``askers``, with ModelRemoved; drop what they computed."""
+        """End running answers of these versions and to ``askers`` with ModelRemoved, and drop their cached data."""
         error = ModelRemoved("the store no longer has this version", hint="Ask again for the newest version.")
         await self._drop(versions.__contains__, error, askers)
 
@@ -265,7 +265,7 @@ class Engine(ABC):
 
     @abstractmethod
     def facts(self) -> Mapping[str, tuple[float, str]]:
-        """Return the engine's metrics: name -> (value, description). None describes a single person."""
+        """Return the engine's metrics: name -> (value, description). No metric describes a single person."""
 
     @abstractmethod
     async def close(self) -> None:

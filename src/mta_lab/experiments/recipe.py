@@ -35,12 +35,12 @@ FIXED = ("base", "dtype", "device", "task=", "task.", "max_tokens", "seed")  # s
 class Sizes(Settings):
     """Maximum number of people in each part; a small data set gives a share of the people with enough items."""
 
-    test: int = Field(100, ge=1)
-    development: int = Field(40, ge=0)
-    candidates: int = Field(200, ge=4)
-    task: int = Field(400, ge=0)
+    test: int = Field(100, ge=1, description="tested people")
+    development: int = Field(40, ge=0, description="development people")
+    candidates: int = Field(200, ge=4, description="candidates")
+    task: int = Field(400, ge=0, description="task people")
     together: bool = Field(True, description="people who share items are in one part")
-    never_tested: int = Field(0, ge=0, description="so many people, the first by hash: choices were made on them")
+    never_tested: int = Field(0, ge=0, description="number of people on whom choices were made, the first by hash")
 
 
 class Part(Settings):
@@ -76,26 +76,22 @@ class Part(Settings):
 
 
 class Experiment(Settings):
-    """All comparisons on one set of people. Exhibits share banks, splits and scores."""
+    """All comparisons on one set of people. Exhibits (tables and figures) share banks, splits, and scores."""
 
     about: str = Field("", description="one line about the data and the task")
-    data: str | None = Field(None, description="people, as for --data; null: --data has to be given")
-    needs_test: bool = Field(False, description="the tested people come from another file, --test")
+    data: str | None = Field(None, description="people, as for --data; null: --data is required")
+    needs_test: bool = Field(False, description="the tested people come from another file (--test)")
     people: Sizes = Sizes()
-    ask: QueryOrder = Field(
-        "last", description="queries are a person's last items, or the next ones after the first shots"
-    )
+    ask: QueryOrder = Field("last", description="queries are a person's last items, or the next items after the shots")
     shots: int = Field(8, ge=1, description="items that a person's model learns from")
-    queries: int = Field(4, ge=1, description="items to predict, of a person")
-    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")
-    compared: int | None = Field(None, ge=1, description="test only the first people, this many")
-    primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
-    few: int = Field(30, ge=1, description="leave out a number of shots if fewer people have enough items")
+    queries: int = Field(4, ge=1, description="items to predict per person")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="each seed has its own clusters, bank, and stacks")
+    compared: int | None = Field(None, ge=1, description="test only this many people (the first); null: all")
+    primary: tuple[str, ...] = Field((), description="methods for MTA's primary comparisons (corrected p-values)")
+    few: int = Field(30, ge=1, description="a number of shots is left out if fewer people have enough items")
     run: Run
-    tuned: dict[str, dict[str, Any]] = Field(
-        {}, description="settings of the methods with these names, in every exhibit"
-    )
-    exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures: lists of parts, with methods")
+    tuned: dict[str, dict[str, Any]] = Field({}, description="settings by method name, for all exhibits")
+    exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures; each is a list of parts (methods)")
 
     def seeds_of(self, part: Part) -> tuple[int, ...]:
         """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""

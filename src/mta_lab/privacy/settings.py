@@ -10,7 +10,7 @@ from mta.config import Settings
 class AttackSettings(Settings):
     """How a bank is attacked: ``targets`` people outside the bank are personalized from their first ``shots`` items.
 
-    Every model is then scored on at most ``items`` items that each anchor was trained on.
+    Then every model is scored on items that the anchors were trained on, at most ``items`` per anchor.
     """
 
     shots: int = Field(default=8, ge=1, description="first items of a target person")

@@ -1,4 +1,4 @@
-"""The base class of methods, and how every method that uses a model asks it the queries."""
+"""The base class of methods, and ``answer``, which answers the queries with a model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Method(Settings, ABC):
 
     @property
     def shows_history(self) -> bool:
-        """Whether prompts begin with earlier items where the bank's do: these are kept for every person."""
+        """Whether prompts begin with earlier items if the bank's prompts do. These items are stored per person."""
         return True
 
     @property
@@ -102,7 +102,7 @@ def _unnamed(settings: Any) -> Any:
 
 
 class OverMethod(Method):
-    """A method that changes what another one, ``over``, gets to see."""
+    """A method that changes the input of another method, ``over``."""
 
     shows_history: ClassVar[bool] = False  # the outcome of ``over`` counts it
 
@@ -130,10 +130,10 @@ def answer(
 ) -> list[Answers]:
     """Answer the queries of some of the batch's people with ``adapters``, which have the order of ``people``.
 
-    With ``together``, everybody is asked with the adapters of the first.
+    With ``together``, all people are asked with the adapters of the first person.
 
     Labels are scored if the task has labels. Otherwise the text is decoded greedily, and the NLL per token of the gold
-    text is returned too.
+    text is returned, too.
     """
     task, base, queries = batch.task, batch.base, [batch.queries[i] for i in people]
     memory, everybody = parse_size(batch.run.memory), [0] * len(people) if together else None
