@@ -49,14 +49,10 @@ def dtype_of(layer: Any) -> torch.dtype:
     return layer.compute_dtype if quantized_as(layer) else layer.weight.dtype
 
 
-def use_restored_weights(model: nn.Module, dtype: torch.dtype) -> str:
-    """Let quantized layers compute with their restored weights in ``dtype``; return the quantization, if any."""
-    found = ""
-    for layer in model.modules():
-        if kind := quantized_as(layer):
-            found, own = kind, vars(layer)
-            own["compute_dtype"], own["forward"] = dtype, partial(_forward, layer)
-    return found
+def use_restored_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let quantized layers compute with their restored weights in ``dtype``."""
+    for layer in filter(quantized_as, model.modules()):
+        vars(layer).update(compute_dtype=dtype, forward=partial(_forward, layer))
 
 
 class _Product(Function):
