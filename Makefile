@@ -53,7 +53,7 @@ test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 # All three steps run; the target fails if one of them failed. Variables:
 #   QUICK=1     rehearse on the CPU with tiny models
 #   GPU_PYTHON  a Python that has torch for the GPU, the other dependencies of mta, pytest, pytest-timeout, hypothesis,
-#               and peft: then no environment is made, and nothing is installed
+#               peft, and bitsandbytes (for rows in 4 bits): then no environment is made, and nothing is installed
 #   OUT         folder of the results
 #   BUDGET      seconds after which no other row of the benchmark is started; a started row ends, so the run takes longer
 #   GPU_ARGS    more words for benchmarks.gpu, such as "--only training --shapes Llama-3-8B"
@@ -68,7 +68,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
 	@failed=0; export MTA_KERNELS=off PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH"; set -x; \
 	$(GPU_PYTHON) -m mta doctor --device $(DEVICE) || failed=1; \
 	$(GPU_PYTHON) -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
-		tests/project/test_on_device.py tests/system/test_device.py || failed=1; \
+		tests/project/test_on_device.py tests/system/test_device.py tests/model/test_quantized.py || failed=1; \
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) --budget $(BUDGET) $(if $(QUICK),--quick) \
 		$(GPU_ARGS) || failed=1; \
 	exit $$failed

@@ -88,17 +88,19 @@ SHAPES = (  # in the order of measuring: should the time run out, the largest is
 
 def _in_four_bits(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Replace the linear layers below the head by layers of bitsandbytes, one by one."""
+    for parent in [parent for parent in model.model.modules() if torch.nn.Linear in map(type, parent.children())]:
+        for name in [name for name, child in parent.named_children() if type(child) is torch.nn.Linear]:
+            setattr(parent, name, _four_bits(parent.get_submodule(name), dtype).to(device))
+
+
+def _four_bits(layer: Any, dtype: torch.dtype) -> Any:
     import bitsandbytes as bnb
 
-    for parent in list(model.model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is torch.nn.Linear:
-                new = bnb.nn.Linear4bit(
-                    layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4"
-                )
-                new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-                new.bias = layer.bias
-                setattr(parent, name, new.to(device))
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    made = bnb.nn.Linear4bit(*sizes, dtype, quant_type="nf4", device="meta")  # draws no weights
+    made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    made.bias = layer.bias
+    return made
 
 
 def needed(shape: Shape, dtype: torch.dtype, memory: int, people: int = PEOPLE) -> int:

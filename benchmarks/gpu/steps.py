@@ -20,8 +20,10 @@ from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, agreed, oppu, stack
 from mta.config import Run, Training
 from mta.config.schema import OPPU_TRAINING
+from mta.kernels.quantized import weight_of
+from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
-from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs
+from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs, hardware
 from mta.tools.cost import Shape as CostShape
 from mta.training.packing import common_prefix, pack_for
 from mta.training.trainer import _passes
@@ -32,6 +34,7 @@ _MINUTE = 60
 _COMPARED = 3  # people of one pass whose results are compared with the peer's
 _PLANNED = 0.85, 1.15  # least and most measured bytes over planned bytes
 _ONE_PASS = 2**20  # tokens
+_KNOWN = {"h100": "h100", "a100": "a100", "l4": "nvidia l4", "rtx-4090": "4090"}  # of mta size: a part of CUDA's name
 
 
 @dataclass
@@ -101,6 +104,9 @@ class Step:
         if find_spec("bitsandbytes") is None:
             raise Absent("bitsandbytes is not installed")
         name, count, other = f"{self.name}, NF4", len(self.jobs), replace(self, nf4=True).cohort
+        if not other.base.blocked:
+            raise RuntimeError("the base in 4 bits did not pass the check for rows that share a prefix")
+        apart = max(_apart(other.base, self.site.base, layer) for layer in other.base.targets)
 
         def step(cohort: Cohort) -> float:
             cohort.train()
@@ -108,7 +114,9 @@ class Step:
 
         repeats, warm = self.site.settings.repeats, not self.site.settings.quick
         ours, plain = turns(lambda: step(other), lambda: step(self.cohort), repeats, warm=warm)
-        return Row(name, f"mta over NF4, {count} people", "mta over bfloat16", "people/min", tuple(ours), tuple(plain))
+        note = f"restored weights are {apart:.1%} from the plain ones at most"
+        sides = f"mta over NF4, {count} people", "mta over bfloat16"
+        return Row(name, *sides, "people/min", tuple(ours), tuple(plain), note=note)
 
     def against_estimate(self) -> Row:
         """The same rates against what ``mta size`` estimates from the rate of a large product."""
@@ -117,17 +125,17 @@ class Step:
         shared = common_prefix(*(job.tokens for job in self.jobs[0].examples[:2]))
         data = DataSizes(len(example.tokens), len(example.target), len(self.jobs[0].examples), shared=shared)
         run = Run.model_validate({"task_lora": {"enabled": False}, "bank": {"lora": {"rank": 8}}})
-        shape = CostShape._of(site.shape.name, site.base.model)
+        shape = CostShape.of_model(site.shape.name, site.base.model)
         steps = OPPU_TRAINING.steps_for(data.shots)
         operations = costs(shape, run, data)["OPPU"].person_operations / steps
-        size = 512 if site.settings.quick else 8192
-        product = limit.squares(site.dtype, 1 if site.settings.quick else 50, site.device, size)
-        product()
-        machine = Hardware("this", rate(product), ON_GPU, "measured")
-        note = f"the estimate assumes {ON_GPU:.0%} of the rate of a large product"
+        gpu = torch.cuda.get_device_name(site.device).lower() if site.device.type == "cuda" else ""
+        known = next((name for name, sign in _KNOWN.items() if sign in gpu), None)
+        measured = Hardware("torch.mm here", rate(self._product()[1]), ON_GPU, "measured")
+        machine = hardware(known) if known else measured
+        note = f"the estimate assumes {machine.share:.0%} of the rate of {machine.name}"
         estimate = (_MINUTE / machine.seconds(operations),)
-        mean = (statistics.median(self.rates),)
-        return Row(f"{self.name}, estimate", "measured", "mta size", "people/min", mean, estimate, note=note)
+        found = (statistics.median(self.rates),)
+        return Row(f"{self.name}, estimate", "measured", "mta size", "people/min", found, estimate, note=note)
 
     def against_moe_peft(self) -> Row:
         """Against another trainer of many LoRAs, after losses and gradients were compared. Raises Absent."""
@@ -154,13 +162,18 @@ class Step:
     def share_of_peak(self) -> Row:
         """Operations that a step cannot do without per second, against a product of large squares."""
         self._need_rates()
-        site, quick = self.site, self.site.settings.quick
         each = limit.needed(self.cohort) / (_MINUTE * len(self.jobs))
-        size = 512 if quick else 8192
-        product = limit.squares(site.dtype, 1 if quick else 50, site.device, size)
-        product()
+        size, product = self._product()
         ours, peers = tuple(each * one for one in self.rates), tuple(rate(product) for _ in self.rates)
         return Row(f"{self.name}, operations", "mta", f"torch.mm of {size} x {size}", "operations/s", ours, peers)
+
+    def _product(self) -> tuple[int, Callable[[], float]]:
+        """The size of a large product, and the product, once done."""
+        quick = self.site.settings.quick
+        size = 512 if quick else 8192
+        product = limit.squares(self.site.dtype, 1 if quick else 50, self.site.device, size)
+        product()
+        return size, product
 
     def memory(self) -> Row:
         """Peak of the memory of one person in one pass, against the plan."""
@@ -208,6 +221,12 @@ def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
     release(site.device)
     plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
     return float(difference)
+
+
+def _apart(base: BaseModel, plain: BaseModel, name: str) -> float:
+    """Return the relative distance of a layer's weights."""
+    one, other = (weight_of(at.model.get_submodule(name)).float() for at in (base, plain))
+    return float((one - other).norm() / other.norm())
 
 
 def _others(precision: str) -> str:

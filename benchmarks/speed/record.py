@@ -94,7 +94,10 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
 @cache
 def versions() -> dict[str, str]:
     """Of what computes."""
-    return {name: version_of(name) or "unknown" for name in ("torch", "transformers", "peft", "merge-then-adapt")}
+    return {
+        name: version_of(name) or "unknown"
+        for name in ("torch", "transformers", "peft", "bitsandbytes", "merge-then-adapt")
+    }
 
 
 @cache

@@ -1,8 +1,10 @@
 import json
 import logging
 import os
+from datetime import date
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from files import GOOD, TIME, fails, jsonl, lamp, question
@@ -52,8 +54,29 @@ def test_rows_of_chats_are_items(tmp_path: Path) -> None:
     assert bob.items == (Item({"input": "Hi", "output": "Hello"}),)
     assert read_people(jsonl(tmp_path, *rows), "text", columns={"person": "user"}) == [ann, bob]
     assert read_people(jsonl(tmp_path, {"person": "bob", **rows[1]}), "text") == [bob]
+    own = {"person": "bob", "input": "Hi", "output": "Hello", "messages": "not read"}
+    assert read_people([own], "text") == [bob]
     (asked,) = read_people([{"person": "bob", "messages": turns("Hi")}], "text", questions=True)
     assert asked.queries == (Item({"input": "Hi"}, is_query=True),)
+
+
+def test_rows_have_the_values_that_a_table_has(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"person": "ann", "text": "Good", "score": 5, "time": date(2024, 5, 31), "note": float("nan")},
+        {"person": "bob", "text": "Bad", "score": 1, "time": None, "note": 0.5},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    expected = read_people(tmp_path / "rows.parquet", "lamp3")
+    assert read_people(rows, "lamp3") == expected
+
+    class Dataset(list[Any]):
+        features: ClassVar = {"score": SimpleNamespace(names=["1", "2", "3", "4", "5"])}
+
+    named = Dataset({**row, "score": row["score"] - 1} for row in rows)
+    assert read_people(named, "lamp3") == expected
+    with pytest.raises(DataError, match="rows:1: expected a mapping, got text"):
+        read_people(["person", "text"], "lamp3")  # as a frame of pandas gives its columns
 
 
 @pytest.mark.parametrize(
@@ -62,7 +85,7 @@ def test_rows_of_chats_are_items(tmp_path: Path) -> None:
         ("Hi", "expected a list of turns with role and content, got text"),
         (turns("Hi"), "expected turns of user and assistant, perhaps after system; got user"),
         (2 * turns("Hi", "Yo"), "got user, assistant, user, assistant"),
-        (turns("Hi", " "), "field 'content': empty"),
+        (turns("Hi", " "), "field 'messages': empty"),
     ],
 )
 def test_chats_of_other_turns_are_bad_rows(messages: object, reason: str) -> None:

@@ -14,7 +14,7 @@ from mta.bank.bank import Bank
 from mta.config import Training
 from mta.data.tasks import load_task
 from mta.errors import BankMismatch, ConfigError, MissingExtra, UnsupportedModel
-from mta.kernels.quantized import quantized_as, weight_of
+from mta.kernels.quantized import bits_of, weight_of
 from mta.lora.batch import fresh
 from mta.lora.layers import PerPerson, Shared
 from mta.model.base import BaseModel
@@ -36,15 +36,15 @@ def folder(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
-def load(folder, quantize="none") -> BaseModel:
-    return BaseModel.load(folder, "float32", "cpu", max_tokens=400, quantize=quantize)
+def load(folder, quantize="none", device="cpu") -> BaseModel:
+    return BaseModel.load(folder, "float32", device, max_tokens=400, quantize=quantize)
 
 
 def restored(base: BaseModel, folder) -> BaseModel:
     """A plain base with the weights that a quantized one computes with."""
-    plain = load(folder)
+    plain = load(folder, device=str(base.device))
     for name, layer in base.model.named_modules():
-        if quantized_as(layer):
+        if bits_of(layer):
             plain.model.get_submodule(name).weight.data.copy_(weight_of(layer))
     return plain
 
@@ -54,10 +54,12 @@ def near(one, other) -> None:
 
 
 @BOTH
-def test_training_and_scores_are_those_of_the_restored_weights(folder, kind):
-    base = load(folder, kind)
-    plain, below = restored(base, folder), [Shared(random_loras(load(folder), 1, size=0.05))]
-    assert [quantized_as(layer) for layer in base.model.modules()].count(kind) == len(base.targets) == 14
+def test_training_and_scores_are_those_of_the_restored_weights(folder, kind, pytestconfig):
+    base = load(folder, kind, pytestconfig.getoption("--device"))
+    plain, below = restored(base, folder), [Shared(random_loras(load(folder), 1, size=0.05).to(base.device))]
+    assert (
+        [bits_of(layer) for layer in base.model.modules()].count(4 if kind == "nf4" else 8) == len(base.targets) == 14
+    )
     assert (base.packable, base.blocked) == (plain.packable, plain.blocked)
     start = fresh(plain.targets, 2, 4.0, 0, [job.key for job in JOBS], torch.float32)
     how = Training(lr=1e-2, steps=3, batch_size=3)
@@ -98,7 +100,7 @@ def test_linear_layers_take_the_planned_bytes(tmp_path, kind):
     tokenizer().save_pretrained(tmp_path)
     base = load(tmp_path, kind)
     taken = 0
-    for layer in filter(quantized_as, base.model.modules()):
+    for layer in filter(bits_of, base.model.modules()):
         weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
         scales = [weight.SCB] if state is None else [state.absmax, state.state2.absmax]
         taken += sum(tensor.numel() * tensor.element_size() for tensor in (weight.data, *scales))

@@ -11,7 +11,7 @@ from tiny import KINDS, base_of, random_examples, tokenizer
 
 from mta import BASE, TASK
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Training
+from mta.config import MergeSettings, Training, plugins
 from mta.evaluation import Context, TestBatch, run_methods
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
 from mta.kernels.compile import without_kernels
@@ -108,7 +108,10 @@ def test_an_export_is_the_same(walked, reference, tmp_path):
         close(tensor, expected[name])
 
 
-@pytest.mark.parametrize("policy", ["posterior", "ridge", "learned", "similarity", "laplace"])
+OF_THE_LAB = [name for name in ("ridge", "learned") if name in plugins.names("mta.policies")]  # if it is installed
+
+
+@pytest.mark.parametrize("policy", ["posterior", "similarity", "laplace", *OF_THE_LAB])
 def test_methods_measure_the_same(walked, reference, policy):
     settings = MergeSettings(policy=policy)
     scores = []

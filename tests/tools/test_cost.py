@@ -21,7 +21,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, LayerTotals, ParameterCounts, TextLengths
 from mta.store.state import Losses, State
-from mta.tools.cost import DataSizes, Shape, _scored, costs, hardware, memory
+from mta.tools.cost import DataSizes, Shape, _scored, costs, hardware, memory, what_fits
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(LayerTotals(), 1, 1, 1, 1, 2)
@@ -211,3 +211,17 @@ def test_groups_cost_what_their_items_do_and_the_gradients_that_form_them():
     )
     assert active.fixed_operations < groups.fixed_operations < twice.fixed_operations
     assert active.person_bytes == groups.person_bytes
+
+
+def test_what_fits_a_card_depends_on_the_quantization():
+    shape, data, card = Shape.of("llama-3-8b"), DataSizes(), hardware("rtx-4090")
+    said = {}
+    for kind in ("none", "nf4"):
+        run = override(Run(), [f"quantize={kind}", "bank.anchors=16", "gradient_checkpointing=true"])
+        found = memory(shape, run, data)
+        said[kind] = found.base, what_fits(card, found)
+    assert said["nf4"][0] == pytest.approx(5.7e9, rel=0.01)
+    assert said["none"][0] == pytest.approx(16.06e9, rel=0.01)
+    assert said["nf4"][1].startswith("Fits 90% of 24 GB on rtx-4090: base and bank leave 14 GB")
+    run = override(Run(), ["bank.anchors=50", "bank.lora.rank=16"])
+    assert what_fits(card, memory(shape, run, data)).startswith("Does not fit: base and bank need 2")

@@ -37,10 +37,6 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     """Return the card without the metadata."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
-    trained = f"""
-| items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
-| cut | {cuts} |{_sizes_tried(info)}
-| training | {seconds} |"""
     gains = what_to_expect(info)
     expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
@@ -54,14 +50,17 @@ LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, made 
 | base fingerprint | `{info.base_fingerprint}` |
 | encoder | {info.encoder} |
 | LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
-| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |{trained}
+| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
+| items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
+| cut | {cuts} |{_sizes_tried(info)}
+| training | {seconds} |
 
 {expected}## How to use it
 
 ```python
 import mta
 
-base = mta.BaseModel.load("{info.base}", "{info.run.dtype}", max_tokens={info.run.max_tokens})
+base = mta.BaseModel.load("{info.base}", "{info.run.dtype}", max_tokens={info.run.max_tokens}{_quantized(info)})
 bank = mta.Bank.from_pretrained("{place}", base)
 personal = mta.Personalizer(base, bank, store="people/")
 people = mta.read_people("newcomers.jsonl", task=bank.task)
@@ -108,7 +107,7 @@ A LoRA of rank {rank} over **{base}**{_base_note(info)}: {", ".join(parts)}, {ex
 import mta
 import peft  # pip install peft
 
-base = mta.BaseModel.load("{base}")  # or transformers' AutoModelForCausalLM with the same weights
+base = mta.BaseModel.load("{base}"{_quantized(info)})  # or transformers' AutoModelForCausalLM with the same weights
 model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 ```
 
@@ -128,8 +127,7 @@ def what_to_expect(info: BankInfo) -> str:
     """Return what people are expected to gain from a bank, in words and as a table; empty without a calibration."""
     if info.calibration is None:
         return ""
-    people = "on items that the bank was not trained on"
-    said = [in_words(info.calibration, people)]
+    said = [in_words(info.calibration)]
     if info.calibration.gains:
         said.append(
             "Merge and stack were chosen on these people, too: a person's gain is by what the others chose, but the "
@@ -197,13 +195,13 @@ def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
     return "".join(cells)
 
 
-def in_words(info: CalibrationInfo, people: str = "on items that the bank was not trained on") -> str:
-    """Return what a calibration found, in one paragraph; ``people`` says who was measured."""
+def in_words(info: CalibrationInfo) -> str:
+    """Return what a calibration found, in one paragraph."""
     notes = [f"{note[0].upper()}{note[1:]}." for note in info.notes]
     if not info.gains:
         return " ".join(["No gain could be measured: merges are made by the policy posterior.", *notes])
     parts = [
-        f"Measured on {info.people} people, {people}: the decrease of the true "
+        f"Measured on {info.people} people, on items that the bank was not trained on: the decrease of the true "
         "answer's NLL per token, its end included, against the pooled model, in nats, with 95% intervals."
     ]
     merged = any(gain.mean for gain in info.gains)  # otherwise, there are no merges
@@ -239,9 +237,14 @@ def _sizes_tried(info: BankInfo) -> str:
 
 def _anchors_in_words(info: BankInfo) -> str:
     """Return how many people are behind the anchors."""
-    if max(info.people, default=1) == 1:
+    if max(info.people) == 1:
         return f"{len(info.items)} anchor people"
     return f"{len(info.items)} groups of {min(info.people)} to {max(info.people)} people"
+
+
+def _quantized(info: BankInfo) -> str:
+    """Return the argument by which the base is quantized as it is loaded, or ""."""
+    return f', quantize="{info.run.quantize}"' * (info.run.quantize != "none")
 
 
 def _base_note(info: BankInfo) -> str:

@@ -71,7 +71,7 @@ class BankInfo(BaseModel):
     work: str
     plan: str
     items: tuple[int, ...]
-    people: tuple[int, ...] = ()  # behind each anchor
+    people: tuple[int, ...]  # behind each anchor
     tried: tuple[tuple[int, float], ...] = ()  # numbers of groups, with the gain of people outside, round by round
     cut: dict[str, int] = {}
     seconds: dict[str, float] = {}

@@ -95,6 +95,7 @@ def _prepare() -> None:
     """Set up signals, streams, logging, threads, and memory for a process that is ours: a library must not do this."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for passes of many sizes on a GPU
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # which nohup sets
             signal.signal(ending, _end)

@@ -22,7 +22,7 @@ def build(
     words: options.Words = None,
     out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
     task: options.Task = None,
-    base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base model.")] = None,
+    base: Annotated[str | None, Option(help="Asset name, folder, GGUF file or hub id of the base model.")] = None,
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,

@@ -132,7 +132,7 @@ def size(
     people: Annotated[float, Option(min=1, help="Number of people, for example 1e6.")] = 1e6,
     base: Annotated[
         str | None,
-        Option(help="Base: a built-in shape (llama-3-8b, the default), an asset, a folder or a hub id."),
+        Option(help="Base: a built-in shape (llama-3-8b, the default), an asset, folder, GGUF file or hub id."),
     ] = None,
     anchors: Annotated[int | None, Option(min=1, help="Number of anchors in the bank.")] = None,
     rank: Annotated[int | None, Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")] = None,

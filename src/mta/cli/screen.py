@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # FORCE_COLOR makes a file a terminal for rich, which would write its bars there again and again.
 console = Console(stderr=True, force_interactive=None if sys.stderr and sys.stderr.isatty() else False)
 EVERY = 15.0  # seconds between plain lines
-_SHARED = 0.5  # cores that other processes use: from here on, it is said
+_SHARED = 0.25  # share of the cores that other processes use: from here on, it is said
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Screen:
     def __init__(self, unit: str = "examples") -> None:
         self._unit = unit
         self._stages: dict[str, _Stage] = {}
-        self._others, self._looked, self._warned = OtherProcesses(), time.monotonic(), False
+        self._others, self._looked, self._warned = OtherProcesses(), 0.0, False
         self._progress = Progress(
             TextColumn("{task.description:<14}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=12),
@@ -91,6 +91,8 @@ class Screen:
         if (known := self._stages.get(stage)) is None:
             known = self._stages[stage] = _Stage(self._progress.add_task(stage, note=note, total=total), done=total)
         now = time.monotonic()
+        if not self._looked:  # not before: kernels may have been compiled meanwhile
+            self._looked, self._others = now, OtherProcesses()
         if done <= known.done:  # the first or the next cohort begins
             known.began, known.before = now, done
             self._progress.reset(known.bar, total=total)  # or a finished cohort's times would stay
@@ -109,15 +111,15 @@ class Screen:
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
 
     def _look_at_others(self, now: float) -> None:
-        """Say once if other processes use the cores: two that compute with torch slow each other tenfold."""
+        """Say once if other processes use the cores: two that compute with torch slow each other severalfold."""
         if self._warned or now - self._looked < EVERY:
             return
         self._looked, used = now, self._others.cores()
-        self._warned = used > _SHARED
+        self._warned = used > _SHARED * cores()
         if self._warned:
             self.say(
-                f"Other processes use {used:.1f} of {cores()} cores, which can slow this down tenfold. Wait for them, "
-                "or give each process its own cores:  OMP_NUM_THREADS=1 taskset -c 0 mta …"
+                f"Other processes use {used:.1f} of {cores()} cores, which slows this down severalfold. Wait for them, "
+                "or set OMP_NUM_THREADS so that all processes together have no more threads than cores."
             )
 
     def say(self, text: str) -> None:

@@ -199,7 +199,7 @@ class StackSettings(Settings):
 class Run(Settings):
     """All settings that determine a result. The same settings give the same tensors (on GPUs, up to rounding)."""
 
-    base: str = Field(default="smollm2-135m-instruct", description="asset name, folder, or hub id")
+    base: str = Field(default="smollm2-135m-instruct", description="asset name, folder, GGUF file, or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
     encoder: str = Field(default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (hidden states)")
     seed: Seed = Field(default=0, description="seed of all random draws")

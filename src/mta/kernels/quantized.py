@@ -17,42 +17,44 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.functions import product
 
-_CLASSES = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
+_CLASSES = {"Linear4bit": 4, "Linear8bitLt": 8}  # bits of a weight
 _INT8 = 127  # a row of 8-bit weights is its largest absolute value times numbers from -127 to 127
 
 
-def quantized_as(layer: nn.Module) -> str:
-    """Return the name of a linear layer's quantization, ``nf4`` or ``int8``; empty if there is none."""
+def bits_of(layer: nn.Module) -> int:
+    """Return the bits of a quantized linear layer's weights; 0 for all other layers."""
     kind = type(layer)
-    return _CLASSES.get(kind.__name__, "") if kind.__module__.startswith("bitsandbytes.") else ""
+    return _CLASSES.get(kind.__name__, 0) if kind.__module__.startswith("bitsandbytes.") else 0
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Return whether a layer computes x W^T + b: a plain or quantized nn.Linear."""
-    return type(layer) is nn.Linear or bool(quantized_as(layer))
+    return type(layer) is nn.Linear or bits_of(layer) > 0
 
 
 def weight_of(layer: Any) -> Tensor:
     """Return the weight (O, D) of a linear layer, restored if it is quantized."""
-    kind, weight = quantized_as(layer), layer.weight
-    if kind == "nf4":
+    bits, weight = bits_of(layer), layer.weight
+    if bits == 4:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype)
-    if kind == "int8":
-        return (weight.data * (weight.SCB / _INT8)[:, None]).to(layer.compute_dtype)
+    if bits == 8:
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # moved by a product of bitsandbytes
+        restored = torch.empty_like(weight.data, dtype=layer.compute_dtype)
+        return torch.mul(weight.data, (scales / _INT8)[:, None], out=restored)  # no copy in float32
     return weight
 
 
 def dtype_of(layer: Any) -> torch.dtype:
     """Return the dtype in which a linear layer computes."""
-    return layer.compute_dtype if quantized_as(layer) else layer.weight.dtype
+    return layer.compute_dtype if bits_of(layer) else layer.weight.dtype
 
 
 def use_restored_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Let quantized layers compute with their restored weights in ``dtype``."""
-    for layer in filter(quantized_as, model.modules()):
-        vars(layer).update(compute_dtype=dtype, forward=partial(_forward, layer))
+    for layer in filter(bits_of, model.modules()):  # the weight has the quant_state, too: twins share only that
+        vars(layer).update(compute_dtype=dtype, forward=partial(_forward, layer), quant_state=None)
 
 
 class _Product(Function):

@@ -88,8 +88,7 @@ def has_own_card(folder: Path) -> bool:
 def read_peft(folder: str | Path) -> LoraBatch:
     """Return the adapter of a PEFT folder that mta wrote as a batch of one.
 
-    Half precision becomes float32. Raises InputError for missing or damaged files, and for settings that mta does not
-    write.
+    Half precision becomes float32. Raises InputError for missing or damaged files, and for other kinds of adapters.
     """
     folder = Path(folder)
     rank, alpha = _rank_and_alpha(folder)
@@ -102,9 +101,7 @@ def read_peft(folder: str | Path) -> LoraBatch:
                 hint=_AGAIN,
             )
         if not all(part.is_floating_point() and part.isfinite().all() for part in (a, b)):
-            raise InputError(
-                f"{folder}: layer {name!r} holds other values than finite floating point numbers", hint=_AGAIN
-            )
+            raise InputError(f"{folder}: layer {name!r} holds values that are not finite floats", hint=_AGAIN)
     return LoraBatch(factors, alpha / rank)
 
 

@@ -20,7 +20,7 @@ from mta.config import Run
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
-from mta.kernels.quantized import use_restored_weights
+from mta.kernels.quantized import use_restored_weights, weight_of
 from mta.kernels.swap import use_kernels
 from mta.model.adaptable import (
     adapted_layers,
@@ -52,7 +52,7 @@ class BaseModel:
 
     Of a given model's generation settings, only the end tokens are kept.
 
-    >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder or hub id
+    >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder, GGUF file or hub id
     """
 
     targets: dict[str, tuple[int, int]]  # adapted linear layers in forward order: name -> (D, O); without the LM head
@@ -115,10 +115,11 @@ class BaseModel:
         check: Check | None = None,
         quantize: str = "none",
     ) -> BaseModel:
-        """Load by asset name, local folder, or hub id. Raises AssetError, ModelError, UnsupportedModel, MissingExtra.
+        """Load by asset name, local folder, GGUF file, or hub id.
 
         ``gradient_checkpointing`` recomputes activations in the backward pass, for big bases and long texts. ``check``
         is called with the fingerprint before the weights are loaded. ``quantize``: none, nf4, or int8.
+        Raises AssetError, ModelError, UnsupportedModel, MissingExtra.
         """
         place, name = pick_device(device), os.path.expanduser(name)
         load = partial(load_weights, place=place, quantize=quantize)
@@ -322,7 +323,7 @@ def corrected(head: nn.Module, x: Tensor, logits: Tensor, exact: Exact) -> Tenso
     rows, tokens = exact
     full = logits.float()
     with torch.no_grad():
-        products = x[0, rows].float() * head.weight[tokens].float()
+        products = x[0, rows].float() * weight_of(head)[tokens].float()
         full[0, rows, tokens] = products.sum(-1) + (0.0 if head.bias is None else head.bias[tokens].float())
     return full
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from mta.kernels.quantized import bits_of
+
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
 _BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
 _PYTHON_GELU = 3  # intermediate results, each of the size of the input, that a GELU written in Python keeps
@@ -133,6 +135,7 @@ class Footprint:
     itemsize: int
     kernels: bool = False
     checkpointed: bool = False
+    restored: int = 0  # bytes of the largest layer's weights, if weights are quantized
     capped: bool = False  # whether the base bounds its logits by a tanh
 
     @classmethod
@@ -146,7 +149,8 @@ class Footprint:
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
         capped = getattr(config, "final_logit_softcapping", None) is not None
-        return cls(LayerTotals.of(model, adapted, exchanged), *shape, itemsize, capped=capped)
+        restored = itemsize * any(map(bits_of, model.modules())) * max(d * o for d, o in adapted.values())
+        return cls(LayerTotals.of(model, adapted, exchanged), *shape, itemsize, capped=capped, restored=restored)
 
     @property
     def _wide(self) -> int:
@@ -214,8 +218,8 @@ class Footprint:
         return numbers.frozen + (numbers.task_lora if numbers.frozen or not numbers.shared else 0)
 
     def shared(self, numbers: ParameterCounts) -> int:
-        """Return the bytes of the copies that a pass makes of adapters shared by all people."""
-        return self.itemsize * (numbers.shared + numbers.task_lora)
+        """Return the bytes of a pass for all people together: copies of shared adapters, and restored weights."""
+        return self.restored + self.itemsize * (numbers.shared + numbers.task_lora)
 
     def training(self, tokens: int, targets: int, people: int, texts: TextLengths, numbers: ParameterCounts) -> int:
         """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments.

@@ -88,7 +88,8 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise
     # save_pretrained writes mode 0600, but a cache may be shared.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
     return folder
 
 
@@ -164,7 +165,7 @@ def resolve(name_or_path: str) -> str:
         return str(fetch(name_or_path) / ASSETS[name_or_path].read)
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
-        return str(_dequantized(Path(path))) if path.endswith(".gguf") else path
+        return str(_dequantized(Path(path))) if path.endswith(".gguf") and os.path.isfile(path) else path
     if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
         raise AssetError(
             f"no such file or folder: {name_or_path}; expected an existing path, a hub id (owner/name) or one of the "
@@ -204,10 +205,12 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
 
 def _dequantized(gguf: Path) -> Path:
     """Return the folder of a GGUF file's weights in float32, converted once and cached. Raises AssetError."""
-    require("assets")
     about = gguf.stat()
     known = json_sha256([str(gguf.resolve()), about.st_size, about.st_mtime_ns])
     folder = cache_dir() / "gguf" / f"{gguf.stem}-{known[:12]}"
+    if folder.exists():  # complete: it appears by a rename
+        return folder
+    require("assets")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):

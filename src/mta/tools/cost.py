@@ -20,7 +20,7 @@ from mta.bank.calibration.info import CalibrationInfo, Gain, with_calibrated_set
 from mta.config import Run
 from mta.config.schema import OPPU_TRAINING
 from mta.errors import ConfigError
-from mta.model.adaptable import adapted_layers
+from mta.model.adaptable import adapted_layers, quantized_by
 from mta.model.agreement import called_layers
 from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
@@ -63,6 +63,7 @@ class Shape:
     head: int
     cached: int
     footprint: Footprint  # of passes in bfloat16, without compiled kernels
+    stored: str = "none"  # how bitsandbytes quantized the stored weights
 
     @classmethod
     def of(cls, name: str) -> Shape:
@@ -76,7 +77,7 @@ class Shape:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
-            return cls._of(name, model)
+            return cls.of_model(name, model)
         except ValueError:
             kind = "not a causal language model"
         except AttributeError:
@@ -86,10 +87,13 @@ class Shape:
         )
 
     @classmethod
-    def _of(cls, name: str, model: Any) -> Shape:
+    def of_model(cls, name: str, model: Any) -> Shape:
+        """Return the sizes of a model of transformers."""
         text, adapted = model.config.get_text_config(), adapted_layers(model, called_layers(model), name)
         shapes = adapted.values()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        how = model.config.quantization_config if quantized_by(model.config) else None
+        stored = "none" if how is None else "int8" if how.get("load_in_8bit") else "nf4"
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             name,
@@ -100,6 +104,7 @@ class Shape:
             text.hidden_size * text.vocab_size,
             2 * text.num_hidden_layers * heads * size,
             Footprint.of(model, SERVED, adapted),
+            stored,
         )
 
 
@@ -275,7 +280,8 @@ def memory(shape: Shape, run: Run, data: DataSizes) -> Memory:
     ]
     anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
     token = footprint.token(TextLengths(round(data.tokens), round(data.shared)), footprint.ranks(trained[1]))
-    base = SERVED * (shape.parameters - shape.linear) + WEIGHT[run.quantize] * shape.linear
+    weight = WEIGHT[shape.stored if run.quantize == "none" else run.quantize]
+    base = SERVED * (shape.parameters - shape.linear) + weight * shape.linear
     bank = 2.0 * SERVED * ranks * shape.width
     return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
 
@@ -286,11 +292,11 @@ def what_fits(machine: Hardware, memory: Memory) -> str:
         return ""
     free = USABLE * machine.memory - memory.base - memory.bank
     has = f"{USABLE:.0%} of {human_bytes(machine.memory)} on {machine.name}"
-    if free <= memory.token:
+    if free <= 0:
         return f"Does not fit: base and bank need {human_bytes(memory.base + memory.bank)}, more than {has}"
-    tokens, rows = free / (memory.token + memory.target), free / memory.row
+    tokens, rows = free / 2 / (memory.token + memory.target), free / memory.row  # half is for adapters
     return (
-        f"Fits {has}: base and bank leave {human_bytes(free)} for memory=, which trains at least {tokens:,.0f} tokens "
+        f"Fits {has}: base and bank leave {human_bytes(free)} for memory=, which trains about {tokens:,.0f} tokens "
         f"in a pass, or for {rows:,.0f} served rows"
     )
 

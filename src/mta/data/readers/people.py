@@ -13,8 +13,8 @@ from mta.config import plugins
 from mta.data.history import Item, People, Person
 from mta.data.readers.rejects import Place, Records, Rejects, data_error
 from mta.data.readers.rows import MESSAGES, RecordPart, distinct, item_parts
-from mta.data.readers.stream import objects
-from mta.data.readers.tables import table_in
+from mta.data.readers.stream import kind_of, objects
+from mta.data.readers.tables import plain, table_in
 from mta.data.sharing import connected, repeated
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
@@ -85,8 +85,7 @@ def read_people(
         if isinstance(source, Path):
             parts = iter_parts(source, task, rejects, columns, questions)
         else:
-            rows = ((Place(path, n), dict(row)) for n, row in enumerate(source, 1))
-            parts = item_parts(rows, task, rejects, columns or {}, questions)
+            parts = item_parts(_records_in(source, path, rejects), task, rejects, columns or {}, questions)
         for part in parts:
             items, queries, ids = gathered.setdefault(part.person, ([], [], set()))
             items += part.items if part.checked else distinct(part.items, ids, part.person, part.place, rejects)
@@ -108,6 +107,18 @@ def read_people(
     if shared.people:
         log.warning("%s: %s; splits keep a group together", path, shared)
     return People(people, task)
+
+
+def _records_in(rows: Iterable[Mapping[str, Any]], name: Path, rejects: Rejects) -> Records:
+    """Yield given rows with the values of a table's; class labels of a dataset get their names."""
+    features = getattr(rows, "features", None) or {}
+    classes = {key: kind.names for key, kind in features.items() if hasattr(kind, "names")}
+    for place, row in ((Place(name, number), row) for number, row in enumerate(rows, 1)):
+        if isinstance(row, Mapping):
+            yield place, {str(key): plain(value, classes.get(key)) for key, value in row.items()}
+        else:
+            hint = "Give mappings of fields; of a pandas frame:  frame.to_dict('records')"
+            rejects.add(place, None, f"expected a mapping, got {kind_of(row)}", hint=hint)
 
 
 def iter_parts(

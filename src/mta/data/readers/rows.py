@@ -115,7 +115,7 @@ def _single_turn(row: Mapping[str, Any], question: bool) -> dict[str, str]:
     if roles[system:] not in (["user", "assistant"], ["user"] if question else None):
         given = ", ".join(map(str, roles)) or "no turns"
         raise Bad(MESSAGES, f"expected turns of user and assistant, perhaps after system; got {given}")
-    texts = [text_in(turn, "content") for turn in turns]
+    texts = [text_in({MESSAGES: turn.get("content")}, MESSAGES) for turn in turns]
     asked = "\n\n".join(texts[: 1 + system])
     return {"input": asked} if question else {"input": asked, "output": texts[-1]}
 
@@ -237,8 +237,8 @@ def item_parts(
     """
     wanted, unread = _Wanted(task, questions), Counter[str]()
     known = {"person", "time", "id", "input", "output", *wanted.fields, *task.fields(query=questions)}
-    chats = MESSAGES not in known
-    known.add(MESSAGES)
+    chats, fields = MESSAGES not in known, {"input", "output", *wanted.fields}
+    known |= {MESSAGES} if chats else set()
     (named, replaced), seen = _columns_of(wanted, columns), set[str]()
     for place, record in records:
         seen |= record.keys()
@@ -247,7 +247,7 @@ def item_parts(
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
             try:
-                if chats and row.get(MESSAGES) is not None:
+                if chats and row.get(MESSAGES) is not None and not row.keys() & fields:
                     row |= _single_turn(row, questions)
                 person, items = id_in(row, "person"), (item_in(row, task, question=questions),)
             except Bad as bad:  # in the words of the file

@@ -87,7 +87,7 @@ def parquet_rows(path: Path, rejects: Rejects) -> Records:
         _check_distinct(names, Place(path, 1))
         batches = (batch.to_pydict().values() for batch in table.iter_batches(1024))
         for number, row in enumerate((row for columns in batches for row in zip(*columns)), 1):
-            yield Place(path, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
+            yield Place(path, number), {name: plain(value, classes.get(name)) for name, value in zip(names, row)}
     except DataError:  # a ValueError, too
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
@@ -102,7 +102,7 @@ def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
 
 
-def _plain(value: Any, classes: list[str] | None = None) -> Any:
+def plain(value: Any, classes: list[str] | None = None) -> Any:
     """Return a value of a field as JSON would hold it."""
     if classes and isinstance(value, int):
         return classes[value] if 0 <= value < len(classes) else None
