@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def evaluate(
     recipe: Annotated[
-        str, Argument(help="lamp1 to lamp5, lamp2n, lamp7, authors-lamp1 to -lamp5, movielens, or a .yaml file.")
+        str, Argument(help="lamp1 to lamp5, lamp2n, lamp7, authors-lamp1 to -lamp5, survey, movielens, or a file.")
     ],
     words: options.RecipeWords = None,
     out: Annotated[

@@ -84,7 +84,7 @@ def _ask_me(out: Path, json: bool) -> None:
 
 def doctor(
     device: Annotated[
-        str | None, Option(help="Check only this device, not whether mta demo can run: cpu, cuda, or auto.")
+        str | None, Option(help="Check only this device (cpu, cuda, or auto), not whether mta demo can run.")
     ] = None,
     json: options.Json = False,
 ) -> None:

@@ -140,7 +140,7 @@ class CalibrationSettings(Settings):
 
     enabled: bool = Field(default=True, description="calibrate the bank when it is built")
     people: int = Field(default=48, ge=0, description="maximum number of people")
-    shots: int = Field(default=8, ge=1, description="maximum number of earlier items of a person")
+    shots: int = Field(default=8, ge=1, description="maximum number of shots of a person")
     queries: int = Field(default=4, ge=1, description="later items per person; more with few people")
     steps: int = Field(default=2, ge=1, description="Newton steps to the population's best merge")
 

@@ -91,7 +91,7 @@ class Experiment(Settings):
     data: str | None = Field(None, description="people, as for --data; null: --data is required")
     needs_test: bool = Field(False, description="the tested people come from another file (--test)")
     people: Sizes = Sizes()
-    ask: QueryOrder = Field("last", description="queries are a person's last items, or the next items after the shots")
+    ask: QueryOrder = Field("last", description="queries: a person's last items, or those after the shots (next)")
     shots: int = Field(8, ge=1, description="items that a person's model learns from")
     queries: int = Field(4, ge=1, description="items to predict per person")
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="each seed has its own clusters, bank, and stacks")
