@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 
 from mta.data.readers.people import read_people
+from mta.data.splits import Part
 from mta.data.tasks import load_task
 from mta.evaluation.statistics import bootstrap
 from mta_lab.experiments.people import draw_splits
@@ -23,7 +24,7 @@ def main(classes: int = 16, rounds: int = 200) -> None:
     splits, _ = draw_splits(load_experiment("survey"), load_task("survey"), people, [])
     statements = sorted({item.fields["statement"] for item in people[0].items})
 
-    def answers(part: str, start: int = 0, stop: int | None = None) -> torch.Tensor:  # (people, statements, labels)
+    def answers(part: Part, start: int = 0, stop: int | None = None) -> torch.Tensor:  # (people, statements, labels)
         items = (person.items[start:stop] for person in splits.select(part, people))
         said = ({i.fields["statement"]: int(i.fields["answer"]) for i in own} for own in items)
         rows = torch.tensor([[own.get(statement, 0) for statement in statements] for own in said])

@@ -94,11 +94,11 @@ def _in_four_bits(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _four_bits(layer: Any, dtype: torch.dtype) -> Any:
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     sizes = layer.in_features, layer.out_features, layer.bias is not None
-    made = bnb.nn.Linear4bit(*sizes, dtype, quant_type="nf4", device="meta")  # draws no weights
-    made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    made: Any = Linear4bit(*sizes, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]  # draws none
+    made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     made.bias = layer.bias
     return made
 
