@@ -27,6 +27,7 @@ METHODS = {  # name in the figure -> names in the files
     "label bias": ("label bias",),
     "rank 1 alone": ("rank 1 alone", "adapt only"),
     "OPPU": ("OPPU",),
+    "history in the prompt": ("history in the prompt",),
     "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
 }
 _COLUMN = "NLL against task LoRA"
@@ -38,7 +39,9 @@ def gains() -> dict[str, Gains]:
     """Return each set's differences in NLL to the task LoRA, by method."""
     found = {}
     for title, name in SETS.items():
-        rows = _of_tables((RESULTS / name / "README.md").read_text(encoding="utf-8"))
+        text = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+        seeds = [part for part in text.split("\n## ") if " people, 3 seeds." in part]
+        rows = _of_tables(text) | _of_tables("\n\n".join(seeds))
         found[title] = {
             method: next(rows[name] for name in names if name in rows)
             for method, names in METHODS.items()

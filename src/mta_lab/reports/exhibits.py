@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from statistics import fmean
 
-from mta.bank.calibration.info import CalibrationInfo
+from mta.bank.calibration.info import LABEL_BIAS, CalibrationInfo
 from mta.bank.card import gains_table, in_words
 from mta.config import MergeSettings
 from mta.config.constants import NOTICEABLE
@@ -116,7 +116,7 @@ def _seeds(results: Results, name: str) -> Drawn | None:
     columns = {f"seed {seed}": c for seed in seeds if (c := results.comparison(name, seeds=[seed]))}
     columns["all"] = together
     measure, names, text = together.yardstick, together.names, drawn[0]
-    for other in [one for one in (POOLED, RIVAL) if one in names]:
+    for other in [one for one in (POOLED, LABEL_BIAS, RIVAL) if one in names]:
         heads = [f"{measure} against {other}", *(f"{head} ({c.people} people)" for head, c in columns.items())]
         rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
