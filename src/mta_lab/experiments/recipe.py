@@ -29,16 +29,8 @@ def bank_name(bank: str, seed: int) -> str:
 
 
 FREE = ("merge.", "merge=", "stack.", "stack=", "memory=")  # settings that do not change how a bank is trained
-FIXED = (
-    "base",
-    "dtype",
-    "quantize",
-    "device",
-    "task=",
-    "task.",
-    "max_tokens",
-    "seed",
-)  # settings of the whole experiment
+# Settings of the whole experiment.
+FIXED = ("base", "dtype", "quantize", "device", "task=", "task.", "max_tokens", "seed")
 
 
 class Sizes(Settings):
