@@ -20,7 +20,7 @@ from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, agreed, oppu, stack
 from mta.config import Run, Training
 from mta.config.schema import OPPU_TRAINING
-from mta.kernels.quantized import weight_of
+from mta.kernels.linear import weight_of
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
 from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs, hardware

@@ -75,8 +75,8 @@ def test_rows_have_the_values_that_a_table_has(tmp_path: Path) -> None:
 
     named = Dataset({**row, "score": row["score"] - 1} for row in rows)
     assert read_people(named, "lamp3") == expected
-    with pytest.raises(DataError, match="rows:1: expected a mapping, got text"):
-        read_people(["person", "text"], "lamp3")  # as a frame of pandas gives its columns
+    with pytest.raises(DataError, match="rows:1: expected a mapping, got text"):  # as a frame of pandas gives
+        read_people(["person", "text"], "lamp3")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Compiled kernels against torch's own operations: the same values and the same gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from tiny import KINDS, base_of, random_examples, random_loras, rows_of
 
 from mta.kernels import functions
 from mta.kernels.compile import kernels, obstacle, without_kernels
-from mta.kernels.functions import AdaptedRows, FrozenLinear, RmsNorm, Rotate, add_low_rank, low_rank_gradients, product
+from mta.kernels.functions import AdaptedRows, RmsNorm, Rotate, add_low_rank, low_rank_gradients, product
+from mta.kernels.linear import FrozenLinear
 from mta.kernels.swap import use_kernels
 from mta.lora.layers import PerPerson, Shared
 from mta.lora.terms import RowTerm, with_terms
@@ -174,7 +177,7 @@ def test_low_rank_kernels_leave_to_others_what_they_do_not_know():
 def test_products_equal_linear_layers_with_their_gradient(rows, d, o, bias):
     x, weight = draw(1, rows, d), draw(o, d, seed=1)
     others = [weight, draw(o, seed=2) if bias else None]
-    found, slopes = with_gradients(FrozenLinear.apply, [x], others)
+    found, slopes = with_gradients(FrozenLinear.apply, [x], [SimpleNamespace(weight=weight, bias=others[1])])
     expected, right = with_gradients(torch.nn.functional.linear, [x], others)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(slopes, right, rtol=0, atol=1e-12)

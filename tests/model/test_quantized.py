@@ -14,7 +14,7 @@ from mta.bank.bank import Bank
 from mta.config import Training
 from mta.data.tasks import load_task
 from mta.errors import BankMismatch, ConfigError, MissingExtra, UnsupportedModel
-from mta.kernels.quantized import bits_of, weight_of
+from mta.kernels.linear import bits_of, weight_of
 from mta.lora.batch import fresh
 from mta.lora.layers import PerPerson, Shared
 from mta.model.base import BaseModel
@@ -144,6 +144,7 @@ def test_a_bank_is_built_and_people_are_personalized_over_four_bits(place, folde
         body = {"model": f"person:{person}", "input": TASK.prompt(TASK.asked(question))}
         found = http.post("/v1/classify", json=body).json()
     assert dict(zip(found["labels"], found["data"][0]["probs"])) == pytest.approx(shares, abs=1e-4)
+    personal.export(person, tmp_path / "out")
     with pytest.raises(BankMismatch, match=r"was built for base .*, quantize=nf4 \(sha256"):
         Bank.open(bank.folder, load(place))
     with pytest.raises(ConfigError, match="vLLM loads the base unquantized"):

@@ -78,11 +78,10 @@ def test_gguf_becomes_an_ordinary_folder(wheels, offer, tmp_path, capfd):
 
 def test_a_gguf_file_is_a_base_and_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
-    file, bad = tmp_path / "tiny.gguf", tmp_path / "bad.gguf"
-    bad.write_bytes(b"GGUF and nothing else")
+    (bad := tmp_path / "bad.gguf").write_bytes(b"GGUF and nothing else")
     with pytest.raises(AssetError, match="cannot convert"):
         BaseModel.load(bad)
-    write_tiny_gguf(file)
+    write_tiny_gguf(file := tmp_path / "tiny.gguf")
     base = BaseModel.load(file, "float32", "cpu", max_tokens=32)
     (folder,) = filter(Path.is_dir, (tmp_path / "cache" / "gguf").iterdir())
     assert_ordinary_folder(folder)

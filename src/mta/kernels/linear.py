@@ -1,4 +1,4 @@
-"""Frozen linear layers with quantized weights: their products, and gradients of their inputs. Source: QLoRA.
+"""Frozen linear layers, plain or quantized: their weights, products, and gradients of inputs. Source: QLoRA.
 
 bitsandbytes quantizes and stores the weights. Each product restores one layer's weights in the base's dtype, and drops
 them afterwards. bitsandbytes' own products are not used: those of 8-bit weights also round the inputs, in columns that
@@ -54,11 +54,11 @@ def dtype_of(layer: Any) -> torch.dtype:
 def use_restored_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Let quantized layers compute with their restored weights in ``dtype``."""
     for layer in filter(bits_of, model.modules()):  # the weight has the quant_state, too: twins share only that
-        vars(layer).update(compute_dtype=dtype, forward=partial(_forward, layer), quant_state=None)
+        vars(layer).update(compute_dtype=dtype, forward=partial(frozen_product, layer), quant_state=None)
 
 
-class _Product(Function):
-    """The product of one layer; the backward pass restores the weights again instead of keeping them."""
+class FrozenLinear(Function):
+    """The product of a frozen layer with a gradient of x only; the backward pass restores quantized weights again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
@@ -71,7 +71,8 @@ class _Product(Function):
         return product(dy, weight_of(ctx.layer).mT), None
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
+def frozen_product(layer: Any, x: Tensor) -> Tensor:
+    """Return x W^T + b of a frozen linear layer."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(x, layer)  # type: ignore[no-untyped-call]
+        return FrozenLinear.apply(x, layer)  # type: ignore[no-untyped-call]
     return product(x, weight_of(layer), layer.bias)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mta.kernels.compile import kernels
-from mta.kernels.functions import FrozenLinear, RmsNorm, Rotate, product
+from mta.kernels.functions import RmsNorm, Rotate
+from mta.kernels.linear import frozen_product
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -61,9 +62,7 @@ def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_
 def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
     if module.weight.requires_grad or kernels("linear", x, module.weight) is None:
         return plain(x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return FrozenLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
-    return product(x, module.weight, module.bias)
+    return frozen_product(module, x)
 
 
 def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import InputError
-from mta.kernels.quantized import dtype_of
+from mta.kernels.linear import dtype_of
 from mta.lora.batch import LoraBatch
 from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
 from mta.system.device import moved

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import kernels, wide
 from mta.kernels.functions import add_low_rank, low_rank_gradients, product
-from mta.kernels.quantized import is_linear, weight_of
+from mta.kernels.linear import is_linear, weight_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mta.errors import ModelError, UnsupportedModel
-from mta.kernels.quantized import is_linear
+from mta.kernels.linear import is_linear
 from mta.system.extras import require
 
 log = logging.getLogger("mta")

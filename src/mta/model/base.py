@@ -20,7 +20,7 @@ from mta.config import Run
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
-from mta.kernels.quantized import use_restored_weights, weight_of
+from mta.kernels.linear import use_restored_weights, weight_of
 from mta.kernels.swap import use_kernels
 from mta.model.adaptable import (
     adapted_layers,

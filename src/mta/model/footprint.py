@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from mta.kernels.quantized import bits_of
+from mta.kernels.linear import bits_of
 
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
 _BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
