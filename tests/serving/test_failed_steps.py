@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
+from mta.serving.embedded import scheduler as scheduling
 from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.scheduler import PATIENCE, AnswerRow, Sampler, Scheduler
 from mta.serving.engine import AnswerLost
@@ -114,14 +115,16 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
     long = [8] * 7
     rows = []
-    for who, prompt in ((2, [9] * 5), (3, long), (4, [7] * 4)):
-        ask = request_of(who, prompt, 20)
-        row = AnswerRow(ask, lambda _: None, Sampler(ask))
-        row.adapter = scheduler.adapters.adapter_of(models[who])
-        scheduler.waiting.append(row)
-        rows.append(row)
     with torch.inference_mode():
-        while not rows[1].cancelled:  # one prompt is in each pass: chunks are smaller than two prompts
+        for who, prompt in ((2, [9] * 5), (3, long), (4, [7] * 4)):
+            ask = request_of(who, prompt, 20)
+            row = AnswerRow(ask, lambda _: None, Sampler(ask))
+            row.adapter = scheduler.adapters.adapter_of(models[who])
+            scheduler.waiting.append(row)
+            rows.append(row)
+            if who == 2:
+                scheduler.step()
+        while not rows[1].cancelled:  # one prompt is in each pass: rows[0] generates
             scheduler.step()
     handle.remove()
     place = scheduler.rows.index(rows[2])
@@ -131,7 +134,8 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
 
 
 @pytest.mark.anyio
-async def test_a_failed_prefill_ends_only_its_own_row():
+async def test_a_failed_prefill_ends_only_its_own_row(monkeypatch):
+    monkeypatch.setattr(scheduling, "ALONE", 1)  # one prompt is in each pass
     base, bank, models = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
     async with closing(engine_of(base, bank, models, slots=3)) as engine:

@@ -3,7 +3,8 @@
     waiting ──> filling ──> running ──> done            filling and running rows have a KV slot and an adapter slot
 
 One step admits waiting rows, runs one prefill pass of at most ``chunk`` prompt tokens, then one decoding pass with one
-token per running row. So a new prompt of any length delays each token of a running row by at most one chunk.
+token per running row. So a new prompt of any length delays each token of a running row by at most one chunk. While
+no row generates a text, no reader waits for a token, and a pass takes up to ``ALONE`` chunks, of different rows.
 
 A failure (out of memory, or any other exception) ends only the rows concerned, with AnswerLost:
 
@@ -43,6 +44,7 @@ from mta.serving.engine import (
 )
 from mta.system.device import moved
 
+ALONE = 4
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
 log = logging.getLogger("mta")
 
@@ -233,13 +235,14 @@ class Scheduler:
             self.rows.append(row)
 
     def _prefill(self) -> None:
-        """Run one prefill pass over the oldest filling row and as many others as fit into a chunk."""
+        """Run one prefill pass over the oldest filling row and as many others as fit."""
         first = self.running
+        room = self.chunk if any(not row.request.labels for row in self.rows[:first]) else ALONE * self.chunk
         self._exchange(first, min(range(first, len(self.rows)), key=lambda n: self.rows[n].number))
         count, width = 1, min(len(self.rows[first].left), self.chunk)
         for row in self.rows[first + 1 :]:
             wider = max(width, min(len(row.left), self.chunk))
-            if wider * (count + 1) > self.chunk:
+            if wider * (count + 1) > room:
                 break
             count, width = count + 1, wider
         self._pass(slice(first, first + count), width)
