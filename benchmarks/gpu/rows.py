@@ -92,6 +92,7 @@ def training(site: Site) -> Iterator[Planned]:
             if alone:
                 yield Planned(f"{name}, best batch of PEFT", step.against_best_batch)
                 yield Planned(f"{name}, operations", step.share_of_peak)
+                yield Planned(f"{name}, flex attention", step.in_one_kernel)
                 yield Planned(f"{name}, memory", step.memory)
                 yield Planned(f"{name}, memory of a cohort", step.memory_of_a_cohort)
                 yield Planned(f"{name}, estimate", step.against_estimate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,11 @@ from benchmarks.speed.adaptation import against_peer, trained
 from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import FREE, PRECISIONS, TOKENS, PlainPeft, fastest
 from benchmarks.speed.timing import Row, rate, turns
-from benchmarks.speed.training import Cohort, agreed, oppu, stack
+from benchmarks.speed.training import Cohort, agreed, apart, oppu, small, stack
 from mta.config import Run, Training
 from mta.config.schema import OPPU_TRAINING
 from mta.kernels.linear import weight_of
+from mta.model import flex
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
 from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs, hardware
@@ -117,6 +119,26 @@ class Step:
         note = f"restored weights are {apart:.1%} from the plain ones at most"
         sides = f"mta over NF4, {count} people", "mta over bfloat16"
         return Row(name, *sides, "people/min", tuple(ours), tuple(plain), note=note)
+
+    def in_one_kernel(self) -> Row:
+        """The same step with flex attention, in turn with blocks, after gradients were compared."""
+        name, count = f"{self.name}, flex attention", len(self.jobs)
+        if self.site.device.type == "cpu":
+            return Row(name, "mta", "mta, blocks", skipped="flex attention has no backward pass on a CPU")
+
+        some = self.cohort.first(_COMPARED)
+        some = replace(some, start=small(some.start, 7))
+        (_, one), (_, other) = (_attending(way, some.gradient) for way in ("flex", "blocks"))
+        difference = agreed(apart(one, other), str(self.site.dtype).removeprefix("torch."))
+
+        def step(way: str) -> float:
+            _attending(way, self.cohort.train)
+            return _MINUTE * count
+
+        ours, peer = turns(lambda: step("flex"), lambda: step("blocks"), self.site.settings.repeats, warm=True)
+        sides = f"mta, {count} people", "mta, blocks"
+        checked = f"gradients of {len(some.jobs)} people of one pass"
+        return Row(name, *sides, "people/min", tuple(ours), tuple(peer), None, difference, checked)
 
     def against_estimate(self) -> Row:
         """The same rates against what ``mta size`` estimates from the rate of a large product."""
@@ -221,6 +243,15 @@ def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
     release(site.device)
     plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
     return float(difference)
+
+
+def _attending(way: str, work: Callable[[], Any]) -> Any:
+    """Return what ``work`` does, with this kind of attention."""
+    os.environ[flex.VARIABLE] = way
+    try:
+        return work()
+    finally:
+        del os.environ[flex.VARIABLE]
 
 
 def _apart(base: BaseModel, plain: BaseModel, name: str) -> float:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, new_base, random_examples, random_loras, rows_of
 
-from mta.errors import UnsupportedModel
+from mta.errors import ConfigError, UnsupportedModel
 from mta.lora.layers import PerPerson
+from mta.model.flex import tree_mask
 from mta.model.tree_attention import additive, blocks_of, can_block, tree_attention, visible
 from mta.training.scoring import log_likelihood
 
@@ -25,16 +26,33 @@ def test_blocked_attention_equals_attention_with_dense_masks(sizes, longest, sha
     blocks = blocks_of(rows.ends, rows.positions)
     mask = additive(blocks.seen, torch.float64)
     found, _ = tree_attention(None, *inputs, mask, scaling=0.3, blocks=blocks)
+    tree = tree_mask(rows.ends, rows.positions, lambda query, key: True)
+    flex, _ = tree_attention(None, *(x.detach() for x in inputs), tree, scaling=0.3)
     spread = [x.repeat_interleave(share, 1) for x in inputs[1:]]
     how = {"attn_mask": visible(rows.ends).unsqueeze(1), "scale": 0.3}
     dense = torch.nn.functional.scaled_dot_product_attention(inputs[0], *spread, **how).transpose(1, 2)
     real = rows.ends > torch.arange(1, tokens + 1)
     real |= rows.positions > 0  # what is left is padding, whose output nobody reads
-    torch.testing.assert_close(found[real], dense[real], rtol=0, atol=1e-12)
+    for out in (found, flex):
+        torch.testing.assert_close(out[real], dense[real], rtol=0, atol=1e-12)
     weight = torch.randn(found[real].shape, generator=draw, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((out[real] * weight).sum(), inputs) for out in (found, dense))
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mistral"])
+def test_flex_attention_gives_the_model_the_same_logits(kind, monkeypatch):
+    base = base_of(kind)
+    people, jobs = [PerPerson(random_loras(base, 2))], [random_examples(5, 1), random_examples(3, 2)]
+    expected = log_likelihood(base, jobs, people)
+    monkeypatch.setenv("MTA_ATTENTION", "flex")
+    monkeypatch.setattr("mta.model.base.blocks_of", None)  # fails if it is called
+    for found, right in zip(log_likelihood(base, jobs, people), expected):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-9)
+    monkeypatch.setenv("MTA_ATTENTION", "fast")
+    with pytest.raises(ConfigError, match="MTA_ATTENTION is 'fast'"):
+        log_likelihood(base, jobs, people)
 
 
 def test_every_token_is_in_one_block_and_sees_its_ancestors():

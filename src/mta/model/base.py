@@ -22,6 +22,7 @@ from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
 from mta.kernels.linear import use_restored_weights, weight_of
 from mta.kernels.swap import use_kernels
+from mta.model import flex
 from mta.model.adaptable import (
     adapted_layers,
     enable_checkpointing,
@@ -34,7 +35,7 @@ from mta.model.adaptable import (
 from mta.model.agreement import CAUSAL, Reference, called_layers, short_windows
 from mta.model.fingerprint import fingerprint_of, folder_fingerprint
 from mta.model.footprint import Footprint
-from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
+from mta.model.tree_attention import blocks_of, can_block, flex_masks, install, masks, visible
 from mta.system.assets import ASSETS
 from mta.system.atomic import json_sha256
 from mta.system.device import check_dtype, dtype_name, moved, pick_device, pick_dtype
@@ -257,7 +258,10 @@ class BaseModel:
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
             return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)}, exact)
-        if self.blocked:
+        if self.blocked and flex.wanted(tokens.device):
+            ends, positions = moved(tokens.device, ends, positions)
+            mask: Any = flex_masks(self.model, ends, positions)
+        elif self.blocked:
             inputs["blocks"] = blocks = blocks_of(ends, positions, tokens.device)
             positions, flat = blocks.positions, blocks.positions.flatten()
             mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])

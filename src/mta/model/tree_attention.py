@@ -6,25 +6,29 @@ A row is a tree of tokens in depth-first order (``mta.training.packing``). Token
 
 Most pairs of tokens of a row are in different branches and do not see each other. A block of consecutive tokens sees
 only its first token's ancestors and itself. So rows are cut into blocks of similar size, which attend to these tokens.
-``install`` gives a transformers model this attention for calls with ``blocks``; other calls use SDPA.
+``install`` gives a transformers model this attention for calls with ``blocks`` or a mask of ``mta.model.flex``; other
+calls use SDPA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
 from mta.kernels.functions import TreeAttention
+from mta.model import flex
 from mta.system.device import moved
 
 NAME = "mta_tree"
+T = TypeVar("T")
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
 _GATHER = 16  # cost of fetching a token, in query-key pairs
 _EVEN = 8  # K is a multiple of this: products with odd rows of bfloat16 take twice as long
@@ -120,17 +124,27 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 
     Shapes: seen (n, Q, K) bool; positions of queries (n, Q) and keys (n, K).
     """
-    config, queries, keys = model.config.get_text_config(), queries[:, :, None], keys[:, None, :]
+    queries, keys = queries[:, :, None], keys[:, None, :]
+    return _by_kind(model, lambda near: additive(seen & near(queries, keys), model.dtype))
+
+
+def flex_masks(model: Any, ends: Tensor, positions: Tensor) -> BlockMask | dict[str, BlockMask]:
+    """Return the same masks of trees (B, T) for flex attention."""
+    return _by_kind(model, lambda near: flex.tree_mask(ends, positions, near))
+
+
+def _by_kind(model: Any, mask_of: Callable[[flex.Near], T]) -> T | dict[str, T]:
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    near = dict[str, Tensor]()
+    near = dict[str, flex.Near]()
     if window := getattr(config, "sliding_window", None):
-        near["sliding_attention"] = queries - keys < window
+        near["sliding_attention"] = lambda query, key: query - key < window
     if chunk := getattr(config, "attention_chunk_size", None):
-        near["chunked_attention"] = queries // chunk == keys // chunk
+        near["chunked_attention"] = lambda query, key: query // chunk == key // chunk
     if not kinds and window:
-        return additive(seen & near["sliding_attention"], model.dtype)
-    found = {kind: additive(seen & near[kind], model.dtype) for kind in sorted(kinds & near.keys())}
-    whole = additive(seen, model.dtype)
+        return mask_of(near["sliding_attention"])
+    found = {kind: mask_of(near[kind]) for kind in sorted(kinds & near.keys())}
+    whole = mask_of(lambda query, key: True)
     return {"full_attention": whole, **found} if found else whole
 
 
@@ -157,12 +171,12 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     blocks: Blocks | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention of each block's queries to its keys, softmax in at least float32; SDPA without ``blocks``.
+    """Compute attention of each block's queries to its keys, softmax in at least float32. Other masks: flex or SDPA.
 
     Shapes: query (B, H, T, E), key (B, H / share, T, E), value (B, H / share, T, V), attention_mask (G, 1, Q, K) ->
     (B, T, H, V).
@@ -170,13 +184,12 @@ def tree_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if isinstance(attention_mask, BlockMask):
+        _refuse_odd(how)
+        return flex.attention(query, key, value, attention_mask, scaling), None
     if blocks is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **how)
-    if odd := [name for name in _REFUSED if how.get(name) is not None]:
-        raise UnsupportedModel(
-            f"this model's attention uses {odd[0]}, which token trees do not support",
-            hint="Give a base that only scales and masks scores, such as Llama, Mistral, Qwen or Gemma 3.",
-        )
+    _refuse_odd(how)
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
     count, wide = blocks.queries.shape
@@ -191,6 +204,14 @@ def tree_attention(
     seen = torch.bmm(shares.view(count * groups, -1, k.shape[1]), v)
     out = seen.view(count, heads, wide, -1).transpose(1, 2).reshape(count * wide, -1)
     return out.index_select(0, blocks.place).view(batch, tokens, heads, -1), None
+
+
+def _refuse_odd(how: dict[str, Any]) -> None:
+    if odd := [name for name in _REFUSED if how.get(name) is not None]:
+        raise UnsupportedModel(
+            f"this model's attention uses {odd[0]}, which token trees do not support",
+            hint="Give a base that only scales and masks scores, such as Llama, Mistral, Qwen or Gemma 3.",
+        )
 
 
 def _fetch(x: Tensor, places: Tensor) -> Tensor:
