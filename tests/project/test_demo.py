@@ -62,7 +62,7 @@ def demo(monkeypatch, capsys, *options):
 
 
 @pytest.mark.integration
-def test_a_mistake_leaves_the_folder_to_the_corrected_command(tmp_path):
+def test_a_mistake_leaves_the_folder_to_the_corrected_command_which_may_show_history(tmp_path):
     """Too little memory is noticed after the splits are drawn, and the hint is to give more."""
     save_base(tmp_path / "base")
     rows = [{"person": p.id, **item.fields, "time": item.time} for p in people_of(40, items=9) for item in p.items]
@@ -78,3 +78,8 @@ def test_a_mistake_leaves_the_folder_to_the_corrected_command(tmp_path):
         assert not (out / "splits.json").exists()
         assert not (out / "recipe.yaml").exists()
         assert not (out / "bank").exists()
+    words += ["run.calibration.enabled=false", "run.merge.policy=posterior", "history=[task_lora.history=2]"]
+    report = tool.demo(out, recipe, "", words)
+    assert report.comparison.names[-2:] == ["history in the prompt", "MTA"]
+    asked = [report.comparison.row(name).prompt_tokens for name in report.comparison.names[-2:]]
+    assert asked[0] > asked[1]

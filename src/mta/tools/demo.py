@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.data.tasks.load import load_task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.compare import ComparisonReport, compare
+from mta.evaluation.compare import ComparisonReport, compare, run_methods
+from mta.evaluation.methods import TaskLora
+from mta.evaluation.protocol import TestBatch
+from mta.evaluation.reports.summary import SHOWN
 from mta.evaluation.reports.two_people import two_people
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
@@ -41,12 +45,16 @@ class PartSizes(Settings):
 
 
 class DemoRecipe(Settings):
-    """A demo in one file: data, people, settings, and ``short``, which replaces some of them for a few minutes."""
+    """A demo in one file: data, people, settings, and ``short``, which replaces some of them for a few minutes.
+
+    ``history`` are the settings of a second bank with earlier items in its prompts, whose pooled model is one more row.
+    """
 
     data: str
     people: PartSizes
     run: Run
     evaluation: CompareSettings
+    history: tuple[str, ...] = ()
     short: tuple[str, ...] = ()
 
 
@@ -96,6 +104,8 @@ def demo(
         check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
         folder.begin()  # locks the folder
         report = _compared(out, recipe, people, splits, base, folder.step, say)
+        if recipe.history:
+            _add_history(out, recipe, splits, people, report, folder.step, say)
         report.people = two_people(report.batch, report.comparison)
         say("4/4  a file for each of two people")
         personal = Personalizer(base, report.batch.bank, out / "people", run=run)
@@ -157,6 +167,28 @@ def _compared(
     if recipe.data in assets.ASSETS:
         report.meta["terms"] = assets.ASSETS[recipe.data].note
     return report
+
+
+def _add_history(
+    out: Path,
+    recipe: DemoRecipe,
+    splits: Splits,
+    people: list[Person],
+    report: ComparisonReport,
+    on_step: OnStep,
+    say: Callable[[str], None],
+) -> None:
+    """Add a row to the comparison: a pooled model that was trained with earlier items in its prompts."""
+    run, base, settings = override(recipe.run, recipe.history), report.batch.base, recipe.evaluation
+    say(f"     {SHOWN}")
+    task_people, candidates = splits.select("task", people), splits.select("candidates", people)
+    folder = out / "history"
+    bank = Bank.build(base, candidates, folder, task=run.task, run=run, task_people=task_people, on_step=on_step)
+    context = replace(report.batch.context, bank=bank, run=run)
+    tested = {person.id: person for person in splits.select("test", people)}
+    same = [tested[person.id] for person in report.batch.people]
+    batch = TestBatch.of(context, same, shots=settings.shots, queries=settings.queries)
+    report.comparison.rows[-1:-1] = run_methods(batch, [TaskLora(name=SHOWN)]).rows
 
 
 def _check_same(out: Path, chosen: DemoRecipe) -> None:

@@ -14,7 +14,8 @@ Judgement = Literal["better", "worse", "unclear"]
 
 OURS, POOLED, RIVAL = "MTA", "task LoRA", OPPU
 OTHER = "MTA, other person's shots"
-CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
+SHOWN = "history in the prompt"  # a pooled model that was trained with earlier items in its prompts
+CHEAP = LABEL_BIAS, ALONE, SHOWN  # personal models without a bank
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
