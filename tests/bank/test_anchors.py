@@ -1,14 +1,10 @@
 """Choose the anchors: the most active person of each cluster of candidates."""
 
-import random
-
 import pytest
 import torch
-from conftest import HashEncoder, people_of
 
 from mta.bank.anchors import select_anchors
 from mta.data.history import Item, Person
-from mta.model.encoders import encode_people
 
 
 def person(id: str, items: int) -> Person:
@@ -39,22 +35,6 @@ def test_there_are_never_more_anchors_than_a_quarter_of_the_candidates(candidate
     found = select_anchors([person(f"p{n}", 3) for n in range(candidates)], vectors, 50, seed=0)
     assert len(found) == candidates // 4
     assert found == sorted(set(found))
-
-
-def test_the_same_people_are_chosen_whatever_order_they_come_in(task):
-    """As in a build, candidates are sorted by id first."""
-
-    def chosen(people):
-        people = sorted(people, key=lambda person: person.id)
-        vectors = encode_people(HashEncoder(), task, people, "both")
-        return [people[n].id for n in select_anchors(people, vectors, 5, seed=3)]
-
-    people = people_of(24)
-    first = chosen(people)
-    assert len(first) == 5
-    for seed in range(3):
-        random.Random(seed).shuffle(people)
-        assert chosen(people) == first
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")

@@ -1,22 +1,7 @@
 """With an ordinary umask, only the owner (or the sharing group) can read what the verbs write about people."""
 
-import os
-
-import pytest
-from world import ANN, BOB, MEMBER, built, closed, modes, mta, ratings, written
-
-
-@pytest.fixture(scope="module")
-def umask():
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
-
-
-@pytest.fixture(scope="module")
-def world(umask, tmp_path_factory):
-    with built(tmp_path_factory.mktemp("private") / "world") as made:
-        yield made
+from world import ANN, BOB, MEMBER, closed, modes, mta, ratings, written
+from world import world as world  # the fixture
 
 
 def test_only_the_owner_can_read_a_bank_and_a_store(world):

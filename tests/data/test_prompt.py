@@ -90,14 +90,6 @@ def test_special_tokens_written_in_a_text_stay_text(task, title, answer, templat
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_the_target_is_the_answer_and_the_end_token_and_nothing_else(task, template):
-    made = form(template=template).example(task, RATING)
-    assert words(form(), made.target) == "4<|end|>"
-    assert made.tokens == made.prompt + made.target
-    assert made.target_start == len(made.prompt)
-
-
-@pytest.mark.parametrize("template", [True, False])
 def test_an_example_starts_with_the_prompt_of_generation(task, template):
     wording = form(template=template)
     given = wording.prompt(task, RATING)

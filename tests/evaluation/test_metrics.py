@@ -7,7 +7,6 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels
 from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, corrected, resample
-from mta.system.units import student_t
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 
@@ -92,15 +91,6 @@ def test_texts_are_measured_as_rouge_does():
     assert next(iter(found)) == "ROUGE-L"
     stems = measure(HEADLINE, Answers(["The dogs ran"]), ["A dog runs"]).metrics
     assert (stems["ROUGE-1"], stems["ROUGE-1, stemmed"], stems["ROUGE-L, stemmed"]) == pytest.approx((0, 1 / 3, 1 / 3))
-
-
-def test_bootstrap_intervals_cover_the_mean_at_their_rate():
-    generator = torch.Generator().manual_seed(3)
-    samples = torch.randn(300, 40, generator=generator, dtype=torch.float64)
-    found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
-    covered = sum(one.low <= 0 <= one.high for one in found) / len(found)
-    assert 0.9 <= covered <= 0.98
-    assert all(one.low < one.mean < one.high for one in found)
 
 
 def test_bootstrap_is_fixed_by_its_seed_and_shrinks_with_people():
@@ -207,11 +197,6 @@ def test_corrections_do_not_depend_on_the_order_and_only_raise_p_values(raw, ran
     assert [p for _, p in shuffled] == pytest.approx([found[n][1] for n in order])
     assert all(p >= test.p for (_, p), test in zip(found, tests))
     assert all(p < 0.055 for one, p in found if one.low > 0)  # one draw more than 5%, at most
-
-
-def test_student_t_equals_published_values():
-    assert student_t(10) == pytest.approx(2.262, abs=1e-3)
-    assert student_t(2) == pytest.approx(12.706, abs=1e-3)
 
 
 @pytest.mark.parametrize(

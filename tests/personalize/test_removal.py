@@ -27,16 +27,6 @@ def loaded_by_peft(folder: Path):
     return peft.PeftModel.from_pretrained(base_of().model, folder).double()
 
 
-def test_an_export_computes_the_same_in_peft(known, tiny, tmp_path):
-    """What stands in the files, computed by PEFT and by us: to the last digits of float64."""
-    base, bank = tiny
-    assert known.export("x2", tmp_path / "out") == 0.0
-    found = loaded_by_peft(tmp_path / "out")(input_ids=torch.tensor([tokens_asked(base, bank)])).logits[0]
-    adapter = read_peft(tmp_path / "out").to(torch.float64)
-    expected = plain.logits(base, plain.weights(base, plain.update(adapter)), tokens_asked(base, bank))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-
-
 def test_an_export_is_task_lora_merge_and_stack(known, tiny, tmp_path):
     """Exports are in float32, so every factor has a relative error of up to 6e-8."""
     base, bank = tiny

@@ -83,12 +83,3 @@ def test_gradients_do_not_depend_on_mates_order_or_passes(scene, order, most, bu
     found = gate_gradients(base, [jobs[u] for u in chosen], bank, at[chosen], [Shared(task)], tokens_per_batch=budget)
     near(found.gradients, whole.gradients[chosen])
     near(found.loglik, whole.loglik[chosen])
-
-
-def test_gradients_of_all_items_are_the_sum_over_parts(scene):
-    """So a longer history needs only the gradients of its new items."""
-    base, task, bank, jobs, at = scene
-    earlier, later = Job("a", jobs[2].examples[:2]), Job("b", jobs[2].examples[2:])
-    parts = gate_gradients(base, [earlier, later], bank, at[2], [Shared(task)])
-    whole = gate_gradients(base, [jobs[2]], bank, at[2], [Shared(task)])
-    near(parts.gradients.sum(0), whole.gradients[0])
