@@ -11,7 +11,7 @@ import glob
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mta.errors import InputError
-from mta.lora.batch import Factors, LoraBatch
+from mta.lora.batch import LoraBatch
 from mta.system.atomic import replacing_folder, sync_folder, unfinished_in, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
@@ -91,18 +91,38 @@ def read_peft(folder: str | Path) -> LoraBatch:
     Half precision becomes float32. Raises InputError for missing or damaged files, and for other kinds of adapters.
     """
     folder = Path(folder)
-    rank, alpha = _rank_and_alpha(folder)
-    factors = _pairs(folder, _read_weights(folder))
-    for name, (a, b) in factors.items():
-        if a.ndim != 3 or b.ndim != 3 or a.shape[1] != rank or b.shape[2] != rank:
-            raise InputError(
-                f"{folder}: layer {name!r} has A {tuple(a.shape[1:])} and B {tuple(b.shape[1:])}, "
-                f"expected rank {rank}, the r of {CONFIG}",
-                hint=_AGAIN,
-            )
-        if not all(part.is_floating_point() and part.isfinite().all() for part in (a, b)):
-            raise InputError(f"{folder}: layer {name!r} holds values that are not finite floats", hint=_AGAIN)
-    return LoraBatch(factors, alpha / rank)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        flat = {_short(name): _whole(part)[None] for name, part in load_file(folder / WEIGHTS).items()}
+        adapter = LoraBatch.of_tensors(flat, float(config["lora_alpha"]) / config["r"])
+        expected = {**_WRITTEN, "r": adapter.rank}
+        odd = next((key for key, value in expected.items() if config.get(key, value) != value), "")
+    except (
+        SafetensorError,
+        OSError,
+        InputError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as e:
+        reason = e.message if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
+        raise InputError(f"{folder} holds no adapter that mta can read: {reason}", hint=_AGAIN) from e
+    if odd:
+        raise InputError(f"{folder}: {odd} is {config[odd]!r}, expected {expected[odd]!r}", hint=_AGAIN)
+    finite = (part.is_floating_point() and part.isfinite().all() for part in flat.values())
+    if not math.isfinite(adapter.scale) or not all(finite):
+        raise InputError(f"{folder} holds values that are not finite floats", hint=_AGAIN)
+    return adapter
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(_A, ".a").replace(_B, ".b")
+
+
+def _whole(part: Tensor) -> Tensor:
+    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
 
 
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:
@@ -144,47 +164,3 @@ def _publish(temporary: Path, target: Path) -> None:
     for name in (WEIGHTS, CONFIG):
         (temporary / name).replace(target / name)
     sync_folder(target)
-
-
-def _rank_and_alpha(folder: Path) -> tuple[int, float]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = config["r"], float(config["lora_alpha"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{folder} is not a PEFT folder: {CONFIG} is missing", hint=f"Give the folder that holds {CONFIG}."
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} does not hold the settings of a LoRA: {error!r}", hint=_AGAIN) from error
-    if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
-        raise InputError(
-            f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number",
-            hint=_AGAIN,
-        )
-    if other := sorted(key for key, value in _WRITTEN.items() if config.get(key, value) != value):
-        raise InputError(f"{folder}: {other[0]} is {config[other[0]]!r}, expected {_WRITTEN[other[0]]!r}", hint=_AGAIN)
-    return rank, alpha
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{folder}: {WEIGHTS} is missing", hint=_AGAIN)
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is not a complete safetensors file: {error}", hint=_AGAIN) from error
-
-
-def _pairs(folder: str | Path, flat: Mapping[str, Tensor]) -> dict[str, Factors]:
-    expected = f"expected pairs {_PREFIX}<layer>{_A} and {_B.lstrip('.')}"
-    names = [key.removeprefix(_PREFIX).removesuffix(_A) for key in flat if key.startswith(_PREFIX) and key.endswith(_A)]
-    known = {f"{_PREFIX}{name}{end}" for name in names for end in (_A, _B)}
-    if odd := sorted(known ^ set(flat)):
-        missing = "lacks" if odd[0] in known else "holds"
-        raise InputError(f"{folder}: {WEIGHTS} {missing} the tensor {odd[0]!r}; {expected}", hint=_AGAIN)
-    if not names:
-        raise InputError(f"{folder}: {WEIGHTS} holds no tensor; {expected}", hint=_AGAIN)
-    whole = {key: part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for key, part in flat.items()}
-    return {name: Factors(whole[f"{_PREFIX}{name}{_A}"][None], whole[f"{_PREFIX}{name}{_B}"][None]) for name in names}
