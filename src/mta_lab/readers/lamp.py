@@ -15,7 +15,7 @@ from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Records, Rejects, data_error
 from mta.data.readers.rows import RecordPart, as_label, distinct, id_in, item_in, text_in
 from mta.data.readers.stream import array_elements, kind_of, object_in, objects, opened
-from mta.data.sharing import SAME_ITEMS, Sets, digest, missing_from, sameness
+from mta.data.sharing import SAME_ITEMS, digest, missing_from, sameness
 from mta.data.tasks.task import Task, short
 from mta.errors import DataError
 from mta_lab.readers import only_file
@@ -149,15 +149,17 @@ def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
 
     LaMP takes the question's own item out of the profile. Profiles must have ``SAME_ITEMS`` items in common.
     """
-    sets, first = Sets(len(records)), dict[int, int]()
+    from scipy.cluster.hierarchy import DisjointSet
+
+    sets, first = DisjointSet(range(len(records))), dict[int, int]()
     for n, items in enumerate(records):
         digests = [int.from_bytes(digest([repr(key)])) for key in set(map(sameness, items))]
         whole = sum(digests)  # the same for any order of the items
         equal = [whole] if len(digests) >= SAME_ITEMS else []
         but_one = [whole - digest for digest in digests] if len(digests) > SAME_ITEMS else []
         for key in equal + but_one:
-            sets.join((first.setdefault(key, n), n))
-    return sets.groups()
+            sets.merge(first.setdefault(key, n), n)
+    return [sorted(group) for group in sets.subsets()]
 
 
 def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
