@@ -34,7 +34,7 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
     model: Any = None
     with tempfile.TemporaryDirectory() as place:
         for person in map(str, range(people)):
-            write_peft(Path(place) / person, made.adapter(made_up(base, bank, person))[0], base.name)
+            write_peft(Path(place) / person, made.adapter(made_up(base, bank, person)), base.name)
             if model is None:
                 model = PeftModel.from_pretrained(plain, f"{place}/{person}", adapter_name=person)
             else:

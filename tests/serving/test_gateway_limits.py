@@ -98,7 +98,7 @@ def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
 def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
     base, bank = tiny
     with served(base, bank, tmp_path, slots=1, waiting=1) as here, here.http("serve") as http:
-        here.service.answers.add("", 2)
+        here.service.answers.used[""] += 2
         found = http.post("/v1/completions", json=ASK)
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert int(found.headers["Retry-After"]) >= 1

@@ -8,7 +8,7 @@ import torch
 
 from mta.errors import ModelError
 from mta.system import device
-from mta.system.device import compute_with, pick_device, pick_dtype, seeded
+from mta.system.device import compute_with, pick_device, pick_dtype
 
 
 def threads_of_a_new_thread():
@@ -34,17 +34,6 @@ def test_compute_with_changes_only_its_own_thread():
     thread.join()
     assert own == [1]
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
-
-
-def test_seeded_restores_the_global_generator():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    with seeded(9, torch.device("cpu")):
-        first = torch.rand(3)
-    assert torch.equal(torch.rand(3), expected)
-    torch.manual_seed(9)
-    assert torch.equal(first, torch.rand(3))
 
 
 @pytest.mark.parametrize("flags", ["avx512f avx512_bf16", "amx_bf16", "asimd bf16", "avx512f", ""])

@@ -109,18 +109,7 @@ class BuildContext(Build):
 
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-        below = ParameterCounts(task_lora=parameters_of(self.base, frozen) if frozen else 0)
-        executor = self.executor
-        return plan_cohorts(
-            self.base,
-            jobs,
-            parameters_of(self.base, lora),
-            parse_size(self.run.memory),
-            below=below,
-            most=executor.most,
-            threads=executor.threads,
-            on_gpu=executor.on_gpu,
-        )
+        return plan_loras(self.base, jobs, self.run, lora, frozen, self.executor)
 
     def train(
         self, pieces: Sequence[LoraPiece], plan: str, task_lora: LoraBatch | None = None, on_step: OnStep | None = None
@@ -164,3 +153,19 @@ class BuildContext(Build):
     def _file(self, key: str, plan: str, name: str, ending: str) -> Checkpoint:
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{ending}", work)
+
+
+def plan_loras(
+    base: BaseModel, jobs: Sequence[Job], run: Run, lora: Lora, frozen: Lora | None, executor: Executor
+) -> Plan:
+    """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
+    return plan_cohorts(
+        base,
+        jobs,
+        parameters_of(base, lora),
+        parse_size(run.memory),
+        below=ParameterCounts(task_lora=parameters_of(base, frozen) if frozen else 0),
+        most=executor.most,
+        threads=executor.threads,
+        on_gpu=executor.on_gpu,
+    )

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from mta.bank.card import write_described
+from mta.bank.context import plan_loras
 from mta.bank.format import ANCHORS, INDEX, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
 from mta.bank.groups import items_of
 from mta.bank.notes import forgotten_in, pass_stale_on
 from mta.bank.worker import BankWorker, LoraPiece, train_piece
-from mta.config import parse_size
 from mta.data.earlier import as_shown
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -24,10 +24,8 @@ from mta.errors import BankError, InputError
 from mta.lora.batch import LoraBatch, concatenate
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.model.footprint import ParameterCounts
 from mta.system.atomic import copy_file, replacing_folder, write_tensors
 from mta.system.progress import OnStep
-from mta.training.plan import parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 
@@ -115,17 +113,8 @@ def _trained(
     on_step: OnStep | None,
 ) -> dict[int, LoraBatch]:
     """Return the LoRAs of the groups, by number."""
-    shared = parameters_of(base, info.run.task_lora.lora) if task_lora else 0
-    plan = plan_cohorts(
-        base,
-        jobs,
-        parameters_of(base, info.run.bank.lora),
-        parse_size(info.run.memory),
-        below=ParameterCounts(task_lora=shared),
-        most=executor.most,
-        threads=executor.threads,
-        on_gpu=executor.on_gpu,
-    )
+    run = info.run
+    plan = plan_loras(base, jobs, run, run.bank.lora, run.task_lora.lora if task_lora else None, executor)
     cohorts = [tuple(jobs[n] for n in cohort) for cohort in plan.cohorts]
     pieces = [LoraPiece(f"groups-{n}", "anchors", own, plan.tokens_per_batch) for n, own in enumerate(cohorts)]
     worker = BankWorker(base, info.run, task_lora and task_lora.to(base.device), on_step=on_step)

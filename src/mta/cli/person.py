@@ -62,7 +62,7 @@ def show(
 
 def _facts(summary: Summary) -> list[str]:
     stack, losses = summary.stack, summary.losses
-    lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
+    lines = [f"stack: rank {stack['rank']}, {human_bytes(stack['bytes'])}" if stack else "stack: none, the merge alone"]
     if losses:
         names = "pooled model", "with the merge", "with merge and stack"
         models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))

@@ -129,16 +129,6 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     """
     anchors = similarity.shape[1]
     check_merge(settings, anchors, labelled=evidence is None or evidence.labels is not None)
-    if policy_of(settings).gradients:
-        raise ConfigError(
-            f"policy {settings.policy!r} reads gradients, not encodings or likelihoods",
-            hint="Use another policy, such as merge.policy=posterior.",
-        )
-    if evidence is None and needs_evidence(settings):
-        raise ConfigError(
-            f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
-            hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
-        )
     ids = similarity.double().argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
     known = PolicyInput(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, known))

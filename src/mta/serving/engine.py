@@ -98,11 +98,6 @@ def person_name(id: str) -> str:
     return f"person:{quote(id, safe='')}"
 
 
-def model_name(who: Version) -> str:
-    """Return the name of a version in requests: the inverse of ``named``."""
-    return f"{person_name(who.person)}@v{who.number}" + "#merged" * (not who.stacked)
-
-
 def wire_name(who: ServedModel) -> str:
     """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
 
@@ -111,7 +106,9 @@ def wire_name(who: ServedModel) -> str:
     """
     if who is BASE:
         return _ZERO
-    return who.value if isinstance(who, SharedModel) else f"{model_name(who)}~{who.seal[:_SEAL]}"
+    if isinstance(who, SharedModel):
+        return who.value
+    return f"{person_name(who.person)}@v{who.number}{'' if who.stacked else '#merged'}~{who.seal[:_SEAL]}"
 
 
 def from_wire(name: str) -> ServedModel | None:

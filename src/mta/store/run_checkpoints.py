@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from mta.store.exports import remove_if_empty
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
@@ -55,7 +54,7 @@ class RunCheckpoints:
     def drop(self) -> None:
         """Remove the folder. ``mta.store.maintenance.collect`` removes those of stopped runs."""
         self.files.remove_folder(self.name)
-        _remove_if_empty(self.files)
+        remove_if_empty(self.files, FOLDER)
 
 
 def drop_runs(files: Storage) -> None:
@@ -64,10 +63,4 @@ def drop_runs(files: Storage) -> None:
         for name in files.names(FOLDER):
             if re.fullmatch(RUN, name):
                 files.remove_folder(f"{FOLDER}/{name}")
-        _remove_if_empty(files)
-
-
-def _remove_if_empty(files: Storage) -> None:
-    if files.local:
-        with contextlib.suppress(OSError):  # other folders may be in it
-            Path(files.at(FOLDER)).rmdir()
+        remove_if_empty(files, FOLDER)

@@ -216,18 +216,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write a safetensors file atomically."""
     from safetensors.torch import save
 
-    data = save(dict(tensors), dict(header or {}))
     with replacing(path) as temporary:
-        temporary.write(_in_order(data) if header and len(header) > 1 else data)
-
-
-def _in_order(data: bytes) -> bytes:
-    """Return a safetensors file with sorted metadata: the library writes several entries in random order."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return data[:8] + text.ljust(size) + data[8 + size :]
+        temporary.write(save(dict(tensors), dict(header or {})))
 
 
 def copy_file(source: Path, target: Path) -> None:

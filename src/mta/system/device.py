@@ -5,9 +5,8 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -136,21 +135,6 @@ def compute_with(threads: int) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         run_in_short_thread(lambda: torch.set_num_threads(before))
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators of the CPU and of ``device`` for the block, and restore their states after it.
-
-    For functions that take no generator. Not isolated from other threads that draw from the same generators.
-    """
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs as well
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def clock(device: torch.device) -> float:

@@ -17,14 +17,6 @@ from mta.store.state import Losses
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """The rank of a stack, and its size in bytes."""
-
-    rank: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """A summary of what is stored for a person.
 
@@ -40,7 +32,7 @@ class Summary:
     bank_here: str
     policy: str
     weights: dict[int, float]
-    stack: Stack | None
+    stack: dict[str, int] | None
     losses: Losses | None
     history: int | None
     exports: list[Export]
@@ -65,7 +57,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         bank_here=info.hash,
         policy=state.policy,
         weights=dict(sorted(zip(state.anchors, state.w), key=lambda pair: -pair[1])),
-        stack=Stack(stack.rank, sum(tensor.nbytes for tensor in stack.tensors().values())) if stack else None,
+        stack={"rank": stack.rank, "bytes": sum(part.nbytes for part in stack.tensors().values())} if stack else None,
         losses=state.losses,
         history=len(kept.items) if kept else None,
         exports=store.exports.of(id),

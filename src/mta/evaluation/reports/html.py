@@ -17,7 +17,7 @@ from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import KINDS
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import CHEAP, OTHER, OURS, POOLED, RIVAL, headline, title_of, verdict
+from mta.evaluation.reports.summary import BANKLESS, OTHER, OURS, POOLED, RIVAL, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.reports.two_people import CALLED, Asked, mean_of
 from mta.evaluation.statistics import Comparison, Interval
@@ -62,7 +62,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in (POOLED, *CHEAP, RIVAL, OURS) if name in comparison.names]
+    others = [name for name in (POOLED, *BANKLESS, RIVAL, OURS) if name in comparison.names]
     rows = [
         {
             "name": row.name,
@@ -131,7 +131,7 @@ def _gains(comparison: Comparison) -> list[Section]:
     columns = [m for m in KINDS[comparison.task.metric].columns if m != "MAE"]
     metrics = [*dict.fromkeys((columns[0], *(m for m in columns if m == "accuracy"), comparison.yardstick))]
     rows = dict[str, list[Interval]]()
-    for row in [comparison.row(name) for name in (OURS, *CHEAP, RIVAL, OTHER) if name in comparison.names]:
+    for row in [comparison.row(name) for name in (OURS, *BANKLESS, RIVAL, OTHER) if name in comparison.names]:
         known = [d for metric in metrics if (d := comparison.difference(row.name, POOLED, metric))]
         if len(known) == len(metrics):
             cost = f"{human_bytes(row.bytes_per_person)}, {row.seconds / comparison.people:.2g} s"

@@ -15,7 +15,8 @@ Judgement = Literal["better", "worse", "unclear"]
 OURS, POOLED, RIVAL = "MTA", "task LoRA", OPPU
 OTHER = "MTA, other person's shots"
 SHOWN = "history in the prompt"  # a pooled model that was trained with earlier items in its prompts
-CHEAP = LABEL_BIAS, ALONE, SHOWN  # personal models without a bank
+CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
+BANKLESS = *CHEAP, SHOWN
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
@@ -29,7 +30,7 @@ def verdict(comparison: Comparison) -> list[str]:
     said: list[str] = []
     for other, called in (
         (POOLED, f"the {POOLED}"),
-        *((name, name) for name in (*CHEAP, RIVAL)),
+        *((name, name) for name in (*BANKLESS, RIVAL)),
         (FLOOR, f"the shares of labels in the person's own items, without any model ({FLOOR})"),
     ):
         for metric in metrics:
@@ -55,7 +56,7 @@ def verdict(comparison: Comparison) -> list[str]:
 def _advice(comparison: Comparison) -> list[str]:
     """Return which cheap rivals make the bank unnecessary on these data."""
     measure = comparison.yardstick
-    rivals = (*CHEAP, POOLED) if NO_HISTORY in comparison.names else CHEAP
+    rivals = (*BANKLESS, POOLED) if NO_HISTORY in comparison.names else BANKLESS
     known = {name: d for name in rivals if (d := comparison.difference(OURS, name, measure))}
     equal = [name for name, d in known.items() if judge(measure, d, comparison.independent) != "better"]
     who = " and ".join("history in the prompt alone" if name == POOLED else name for name in equal)

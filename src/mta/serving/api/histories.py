@@ -57,7 +57,7 @@ class Histories:
             while (name := self._shares.giving_way(share, size)) is not None and self._drop_oldest(name):
                 pass
             self._held[id] = _Held(person, share, session, size)
-            self._shares.add(share, size)
+            self._shares.used[share] += size
         return len(person.items)
 
     def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
@@ -81,7 +81,7 @@ class Histories:
     def _drop(self, id: str) -> bool:
         held = self._held.pop(id, None)
         if held:
-            self._shares.remove(held.share, held.size)
+            self._shares.used[held.share] -= held.size
         return held is not None
 
     def _of(self, id: str) -> Person | None:

@@ -77,7 +77,7 @@ class Jobs:
         entry, waiting, places = _Entry(person, key.share, session), self._waiting(), Shares(self.most)
         for id, other in waiting.items():
             if id != person.id:
-                places.add(other.share, 1)
+                places.used[other.share] += 1
         if not places.fits(key.share, 1):
             raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
         if person.id not in waiting:

@@ -45,14 +45,6 @@ class Shares:
         self.capacity, self.each = capacity, capacity // 4 if each is None else each
         self.used = Counter[str]()
 
-    def add(self, key: str, size: int) -> None:
-        """Count that a key uses ``size`` more."""
-        self.used[key] += size
-
-    def remove(self, key: str, size: int) -> None:
-        """Count that a key uses ``size`` less."""
-        self.used[key] -= size
-
     def fits(self, key: str, size: int) -> bool:
         """Whether a key may use ``size`` more."""
         return self.giving_way(key, size) is None

@@ -205,7 +205,7 @@ class Service:
         if not self.answers.fits(key.share, count):
             allowed = f"; this key may have at most {self.limits.own} at once" if key.share else ""
             raise QueueFull(f"too many answers are running or waiting{allowed}", hint="Wait for one to end.")
-        self.answers.add(key.share, count)
+        self.answers.used[key.share] += count
         self.metrics.open.inc(count)
         try:
             yield
@@ -214,7 +214,7 @@ class Service:
             raise
         finally:
             self.metrics.open.dec(count)
-            self.answers.remove(key.share, count)
+            self.answers.used[key.share] -= count
         self.metrics.answer.observe(time.monotonic() - start)
         self.metrics.requests.labels(kind, "ok").inc()
 

@@ -28,7 +28,6 @@ from mta.personalize.adapters import BASE, SharedModel, adapter_parts
 from mta.serving.engine import ServedModel, Version, from_wire
 from mta.store import Store
 from mta.store.state import State
-from mta.system.device import seeded
 
 log = logging.getLogger("mta")
 _OVERSAMPLING = 8  # additional directions in the randomized svd, for accurate last singular values
@@ -87,7 +86,7 @@ class AdapterFolders:
         """Write an adapter; return whether its parts fit a slot."""
         owner = self.store.load(who.person, who.number) if isinstance(who, Version) else who
         try:
-            adapter, _ = self._exporter.adapter(owner, isinstance(who, SharedModel) or who.stacked)
+            adapter = self._exporter.adapter(owner, isinstance(who, SharedModel) or who.stacked)
         except InputError as unfit:  # does not know whose state it is
             log.warning("an adapter could not be built: %s", unfit)
             return False
@@ -113,18 +112,19 @@ class LoraExporter:
             a, b = shared_ranks(shared, name)
             self._spans[name] = *torch.linalg.qr(a.mT), *torch.linalg.qr(b)
 
-    def adapter(self, owner: State | SharedModel, stacked: bool = True) -> tuple[LoraBatch, float]:
-        """Return one adapter with scale 1, and the relative Frobenius error of truncating task LoRA and merge.
+    def adapter(self, owner: State | SharedModel, stacked: bool = True) -> LoraBatch:
+        """Return one adapter with scale 1, whose task LoRA and merge are truncated to the slot's rank.
 
         The base's adapter is zero. Raises InputError for a pooled model without a task LoRA, and for a stack that fills
         the slot; OtherBank; StateCorrupt.
         """
         if owner is BASE:
-            return LoraBatch({name: _zero(pair) for name, pair in self.anchors.factors.items()}), 0.0
+            return LoraBatch({name: _zero(pair) for name, pair in self.anchors.factors.items()})
         if isinstance(owner, SharedModel):
             if self.task_lora is None:
                 raise InputError("the bank has no task LoRA", hint="The pooled model is the base.")
-            return _truncated(self.task_lora, self.rank)
+            fits = self.task_lora.rank <= self.rank
+            return self.task_lora.scaled_into_b() if fits else truncate(self.task_lora, self.rank)[0]
         parts = adapter_parts(owner, self.anchors, self.bank, torch.float32, stacked)
         stack = [parts.stack] if parts.stack else []
         room = self.rank - sum(part.rank for part in stack)
@@ -134,36 +134,27 @@ class LoraExporter:
                 hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
             )
         assert parts.gates is not None  # of a person
-        merged, error = self._merged(parts.gates, room)
-        whole = join([merged, *stack])
+        whole = join([self._merged(parts.gates, room), *stack])
         if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
             raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")
-        return whole, error
+        return whole
 
-    def _merged(self, anchor_gates: Tensor, rank: int) -> tuple[LoraBatch, float]:
-        """Return task LoRA and exact merge truncated to ``rank``, and the relative error over all layers."""
+    def _merged(self, anchor_gates: Tensor, rank: int) -> LoraBatch:
+        """Return task LoRA and exact merge truncated to ``rank``."""
         shares = anchor_gates.repeat_interleave(self.anchors.rank)
         gates = torch.cat([shares.new_ones(self.task_lora.rank if self.task_lora else 0), shares])
-        factors, lost, total = {}, 0.0, 0.0
-        with seeded(0, torch.device("cpu")):  # reproducible: the same state gives the same adapter
+        factors = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same state gives the same adapter
             for name, (q_a, r_a, q_b, r_b) in self._spans.items():
                 core = (r_b * gates) @ r_a.mT
                 u, s, v = torch.svd_lowrank(core, min(rank + _OVERSAMPLING, *core.shape), _ITERATIONS)
                 u, s, v = u[:, :rank], s[:rank], v[:, :rank]
                 root = s.sqrt()
                 factors[name] = Factors(((v * root).mT @ q_a.mT)[None], (q_b @ (u * root))[None])
-                lost += float((core - (u * s) @ v.mT).square().sum())
-                total += float(core.square().sum())
-        return even(factors), (lost / total) ** 0.5 if total else 0.0
+        return even(factors)
 
 
 def _zero(pair: Factors) -> Factors:
     """Return factors of rank 1 with product zero, for one adapter."""
     return Factors(torch.zeros_like(pair.a[:1, :1]), torch.zeros_like(pair.b[:1, :, :1]))
-
-
-def _truncated(adapter: LoraBatch, rank: int) -> tuple[LoraBatch, float]:
-    if adapter.rank <= rank:
-        return adapter.scaled_into_b(), 0.0
-    truncated, error = truncate(adapter, rank)
-    return truncated, float(error)
