@@ -105,6 +105,7 @@ def _prepare() -> None:
     log = logging.getLogger("mta")
     log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises kernels that mta does not use
     limit_threads()
     keep_freed_memory()
 
