@@ -1,6 +1,7 @@
 """The rows of one shape: mta and a named peer, timed in turn.
 
-Rows against PEFT, MoE-PEFT, scoring, and the base alone compare results first; operations and memory compare none.
+Rows against PEFT, MoE-PEFT, blocks, scoring, and the base alone compare results first. Operations and memory compare
+none.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def accepted(site: Site) -> Iterator[Planned]:
 
 
 def training(site: Site) -> Iterator[Planned]:
-    """OPPU and stage 3 against PEFT one by one; for OPPU, also other peers, the share of the GEMM peak, and memory."""
+    """OPPU and stage 3 against PEFT one by one; for OPPU, also other peers, the GEMM peak, and memory."""
     for tokens, shared in LENGTHS.items():
         for adapter in ADAPTERS:
             people = site.settings.people if tokens < 100 else min(site.settings.people, 8)

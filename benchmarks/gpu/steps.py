@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,6 @@ from benchmarks.speed.training import Cohort, agreed, apart, oppu, small, stack
 from mta.config import Run, Training
 from mta.config.schema import OPPU_TRAINING
 from mta.kernels.linear import weight_of
-from mta.model import flex
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
 from mta.tools.cost import ON_GPU, DataSizes, Hardware, costs, hardware
@@ -126,16 +124,24 @@ class Step:
         if self.site.device.type == "cpu":
             return Row(name, "mta", "mta, blocks", skipped="flex attention has no backward pass on a CPU")
 
-        some = self.cohort.first(_COMPARED)
+        base, some = self.cohort.base, self.cohort.first(_COMPARED)
         some = replace(some, start=small(some.start, 7))
-        (_, one), (_, other) = (_attending(way, some.gradient) for way in ("flex", "blocks"))
+
+        def attending(flexible: bool, work: Callable[[], Any]) -> Any:
+            base.flexible = flexible
+            try:
+                return work()
+            finally:
+                base.flexible = False
+
+        (_, one), (_, other) = (attending(flexible, some.gradient) for flexible in (True, False))
         difference = agreed(apart(one, other), str(self.site.dtype).removeprefix("torch."))
 
-        def step(way: str) -> float:
-            _attending(way, self.cohort.train)
+        def step(flexible: bool) -> float:
+            attending(flexible, self.cohort.train)
             return _MINUTE * count
 
-        ours, peer = turns(lambda: step("flex"), lambda: step("blocks"), self.site.settings.repeats, warm=True)
+        ours, peer = turns(lambda: step(True), lambda: step(False), self.site.settings.repeats, warm=True)
         sides = f"mta, {count} people", "mta, blocks"
         checked = f"gradients of {len(some.jobs)} people of one pass"
         return Row(name, *sides, "people/min", tuple(ours), tuple(peer), None, difference, checked)
@@ -243,15 +249,6 @@ def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
     release(site.device)
     plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
     return float(difference)
-
-
-def _attending(way: str, work: Callable[[], Any]) -> Any:
-    """Return what ``work`` does, with this kind of attention."""
-    os.environ[flex.VARIABLE] = way
-    try:
-        return work()
-    finally:
-        del os.environ[flex.VARIABLE]
 
 
 def _apart(base: BaseModel, plain: BaseModel, name: str) -> float:

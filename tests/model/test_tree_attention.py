@@ -46,13 +46,24 @@ def test_flex_attention_gives_the_model_the_same_logits(kind, monkeypatch):
     base = base_of(kind)
     people, jobs = [PerPerson(random_loras(base, 2))], [random_examples(5, 1), random_examples(3, 2)]
     expected = log_likelihood(base, jobs, people)
-    monkeypatch.setenv("MTA_ATTENTION", "flex")
+    monkeypatch.setattr(base, "flexible", True)
     monkeypatch.setattr("mta.model.base.blocks_of", None)  # fails if it is called
     for found, right in zip(log_likelihood(base, jobs, people), expected):
         torch.testing.assert_close(found, right, rtol=0, atol=1e-9)
+
+
+def test_the_environment_chooses_flex_attention_which_is_checked_as_blocks_are(monkeypatch):
+    monkeypatch.setenv("MTA_ATTENTION", "flex")
+    assert not new_base().flexible  # on a CPU
+    monkeypatch.setattr("mta.model.flex.wanted", lambda device: True)
+    assert new_base().flexible
+    monkeypatch.setattr("mta.model.flex.attention", lambda query, *_: query.transpose(1, 2))
+    wrong = new_base()
+    assert (wrong.blocked, wrong.flexible) == (True, False)
+    monkeypatch.undo()
     monkeypatch.setenv("MTA_ATTENTION", "fast")
     with pytest.raises(ConfigError, match="MTA_ATTENTION is 'fast'"):
-        log_likelihood(base, jobs, people)
+        new_base()
 
 
 def test_every_token_is_in_one_block_and_sees_its_ancestors():

@@ -58,6 +58,7 @@ class BaseModel:
 
     targets: dict[str, tuple[int, int]]  # adapted linear layers in forward order: name -> (D, O); without the LM head
     packable: bool  # rows may hold branches: the model follows the positions and masks it is given
+    flexible: bool  # rows are computed by flex attention (mta.model.flex) instead of blocks
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class BaseModel:
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model.config, max_tokens))
         self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
-        self.blocked = self.packable = False
+        self.blocked = self.packable = self.flexible = False
         if self.has_weights:
             self._prepare(model)
         else:
@@ -258,7 +259,7 @@ class BaseModel:
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
             return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)}, exact)
-        if self.blocked and flex.wanted(tokens.device):
+        if self.flexible:
             ends, positions = moved(tokens.device, ends, positions)
             mask: Any = flex_masks(self.model, ends, positions)
         elif self.blocked:
@@ -308,9 +309,12 @@ class BaseModel:
                 "or its rows depend on each other",
                 hint=CAUSAL,
             )
-        ways = [True, False] if blockable else [False]
-        for blocked in ways if "position_ids" in self._keywords else ():
-            self.blocked, self.packable = blocked, True
+        ways = [(True, True), (True, False), (False, False)]  # blocks or dense masks; the blocks as flex attention
+        wanted = flex.wanted(self.device)
+        for blocked, flexible in ways if "position_ids" in self._keywords else ():
+            if blocked > blockable or flexible > wanted:
+                continue
+            self.blocked, self.flexible, self.packable = blocked, flexible, True
             if reference.agrees(self.model, self.logits, packed=True):
                 return
         self.blocked = self.packable = False

@@ -1,7 +1,7 @@
 """Attention over token trees in one kernel: PyTorch's flex attention, which compiles the trees' rule for a GPU.
 
-Off unless ``MTA_ATTENTION=flex``: the blocks of ``mta.model.tree_attention`` are the reference, and no GPU has measured
-which is faster. On a CPU, flex attention has no backward pass and computes all pairs of tokens: it is for tests only.
+Off unless ``MTA_ATTENTION=flex``, and only on a GPU: the blocks of ``mta.model.tree_attention`` are the reference, and
+it is not measured yet which is faster. On a CPU, flex attention has no backward pass, and computes all pairs of tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from mta.errors import ConfigError
 
 VARIABLE = "MTA_ATTENTION"
-Near = Callable[[Tensor, Tensor], Tensor | bool]  # positions of a query and a key -> whether the layer may look so far
+Near = Callable[[Tensor, Tensor], Tensor | bool]  # positions of a query and a key -> whether the layer sees so far
 
 
 def wanted(device: torch.device) -> bool:
-    """Return whether the environment asks for flex attention, and ``device`` can compute it. Raises ConfigError."""
+    """Return whether the environment asks for flex attention on this device. Raises ConfigError."""
     value = os.environ.get(VARIABLE, "blocks")
     if value not in ("blocks", "flex"):
         raise ConfigError(f"{VARIABLE} is {value!r}", hint=f"Set it to blocks or flex:  export {VARIABLE}=flex")
-    return value == "flex" and not (device.type == "cpu" and torch.is_grad_enabled())
+    return value == "flex" and device.type == "cuda"
 
 
 def tree_mask(ends: Tensor, positions: Tensor, near: Near) -> BlockMask:
@@ -48,4 +48,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # One entry for each head width, dtype, mode of autograd, and kind of row. Without fullgraph, a full cache would
+    # fall back to storing all scores, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, fullgraph=True)

@@ -28,8 +28,9 @@ from mta.model import flex
 from mta.system.device import moved
 
 NAME = "mta_tree"
-T = TypeVar("T")
+Mask = TypeVar("Mask")
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
+_SMALL = 4  # of these sizes are not tried for a GPU: it would wait for their many cuts, which Python makes
 _GATHER = 16  # cost of fetching a token, in query-key pairs
 _EVEN = 8  # K is a multiple of this: products with odd rows of bfloat16 take twice as long
 # Not supported by SDPA either, or need dense rows:
@@ -65,7 +66,8 @@ def blocks_of(ends: Tensor, positions: Tensor, device: torch.device | None = Non
     """Cut rows (B, T) into blocks of the size with the lowest cost of attention; on ``device``, or that of ``ends``."""
     rows, depths = ends.cpu().numpy(), positions.cpu().numpy()
     tokens = rows.shape[1]
-    best = min((_cuts(rows, depths, min(size, tokens)) for size in _SIZES), key=lambda cuts: _cost(cuts, depths))
+    sizes = _SIZES if (device or ends.device).type == "cpu" else _SIZES[_SMALL:]
+    best = min((_cuts(rows, depths, min(size, tokens)) for size in sizes), key=lambda cuts: _cost(cuts, depths))
     wide, deep = _sizes(best, depths)
     queries, keys = np.full((len(best), wide), -1), np.full((len(best), deep), -1)
     place = np.zeros(rows.size, dtype=np.int64)
@@ -133,7 +135,7 @@ def flex_masks(model: Any, ends: Tensor, positions: Tensor) -> BlockMask | dict[
     return _by_kind(model, lambda near: flex.tree_mask(ends, positions, near))
 
 
-def _by_kind(model: Any, mask_of: Callable[[flex.Near], T]) -> T | dict[str, T]:
+def _by_kind(model: Any, mask_of: Callable[[flex.Near], Mask]) -> Mask | dict[str, Mask]:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     near = dict[str, flex.Near]()
