@@ -20,6 +20,7 @@ from benchmarks.speed.timing import rate
 from mta.config import Training
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
+from mta.system.device import moved
 from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
@@ -78,9 +79,9 @@ class PlainPeft:
     def begin(self, start: LoraBatch, person: int) -> None:
         """Set the adapter to where ``person`` starts."""
         with torch.no_grad():
-            for name, pair in self._factors().items():
-                for tensor, value in zip(pair, start.factors[name]):
-                    tensor.copy_(value[person])
+            pairs = self._factors()
+            values = [value[person] for name in pairs for value in start.factors[name]]
+            torch._foreach_copy_([tensor for pair in pairs.values() for tensor in pair], values)
 
     def prepare(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> None:
         """What ``train`` is to do; for one person it is done at once, to warm up."""
@@ -99,6 +100,7 @@ class PlainPeft:
                 betas=(training.beta1, training.beta2),
                 eps=training.eps,
                 weight_decay=training.weight_decay,
+                fused=self.model.device.type == "cuda" or None,
             )
             for step in range(training.steps or 0):
                 self.backward(batch_of(job, step, training.batch_size, 0))
@@ -162,7 +164,7 @@ def padded(examples: Sequence[Example], device: torch.device | str = "cpu") -> d
         tokens[n, :length], seen[n, :length] = torch.tensor(example.tokens), 1
         labels[n, start:length] = torch.tensor(example.target)
     inputs = {"input_ids": tokens, "attention_mask": seen, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return dict(zip(inputs, moved(torch.device(device), *inputs.values())))  # without waiting for earlier passes
 
 
 def _parts(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
