@@ -21,7 +21,7 @@ from mta.errors import ConfigError, InputError
 from mta.evaluation.compare import ComparisonReport, compare, run_methods
 from mta.evaluation.methods import TaskLora
 from mta.evaluation.protocol import TestBatch
-from mta.evaluation.reports.summary import SHOWN
+from mta.evaluation.reports.summary import HISTORY
 from mta.evaluation.reports.two_people import two_people
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
@@ -104,8 +104,6 @@ def demo(
         check_merge(planned(run).merge, run.bank.anchors, load_task(run.task).labelled, run.calibration.enabled)
         folder.begin()  # locks the folder
         report = _compared(out, recipe, people, splits, base, folder.step, say)
-        if recipe.history:
-            _add_history(out, recipe, splits, people, report, folder.step, say)
         report.people = two_people(report.batch, report.comparison)
         say("4/4  a file for each of two people")
         personal = Personalizer(base, report.batch.bank, out / "people", run=run)
@@ -154,41 +152,40 @@ def _compared(
     parts = f"task LoRA on {pooled} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/4  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
-    bank = Bank.build(base, candidates, out / "bank", task=run.task, run=run, task_people=task_people, on_step=on_step)
+
+    def built(name: str, run: Run) -> Bank:
+        return Bank.build(
+            base, candidates, out / name, task=run.task, run=run, task_people=task_people, on_step=on_step
+        )
+
+    bank = built("bank", run)
     splits.save(out / "splits.json")  # only now: a mistake must not fix the folder's splits and settings
     write_text(out / RECIPE, dump_yaml(recipe))
+    shown = None
+    if recipe.history:  # before the comparison: a mistake in these settings must not cost it
+        say(f"     {HISTORY}: a second pooled model")
+        shown = built("history", override(run, recipe.history))
 
     say(f"3/4  {len(splits.test)} people outside the bank, {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
     report = compare(
         base, bank, tested, recipe.evaluation, run=run, on_step=on_step, on_method=lambda m: say(f"     {m}")
     )
+    if shown:
+        _add_history(report, shown, tested, recipe.evaluation)
     report.meta["data"] = recipe.data
     if recipe.data in assets.ASSETS:
         report.meta["terms"] = assets.ASSETS[recipe.data].note
     return report
 
 
-def _add_history(
-    out: Path,
-    recipe: DemoRecipe,
-    splits: Splits,
-    people: list[Person],
-    report: ComparisonReport,
-    on_step: OnStep,
-    say: Callable[[str], None],
-) -> None:
-    """Add a row to the comparison: a pooled model that was trained with earlier items in its prompts."""
-    run, base, settings = override(recipe.run, recipe.history), report.batch.base, recipe.evaluation
-    say(f"     {SHOWN}")
-    task_people, candidates = splits.select("task", people), splits.select("candidates", people)
-    folder = out / "history"
-    bank = Bank.build(base, candidates, folder, task=run.task, run=run, task_people=task_people, on_step=on_step)
-    context = replace(report.batch.context, bank=bank, run=run)
-    tested = {person.id: person for person in splits.select("test", people)}
-    same = [tested[person.id] for person in report.batch.people]
-    batch = TestBatch.of(context, same, shots=settings.shots, queries=settings.queries)
-    report.comparison.rows[-1:-1] = run_methods(batch, [TaskLora(name=SHOWN)]).rows
+def _add_history(report: ComparisonReport, bank: Bank, tested: Sequence[Person], evaluation: CompareSettings) -> None:
+    """Add the pooled model of a bank with history to the comparison, asked the same questions."""
+    context = replace(report.batch.context, bank=bank, run=bank.info.run)
+    known = {person.id: person for person in tested}
+    same = [known[person.id] for person in report.batch.people]
+    batch = TestBatch.of(context, same, shots=evaluation.shots, queries=evaluation.queries)
+    report.comparison.rows[-1:-1] = run_methods(batch, [TaskLora(name=HISTORY)]).rows
 
 
 def _check_same(out: Path, chosen: DemoRecipe) -> None:

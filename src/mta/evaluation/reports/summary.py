@@ -14,9 +14,9 @@ Judgement = Literal["better", "worse", "unclear"]
 
 OURS, POOLED, RIVAL = "MTA", "task LoRA", OPPU
 OTHER = "MTA, other person's shots"
-SHOWN = "history in the prompt"  # a pooled model that was trained with earlier items in its prompts
+HISTORY = "history in the prompt"  # a pooled model that was trained with earlier items in its prompts
 CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
-BANKLESS = *CHEAP, SHOWN
+BANKLESS = *CHEAP, HISTORY  # what needs no anchors
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
@@ -54,7 +54,7 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def _advice(comparison: Comparison) -> list[str]:
-    """Return which cheap rivals make the bank unnecessary on these data."""
+    """Return which rivals make the anchors unnecessary on these data."""
     measure = comparison.yardstick
     rivals = (*BANKLESS, POOLED) if NO_HISTORY in comparison.names else BANKLESS
     known = {name: d for name in rivals if (d := comparison.difference(OURS, name, measure))}
