@@ -16,8 +16,10 @@ from tiny import base_of, endless, random_loras
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
+from mta.serving.embedded import scheduler as scheduling
+from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.embedded.scheduler import LabelWalk
+from mta.serving.embedded.scheduler import AnswerRow, LabelWalk, Sampler, Scheduler
 from mta.serving.engine import EngineRequest, ModelRemoved, Refused, Version
 from mta.store.state import State
 
@@ -97,8 +99,9 @@ async def test_batched_answers_equal_single_answers(kind, pooled):
     assert len({tuple(tokens) for tokens in answers}) == len(answers)
 
 
-async def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():
+async def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one(monkeypatch):
     """The padding of such a row lies beyond the last learned position of the model."""
+    monkeypatch.setattr(scheduling, "CHUNKS", 1)  # the short row enters only the last pass of the other
     base, bank, models = world("gpt2")
     places = base.model.config.n_positions
     near, short = ([5 + n % 250 for n in range(count)] for count in (places - 10, 40))
@@ -106,6 +109,23 @@ async def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():
         requests = request_of(2, near, 8), request_of(3, short, 8)
         answers = await asyncio.gather(*(tokens_of(engine, one) for one in requests))
     assert answers == [one_by_one(base, bank, models[n], prompt, 8) for n, prompt in ((2, near), (3, short))]
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(True, 4), (False, 1)])
+def test_four_chunks_are_read_at_once_while_no_row_generates_a_text(labels, rows):
+    base, bank, models = world()
+    scheduler = Scheduler(base, AdapterSlots(base, bank, 8), 8, 64, 8)
+    how = {"labels": ((31, 2), (40, 2))} if labels else {}
+    first, *others = (request_of(2, [9 + n] * 6, 4, **how) for n in range(6))
+    for request in (first, *others):
+        row = AnswerRow(request, lambda _: None, Sampler(request))
+        row.adapter = scheduler.adapters.adapter_of(models[2])
+        scheduler.waiting.append(row)
+        if request is first:
+            scheduler.step()  # it runs now
+    before = scheduler.running
+    scheduler.step()
+    assert scheduler.running - before == rows
 
 
 @settings(max_examples=6)

@@ -135,7 +135,7 @@ def test_a_lost_row_leaves_nothing_in_a_slot_that_another_row_moves_to():
 
 @pytest.mark.anyio
 async def test_a_failed_prefill_ends_only_its_own_row(monkeypatch):
-    monkeypatch.setattr(scheduling, "ALONE", 1)  # one prompt is in each pass
+    monkeypatch.setattr(scheduling, "CHUNKS", 1)  # one prompt is in each pass
     base, bank, models = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
     async with closing(engine_of(base, bank, models, slots=3)) as engine:

@@ -4,7 +4,7 @@
 
 One step admits waiting rows, runs one prefill pass of at most ``chunk`` prompt tokens, then one decoding pass with one
 token per running row. So a new prompt of any length delays each token of a running row by at most one chunk. While
-no row generates a text, no reader waits for a token, and a pass takes up to ``ALONE`` chunks, of different rows.
+no row generates a text, no begun answer is delayed, and a pass takes up to ``CHUNKS`` chunks, of different rows.
 
 A failure (out of memory, or any other exception) ends only the rows concerned, with AnswerLost:
 
@@ -44,7 +44,7 @@ from mta.serving.engine import (
 )
 from mta.system.device import moved
 
-ALONE = 4
+CHUNKS = 4  # in a prefill pass while no row generates a text
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
 log = logging.getLogger("mta")
 
@@ -237,7 +237,7 @@ class Scheduler:
     def _prefill(self) -> None:
         """Run one prefill pass over the oldest filling row and as many others as fit."""
         first = self.running
-        room = self.chunk if any(not row.request.labels for row in self.rows[:first]) else ALONE * self.chunk
+        room = self.chunk if any(not row.request.labels for row in self.rows[:first]) else CHUNKS * self.chunk
         self._exchange(first, min(range(first, len(self.rows)), key=lambda n: self.rows[n].number))
         count, width = 1, min(len(self.rows[first].left), self.chunk)
         for row in self.rows[first + 1 :]:
