@@ -1,4 +1,4 @@
-"""The batched layer against the plain way: one adapter at a time, and a real PeftModel."""
+"""The batched layer against the plain way: dense updates of weights."""
 
 import plain
 import pytest
@@ -12,8 +12,6 @@ from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
 from mta.lora.terms import RowTerm, SharedTerm, with_terms
 from mta.training.scoring import log_likelihood
-
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 
 
 def logits(base, tokens, adapters, owner):

@@ -149,8 +149,8 @@ def edited(folder: Path, **changes: object) -> Path:
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'\n  Export the adapter again"),
         ({"use_dora": True}, "use_dora is True, expected False"),
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
-        ({"r": 4}, "r is 4, expected 3"),
-        ({"r": True}, "r is True, expected 3"),
+        ({"r": 4}, "r is 4, but its factors have rank 3"),
+        ({"r": True}, "r is True, but"),
         ({"lora_alpha": float("nan")}, "values that are not finite floats"),
         *(({"r": wrong}, "holds no adapter that mta can read") for wrong in ("3", 0, None)),
         *(({"lora_alpha": wrong}, "holds no adapter that mta can read") for wrong in (None, 10**400)),
@@ -180,7 +180,8 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj"
     ("changes", "message"),
     [
         ({f"{FIRST}.lora_B.weight": None}, "expected tensors '<layer>.a' and '<layer>.b' in pairs"),
-        ({f"{FIRST}.lora_magnitude_vector": torch.ones(2)}, "in pairs, got .*lora_magnitude_vector"),
+        ({f"{FIRST}.lora_magnitude_vector": torch.ones(2)}, f"the tensor '{FIRST}.lora_magnitude_vector' is not named"),
+        ({FIRST.removeprefix("base_model.model.") + ".lora_A.weight": torch.ones(3, 2)}, "the tensor 'model.layers"),
         ({f"{FIRST}.lora_A.weight": torch.ones(3)}, "factors of 'model.layers.0.mlp.down_proj' do not fit together"),
         *(
             ({f"{FIRST}.lora_B.weight": torch.tensor([[wrong] * 3] * 16)}, "values that are not finite floats")

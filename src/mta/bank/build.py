@@ -42,9 +42,9 @@ from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
-from mta.errors import BankError, BankRefused
+from mta.errors import BankError, BankRefused, InputError
 from mta.lora.batch import LoraBatch
-from mta.lora.peft import CONFIG, WEIGHTS
+from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.system.atomic import exclusive, unfinished_in, write_tensors, write_text
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -64,6 +64,7 @@ def build_bank(build: Build) -> None:
     fields of its task that do not affect training (``UNTRAINED``).
     Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
+    _check_task_lora(build)
     context = _context(build)
     if _is_finished(context):
         return write_task(context.out, context.task)
@@ -86,6 +87,15 @@ def build_bank(build: Build) -> None:
             anchors = _train(context, roles, jobs, plan, task_lora)
             _finish(context, plan, roles, anchors, _calibrate(context, roles, anchors, task_lora))
         remove_work(context.out)  # if the build is killed before this, the next call removes the files
+
+
+def _check_task_lora(build: Build) -> None:
+    if build.task_lora and read_peft(build.task_lora).shapes != build.base.targets:
+        raise InputError(
+            f"{build.task_lora} does not change exactly the {len(build.base.targets)} layers that a bank of "
+            f"{build.base.name} changes",
+            hint="Give the task_lora/ folder of a bank, or leave it out.",
+        )
 
 
 def _context(build: Build) -> BuildContext:

@@ -130,9 +130,11 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     People who hold a copy of one item, directly or through others, are in one group, named by its smallest person id.
     People who share nothing have no group.
     """
+    if not (copies := Copies(people, task)).holders:
+        return list(people), SharedItems()
     from scipy.cluster.hierarchy import DisjointSet  # here: the import takes a third of a second
 
-    copies, sets = Copies(people, task), DisjointSet(range(len(people)))
+    sets = DisjointSet(range(len(people)))
     for holders in copies.holders.values():
         first, *others = holders
         for other in others:

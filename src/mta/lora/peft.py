@@ -11,7 +11,7 @@ import glob
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ CARD = "README.md"
 MARK = "<!-- A card that mta export wrote: mta forget removes it with the adapter. -->"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _WRITTEN = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_rslora": False, "use_dora": False}
+_DAMAGED = SafetensorError, OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError
 _AGAIN = "Export the adapter again, or copy its folder whole."
 
 
@@ -93,28 +94,30 @@ def read_peft(folder: str | Path) -> LoraBatch:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        flat = {_short(name): _whole(part)[None] for name, part in load_file(folder / WEIGHTS).items()}
+        tensors = load_file(folder / WEIGHTS)
+        if odd := _odd(config, tensors):
+            raise InputError(odd, hint=_AGAIN)
+        flat = {_short(name): _whole(part)[None] for name, part in tensors.items()}
         adapter = LoraBatch.of_tensors(flat, float(config["lora_alpha"]) / config["r"])
-        expected = {**_WRITTEN, "r": adapter.rank}
-        odd = next((key for key, value in expected.items() if config.get(key, value) != value), "")
-    except (
-        SafetensorError,
-        OSError,
-        InputError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RecursionError,
-    ) as e:
+        if type(config["r"]) is not int or adapter.rank != config["r"]:
+            raise InputError(f"r is {config['r']!r}, but its factors have rank {adapter.rank}", hint=_AGAIN)
+    except _DAMAGED as e:
         reason = e.message if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
         raise InputError(f"{folder} holds no adapter that mta can read: {reason}", hint=_AGAIN) from e
-    if odd:
-        raise InputError(f"{folder}: {odd} is {config[odd]!r}, expected {expected[odd]!r}", hint=_AGAIN)
     finite = (part.is_floating_point() and part.isfinite().all() for part in flat.values())
     if not math.isfinite(adapter.scale) or not all(finite):
         raise InputError(f"{folder} holds values that are not finite floats", hint=_AGAIN)
     return adapter
+
+
+def _odd(config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Return the first setting or tensor that ``write_peft`` does not write; "" without one."""
+    for key, value in _WRITTEN.items():
+        if config.get(key, value) != value:
+            return f"{key} is {config[key]!r}, expected {value!r}"
+    named = (name for name in tensors if not (name.startswith(_PREFIX) and name.endswith((_A, _B))))
+    name = next(named, "")
+    return f"the tensor {name!r} is not named {_PREFIX}<layer>{_A} or {_B.lstrip('.')}" if name else ""
 
 
 def _short(name: str) -> str:
