@@ -40,7 +40,7 @@ def gains() -> dict[str, Gains]:
     found = {}
     for title, name in SETS.items():
         text = (RESULTS / name / "README.md").read_text(encoding="utf-8")
-        seeds = [part for part in text.split("\n## ") if " people, 3 seeds." in part]
+        seeds = [part for part in text.split("\n## ") if re.search(r" people, \d+ seeds\.", part)]
         rows = _of_tables(text) | _of_tables("\n\n".join(seeds))
         found[title] = {
             method: next(rows[name] for name in names if name in rows)
