@@ -130,3 +130,19 @@ def test_gradients_pass_through_frozen_adapters_of_single_people():
     with_terms(layer, [RowTerm(a, b)])(x).sum().backward()
     dense = layer.weight + torch.bmm(b, a)
     assert torch.allclose(x.grad, dense.sum(1)[:, None].expand_as(x), atol=1e-12)
+
+
+def test_ranks_that_are_padded_for_a_gpu_change_no_number(monkeypatch):
+    layer, draw = torch.nn.Linear(6, 5).double().requires_grad_(False), torch.Generator().manual_seed(0)
+    shapes = (2, 3, 6), (2, 1, 6), (2, 5, 1), (2, 4, 6), (2, 5, 4)
+    x, a, b, *frozen = (torch.randn(shape, generator=draw).double() for shape in shapes)
+    leaves = [part.requires_grad_() for part in (x, a, b)]
+
+    def numbers():
+        y = with_terms(layer, [RowTerm(a, b), RowTerm(*frozen)])(x)
+        return y, *torch.autograd.grad((y**2).sum(), leaves)
+
+    expected = numbers()
+    monkeypatch.setattr("mta.lora.terms._is_faster_even", lambda _: True)
+    for found, right in zip(numbers(), expected):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)

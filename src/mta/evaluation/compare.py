@@ -142,18 +142,12 @@ def standard_methods(
     controls: list[Method] = []
     if settings.controls:
         controls = [*([PopulationMerge()] if calibrated else []), OtherPerson(over=ours)]
-    if settings.brief:
-        merge = [Merged(merge=run.merge)] if stack.enabled else []
-        return [*constants, *pooled, *controls, *rivals, *merge, ours]
-    return [
-        *constants,
-        Base(),
-        *pooled,
-        *controls,
-        *rivals,
-        *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in settings.policies if fits(policy(name))),
-        ours,
-    ]
+    merges: list[Method] = [Merged(merge=run.merge)] if stack.enabled else []
+    if not settings.brief:
+        chosen = {name: policy(name) for name in settings.policies}
+        merges = [Merged(name=f"merge only, {name}", merge=merge) for name, merge in chosen.items() if fits(merge)]
+    base = [] if settings.brief else [Base()]
+    return [*constants, *base, *pooled, *controls, *rivals, *merges, ours]
 
 
 def compare(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from mta.kernels.compile import kernels, wide
 from mta.kernels.functions import add_low_rank, low_rank_gradients, product
@@ -138,7 +139,8 @@ class _AdaptedLinear(Function):
         x = x.contiguous()  # the kernels of the backward pass need contiguous rows
         alike = [term for term in frozen if isinstance(term, RowTerm) and len(term.a) == len(a)]
         others = [term for term in frozen if not (isinstance(term, RowTerm) and len(term.a) == len(a))]
-        rows = _side_by_side([RowTerm(a, b), *alike]).laid_out()
+        rows = _side_by_side([RowTerm(a, b), *alike])
+        rows = (_even(rows) if _is_faster_even(x) else rows).laid_out()
         y = product(x, weight_of(layer), layer.bias)
         for term in others:
             term.add_(x, y)
@@ -228,6 +230,16 @@ def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
     if len(rows) == 1:
         return rows[0]
     return RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b.mT for term in rows], 1).mT)
+
+
+def _is_faster_even(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _even(term: RowTerm) -> RowTerm:
+    """Return the term with zero ranks, up to a multiple of 8: GPUs multiply odd rows of bfloat16 slowly."""
+    more = -term.a.shape[1] % 8
+    return RowTerm(pad(term.a, (0, 0, 0, more)), pad(term.b, (0, more)))
 
 
 def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Tensor]:
