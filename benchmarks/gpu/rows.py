@@ -93,10 +93,10 @@ def training(site: Site) -> Iterator[Planned]:
             if alone:
                 yield Planned(f"{name}, best batch of PEFT", step.against_best_batch)
                 yield Planned(f"{name}, operations", step.share_of_peak)
-                yield Planned(f"{name}, flex attention", step.in_one_kernel)
                 yield Planned(f"{name}, memory", step.memory)
                 yield Planned(f"{name}, memory of a cohort", step.memory_of_a_cohort)
                 yield Planned(f"{name}, estimate", step.against_estimate)
+                yield Planned(f"{name}, flex attention", step.in_one_kernel)
             if alone and site.shape.name in _LARGE:
                 yield Planned(f"{name}, NF4", step.over_four_bits)
             if alone and tokens < 100 and site.shape.parameters < _WRITTEN:
