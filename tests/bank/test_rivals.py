@@ -87,14 +87,19 @@ def scene():
 
 def test_a_label_bias_is_measured_as_people_would_use_it(scene):
     base, people, task_lora, measured = scene
-    found = measured.biased(8)
-    assert found.shape == (10, len(STDS))
-    for person, gains, tokens in zip(people, found, measured.tokens):
+    found, tried = measured.biased(8)
+    assert found.shape == tried.shape == (10, len(STDS))
+    for person, gains, turns, tokens in zip(people, found, tried, measured.tokens):
         (scores,) = label_scores(base, TASK, [person.items], [Shared(task_lora)])
         gold = torch.tensor([TASK.labels.index(TASK.target(item)) for item in person.items])
-        for std, gain in zip(STDS, gains):
-            bias = fitted_bias(scores[:8], gold[:8], features_of(TASK.labels), std)
-            assert float(gain) == pytest.approx(bias_gain(scores[8:], gold[8:], bias) / float(tokens))
+        for std, gain, every in zip(STDS, gains, turns):
+            parts = []  # the last four items, those before, and the first four, each from the other eight
+            for start in (8, 4, 0):
+                asked = torch.isin(torch.arange(12), torch.arange(start, start + 4))
+                bias = fitted_bias(scores[~asked], gold[~asked], features_of(TASK.labels), std)
+                parts.append(bias_gain(scores[asked], gold[asked], bias) / float(tokens))
+            assert float(gain) == pytest.approx(parts[0])
+            assert float(every) == pytest.approx(sum(parts))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -46,7 +46,6 @@ class Roles:
 
     @property
     def anchors(self) -> list[Person]:
-        """The anchors with their whole histories."""
         return [self.eligible[i] for i in self.chosen]
 
     @property

@@ -112,7 +112,6 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """The methods in the order of the rows."""
         return [row.name for row in self.rows]
 
     @property

@@ -43,7 +43,6 @@ class LoraBatch:
 
     @property
     def rank(self) -> int:
-        """Rank R."""
         return next(iter(self.factors.values())).a.shape[1]
 
     @property

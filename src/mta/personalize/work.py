@@ -84,12 +84,10 @@ class Cohort:
 
     @property
     def people(self) -> list[Person]:
-        """The people, with their whole histories."""
         return [item.person for item in self.items]
 
     @property
     def earlier_states(self) -> list[State]:
-        """The states that an update continues from."""
         return [item.earlier for item in self.items if item.earlier]
 
     @property

@@ -46,7 +46,6 @@ class Job:
 
     @property
     def targets(self) -> int:
-        """Number of target tokens of all examples."""
         return sum(len(example.target) for example in self.examples)
 
 

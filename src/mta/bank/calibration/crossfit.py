@@ -36,7 +36,7 @@ from mta.bank.calibration.choices import (
     typical_shots,
 )
 from mta.bank.calibration.info import DEFAULTS, LABEL_BIAS, CalibrationInfo, Gain, Rival
-from mta.bank.calibration.label_bias import bias_gain, features_of, fitted_bias
+from mta.bank.calibration.label_bias import features_of, left_out_gain
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
@@ -93,12 +93,10 @@ class Calibrator:
 
     @property
     def queries(self) -> list[tuple[Example, ...]]:
-        """Everybody's later items."""
         return [one.queries for one in self.subjects]
 
     @property
     def shots(self) -> Tensor:
-        """Everybody's number of earlier items, (U,)."""
         return torch.tensor([len(one.shots) for one in self.subjects])
 
     @property
@@ -277,7 +275,8 @@ class Calibrator:
         measured, pooled = (ours[shots], counted, shots), torch.zeros(people, 1).double()
         rivals = list[Rival]()
         if self.labels:  # of a prior, there is a weaker one: no need for none
-            rivals.append(rival_of(LABEL_BIAS, STDS, self.biased(shots), best_on_average, *measured))
+            gains, tried = self.biased(shots)
+            rivals.append(rival_of(LABEL_BIAS, STDS, gains, best_on_average, *measured, tried=tried))
         for name, lora in self.rivals.items():
             gains = torch.cat([pooled, self.stacked(shots, torch.zeros(people, 0).double(), RATES, lora)], dim=1)
             rivals.append(rival_of(name, (0.0, *RATES), gains, surely_best, *measured))
@@ -323,18 +322,21 @@ class Calibrator:
         measured = self._measured("stacks", [one.shots[-shots:] for one in self.subjects], w, rates, lora)
         return (torch.cat(measured) - self.pooled_loglik[:, None]) / self.tokens[:, None]
 
-    def biased(self, shots: int) -> Tensor:
-        """Return each person's gain with a label bias that was fitted to their latest shots, (U, STDS)."""
+    def biased(self, shots: int) -> tuple[Tensor, Tensor]:
+        """Return each person's gain with a label bias, of their queries and of blocks left out in turn, (U, STDS) each.
+
+        It is fitted to ``shots`` others of a person's items, as in ``best_prior``.
+        """
         nothing, features = torch.zeros(len(self.subjects), 0).double(), features_of(self.labels)
         asked = [[choice for choices in one.choices for choice in choices] for one in self.subjects]
         every = torch.cat(self._measured("labels", asked, nothing)).view(-1, len(self.labels))
-        rows = list[Tensor]()
+        rows = list[list[list[float]]]()
         for one, scores in zip(self.subjects, torch.split(every, [len(one.choices) for one in self.subjects])):
-            gold, own = torch.tensor(one.gold), len(one.shots)
-            known = slice(max(own - shots, 0), own)
-            biases = [fitted_bias(scores[known], gold[known], features, std) for std in STDS]
-            rows.append(torch.tensor([bias_gain(scores[own:], gold[own:], bias) for bias in biases]).double())
-        return torch.stack(rows) / self.tokens[:, None]
+            gold, turns = torch.tensor(one.gold), [one.parted(turn) for turn in range(TURNS if self.fewer else 1)]
+            parts = [(known[-shots:], block) for known, block in turns]
+            rows.append([[left_out_gain(scores, gold, features, std, *part) for std in STDS] for part in parts])
+        gains = torch.tensor(rows).double() / self.tokens[:, None, None]
+        return gains[:, 0], gains.sum(1)
 
     def _measured(
         self,
@@ -369,11 +371,9 @@ class Calibrator:
 
 
 def left_out(one: Subject, single: GateGradients, turn: int) -> tuple[GateGradients, tuple[Example, ...]]:
-    """Return the gradients of a person's items but for a block, and the block: in turn 0 the queries, then before."""
-    stop = max(len(one.all) - turn * len(one.queries), 0)
-    block = range(max(stop - len(one.queries), 0), stop)
-    kept = [i for i in range(len(one.all)) if i not in block]
-    return GateGradients(single.gradients[kept], single.loglik[kept]), one.all[block.start : stop]
+    """Return the gradients of a person's items but for a block, and the block (``Subject.parted``)."""
+    kept, block = one.parted(turn)
+    return GateGradients(single.gradients[kept], single.loglik[kept]), tuple(one.all[n] for n in block)
 
 
 def planned_cost(

@@ -31,6 +31,12 @@ class Subject:
     def all(self) -> tuple[Example, ...]:
         return self.shots + self.queries
 
+    def parted(self, turn: int) -> tuple[list[int], list[int]]:
+        """Return the numbers of the items but for a block, and the block's: in turn 0 the queries, then before."""
+        stop = max(len(self.all) - turn * len(self.queries), 0)
+        block = range(max(stop - len(self.queries), 0), stop)
+        return [n for n in range(len(self.all)) if n not in block], list(block)
+
 
 def calibration_people(
     people: Sequence[Person],

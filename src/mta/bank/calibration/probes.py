@@ -85,7 +85,6 @@ class CalibrationWorker:
 
     @property
     def task_adapters(self) -> list[Shared]:
-        """The task LoRA as adapters, or nothing."""
         return [Shared(self.task_lora)] if self.task_lora else []
 
     @cached_property

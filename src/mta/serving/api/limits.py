@@ -46,7 +46,6 @@ class Shares:
         self.used = Counter[str]()
 
     def fits(self, key: str, size: int) -> bool:
-        """Whether a key may use ``size`` more."""
         return self.giving_way(key, size) is None
 
     def giving_way(self, key: str, size: int) -> str | None:

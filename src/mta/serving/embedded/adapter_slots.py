@@ -83,7 +83,6 @@ class AdapterSlots:
                 a[place, : adapter.own.rank], b[place, : adapter.own.rank] = own.a[0], own.b[0].mT
 
     def clear(self, place: int) -> None:
-        """Fill slot ``place`` with zeros."""
         torch._foreach_zero_(self._slot(place))
 
     def exchange(self, one: int, other: int) -> None:

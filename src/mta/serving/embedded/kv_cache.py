@@ -68,7 +68,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 
     def clear(self, slot: int) -> None:
-        """Fill a slot with zeros."""
         if self.kept:
             torch._foreach_zero_([kept[slot] for kept in chain(*self.kept)])
 
@@ -189,7 +188,6 @@ class Slots:
         return shared if 2 * shared >= len(slot.tokens) else 0
 
     def exchange(self, one: int, other: int) -> None:
-        """Swap two slots."""
         if one == other:
             return
         tokens = max(self._slots[one].written, self._slots[other].written)

@@ -153,7 +153,6 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
         return bool(self.rows or self.waiting)
 
     def known(self) -> list[ServedModel]:
