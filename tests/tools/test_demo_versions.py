@@ -32,3 +32,12 @@ def test_a_demo_with_other_settings_is_refused_in_the_folder_of_a_demo(tmp_path)
         with pytest.raises(ConfigError, match="other settings"):
             demo._check_same(tmp_path, override(recipe, words))
     demo._check_same(tmp_path, override(first, ["run.memory=2GiB"]))  # as the hint of a demo without memory says
+
+
+@pytest.mark.parametrize("name", ["survey", "movielens"])
+def test_both_versions_of_the_packaged_recipes_are_complete(name):
+    recipe = load_demo(name)
+    shown = override(recipe.run, recipe.history)
+    assert shown.task_lora.history == (8 if name == "survey" else 0)
+    short = override(recipe, recipe.short)
+    assert (short.history, short.evaluation.brief) == ((), True)
