@@ -1,4 +1,6 @@
-"""The survey with statements that no bank has seen: python -m benchmarks.new_statements FOLDER
+"""The survey with statements that no bank has seen.
+
+python -m mta_lab.experiments.new_statements FOLDER
 
 Writes train.jsonl, everybody but the recipe's test people, without the third statement of each of the five traits, and
 test.jsonl, the test people: eight known statements, then these five. Then:
