@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from mta.data.readers.people import read_people
 from mta.data.splits import Part
@@ -18,8 +17,6 @@ from mta.data.tasks import load_task
 from mta.evaluation.statistics import bootstrap
 from mta_lab.experiments.people import draw_splits
 from mta_lab.experiments.recipe import load_experiment
-
-STDS = 0.125, 0.25, 0.5, 1.0  # of a label bias's prior; candidates choose
 
 
 def latent_classes(known: Tensor, shots: Tensor, classes: int = 16, rounds: int = 200) -> Tensor:
@@ -35,10 +32,7 @@ def latent_classes(known: Tensor, shots: Tensor, classes: int = 16, rounds: int 
 
 
 def label_bias(features: Tensor, shares: Tensor, shots: Tensor, std: float) -> Tensor:
-    """Return log p under a bias on each statement's label ``shares``: one number per feature, MAP on the shots.
-
-    Shapes: features (F, statements, labels), shots (people, statements, labels).
-    """
+    """Return log p under a bias on ``shares``: one number per feature (F, statements, labels), MAP on the shots."""
     numbers = torch.zeros(len(shots), len(features), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([numbers], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -65,32 +59,23 @@ def main() -> None:
         items = (person.items[start:stop] for person in splits.select(part, people))
         said = ({i.fields["statement"]: int(i.fields["answer"]) for i in own} for own in items)
         rows = torch.tensor([[own.get(statement, 0) for statement in statements] for own in said])
-        return one_hot(rows, 7)[..., 1:].double()  # 0: not asked
+        return torch.nn.functional.one_hot(rows, 7)[..., 1:].double()  # 0: not asked
 
     known = torch.cat([answers("task"), answers("candidates")])
     shares, labels = known.mean(0), torch.arange(-2.5, 3).double()
     mean, spread = labels.expand_as(shares), (labels**2).expand_as(shares)
     values = known @ labels  # the direction in which people's answers differ most, over the statements
-    direction = torch.linalg.svd(values - values.mean(0), full_matrices=False)[2][0, :, None] * len(statements) ** 0.5
-    kinds = {
-        "label bias": [mean, spread],
-        "label bias of two groups of statements": [mean * (direction > 0), mean * (direction <= 0), spread],
-        "label bias with one direction": [mean, mean * direction, spread],
-    }
+    direction = torch.linalg.svd(values - values.mean(0), full_matrices=False)[2][0, :, None]
+    two = torch.stack([mean * (direction > 0), mean * (direction <= 0), spread])
+    kinds = {"label bias": torch.stack([mean, spread]), "label bias of two groups of statements": two}
     shots, asked = answers("test", 0, 8), answers("test", 8, 20)
-    plain = shares.log().expand_as(asked)
-    found = {"shares of each statement": plain, "16 latent classes": latent_classes(known, shots)}
-    for name, features in kinds.items():
-        tried = {std: label_bias(torch.stack(features), shares, answers("candidates", 0, 8), std) for std in STDS}
-        best = max(STDS, key=lambda std: float((answers("candidates", 8, 20) * tried[std]).sum()))
-        found[name] = label_bias(torch.stack(features), shares, shots, best)
-    rows = {}
-    for name, log in found.items():
-        nll, right = -(asked * log).sum((1, 2)) / 12, (asked.argmax(2) == log.argmax(2)) * asked.sum(2)
-        gained = -(asked * (log - plain)).sum((1, 2)) / 12
-        measured = {"NLL": nll, "against shares": gained, "accuracy": right.sum(1) / 12}
-        rows[name] = {metric: asdict(bootstrap(one)) for metric, one in measured.items()}
-    print(json.dumps(rows, indent=1))
+    others, later = answers("candidates", 0, 8), answers("candidates", 8, 20)
+    found = {"shares of each statement": shares.log(), "16 latent classes": latent_classes(known, shots)}
+    for name, features in kinds.items():  # candidates choose the standard deviation of the prior
+        tried = {std: label_bias(features, shares, others, std) * later for std in (0.125, 0.25, 0.5, 1.0)}
+        found[name] = label_bias(features, shares, shots, max(tried, key=lambda std: float(tried[std].sum())))
+    nll = {name: asdict(bootstrap(-(asked * log).sum((1, 2)) / 12)) for name, log in found.items()}
+    print(json.dumps(nll, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The rows of one shape: mta and a named peer, timed in turn.
 
-Rows against PEFT, MoE-PEFT, blocks, scoring, and the base alone compare results first. Operations and memory compare
-none.
+All rows but those of operations, memory, estimates, and NF4 compare results first.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def training(site: Site) -> Iterator[Planned]:
                 # Without a name: a generator's variable would keep this second base while the next row is timed.
                 yield Planned(
                     f"{name}, memory with gradient checkpointing",
-                    Step(site, name, adapter, jobs, checkpointed=True).memory_with_checkpointing,
+                    Step(site, name, adapter, jobs, checkpointed=True).memory,
                 )
 
 

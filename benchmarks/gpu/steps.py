@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -28,6 +29,7 @@ from mta.tools.cost import Shape as CostShape
 from mta.training.packing import common_prefix, pack_for
 from mta.training.trainer import _passes
 
+Train = Callable[[], Any]
 ADAPTERS = {"rank 8 (OPPU)": oppu, "stage 3": stack}
 BATCHES = (2, 4, 8)  # examples in one pass of the peer
 _MINUTE = 60
@@ -108,43 +110,37 @@ class Step:
             raise RuntimeError("the base in 4 bits did not pass the check for rows that share a prefix")
         apart = max(_apart(other.base, self.site.base, layer) for layer in other.base.targets)
 
-        def step(cohort: Cohort) -> float:
-            cohort.train()
-            return _MINUTE * count
-
-        repeats, warm = self.site.settings.repeats, not self.site.settings.quick
-        ours, plain = turns(lambda: step(other), lambda: step(self.cohort), repeats, warm=warm)
         note = f"restored weights are {apart:.1%} from the plain ones at most"
         sides = f"mta over NF4, {count} people", "mta over bfloat16"
-        return Row(name, *sides, "people/min", tuple(ours), tuple(plain), note=note)
+        return self._in_turn(name, sides, other.train, self.cohort.train, note=note)
 
     def in_one_kernel(self) -> Row:
         """The same step with flex attention, in turn with blocks, after gradients were compared."""
         name, count = f"{self.name}, flex attention", len(self.jobs)
         if self.site.device.type == "cpu":
             return Row(name, "mta", "mta, blocks", skipped="flex attention has no backward pass on a CPU")
-
         base, some = self.cohort.base, self.cohort.first(_COMPARED)
         some = replace(some, start=small(some.start, 7))
 
         def attending(flexible: bool, work: Callable[[], Any]) -> Any:
-            base.flexible = flexible
-            try:
+            with patch.object(base, "flexible", flexible):
                 return work()
-            finally:
-                base.flexible = False
 
         (_, one), (_, other) = (attending(flexible, some.gradient) for flexible in (True, False))
         difference = agreed(apart(one, other), str(self.site.dtype).removeprefix("torch."))
 
-        def step(flexible: bool) -> float:
-            attending(flexible, self.cohort.train)
-            return _MINUTE * count
+        sides, train = (f"mta, {count} people", "mta, blocks"), self.cohort.train
+        ours, peer = (partial(attending, flexible, train) for flexible in (True, False))
+        return self._in_turn(name, sides, ours, peer, difference=difference, compared="gradients of a few people")
 
-        ours, peer = turns(lambda: step(True), lambda: step(False), self.site.settings.repeats, warm=True)
-        sides = f"mta, {count} people", "mta, blocks"
-        checked = f"gradients of {len(some.jobs)} people of one pass"
-        return Row(name, *sides, "people/min", tuple(ours), tuple(peer), None, difference, checked)
+    def _in_turn(self, name: str, sides: tuple[str, str], ours: Train, peer: Train, **about: Any) -> Row:
+        def timed(train: Train) -> float:
+            train()
+            return _MINUTE * len(self.jobs)
+
+        settings = self.site.settings
+        one, other = turns(lambda: timed(ours), lambda: timed(peer), settings.repeats, warm=not settings.quick)
+        return Row(name, *sides, "people/min", tuple(one), tuple(other), **about)
 
     def against_estimate(self) -> Row:
         """The same rates against what ``mta size`` estimates from the rate of a large product."""
@@ -205,7 +201,8 @@ class Step:
 
     def memory(self) -> Row:
         """Peak of the memory of one person in one pass, against the plan."""
-        return self._memory("memory", lambda: (self.cohort.first(1), _ONE_PASS))
+        what = "memory with gradient checkpointing" if self.checkpointed else "memory"
+        return self._memory(what, lambda: (self.cohort.first(1), _ONE_PASS))
 
     def memory_of_a_cohort(self) -> Row:
         """Peak of the memory of as many people as are planned together, in the planned passes, against the plan."""
@@ -215,10 +212,6 @@ class Step:
             return self.cohort.some(plan.cohorts[0]), plan.tokens_per_batch
 
         return self._memory("memory of a cohort", whole)
-
-    def memory_with_checkpointing(self) -> Row:
-        """As ``memory``, of a base with gradient checkpointing."""
-        return self._memory("memory with gradient checkpointing", lambda: (self.cohort.first(1), _ONE_PASS))
 
     def _memory(self, what: str, choose: Callable[[], tuple[Cohort, int]]) -> Row:
         name, device = f"{self.name}, {what}", self.site.device
