@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from tiny import base_of, random_loras
 
-from mta.bank.calibration.choices import best_on_average, rival_of, surely_best
+from mta.bank.calibration.choices import rival_of
 from mta.bank.calibration.crossfit import RATES, STDS, Calibrator
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, CalibrationInfo, Gain, Rival, one_step
 from mta.bank.calibration.label_bias import bias_gain, features_of, fitted_bias
@@ -127,21 +127,21 @@ def test_a_bank_is_compared_with_what_it_has_to_beat(scene):
     assert measured.rivals_of({}) == ()
 
 
-def test_a_lora_without_a_clear_gain_is_the_pooled_model_and_a_bias_takes_its_best_prior():
+def test_a_rival_takes_its_best_setting_on_average_and_a_lora_without_a_gain_is_the_pooled_model():
     noise = torch.tensor([0.3, -0.3] * 6).double()
     ours, everybody = torch.full((12,), 0.2).double(), torch.ones(12, dtype=torch.bool)
 
-    def rival(settings, gains, choose=surely_best):
-        return rival_of("any", settings, torch.stack(gains, 1).double(), choose, ours, everybody, 8)
+    def rival(settings, gains):
+        return rival_of("any", settings, torch.stack(gains, 1).double(), ours, everybody, 8)
 
     nothing = torch.zeros(12)
-    none = rival([0.0, 0.1, 0.2], [nothing, noise, -noise])
+    none = rival([0.0, 0.1, 0.2], [nothing, noise - 0.01, -noise - 0.02])
     assert (none.setting, none.gain.mean, none.ahead.mean) == (0.0, 0.0, pytest.approx(0.2))
     clear = rival([0.0, 0.1, 0.2], [nothing, noise, noise / 10 + 0.1])
     assert (clear.setting, clear.gain.mean) == (0.2, pytest.approx(0.1))
     assert rival([0.0, 0.1], [nothing, torch.full((12,), -math.inf)]).setting == 0.0
-    bias = rival([0.1, 0.2], [noise - 0.02, noise / 9 + 0.01], best_on_average)
-    assert (bias.setting, bias.gain.mean) == (0.2, pytest.approx(0.01))
+    unclear = rival([0.0, 0.1], [nothing, noise + 0.1])
+    assert (unclear.setting, unclear.gain.mean) == (0.1, pytest.approx(0.1))
 
 
 def test_the_card_says_which_rivals_are_as_good():

@@ -71,19 +71,18 @@ def rival_of(
     name: str,
     settings: Sequence[float],
     gains: Tensor,
-    choose: Callable[[Tensor], int],
     ours: Tensor,
     counted: Tensor,
     shots: int,
     tried: Tensor | None = None,
 ) -> Rival:
-    """Return what people gain by a rival with the setting that ``choose`` takes, and how much more they gain by ours.
+    """Return what people gain by a rival with its best setting on average, and how much more they gain by ours.
 
     Gains (U, settings) and ours (U,) are with ``shots`` shots, of the ``counted`` people (U,). A person's gain is with
     the setting that the others chose; if everybody together chooses setting 0, the rival is the pooled model.
     ``tried`` are the gains to choose by, if others.
     """
-    chosen, final = chosen_by_others(gains if tried is None else tried, counted, choose)
+    chosen, final = chosen_by_others(gains if tried is None else tried, counted, best_on_average)
     if not settings[final]:
         chosen = [final] * len(chosen)
     gain = gains[torch.arange(len(gains)), torch.tensor(chosen)]

@@ -46,7 +46,7 @@ from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
 from mta.training.gates import GateGradients
 
-RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
+RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a LoRA's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
 MULTIPLES = (1.0, 2.0, 0.5, 0.25, 0.125)  # of the prior, the estimate first
 TURNS = 3  # blocks of a person's items that are left out to choose the multiple
@@ -276,10 +276,10 @@ class Calibrator:
         rivals = list[Rival]()
         if self.labels:  # of a prior, there is a weaker one: no need for none
             gains, tried = self.biased(shots)
-            rivals.append(rival_of(LABEL_BIAS, STDS, gains, best_on_average, *measured, tried=tried))
+            rivals.append(rival_of(LABEL_BIAS, STDS, gains, *measured, tried=tried))
         for name, lora in self.rivals.items():
             gains = torch.cat([pooled, self.stacked(shots, torch.zeros(people, 0).double(), RATES, lora)], dim=1)
-            rivals.append(rival_of(name, (0.0, *RATES), gains, surely_best, *measured))
+            rivals.append(rival_of(name, (0.0, *RATES), gains, *measured))
         return tuple(rivals)
 
     def of_shots(self, every: Sequence[GateGradients]) -> list[GateGradients]:

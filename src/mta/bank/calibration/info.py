@@ -31,7 +31,7 @@ class Rival(BaseModel):
     """What a person gains without the bank, by the same rules: ``gain``; and ``ahead``, the bank's gain minus that.
 
     ``setting`` is the standard deviation of a label bias's prior, or the rate of a LoRA's single step over the pooled
-    model; 0: no clear gain, so that the LoRA is the pooled model itself.
+    model; 0: no step helps, so that the LoRA is the pooled model itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
