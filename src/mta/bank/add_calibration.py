@@ -22,7 +22,7 @@ from mta.bank.format import (
     read_adapters,
     read_info,
 )
-from mta.bank.notes import pass_stale_on
+from mta.bank.notes import forgotten_in, pass_stale_on
 from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
@@ -94,13 +94,15 @@ def _checked(
         )
     if settings.people < ENOUGH:
         raise InputError(f"calibration.people is {settings.people}; at least {ENOUGH} are needed", hint="Raise it.")
+    gone = forgotten_in(folder)
+    people = [one for one in people if info.members.hash_of(one.id) not in gone]
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     members = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")} - unseen.keys()
     task = Task.model_validate(info.task)
     outside = calibration_people(people, members, settings, info.run.seed, task, unseen)
     if len(outside) < ENOUGH:
         raise InputError(
-            f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
+            f"{len(people)} people are left, but all except {len(outside)} are in the bank, share their items with "
             f"others, or have fewer than two items; {ENOUGH} are needed",
             hint="Give other people, or the candidates it was built from, with the same first items.",
         )
