@@ -54,7 +54,7 @@ def test_a_copy_is_calibrated(world, tmp_path):
 
 def test_a_marked_anchor_is_trained_anew_without_the_person(world, tmp_path):
     at, new = world.copy(tmp_path / "here"), tmp_path / "new"
-    rebuild = ["bank", "rebuild", at[1], world.members, "--out", new, "--json"]
+    rebuild = ["bank", "rebuild", at[1], world.members, "--out", new, "memory=1GiB", "--json"]
     said = run(*rebuild)
     assert (said.code, "mta forget marks the groups of a person" in said.err) == (1, True), said.err
     anchor = next(one["person"] for one in map(json.loads, world.members.open()) if is_anchor(at[1], one["person"]))
@@ -62,6 +62,12 @@ def test_a_marked_anchor_is_trained_anew_without_the_person(world, tmp_path):
     found = mta(*rebuild).json
     assert found["hash"] != world.built.json["hash"]
     assert "anchor" not in mta("bank", "show", new, "--json").json["needs_rebuild"]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "rebuild"])
+def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_computed(world, command):
+    said = run("bank", command, world.bank, world.members, "--out", "/proc/copy")
+    assert (said.code, "/proc/copy cannot be written" in said.err) == (1, True), said.err
 
 
 def is_anchor(bank, person):

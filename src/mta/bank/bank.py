@@ -193,14 +193,17 @@ class Bank:
         people: Sequence[Person],
         out: str | Path,
         *,
+        run: Run | None = None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
         """Write a copy with the marked groups retrained without the people who asked to be forgotten, and open it.
 
-        ``people`` must have all others of these groups. Raises the errors of ``mta.bank.rebuild.rebuild_groups``.
+        ``people`` must have all others of these groups. Memory and device are those of ``run`` (default: the bank's).
+        Raises the errors of ``mta.bank.rebuild.rebuild_groups``.
         """
-        rebuild_groups(self.folder, base, people, self.encoder(base), Path(out), executor=executor, on_step=on_step)
+        encoder, run = self.encoder(base), run or self.info.run
+        rebuild_groups(self.folder, base, people, encoder, Path(out), run, executor=executor, on_step=on_step)
         return self.open(out, base)
 
     def with_calibrated_settings(self, run: Run | None = None) -> Run:

@@ -16,6 +16,8 @@ from mta.bank.format import ANCHORS, INDEX, BankInfo, check_base, check_new, fil
 from mta.bank.groups import items_of
 from mta.bank.notes import forgotten_in, pass_stale_on
 from mta.bank.worker import BankWorker, LoraPiece, train_piece
+from mta.config import Run
+from mta.config.constants import ROUNDING_ONLY
 from mta.data.earlier import as_shown
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -26,6 +28,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.system.atomic import copy_file, replacing_folder, write_tensors
 from mta.system.progress import OnStep
+from mta.tracking.run_folder import CONFIG
 from mta.training.trainer import Job
 
 
@@ -35,6 +38,7 @@ def rebuild_groups(
     people: Sequence[Person],
     encoder: Encoder,
     out: Path,
+    run: Run,
     *,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
@@ -42,7 +46,8 @@ def rebuild_groups(
     """Write a copy of a bank to ``out`` whose marked groups are trained anew; other groups do not change.
 
     A group is marked if one of its people asked to be forgotten. ``people`` hold all others of these groups. A group
-    without anybody left changes nothing any more: its LoRA is zero. The calibration is the bank's, and says so.
+    without anybody left changes nothing any more: its LoRA is zero. The calibration is the bank's, and says so. Of
+    ``run``, only what does not change results counts: memory, device.
     Raises InputError if no group is marked or a person is missing, BankError, BankCorrupt, BankMismatch.
     """
     info = read_info(folder)
@@ -58,14 +63,14 @@ def rebuild_groups(
         for n, own in shown.items()
         if own.items
     ]
-    loras = _trained(base, info, jobs, task_lora, executor or LocalExecutor(), on_step)
+    settings = info.run.model_copy(update={name: getattr(run, name) for name in ROUNDING_ONLY})
+    loras = _trained(base, settings, jobs, task_lora, executor or LocalExecutor(), on_step)
     with replacing_folder(out) as written:
         for name in info.files.keys() - {ANCHORS, INDEX}:
             copy_file(folder / name, written / name)
-        if forgotten_in(folder) <= gone:
-            pass_stale_on(folder, written, without="anchor")
-        else:
-            pass_stale_on(folder, written)
+        if (folder / CONFIG).exists():
+            copy_file(folder / CONFIG, written / CONFIG)
+        pass_stale_on(folder, written, without="anchor" if forgotten_in(folder) <= gone else "")
         each = [
             loras.get(n, anchors.select([n]).map(torch.zeros_like if n in groups else torch.clone))
             for n in range(len(anchors))
@@ -79,7 +84,7 @@ def rebuild_groups(
         note = f"measured before {len(groups)} of {len(anchors)} groups were trained anew"
         known = info.calibration and info.calibration.model_copy(update={"notes": (*info.calibration.notes, note)})
         changed = {
-            "items": tuple(len(shown[n]) if n in groups else count for n, count in enumerate(info.items)),
+            "items": tuple(len(items[n]) if n in groups else count for n, count in enumerate(info.items)),
             "people": tuple(len(groups[n]) if n in groups else count for n, count in enumerate(info.people)),
             "members": info.members.without(gone),
             "files": info.files | file_hashes(written, [ANCHORS, INDEX]),
@@ -106,18 +111,17 @@ def _marked(folder: Path, info: BankInfo, people: Sequence[Person], gone: set[st
 
 def _trained(
     base: BaseModel,
-    info: BankInfo,
+    run: Run,
     jobs: Sequence[Job],
     task_lora: LoraBatch | None,
     executor: Executor,
     on_step: OnStep | None,
 ) -> dict[int, LoraBatch]:
     """Return the LoRAs of the groups, by number."""
-    run = info.run
     plan = plan_loras(base, jobs, run, run.bank.lora, run.task_lora.lora if task_lora else None, executor)
     cohorts = [tuple(jobs[n] for n in cohort) for cohort in plan.cohorts]
     pieces = [LoraPiece(f"groups-{n}", "anchors", own, plan.tokens_per_batch) for n, own in enumerate(cohorts)]
-    worker = BankWorker(base, info.run, task_lora and task_lora.to(base.device), on_step=on_step)
+    worker = BankWorker(base, run, task_lora and task_lora.to(base.device), on_step=on_step)
     loras = dict[int, LoraBatch]()
     for outcome in executor.run(train_piece, pieces, worker) if pieces else ():
         if outcome.result is None:

@@ -56,7 +56,7 @@ def build(
             command=options.command_line(),
         )
     _show(bank, json)
-    if len(bank) < run.bank.anchors and not json:
+    if len(bank) < run.bank.anchors and run.bank.choose != "groups" and not json:
         candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"
         built = f"Built {len(bank)} of {run.bank.anchors} anchors"
         typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
@@ -84,24 +84,13 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl --out bank-2/ calibration.people=32
     """
+    options.check_out(out)
     people = options.people_in(source, options.task_of(bank), columns, skip_bad)
     base, opened, run = options.open_bank(
-        bank,
-        words,
-        device=device,
-        config=config,
-        open_to=frozenset({"calibration"}),
-        machine=ROUNDING_ONLY | {"base"},
+        bank, words, device=device, config=config, open_to=frozenset({"calibration"}), machine=ROUNDING_ONLY | {"base"}
     )
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
-        calibrated = opened.calibrate(
-            base,
-            people,
-            out,
-            run=run,
-            executor=executor,
-            on_step=screen.step,
-        )
+        calibrated = opened.calibrate(base, people, out, run=run, executor=executor, on_step=screen.step)
     _show(calibrated, json)
 
 
@@ -110,6 +99,7 @@ def rebuild(
     bank: Annotated[Path, Argument(help="Folder of a bank with its member list.")],
     source: options.Source,
     out: Annotated[Path, Option(help="New folder for the copy; the bank stays as it is.")],
+    words: options.Words = None,
     device: options.Device = None,
     columns: options.Columns = None,
     skip_bad: options.SkipBad = None,
@@ -125,10 +115,11 @@ def rebuild(
 
     Example:  mta bank rebuild bank/ history.jsonl --out bank-2/
     """
+    options.check_out(out)
     people = options.people_in(source, options.task_of(bank), columns, skip_bad)
-    base, opened, run = options.open_bank(bank, device=device)
+    base, opened, run = options.open_bank(bank, words, device=device, machine=ROUNDING_ONLY | {"base"})
     with options.executor_at(cluster, workers, run.device, together) as executor, Screen() as screen:
-        rebuilt = opened.rebuild_groups(base, people, out, executor=executor, on_step=screen.step)
+        rebuilt = opened.rebuild_groups(base, people, out, run=run, executor=executor, on_step=screen.step)
     _show(rebuilt, json)
 
 
