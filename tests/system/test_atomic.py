@@ -163,6 +163,14 @@ def test_a_folder_appears_whole_in_place_of_none_or_an_empty_one(tmp_path: Path)
     ]
 
 
+def test_a_folder_appears_in_place_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with replacing_folder(Path()) as temporary:
+        temporary.mkdir()
+        (temporary / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_is_not_published_over_another_or_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()

@@ -151,7 +151,8 @@ def replacing_folder(
     ``path`` is missing or an empty folder, unless ``publish(temporary, path)`` replaces the rename. On an error in the
     block, the temporary folder is removed.
     """
-    temporary = _temporary(path.absolute() / path.name if inside else path.absolute())
+    path = path.absolute()  # "." cannot be replaced
+    temporary = _temporary(path / path.name if inside else path)
     try:
         yield temporary
         publish(temporary, path)
