@@ -18,7 +18,7 @@ def everybody(world):
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    words = ["shots=2", "queries=2", "policies=[uniform, posterior]", "--people", 2]
+    words = ["shots=2", "queries=2", "policies=[uniform, auto]", "--people", 2]
     return mta("compare", world.new, "--bank", world.bank, *words, "--out", out, "--json"), out
 
 
@@ -26,11 +26,11 @@ def test_compare_compares_every_method_on_people_who_are_not_in_the_bank(compare
     found, out = compared[0].json, compared[1]
     assert (found["people"], found["queries_per_person"]) == (2, 2)
     methods = [method["name"] for method in found["methods"]]
-    assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, posterior", "MTA"} <= set(methods)
+    assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, auto", "MTA"} <= set(methods)
     meta = found["meta"]
     assert (meta["shots"], meta["task"], meta["dtype"]) == (2, "movielens-rating", "float32")
     assert meta["command"].startswith("mta compare ")
-    assert "shots=2 queries=2 'policies=[uniform, posterior]'" in meta["command"]
+    assert "shots=2 queries=2 'policies=[uniform, auto]'" in meta["command"]
     assert json.loads((out / "results.json").read_text())["methods"] == found["methods"]
     page = (out / "report.html").read_text()
     assert "MTA" in page

@@ -118,7 +118,7 @@ def standard_methods(
 
     def policy(name: str) -> MergeSettings:
         # Settings of the run are for its policy. Other policies that retrieve by encoding use the paper's K = 2.
-        if name == run.merge.policy:
+        if name in ("auto", run.merge.policy):
             return run.merge
         k = 0 if policy_named(name).all_anchors else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k, "options": {}})
