@@ -29,7 +29,7 @@ from mta.bank.calibration.people import Subject, subjects_of
 from mta.bank.calibration.probes import COSTS, CalibrationWorker, Probe
 from mta.bank.context import BuildContext
 from mta.bank.task_lora import spread
-from mta.config import Run, override
+from mta.config import Run
 from mta.data.earlier import as_shown
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
@@ -41,12 +41,11 @@ from mta.training.plan import Plan
 from mta.training.trainer import Job
 
 SEEN = 24  # items of a person that the expectation reads, at most
-_FIRST = 4  # steps of the first bank, at most: it only ranks people
 _TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
 
 
 class Groups(NamedTuple):
-    """The LoRAs of a bank, and the people and the number of items behind each of them.
+    """The LoRAs of a bank, the people and the number of items behind each, and how many texts were ``shortened``.
 
     ``tried`` are numbers of groups that were trained, round by round, each with the gain of people outside per token.
     """
@@ -54,6 +53,7 @@ class Groups(NamedTuple):
     loras: LoraBatch
     people: list[list[Person]]
     items: list[int]
+    shortened: int = 0
     tried: tuple[tuple[int, float], ...] = ()
 
 
@@ -65,9 +65,9 @@ def train_groups(
     Raises BankError, MemoryBudgetError.
     """
     settings, tried, gained = context.run.bank, list[tuple[int, float]](), float("-inf")
-    steps = min(settings.training.steps or _FIRST, _FIRST)
-    brief = override(context.run, [f"bank.training.steps={steps}"])
-    first = train_anchors(replace(context, run=brief), jobs, plan, task_lora)
+    brief = settings.model_copy(update={"training": settings.first_training})
+    run = context.run.model_copy(update={"bank": brief})
+    first = train_anchors(replace(context, run=run), jobs, plan, task_lora)
     best = Groups(first, [[one] for one in roles.anchors], [])
     for number in range(1, settings.rounds + 1):
         known = _expectation(context, roles.behind_anchors, best.loras, task_lora, number)
@@ -185,7 +185,7 @@ def _maximization(
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
     who = json_sha256([[person.id for person in group] for group in groups])
     loras = train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}-{len(groups)}", who=who)
-    return Groups(loras, groups, [len(own) for own in items])
+    return Groups(loras, groups, [len(own) for own in items], plan.shortened)
 
 
 def _gain_outside(

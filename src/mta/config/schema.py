@@ -134,6 +134,12 @@ class BankSettings(Settings):
         """The number of single people that a bank starts from."""
         return self.anchors * (2 if self.choose == "groups" else 1)
 
+    @property
+    def first_training(self) -> Training:
+        """The training of that bank: below groups of at most four steps, because it only ranks people."""
+        few = min(self.training.steps or 4, 4)
+        return self.training.model_copy(update={"steps": few}) if self.choose == "groups" else self.training
+
 
 class CalibrationSettings(Settings):
     """How a bank is calibrated on candidates who are not anchors: earlier items are shots, later ones queries."""
@@ -211,7 +217,7 @@ class Run(Settings):
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto (the GPU if there is one)")
     memory: str = Field(default="4GiB", description="limit for one cohort's adapters, optimizer, and activations")
-    gradient_checkpointing: bool = Field(default=False, description="less memory, but a third more time")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, but up to half more time")
     max_tokens: int = Field(default=1024, ge=16, description="longest example; prompts are cut if the task allows it")
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()

@@ -231,7 +231,7 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
     k, task_rank, shots = run.merge.k or anchors, _task_rank(run), data.shots
     merged = task_rank + k * rank
-    scored, trained = partial(_scored, shape, data), partial(_trained, shape, data)
+    scored, trained = partial(_scored, shape, data), partial(_trained, shape, data, run.gradient_checkpointing)
 
     stage_0 = run.task_lora.rounds * run.task_lora.training.examples(run.task_lora.items)  # at most
     task = trained(stage_0, 0, task_rank) if task_rank else 0.0
@@ -240,7 +240,8 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
         how, [how.shots] * how.people, how.people * how.queries, run.stack.enabled, len(rivals_of(run))
     )
     tried *= how.enabled
-    single, several = (run.bank.training.examples(items) for items in (run.bank.max_items, run.bank.group_items))
+    single = run.bank.first_training.examples(run.bank.max_items)
+    several = run.bank.training.examples(run.bank.group_items)
     bank = task + trained(run.bank.first_bank * single, task_rank, rank) + scored(tried, task_rank + anchors * rank)
     if run.bank.choose == "groups":  # full groups; all their items give gradients first
         first = task_rank + run.bank.first_bank * rank
@@ -312,7 +313,7 @@ def _scored(shape: Shape, data: DataSizes, examples: float, ranks: float) -> flo
     return examples * data.computed * per_token
 
 
-def _trained(shape: Shape, data: DataSizes, examples: float, frozen: float, ranks: float) -> float:
-    """Return the training operations: forward, backward to all inputs, and gradients of trained factors."""
+def _trained(shape: Shape, data: DataSizes, again: bool, examples: float, frozen: float, ranks: float) -> float:
+    """Return the training operations: forward, perhaps ``again``, backward to all inputs, and to trained factors."""
     gradients = 2 * examples * data.computed * ranks * shape.width
-    return 2 * _scored(shape, data, examples, frozen + ranks) + gradients
+    return (2 + again) * _scored(shape, data, examples, frozen + ranks) + gradients
