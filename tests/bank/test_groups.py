@@ -91,8 +91,9 @@ def test_settings_of_groups_that_cannot_be(tmp_path):
         build(tmp_path / "bank", candidates=CANDIDATES[:4], run=RUN)
     off = changed("calibration", RUN, enabled=False)
     for how in ({"sizes": (2, 3)}, {"rounds": 2}):
-        with pytest.raises(ConfigError, match="are chosen on the people who calibrate the bank"):
-            grouped(tmp_path / "bank", changed("bank", off, **how))
+        for run in (off, changed("bank", RUN, choose="active"), changed("calibration", RUN, people=7)):
+            with pytest.raises(ConfigError, match=r"need groups, and 8 people who calibrate them; [07] are left"):
+                grouped(tmp_path / "bank", changed("bank", run, **how))
     assert not (tmp_path / "bank").exists()
 
 
@@ -150,6 +151,7 @@ def test_the_number_of_groups_is_chosen_on_people_outside(tmp_path, monkeypatch)
     assert info.tried == ((1, 0.1), (len(info.items), 0.3))
     assert len(info.items) > 1
     assert f"1 groups +0.1000, {len(info.items)} groups +0.3000" in body(info)
+    assert "The number of groups or rounds was chosen on these people too" in body(info)
     gaining(monkeypatch, 0.3, 0.1)
     assert len(read_info(grouped(tmp_path / "one", changed("bank", run, sizes=(1, 3)))).items) == 1
 
@@ -196,7 +198,9 @@ def test_only_the_groups_of_forgotten_people_are_trained_anew(built, tmp_path):
     base, gone = base_of(), behind(built, 1)[0]
     folder = forgotten(built, tmp_path / "bank", gone)
     people = [person for person in CANDIDATES if person is not gone]
-    rebuild_groups(folder, base, people, HashEncoder(), tmp_path / "new")
+    (folder / "config.yaml").write_text("seed: 0\n")
+    rebuild_groups(folder, base, people, HashEncoder(), tmp_path / "new", RUN)
+    assert (tmp_path / "new" / "config.yaml").read_text() == "seed: 0\n"
     old, new = Bank.open(folder, base), Bank.open(tmp_path / "new", base)
     for name, tensor in new.anchors.tensors().items():
         same = [torch.equal(*pair) for pair in zip(tensor, old.anchors.tensors()[name])]
@@ -213,6 +217,7 @@ def test_only_the_groups_of_forgotten_people_are_trained_anew(built, tmp_path):
     assert "anchor" not in parts_to_rebuild(new.folder)
     assert "clusters" in parts_to_rebuild(new.folder)
     assert new.info.people[1] == old.info.people[1] - 1
+    assert new.info.items == (old.info.items[0], len(items), *old.info.items[2:])
     assert "1 of" in new.info.calibration.notes[-1]
 
 
@@ -224,7 +229,7 @@ def test_who_is_forgotten_during_a_rebuild_stays_marked(built, tmp_path, monkeyp
     (gone, late), base, plain = (behind(built, n)[0] for n in (1, 0)), base_of(), rebuild.train_piece
     folder = forgotten(built, tmp_path / "bank", gone)
     monkeypatch.setattr(rebuild, "train_piece", lambda *given: mark_stale(folder, late.id) and plain(*given))
-    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new", RUN)
     assert "anchor" in parts_to_rebuild(tmp_path / "new")
     members = read_info(tmp_path / "new").members
     assert (members.trained(gone.id, "anchor"), members.trained(late.id, "anchor")) == (False, True)
@@ -232,7 +237,7 @@ def test_who_is_forgotten_during_a_rebuild_stays_marked(built, tmp_path, monkeyp
 
 def test_a_group_without_anybody_left_is_zero(built, tmp_path):
     folder, base = forgotten(built, tmp_path / "bank", *behind(built, 0)), base_of()
-    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+    rebuild_groups(folder, base, CANDIDATES, HashEncoder(), tmp_path / "new", RUN)
     new = Bank.open(tmp_path / "new", base)
     assert not any(new.anchors.delta(name)[0].any() for name in new.anchors.names)
     assert new.info.people[0] == 0
@@ -241,8 +246,9 @@ def test_a_group_without_anybody_left_is_zero(built, tmp_path):
 def test_a_rebuild_needs_marks_and_everybody_who_is_left(built, tmp_path):
     base, gone, other = base_of(), *behind(built, 0)[:2]
     with pytest.raises(InputError, match=r"no group of .* is marked"):
-        rebuild_groups(built, base, CANDIDATES, HashEncoder(), tmp_path / "new")
+        rebuild_groups(built, base, CANDIDATES, HashEncoder(), tmp_path / "new", RUN)
     folder = forgotten(built, tmp_path / "bank", gone)
+    left = [one for one in CANDIDATES if one is not other]
     with pytest.raises(InputError, match="1 people of the marked groups are not given"):
-        rebuild_groups(folder, base, [one for one in CANDIDATES if one is not other], HashEncoder(), tmp_path / "new")
+        rebuild_groups(folder, base, left, HashEncoder(), tmp_path / "new", RUN)
     assert not (tmp_path / "new").exists()

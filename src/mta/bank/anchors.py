@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mta.bank.calibration.crossfit import ENOUGH
 from mta.bank.calibration.people import by_hash, calibration_people
 from mta.bank.context import BuildContext
 from mta.bank.members import Members
@@ -69,12 +70,12 @@ def choose_roles(context: BuildContext) -> Roles:
     """
     task, run, candidates = context.task, context.run, context.candidates
     grouped = run.bank.choose == "groups"
-    if grouped and not run.calibration.enabled and (len(run.bank.sizes) > 1 or run.bank.rounds > 1):
-        raise ConfigError(
-            "bank.sizes and bank.rounds are chosen on the people who calibrate the bank, and calibration is off",
-            hint="Leave them out, or set calibration.enabled=true.",
-        )
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
+    if (len(run.bank.sizes) > int(grouped) or run.bank.rounds > 1) and len(outside) < ENOUGH:
+        raise ConfigError(
+            f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {len(outside)} are left",
+            hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",
+        )
     eligible, vectors, chosen = choose_anchors(
         task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
     )

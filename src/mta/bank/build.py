@@ -42,9 +42,9 @@ from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
 from mta.data.tasks.load import task_file
-from mta.errors import BankError, BankRefused, InputError
+from mta.errors import BankError, BankRefused
 from mta.lora.batch import LoraBatch
-from mta.lora.peft import CONFIG, WEIGHTS, read_peft
+from mta.lora.peft import CONFIG, WEIGHTS
 from mta.system.atomic import exclusive, unfinished_in, write_tensors, write_text
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -64,7 +64,6 @@ def build_bank(build: Build) -> None:
     fields of its task that do not affect training (``UNTRAINED``).
     Source: arXiv:2511.20072, stage 1 (``select_anchors``); the task LoRA is our choice. Raises InputError, BankError.
     """
-    _check_task_lora(build)
     context = _context(build)
     if _is_finished(context):
         return write_task(context.out, context.task)
@@ -87,15 +86,6 @@ def build_bank(build: Build) -> None:
             anchors = _train(context, roles, jobs, plan, task_lora)
             _finish(context, plan, roles, anchors, _calibrate(context, roles, anchors, task_lora))
         remove_work(context.out)  # if the build is killed before this, the next call removes the files
-
-
-def _check_task_lora(build: Build) -> None:
-    if build.task_lora and read_peft(build.task_lora).shapes != build.base.targets:
-        raise InputError(
-            f"{build.task_lora} does not change exactly the {len(build.base.targets)} layers that a bank of "
-            f"{build.base.name} changes",
-            hint="Give the task_lora/ folder of a bank, or leave it out.",
-        )
 
 
 def _context(build: Build) -> BuildContext:
@@ -128,7 +118,8 @@ def _train(context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan,
         made = train_groups(context, roles, jobs, plan, task_lora)
     else:
         items = [min(len(person.items), context.run.bank.max_items) for person in roles.anchors]
-        made = Groups(train_anchors(context, jobs, plan, task_lora), [[one] for one in roles.anchors], items)
+        loras = train_anchors(context, jobs, plan, task_lora)
+        made = Groups(loras, [[one] for one in roles.anchors], items, plan.shortened)
     rows = {person.id: vector for person, vector in zip(roles.eligible, roles.vectors)}
     means = [torch.stack([rows[person.id] for person in group]).mean(0) for group in made.people]
     vectors = torch.stack(
@@ -195,7 +186,7 @@ def _finish(
     """Write the description last: a folder with ``bank.json`` is complete."""
     items = anchors.items
     left_out = sum(len(person.items) for group in anchors.people for person in group) - sum(items)
-    cut = {"items left out": left_out, "texts shortened": plan.shortened}
+    cut = {"items left out": left_out, "texts shortened": anchors.shortened}
     context.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
     names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
     if context.run.task_lora.enabled:

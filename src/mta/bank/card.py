@@ -133,6 +133,8 @@ def what_to_expect(info: BankInfo) -> str:
             "Merge and stack were chosen on these people, too: a person's gain is by what the others chose, but the "
             "intervals do not cover the choice."
         )
+    if info.tried:
+        said.append("The number of groups or rounds was chosen on these people too, which makes gains look larger.")
     said += _history_in_words(info)
     said += _rivals_in_words(info.calibration)
     if not info.run.task_lora.enabled:

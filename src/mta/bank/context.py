@@ -17,7 +17,7 @@ from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor, P, R
-from mta.errors import BankError, DataError
+from mta.errors import BankError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CONFIG, WEIGHTS
 from mta.model.base import BaseModel
@@ -101,11 +101,8 @@ class BuildContext(Build):
         return json_sha256([self.keys.training, self.chosen])
 
     def job(self, key: str, items: Iterable[Item], blocks: Sequence[int] = ()) -> Job:
-        """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
-        try:
-            return Job(key, list(chain(*self.base.prompts.all(self.task, items))), blocks=blocks)
-        except DataError as error:
-            raise DataError(f"items of {key}: {error.message}", hint=error.hint) from None
+        """Return the job of one LoRA. Raises DataError for an item that does not fit."""
+        return Job(key, list(chain(*self.base.prompts.all(self.task, items))), blocks=blocks)
 
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
