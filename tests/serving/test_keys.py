@@ -1,6 +1,7 @@
 """The file of API keys."""
 
 import hmac
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,6 +38,23 @@ def test_keys_have_names_that_differ(tmp_path):
 def test_a_key_from_the_environment_is_an_admins():
     keys = Keys.load(None, SECRET)
     assert (keys.of(SECRET).rights, keys.of("other")) == ("admin", None)
+
+
+def test_keys_that_are_added_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: add_key(tmp_path / "keys.yaml", f"key{n}", "serve"), range(24)))
+    assert len(Keys.load(tmp_path / "keys.yaml").keys) == 24
+
+
+def test_a_key_that_is_not_the_only_one_of_its_name_or_secret_is_refused(tmp_path):
+    """A client's key in the environment of the server would make the client an admin."""
+    path = tmp_path / "keys.yaml"
+    secret = add_key(path, "app", "serve")
+    with pytest.raises(ConfigError, match="two keys have the same secret"):
+        Keys.load(path, secret)
+    add_key(path, auth.ENV, "serve")
+    with pytest.raises(ConfigError, match=f"two keys are named '{auth.ENV}'"):
+        Keys.load(path, SECRET)
 
 
 @pytest.mark.parametrize("secret", ["a", SECRET[:-1]])

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
+from filelock import FileLock
 from pydantic import Field, model_validator
 
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
@@ -72,6 +73,8 @@ class Keys(Settings):
         names = Counter(key.name for key in self.keys)
         if twice := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"two keys are named {twice!r}; limits and caches are kept by name")
+        if len({key.sha256 for key in self.keys}) < len(names):
+            raise ValueError("two keys have the same secret, so its rights are unclear")
         return self
 
     @classmethod
@@ -90,13 +93,13 @@ class Keys(Settings):
             hint = f"{what}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        return cls(keys=(*in_file, *from_env))
+        return checked(cls, {"keys": (*in_file, *from_env)}, f"{path} and {ENV}", hint=f"Unset one:  unset {ENV}")
 
     def of(self, secret: str) -> Key | None:
         """Return the key that matches a secret, or None. Compares with every key, so the time reveals nothing."""
         shown = _hash(secret)
         matching = [key for key in self.keys if hmac.compare_digest(key.sha256, shown)]
-        return matching[-1] if matching else None
+        return matching[0] if matching else None
 
 
 def add_key(path: Path, name: str, rights: str, scope: str = "") -> str:
@@ -106,12 +109,13 @@ def add_key(path: Path, name: str, rights: str, scope: str = "") -> str:
     new = checked(Key, values, "the new key", hint="For example:  --rights person --scope ann")
     try:
         make_folder(path.parent)
-        before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
-        if new.name in {key.name for key in before}:
-            raise ConfigError(
-                f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
-            )
-        write_text(path, dump_yaml(Keys(keys=(*before, new))))
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
+            if new.name in {key.name for key in before}:
+                raise ConfigError(
+                    f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
+                )
+            write_text(path, dump_yaml(Keys(keys=(*before, new))))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}", hint="Check the permissions.") from None
     return secret
