@@ -9,6 +9,7 @@ from gateway import world as world  # the fixture
 
 from mta.data.earlier import in_words
 from mta.personalize.forgetting import forget_person
+from mta.serving.api import classify
 
 FIELDS = [{"title": f"Film {n}", "genres": "Drama"} for n in range(11)]
 
@@ -191,6 +192,26 @@ def test_forgetting_drops_what_prompts_showed_to_other_models(world):
             with world.http("admin") as http:
                 assert http.delete(f"/v1/people/{person}").status_code == 200
         assert not [owner for owner in owners(slots) if person in owner[1]]
+
+
+def test_a_prompt_with_items_of_a_person_who_was_forgotten_meanwhile_is_not_answered(world, monkeypatch):
+    store, plain = world.service.store, classify._tokenized
+    monkeypatch.setattr(classify, "_tokenized", lambda *of: forget_person("zed", store) and plain(*of))
+    with showing(world):
+        store.save_history(type(PERSON)("zed", PERSON.items))
+        found = ask(world, "admin", model="task", input="Film 8", history_of="zed")
+    assert (found.status_code, found.json()["error"]["code"]) == (409, "person_forgotten")
+
+
+def test_a_sweep_ends_no_answers_that_began_after_this_gateway_forgot_their_person(world, monkeypatch):
+    service, dropped = world.service, []
+    asyncio.run(service.drop_forgotten_elsewhere())
+    with showing(world), world.http("admin") as http:
+        service.store.save_history(type(PERSON)("ann", PERSON.items))
+        http.delete("/v1/people/ann")  # ann's key stays
+        monkeypatch.setattr(type(service.engine), "drop", lambda *of: dropped.append(of))
+        asyncio.run(service.drop_forgotten_elsewhere())
+    assert dropped == []
 
 
 def owners(slots):

@@ -131,6 +131,7 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
             await service.engine.forget(id, service.keys_of(id))
         if forgotten.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
             await run_in_threadpool(service.store.exports.forget, id)
+        await service.has_forgotten(id)
     report = {"removed": forgotten.states_removed or held, "needs_rebuild": forgotten.needs_rebuild}
     report |= {"exports_left": len(forgotten.exports_left), "banks_unmarked": len(forgotten.unmarked)}
     named = {"exports": forgotten.exports_left, "banks": forgotten.unmarked, "published": forgotten.published}

@@ -50,6 +50,7 @@ class Earlier(NamedTuple):
 
     items: tuple[Item, ...]
     asker: str
+    check: Callable[[], object] = bool  # raises PersonForgotten once their person was forgotten
 
 
 def _asker_for(key: Key, person: str) -> str:
@@ -181,9 +182,12 @@ class Service:
             return Earlier((), key.name)
         if not key.owns(person):
             raise UnknownOrForbidden("history_of names a person whose data this key may not see", hint="Leave it out.")
-        self._shown.add(person)
+        session = await run_in_threadpool(self.store.session, person)
         known = await run_in_threadpool(self.histories.of, person)
-        return Earlier(known.items[-self.history :] if known else (), _asker_for(key, person))
+        if not known:
+            return Earlier((), key.name)
+        self._shown.add(person)
+        return Earlier(known.items[-self.history :], _asker_for(key, person), partial(session.check, person))
 
     def behind(self, earlier: Sequence[Item], text: str, fits: Callable[[str], bool]) -> str:
         """Return a prompt behind as many of the ``earlier`` items as fit; the oldest are left out first."""
@@ -244,10 +248,17 @@ class Service:
         session = await run_in_threadpool(self.store.session)
         gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
+        self._shown -= set(gone)
         askers = [name for id in gone for name in self.keys_of(id)]
         if removed or askers:
             await self.engine.drop(removed, askers)
         self._swept = session
+
+    async def has_forgotten(self, person: str) -> None:
+        """Note that this gateway forgot a person, so that the next sweep does not end answers that began later."""
+        self._shown.discard(person)
+        if self._swept:
+            self._swept = Session.joint([self._swept, await run_in_threadpool(self.store.session, person)])
 
     def keys_of(self, person: str) -> list[str]:
         """Return the askers of what is dropped with a person: the person's own keys, and all that showed the items."""
