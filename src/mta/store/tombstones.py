@@ -57,8 +57,10 @@ class Tombstones:
 
     def of(self, id: str) -> frozenset[str]:
         """Return the names of a person's tombstones."""
-        names = self.names()
-        return frozenset(name for name in names if name.startswith(f"{self.keyed(id)}-")) if names else names
+        if not (names := self.names()):
+            return names
+        own = f"{self.keyed(id)}-"
+        return frozenset(name for name in names if name.startswith(own))
 
     def since(self, ids: Iterable[str], known: Collection[str]) -> set[str]:
         """Return the people among ``ids`` with tombstones that are not in ``known``, from one listing."""
