@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich import box
 from rich.console import Console
@@ -68,7 +67,7 @@ def _ask_me(out: Path, json: bool) -> None:
     def ask(question: str, labels: Sequence[str]) -> str | None:
         while True:
             console.print(f"{question}  ", end="", highlight=False, markup=False)
-            key = click.getchar() if sys.stdin.isatty() else sys.stdin.readline().strip() or "q"
+            key = typer.getchar() if sys.stdin.isatty() else sys.stdin.readline().strip() or "q"
             console.print(key if key.isprintable() else "", highlight=False, markup=False)
             if key in (*labels, "q"):
                 return key if key in labels else None
