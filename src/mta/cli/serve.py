@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from json import loads
 from pathlib import Path
@@ -123,19 +122,16 @@ def serve(
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
     require("serve")
+    if new_key is not None:
+        return _add_key(keys, new_key, rights or "admin", scope, secret, json)
     from mta.serving import launch as serving
     from mta.system.device import run_in_short_thread
 
-    if new_key is not None:
-        return _add_key(keys, new_key, rights or "admin", scope, secret, json)
-    _refuse_unused(
-        {
-            "--secret": (secret, "--new-key", new_key),
-            "--rights": (rights, "--new-key", new_key),
-            "--scope": (scope, "--new-key", new_key),
-            "--vllm-args": (vllm_args, "--vllm", vllm),
-        }
-    )
+    of_key = {"--secret": secret, "--rights": rights, "--scope": scope}
+    if unused := next((name for name, given in of_key.items() if given), None):
+        raise ConfigError(f"{unused} needs --new-key", hint="Add it, or leave this one out:  mta serve --help")
+    if vllm_args and not vllm:
+        raise ConfigError("--vllm-args needs --vllm", hint="Add it, or leave this one out:  mta serve --help")
     known = serving.keys_for(keys, host, insecure_local, port)
     serving.check(store, bank, strict)
     changes = options.MERGE_AND_STACK
@@ -151,13 +147,6 @@ def serve(
     with serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args) as server:
         service = serving.service_of(*opened, store, known, rate=rate, slots=slots, vllm=server, strict=strict)
         serving.serve(service, host, port, show)
-
-
-def _refuse_unused(options: Mapping[str, tuple[object, str, object]]) -> None:
-    """Raise ConfigError for an option that has no effect without another one: its value, that one, and its value."""
-    for name, (given, other, needed) in options.items():
-        if given and not needed:
-            raise ConfigError(f"{name} needs {other}", hint="Add it, or leave this one out:  mta serve --help")
 
 
 def _add_key(keys: Path | None, name: str, rights: str, scope: str, out: Path | None, json: bool) -> None:

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 
@@ -110,24 +109,20 @@ class AdapterRegistry:
         if entry := self._loaded.get(name):
             async with entry.changing:
                 if not entry.answers and self._loaded.get(name) is entry:
-                    await self._asked("POST", "/v1/unload_lora_adapter", (200, 404), json={"lora_name": name})
+                    await self._ask_to_unload(name)
                     shutil.rmtree(self.folder / folder_of(name), ignore_errors=True)
                     del self._loaded[name]
 
-    async def _asked(self, method: str, path: str, expected: tuple[int, ...], **how: Any) -> httpx.Response | None:
-        """Return vLLM's response; None if the server has stopped, because a stopped server holds nothing.
-
-        Raises EngineGone if the server may still run and did not do as asked.
-        """
+    async def _ask_to_unload(self, name: str) -> None:
+        """Raise EngineGone if vLLM may still have the adapter; a server that has stopped holds nothing."""
         try:
-            answer = await self.client.request(method, path, timeout=30, **how)
+            answer = await self.client.post("/v1/unload_lora_adapter", timeout=30, json={"lora_name": name})
         except httpx.HTTPError as error:
             if _is_server_gone(error):
-                return None
+                return
             raise EngineGone("vLLM does not answer: an adapter of the person may still be loaded", _RETRY) from error
-        if answer.status_code not in expected:
-            raise EngineGone(f"vLLM answered {answer.status_code} to {path}, expected {expected}", hint=_RETRY)
-        return answer
+        if answer.status_code not in (200, 404):
+            raise EngineGone(f"vLLM answered {answer.status_code} to a request to unload an adapter", hint=_RETRY)
 
 
 def _is_server_gone(error: BaseException | None) -> bool:
