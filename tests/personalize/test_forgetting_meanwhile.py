@@ -78,19 +78,19 @@ def test_an_update_goes_on_for_the_others_when_a_person_is_forgotten(tiny, tmp_p
 
 @pytest.mark.parametrize("when", ["before the state is created", "after"])
 def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(url, monkeypatch, when):
-    store, create = Store(url), Storage.create
+    store, write = Store(url), Storage.write
     store.save("bob", state())
     known = store.tombstones.of("bob")
 
-    def meanwhile(storage: Storage, name: str, data: bytes) -> None:
+    def meanwhile(storage: Storage, name: str, data: bytes, *, new: bool) -> None:
         if when == "after":
-            create(storage, name, data)
+            write(storage, name, data, new=new)
         monkeypatch.undo()
         forget_person("bob", Store(url))
         if when != "after":
-            create(storage, name, data)
+            write(storage, name, data, new=new)
 
-    monkeypatch.setattr(Storage, "create", meanwhile)
+    monkeypatch.setattr(Storage, "write", meanwhile)
     with pytest.raises(PersonForgotten):
         Session(store, known).save("bob", state(1))
     assert (store.versions("bob"), check(store).people, store.files.sizes(store._path("bob"))) == ([], 0, {})
@@ -132,13 +132,14 @@ def test_an_export_that_is_interrupted_leaves_no_record_that_other_hosts_cannot_
 def test_a_person_is_forgotten_where_the_answer_to_a_tombstone_was_lost(tiny, tmp_path, monkeypatch):
     """Object stores repeat the request, and then find the file that they wrote."""
     personal = knowing(*tiny, tmp_path / "people", PEOPLE)
-    create = Storage.create
+    write = Storage.write
 
-    def created(storage: Storage, name: str, data: bytes) -> None:
-        create(storage, name, data)
-        raise FileExistsError
+    def written(storage: Storage, name: str, data: bytes, *, new: bool = False) -> None:
+        write(storage, name, data, new=new)
+        if new:
+            raise FileExistsError
 
-    monkeypatch.setattr(Storage, "create", created)
+    monkeypatch.setattr(Storage, "write", written)
     assert forget_person("x0", personal.store).states_removed
     assert nothing_of("x0", personal.store)
 

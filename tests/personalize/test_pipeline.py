@@ -109,14 +109,14 @@ def test_a_run_goes_on_from_its_checkpoint(by_policy, tmp_path, monkeypatch):
 
 
 def test_states_and_histories_are_written_to_a_bucket_several_at_once(tiny, tmp_path, monkeypatch):
-    write, both = Storage._write, {name: Barrier(2) for name in ("history.json", "1.safetensors")}
+    write, both = Storage.write, {name: Barrier(2) for name in ("history.json", "1.safetensors")}
 
     def waiting(files, name, *data, **how):
         if barrier := both.get(name.rpartition("/")[2]):
             barrier.wait(60)  # for another one
         write(files, name, *data, **how)
 
-    monkeypatch.setattr(Storage, "_write", waiting)
+    monkeypatch.setattr(Storage, "write", waiting)
     url = f"memory://{tmp_path.name}/people"
     done = personalizer(*tiny, store=url).personalize(PEOPLE[:4], histories=PEOPLE[:4])
     assert done.trained == 4

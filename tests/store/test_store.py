@@ -44,15 +44,15 @@ def test_the_same_work_again_is_a_no_op(url: str) -> None:
 def test_a_state_whose_answer_was_lost_is_not_kept_of_a_person_forgotten_meanwhile(tmp_path, monkeypatch):
     """Object stores repeat a request whose answer was lost, and then find the file that they wrote."""
     store = Store(tmp_path)
-    create = store.files.create
+    write = store.files.write
 
-    def created(name, data):
-        create(name, data)
+    def written(name, data, new):
+        write(name, data, new=new)
         monkeypatch.undo()
         Store(tmp_path).tombstones.add(ANN)
         raise FileExistsError
 
-    monkeypatch.setattr(type(store.files), "create", lambda _, name, data: created(name, data))
+    monkeypatch.setattr(type(store.files), "write", lambda _, name, data, new: written(name, data, new))
     with pytest.raises(PersonForgotten):
         store.save(ANN, state(0))
     assert store.versions(ANN) == []

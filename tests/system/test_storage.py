@@ -34,14 +34,14 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 
 def test_a_created_file_has_its_name_when_its_folder_is_flushed(tmp_path: Path, synced: list) -> None:
-    Storage(tmp_path).create("ab/1", b"data")
+    Storage(tmp_path).write("ab/1", b"data", new=True)
     assert synced[-1] == (str(tmp_path / "ab"), ["1"])
 
 
 def test_removed_files_are_gone_when_their_folders_are_flushed(tmp_path: Path, synced: list) -> None:
     files = Storage(tmp_path)
     for name in ("ab/1", "ab/2", "cd/1"):
-        files.create(name, b"data")
+        files.write(name, b"data", new=True)
     synced.clear()
     for name in ("ab/1", "ab/2", "ab/3", "cd/1", "ef/1"):
         files.remove(name)
@@ -72,7 +72,7 @@ def test_a_folder_is_removed_while_another_process_removes_its_files(
 ) -> None:
     files, unlink, vanished = Storage(tmp_path), os.unlink, list[str]()
     for name in ("work/1/a", "work/1/b", "work/2/a", "work/2/b"):
-        files.create(name, b"data")
+        files.write(name, b"data", new=True)
 
     def another_is_first(path: str, *rest: object, dir_fd: int | None = None) -> None:
         unlink(path, dir_fd=dir_fd)
@@ -93,8 +93,8 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
     (tmp_path / "store" / "ab").symlink_to(tmp_path / "other")
     files = Storage(tmp_path / "store")
     for change in (
-        lambda: files.create("ab/new", b"data"),
-        lambda: files.replace("ab/file", b"data"),
+        lambda: files.write("ab/new", b"data", new=True),
+        lambda: files.write("ab/file", b"data"),
         lambda: files.remove("ab/file"),
         lambda: files.remove_folder("ab/inner"),
         lambda: RunCheckpoints(files, "ab/run").checkpoint("digest"),

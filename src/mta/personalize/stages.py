@@ -179,7 +179,9 @@ class Stages:
 
     def as_states(self, cohort: Cohort, jobs: Sequence[Job], fitted: Fitted) -> list[State | Diverged]:
         """Assemble the states of a cohort. The losses of the jobs are computed unless they are known."""
-        losses, merge = self.losses(jobs, fitted, cohort.tokens_per_batch), fitted.merge
+        merge = fitted.merge
+        read = fitted.stacks is not None or merge.gradients is None  # else an update needs the gradient alone
+        losses = self.losses(jobs, fitted, cohort.tokens_per_batch, merged=read)
         settings = StateInputs.of(self.base, self.bank, self.run).digest
         stacks = fitted.stacks.to(torch.device("cpu")) if fitted.stacks else None
 
@@ -210,20 +212,24 @@ class Stages:
 
         return [state_of(i, item) for i, item in enumerate(cohort.items)]
 
-    def losses(self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int) -> list[Losses | Diverged]:
-        """Return the losses of each job: one pass for each field, except those that are known."""
+    def losses(
+        self, jobs: Sequence[Job], fitted: Fitted, tokens_per_batch: int, *, merged: bool = True
+    ) -> list[Losses | Diverged]:
+        """Return the losses of each job: one pass for each field, except those that are known or not asked for."""
 
         def under(*added: Adapters) -> list[float]:
-            return mean_nll(self.base, jobs, [*self.bank.task_adapters, *added], tokens_per_batch=tokens_per_batch)
+            adapters = [*self.bank.task_adapters, *added]
+            on_step = partial(self.on_step, "losses") if self.on_step else None
+            return mean_nll(self.base, jobs, adapters, tokens_per_batch=tokens_per_batch, on_step=on_step)
 
-        stacked: Sequence[float | None] = [None] * len(jobs)
-        if fitted.stacks:
-            stacked = under(*fitted.adapters, PerPerson(fitted.stacks))
+        none: Sequence[float | None] = [None] * len(jobs)
+        stacked = under(*fitted.adapters, PerPerson(fitted.stacks)) if fitted.stacks else none
         targets = [job.targets for job in jobs]
-        pooled_losses = fitted.pooled_losses or under()
-        merged_losses = fitted.merged_losses or (under(*fitted.adapters) if fitted.adapters else pooled_losses)
+        pooled_losses, merged_losses = fitted.pooled_losses or under(), fitted.merged_losses or none
+        if merged and not fitted.merged_losses:
+            merged_losses = under(*fitted.adapters) if fitted.adapters else pooled_losses
 
-        def of(pooled: float, merged: float, stacked: float | None, tokens: int) -> Losses | Diverged:
+        def of(pooled: float, merged: float | None, stacked: float | None, tokens: int) -> Losses | Diverged:
             try:
                 return Losses(pooled, merged, stacked, tokens)
             except Diverged as error:

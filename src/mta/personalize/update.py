@@ -60,7 +60,7 @@ def decide(before: Losses, new: Losses) -> Action:
     """Choose the action for a person with new items; ``before`` are the losses of their state on its own shots."""
     stacked = new.merged if new.stacked is None else new.stacked
     learned = before.merged if before.stacked is None else before.stacked
-    if new.merged > new.pooled + NOTICEABLE:
+    if new.merged is None or stacked is None or learned is None or new.merged > new.pooled + NOTICEABLE:
         return "refresh"
     if stacked <= min(learned, new.merged) + NOTICEABLE:
         return "keep"

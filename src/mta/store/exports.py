@@ -155,7 +155,7 @@ class Exports:
     def _write(self, id: str, exports: Sequence[Export]) -> None:
         path = self.path(id, bool(exports))
         if exports:
-            self.files.replace(f"{path}/exports.json", exports_to_bytes(exports))
+            self.files.write(f"{path}/exports.json", exports_to_bytes(exports))
         else:
             self.files.remove(f"{path}/exports.json")
             remove_if_empty(self.files, path)

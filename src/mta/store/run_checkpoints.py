@@ -42,7 +42,7 @@ class RunCheckpoints:
 
     def note(self, names: Sequence[str]) -> None:
         """Save the names that the run will compute."""
-        self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
+        self.files.write(f"{self.name}/plan.json", json.dumps(list(names)).encode())
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Return the checkpoint of one cohort; None if the store is not local: then stopped cohorts start again."""

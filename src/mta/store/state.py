@@ -39,13 +39,14 @@ _AGAIN = "Load an earlier version, or make the state again:  mta personalize"
 class Losses:
     """Losses on a person's own shots: mean NLL per target token in nats, over ``tokens`` targets (our choice).
 
-    Under the pooled model (base and task LoRA), with the merge, and with merge and stack (None without a stack). Merge
-    and stack were fitted to these shots, so the losses do not estimate those of new queries.
+    Under the pooled model (base and task LoRA), with the merge, and with merge and stack (None without a stack). The
+    merge's loss is None where nothing reads it: it would take longer than the merge. Merge and stack were fitted to
+    these shots, so the losses do not estimate those of new queries.
     Raises Diverged for a number that is not finite.
     """
 
     pooled: float
-    merged: float
+    merged: float | None
     stacked: float | None
     tokens: int
 
@@ -55,16 +56,14 @@ class Losses:
             return self
         tokens = self.tokens + before.tokens
 
-        def mean(new: float, old: float) -> float:
-            return (new * self.tokens + old * before.tokens) / tokens
+        def mean(new: float | None, old: float | None) -> float | None:
+            return new if new is None or old is None else (new * self.tokens + old * before.tokens) / tokens
 
-        stacked = self.stacked
-        if stacked is not None and before.stacked is not None:
-            stacked = mean(stacked, before.stacked)
-        return Losses(mean(self.pooled, before.pooled), mean(self.merged, before.merged), stacked, tokens)
+        pooled = (self.pooled * self.tokens + before.pooled * before.tokens) / tokens
+        return Losses(pooled, mean(self.merged, before.merged), mean(self.stacked, before.stacked), tokens)
 
     def __post_init__(self) -> None:
-        losses = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
+        losses = [one for one in (self.pooled, self.merged, self.stacked) if one is not None]
         if not all(map(math.isfinite, losses)) or self.tokens < 1:
             expected = "expected finite numbers over at least one token"
             raise Diverged(f"training diverged: losses on shots are invalid: got {self}, {expected}", hint=_ASTRAY)

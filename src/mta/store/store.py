@@ -178,7 +178,7 @@ class Store:
         if data is None and write:
             made = {"schema": KEY_SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
-                self.files.create(KEY_FILE, json.dumps(made).encode())
+                self.files.write(KEY_FILE, json.dumps(made).encode(), new=True)
             data = self.files.read(KEY_FILE)  # the key of the first writer
         if data is None:
             return b""
@@ -235,7 +235,7 @@ class Session:
         version = last + 1
         name = f"{path}/{version}.safetensors"
         try:
-            store.files.create(name, state.to_bytes())
+            store.files.write(name, state.to_bytes(), new=True)
         except FileExistsError:
             if self._work(name) != state.work:  # if equal, perhaps by an earlier attempt of this call
                 raise StoreConflict(
@@ -259,7 +259,7 @@ class Session:
             person = made()
             self.check(id)
             try:
-                self.store.files.replace(f"{path}/history.json", history_to_bytes(person))
+                self.store.files.write(f"{path}/history.json", history_to_bytes(person))
             finally:
                 self._keep_out(id, f"{path}/history.json")
         return person

@@ -37,7 +37,7 @@ class Tombstones:
         if keyed := self.keyed(id):
             before = self.of(id)
             with suppress(FileExistsError):  # an object store repeats a request whose answer was lost
-                self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
+                self.files.write(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"", new=True)
             for name in before:
                 self.files.remove(f"{FOLDER}/{name}")
 

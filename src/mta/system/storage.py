@@ -125,27 +125,20 @@ class Storage:
         """Yield the result of ``work``, which writes here, for each value, in order: on a local disk one by one."""
         return map(work, values) if self.local else in_threads(work, values)
 
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a file: local by rename, in object stores by one put, elsewhere in place."""
-        self._write(name, data)
+    def write(self, name: str, data: bytes, *, new: bool = False) -> None:
+        """Write a file: local by rename, in object stores by one put, elsewhere in place.
 
-    def create(self, name: str, data: bytes) -> None:
-        """Write a new file. Raises FileExistsError if it exists.
-
-        A local file is published with a hard link, so it is complete and exactly one writer succeeds. Other storage
-        uses fsspec's exclusive mode (in memory, S3, Google Cloud). Without that mode, existence is checked before the
-        write, and of two simultaneous writers the last one wins.
+        With ``new``, raise FileExistsError if it exists: a local file is published with a hard link, so exactly one
+        writer succeeds. Other storage uses fsspec's exclusive mode (in memory, S3, Google Cloud). Without that mode,
+        existence is checked before the write, and of two simultaneous writers the last one wins.
         """
-        self._write(name, data, create=True)
-
-    def _write(self, name: str, data: bytes, create: bool = False) -> None:
-        place, mode = self.at(name), {"mode": "create"} if create else {}  # not every file system takes the argument
+        place, mode = self.at(name), {"mode": "create"} if new else {}  # not every file system takes the argument
         with self._reported(place):
             if self.local:
-                with replacing(self.inside(name), publish=os.link if create else os.replace) as temporary:
+                with replacing(self.inside(name), publish=os.link if new else os.replace) as temporary:
                     temporary.write(data)
                 return
-            if create and self.fs.exists(place):
+            if new and self.fs.exists(place):
                 raise FileExistsError(place)
             try:
                 self.fs.pipe_file(place, data, **mode)

@@ -248,7 +248,8 @@ def costs(shape: Shape, run: Run, data: DataSizes) -> dict[str, Cost]:
         again = run.bank.rounds * anchors + sum(run.bank.sizes[1:])
         bank += run.bank.rounds * trained(anchors * run.bank.group_items, first, 0)
         bank += trained(again * several, task_rank, rank)
-    merge, over = scored(shots, task_rank), scored(shots, merged)  # losses; a stack's first step has the second
+    merge = scored(shots, task_rank)  # losses; a stack's first step has those under the merge
+    over = 0.0 if policy_of(run.merge).gradients else scored(shots, merged)  # nothing reads them after a gradient
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, task_rank + rank)
     if training := policy_of(run.merge).learns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, count, islice
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, Shared, applied
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts, TextLengths
+from mta.system.progress import Step
 from mta.training.packing import TOKENS, collate, fitting, pack_for
 from mta.training.plan import ON_GPU
 from mta.training.trainer import Job
@@ -28,6 +29,7 @@ def log_likelihood(
     owners: Sequence[int] | None = None,
     tokens_per_batch: int | None = None,
     memory: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: an (n,) tensor for each list of n examples.
 
@@ -47,6 +49,7 @@ def log_likelihood(
     rows = [(one, row) for one, own in numbers.items() for row in pack_for(base, list(own), tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = torch.zeros(sum(map(len, numbers.values())), dtype=base.master_dtype, device=base.device)
+    passes, done = count(1), 0
     while rows:
         # Longest rows first: rows of similar length share a pass, and the pass with the largest memory comes first.
         fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
@@ -56,6 +59,9 @@ def log_likelihood(
         with applied(base.model, adapters, torch.tensor([one for one, _ in chosen])):
             found = batch.log_probs(batch.logits(base))
         sums.index_add_(0, batch.owner + batch.example, found.to(sums.dtype))
+        if on_step:
+            done += sum(len(set(row.examples)) for _, row in chosen)
+            on_step(Step(next(passes), len(numbers), done, len(sums)))
     sums = sums.cpu()
     return [sums[[starts[one] + numbers[one][e] for e in part]] for one, part in zip(owners, examples)]
 
@@ -73,10 +79,16 @@ def _tokens_per_batch(base: BaseModel, examples: Sequence[Sequence[Example]], me
 
 
 def mean_nll(
-    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int | None = None
+    base: BaseModel,
+    jobs: Sequence[Job],
+    adapters: Sequence[Adapters],
+    *,
+    tokens_per_batch: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> list[float]:
     """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""
-    found = log_likelihood(base, [job.examples for job in jobs], adapters, tokens_per_batch=tokens_per_batch)
+    examples = [job.examples for job in jobs]
+    found = log_likelihood(base, examples, adapters, tokens_per_batch=tokens_per_batch, on_step=on_step)
     return [-float(scores.double().sum()) / job.targets for job, scores in zip(jobs, found)]
 
 

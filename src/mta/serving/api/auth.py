@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.errors import ConfigError
-from mta.system.atomic import make_folder, write_text
+from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
@@ -109,7 +109,7 @@ def add_key(path: Path, name: str, rights: str, scope: str = "") -> str:
     new = checked(Key, values, "the new key", hint="For example:  --rights person --scope ann")
     try:
         make_folder(path.parent)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with FileLock(path.with_name(f".{path.name}.lock"), mode=file_mode()):
             before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
             if new.name in {key.name for key in before}:
                 raise ConfigError(
