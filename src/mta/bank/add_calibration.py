@@ -12,16 +12,7 @@ from mta.bank.calibration.crossfit import ENOUGH
 from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people, measured_items
 from mta.bank.card import write_described
-from mta.bank.format import (
-    CALIBRATION,
-    MEMBERS,
-    BankInfo,
-    check_base,
-    check_new,
-    file_hashes,
-    read_adapters,
-    read_info,
-)
+from mta.bank.format import CALIBRATION, MEMBERS, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
 from mta.bank.notes import forgotten_in, pass_stale_on
 from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY

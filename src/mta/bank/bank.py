@@ -176,15 +176,7 @@ class Bank:
         """
         people = list(people)
         check_distinct(people)
-        calibrate_bank(
-            self.folder,
-            base,
-            people,
-            run or self.info.run,
-            Path(out),
-            executor=executor,
-            on_step=on_step,
-        )
+        calibrate_bank(self.folder, base, people, run or self.info.run, Path(out), executor=executor, on_step=on_step)
         return self.open(out, base)
 
     def rebuild_groups(

@@ -243,7 +243,7 @@ class Pipeline:
 
         def save(person: Person) -> None:
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
-                session.change_history(person.id, lambda: person)
+                session.save_history(person)
 
         ids = {person.id for person in people}
         session.store.identity(write=True)  # creates a new store's key, once

@@ -127,8 +127,8 @@ class Store:
         return sum(self.files.sizes(self._path(id)).values())
 
     def save_history(self, person: Person) -> None:
-        """Save a person's items and queries (opt-in), replacing those saved before. Raises PersonForgotten."""
-        self.session(person.id).change_history(person.id, lambda: person)
+        """Save a history in a session of this person that begins now: see ``Session.save_history``."""
+        self.session(person.id).save_history(person)
 
     def history(self, id: str) -> Person | None:
         """Return what ``save_history`` saved, or None. Raises StateCorrupt."""
@@ -247,6 +247,10 @@ class Session:
             raise
         self._keep_out(id, name)
         return version
+
+    def save_history(self, person: Person) -> None:
+        """Save a person's items and queries (opt-in), replacing those saved before. Raises PersonForgotten."""
+        self.change_history(person.id, lambda: person)
 
     def change_history(self, id: str, made: Callable[[], Person]) -> Person:
         """Save and return the history that ``made`` returns, which may read ``Store.history``.
