@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ _MINUTE = 60
 _COMPARED = 3  # people of one pass whose results are compared with the peer's
 _PLANNED = 0.85, 1.15  # least and most measured bytes over planned bytes
 _ONE_PASS = 2**20  # tokens
-_KNOWN = {"h100": "h100", "a100": "a100", "l4": "nvidia l4", "rtx-4090": "4090"}  # of mta size: a part of CUDA's name
+_KNOWN = {"h100": r"h100.*hbm3", "a100": r"a100", "l4": r"\bl4$", "rtx-4090": r"4090$"}  # of mta size: CUDA's name
 
 
 @dataclass
@@ -68,8 +69,7 @@ class Step:
         site, settings, cohort, jobs = self.site, self.site.settings, self.cohort, self.jobs
         plain = PlainPeft(site.plain(), cohort.start.select([0]))
         some = cohort.typical(min(4, len(jobs)))
-        if site.device.type == "cuda":
-            plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
+        plain.tokens = max(sum(len(e.tokens) for e in job.examples) for job in jobs)  # memory may halve these
         work = some.jobs[:1], some.start, some.training
         precision = fastest(plain, lambda: fitted(plain, lambda: plain.prepare(*work)), PRECISIONS)
         difference = compared(site, cohort, plain)
@@ -153,7 +153,7 @@ class Step:
         steps = OPPU_TRAINING.steps_for(data.shots)
         operations = costs(shape, run, data)["OPPU"].person_operations / steps
         gpu = torch.cuda.get_device_name(site.device).lower() if site.device.type == "cuda" else ""
-        known = next((name for name, sign in _KNOWN.items() if sign in gpu), None)
+        known = next((name for name, sign in _KNOWN.items() if re.search(sign, gpu)), None)
         measured = Hardware("torch.mm here", rate(self._product()[1]), ON_GPU, "measured")
         machine = hardware(known) if known else measured
         note = f"the estimate assumes {machine.share:.0%} of the rate of {machine.name}"

@@ -20,9 +20,9 @@ class ManyPeft:
 
         config = lora_config(batch)
         self.names = [str(n) for n in range(len(batch))]
-        self.model: Any = peft.get_peft_model(model, config, self.names[0])
+        self.model: Any = peft.get_peft_model(model, config, self.names[0], autocast_adapter_dtype=False)
         for name in self.names[1:]:
-            self.model.add_adapter(name, config)
+            self.model.add_adapter(name, config, autocast_adapter_dtype=False)
         self.model.eval()
         self.layers = {layer: self.model.base_model.model.get_submodule(layer) for layer in batch.names}
         with torch.no_grad():

@@ -18,15 +18,12 @@ from mta.lora.batch import fresh
 from mta.lora.layers import PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.serving.launch import vllm_settings
 from mta.tools.cost import WEIGHT
 from mta.training.gates import gate_gradients
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, train_loras
 
 pytest.importorskip("bitsandbytes", reason="the extra 'quantize' is not installed")
-pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
-from served import served
 
 NAME, TASK = "somebody/model", load_task("movielens-rating")
 BOTH = pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -130,6 +127,8 @@ def place(request, folder):
 
 
 def test_a_bank_is_built_and_people_are_personalized_over_four_bits(place, folder, tmp_path):
+    served = pytest.importorskip("served").served  # not installed everywhere that `make gpu` runs
+    launch = pytest.importorskip("mta.serving.launch")
     base = load(place, "nf4")
     run = TINY_RUN.model_copy(update={"base": place, "dtype": "float32", "quantize": "nf4"})
     people, encoder = people_of(12, prefix="c"), HashEncoder()
@@ -150,7 +149,7 @@ def test_a_bank_is_built_and_people_are_personalized_over_four_bits(place, folde
     with pytest.raises(BankMismatch, match=r"was built for base .*, quantize=nf4 \(sha256"):
         Bank.open(bank.folder, load(place))
     with pytest.raises(ConfigError, match="vLLM loads the base unquantized"):
-        vllm_settings("python3", base, bank.folder, "people", slots=1, args="")
+        launch.vllm_settings("python3", base, bank.folder, "people", slots=1, args="")
 
 
 def test_what_cannot_be_quantized_is_refused(folder, monkeypatch):
