@@ -153,7 +153,7 @@ def test_the_card_says_which_rivals_are_as_good():
         gains = (Gain(shots=8, people=20, mean=0.06, low=low, high=0.1, worse=0.1),)
         known = CalibrationInfo(ridge=0.3, prior=4.0, people=20, gains=gains, rivals=rivals)
         run = SimpleNamespace(task_lora=SimpleNamespace(enabled=True, history=history))
-        return what_to_expect(SimpleNamespace(calibration=known, plan="plan", run=run))
+        return what_to_expect(SimpleNamespace(calibration=known, plan="plan", run=run, tried=()))
 
     both = said(rival(LABEL_BIAS, -0.01), rival(OPPU, 0.01))
     assert "label bias +0.030 [-0.010, +0.050], OPPU +0.030 [+0.010, +0.050]" in both
