@@ -14,7 +14,6 @@ import torch
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ClassifyRequest, usage_of
@@ -44,8 +43,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         earlier = await service.earlier(request, key)
         asked = [await service.apart_from_store(_tokenized, service, text, labels, who, earlier) for text in inputs]
-        if earlier.items:
-            await run_in_threadpool(earlier.check)
+        await earlier.check()
         places = asyncio.Semaphore(at_once)
         scored = await together(_scored(service.engine, one, places) for one in asked)
     tokens, cached = sum(len(one.prompt) for one in asked), sum(piece.cached for piece in scored)

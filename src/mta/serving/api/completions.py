@@ -55,8 +55,7 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
 async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
     earlier = await service.earlier(request, key)
     asked = await service.apart_from_store(_tokenized, service, request, who, earlier)  # long prompts take long
-    if earlier.items:
-        await run_in_threadpool(earlier.check)
+    await earlier.check()
     formatter = ResponseFormatter(request, service.name_of(who, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, asked, request, key)
     if request.stream:

@@ -50,7 +50,13 @@ class Earlier(NamedTuple):
 
     items: tuple[Item, ...]
     asker: str
-    check: Callable[[], object] = bool  # raises PersonForgotten once their person was forgotten
+    person: str = ""
+    session: Session | None = None  # began before the items were read
+
+    async def check(self) -> None:
+        """Raise PersonForgotten if the person of the items was forgotten meanwhile."""
+        if self.session:
+            await run_in_threadpool(self.session.check, self.person)
 
 
 def _asker_for(key: Key, person: str) -> str:
@@ -187,7 +193,7 @@ class Service:
         if not known:
             return Earlier((), key.name)
         self._shown.add(person)
-        return Earlier(known.items[-self.history :], _asker_for(key, person), partial(session.check, person))
+        return Earlier(known.items[-self.history :], _asker_for(key, person), person, session)
 
     def behind(self, earlier: Sequence[Item], text: str, fits: Callable[[str], bool]) -> str:
         """Return a prompt behind as many of the ``earlier`` items as fit; the oldest are left out first."""
