@@ -93,7 +93,7 @@ class Keys(Settings):
             hint = f"{what}  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        return checked(cls, {"keys": (*in_file, *from_env)}, f"{path} and {ENV}", hint=f"Unset one:  unset {ENV}")
+        return checked(cls, {"keys": (*in_file, *from_env)}, f"{path} and {ENV}", hint=f"Leave it out:  unset {ENV}")
 
     def of(self, secret: str) -> Key | None:
         """Return the key that matches a secret, or None. Compares with every key, so the time reveals nothing."""
