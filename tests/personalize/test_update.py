@@ -41,6 +41,8 @@ UNIFORM = override(TINY_RUN, ["merge.policy=uniform"]).merge  # reads nothing of
 def test_what_is_decided(new, action):
     before = Losses(2.0, 1.4, 1.2 if new.stacked else None, 5)
     assert decide(before, new) == action
+    unknown = Losses(2.0, None, None, 5)  # of a merge alone
+    assert new.stacked or decide(unknown, new) == "refresh"
 
 
 GROWN = people_of(4, items=6)

@@ -58,11 +58,11 @@ class StateUpdate:
 
 def decide(before: Losses, new: Losses) -> Action:
     """Choose the action for a person with new items; ``before`` are the losses of their state on its own shots."""
+    if new.merged is None or new.merged > new.pooled + NOTICEABLE:
+        return "refresh"
     stacked = new.merged if new.stacked is None else new.stacked
     learned = before.merged if before.stacked is None else before.stacked
-    if new.merged is None or stacked is None or learned is None or new.merged > new.pooled + NOTICEABLE:
-        return "refresh"
-    if stacked <= min(learned, new.merged) + NOTICEABLE:
+    if learned is not None and stacked <= min(learned, new.merged) + NOTICEABLE:
         return "keep"
     return "refresh" if new.stacked is None else "retrain"
 
