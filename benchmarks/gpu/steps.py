@@ -37,7 +37,7 @@ _MINUTE = 60
 _COMPARED = 3  # people of one pass whose results are compared with the peer's
 _PLANNED = 0.85, 1.15  # least and most measured bytes over planned bytes
 _ONE_PASS = 2**20  # tokens
-_KNOWN = {"h100": r"h100.*hbm3", "a100": r"a100", "l4": r"\bl4$", "rtx-4090": r"4090$"}  # of mta size: CUDA's name
+_KNOWN = {"h100": r"h100.*hbm3", "a100": r"a100", "l4": r"\bl4$", "rtx-4090": r"4090$"}  # in CUDA's names
 
 
 @dataclass

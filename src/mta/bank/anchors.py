@@ -71,7 +71,8 @@ def choose_roles(context: BuildContext) -> Roles:
     task, run, candidates = context.task, context.run, context.candidates
     grouped = run.bank.choose == "groups"
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
-    if (len(run.bank.sizes) > int(grouped) or run.bank.rounds > 1) and len(outside) < ENOUGH:
+    compared = run.bank.rounds > 1 or len(run.bank.sizes) > (1 if grouped else 0)
+    if compared and len(outside) < ENOUGH:
         raise ConfigError(
             f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {len(outside)} are left",
             hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",

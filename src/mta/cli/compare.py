@@ -101,12 +101,7 @@ def opened(
     people = options.people_in(source, options.task_of(bank_folder), columns, skip_bad)
     chosen, run_words, file_words = _settings(settings, config, words or [])
     base, bank, run = options.open_bank(
-        bank_folder,
-        run_words,
-        seed=seed,
-        device=device,
-        file_words=file_words,
-        open_to=options.MERGE_AND_STACK,
+        bank_folder, run_words, seed=seed, device=device, file_words=file_words, open_to=options.MERGE_AND_STACK
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     with Screen() as screen, options.run_folder(kind, out, base, bank, used, screen.step) as folder:

@@ -106,12 +106,7 @@ def calibrator_of(
 
 
 def size_of_passes(
-    base: BaseModel,
-    subjects: Sequence[Subject],
-    anchors: int,
-    run: Run,
-    most: int = PIECE,
-    on_gpu: bool | None = None,
+    base: BaseModel, subjects: Sequence[Subject], anchors: int, run: Run, most: int = PIECE, on_gpu: bool | None = None
 ) -> tuple[int, int]:
     """Return the tokens of a pass of a calibration, and its people, at most ``most``, in a run's memory.
 
