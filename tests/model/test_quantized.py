@@ -12,7 +12,7 @@ from tiny import random_examples, random_loras, save_base, tokenizer
 from mta.bank.bank import Bank
 from mta.config import Training
 from mta.data.tasks import load_task
-from mta.errors import BankMismatch, ConfigError, MissingExtra, UnsupportedModel
+from mta.errors import BankMismatch, ConfigError, MissingExtra, ModelError, UnsupportedModel
 from mta.kernels.linear import bits_of, weight_of
 from mta.lora.batch import fresh
 from mta.lora.layers import PerPerson, Shared
@@ -153,6 +153,8 @@ def test_a_bank_is_built_and_people_are_personalized_over_four_bits(place, folde
 
 
 def test_what_cannot_be_quantized_is_refused(folder, monkeypatch):
+    with pytest.raises(ModelError, match="quantize is 'int4'; expected one of none, nf4, int8"):
+        load(folder, "int4")
     with pytest.raises(UnsupportedModel, match="no weights for float64"):
         BaseModel.load(folder, "float64", "cpu", quantize="nf4")
     monkeypatch.setattr("mta.system.extras.find_spec", lambda _: None)

@@ -147,6 +147,8 @@ def _quantization(config: Any, dtype: torch.dtype, place: torch.device, quantize
     """Return the arguments with which transformers quantizes weights, or reads quantized ones; none for plain ones."""
     if (stored := quantized_by(config)) and quantize != "none":
         raise UnsupportedModel(f"these weights are quantized by {stored} already", hint="Leave quantize out.")
+    if quantize not in (kinds := ("none", "nf4", "int8")):
+        raise ModelError(f"quantize is {quantize!r}; expected one of {', '.join(kinds)}", hint="Set quantize=nf4.")
     if not stored and quantize == "none":
         return {}
     require("quantize")
