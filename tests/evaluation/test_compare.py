@@ -120,6 +120,13 @@ def test_controls_are_added_if_asked_for(task):
         assert [name for name in names(False, brief=brief, controls=True) if name in controls] == controls[1:]
 
 
+def test_controls_of_one_person_are_refused_before_anything_is_computed(tiny):
+    asked, settings = [], CompareSettings(shots=SHOTS, queries=QUERIES, controls=True)
+    with pytest.raises(InputError, match="no other person to take shots from"):
+        compare(*tiny, people_of(3, prefix="x"), settings, limit=1, encoder=HashEncoder(), on_method=asked.append)
+    assert not asked
+
+
 def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
     methods = standard_methods(TINY_RUN, CompareSettings(), task, 1)
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))

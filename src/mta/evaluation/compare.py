@@ -36,6 +36,7 @@ from mta.evaluation.methods import (
     PopulationMerge,
     TaskLora,
 )
+from mta.evaluation.methods.controls import givers_of
 from mta.evaluation.protocol import TestBatch, check_lengths, members_and_others
 from mta.evaluation.reports.two_people import Asked
 from mta.evaluation.statistics import Comparison, Row
@@ -198,6 +199,8 @@ def compare(
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     batch = TestBatch.of(context, tested, shots=shots, queries=queries)
     check_lengths(base, task, ((one.id, one.items, own) for one, own in zip(batch.people, batch.queries)))
+    if settings.controls:
+        givers_of(batch.people, batch.people)  # raises before anything is computed
     known = None  # unless all histories behind the bank are given
     if members and len(members) == bank.info.members.people:
         known = Copies(people, task).in_histories(members, chain(*batch.queries))
