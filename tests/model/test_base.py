@@ -318,9 +318,19 @@ def test_a_base_in_the_home_folder_has_its_whole_path(saved, monkeypatch):
     """Other processes may have another home, and what is published must not name the folder."""
     monkeypatch.setenv("HOME", str(saved.parent))
     short = f"~/{saved.name}"
-    for base in (BaseModel.load(short), BaseModel.outline(Run(base=short))):
+    for base in (BaseModel.load(short, gradient_checkpointing=True), BaseModel.outline(Run(base=short))):
         run = base.as_loaded(Run(base=short, encoder=short))
         assert base.name == run.base == run.encoder == str(saved.resolve())
+        assert run.gradient_checkpointing == base.has_weights  # workers plan passes as this base does
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_weights(saved, monkeypatch):
+    def to(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        BaseModel.load(str(saved))
 
 
 def test_a_base_with_experts_loads_in_float64(tmp_path):

@@ -114,7 +114,7 @@ def test_a_module_outside_the_folder_is_refused(encoder, path):
     assert f"names a module at {path!r}; expected a folder inside" in refused(vectors, encoder)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"path": ""}]'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "[1]", '[{"path": ""}]'])
 def test_a_module_list_that_is_none_is_refused(encoder, text):
     (encoder / "modules.json").write_text(text)
     assert "modules.json is not a list of modules" in refused(vectors, encoder)

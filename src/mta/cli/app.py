@@ -14,7 +14,7 @@ import typer
 from mta import __version__
 from mta.cli import bank, compare, data, machine, person, personalize, predict, serve, store
 from mta.errors import MtaError
-from mta.system.process import keep_freed_memory, limit_threads
+from mta.system.process import is_out_of_memory, keep_freed_memory, limit_threads
 
 app = typer.Typer(
     name="mta",
@@ -72,7 +72,7 @@ def run(app: typer.Typer) -> None:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         typer.echo(f"out of memory: {(str(error) or 'no memory is left').splitlines()[0]}\n  {_LESS_MEMORY}", err=True)
         sys.exit(1)
@@ -84,11 +84,6 @@ def run(app: typer.Typer) -> None:
         if end.code == 130:  # typer's exit code for Ctrl-C
             typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether Python, a GPU, or torch's allocator on the CPU found no memory; torch may not be imported."""
-    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
 def _prepare() -> None:

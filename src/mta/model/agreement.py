@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
 from mta.model.adaptable import is_adaptable
+from mta.system.process import is_out_of_memory
 
 log = logging.getLogger("mta")
 CAUSAL = "Give a base that reads text from left to right, such as Llama, Mistral, Qwen, Gemma or GPT-2."  # a hint
@@ -84,8 +85,6 @@ class Reference:
             found = logits(tokens, ends, positions, where)
             with _hooked(_linear_layers(model) - {model.get_output_embeddings()}, _row_changed):
                 again = logits(others, ends, positions, where)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # any error of the model's own code: the model does not support such rows
             return _failed("packed rows" if packed else "rows of one example", error)
         leak, most = float(_apart(again, found).max()), self._slack if found.dtype.itemsize >= 4 else 0.0
@@ -105,8 +104,6 @@ class Reference:
         cuts = [0, first // 2, *range(first, len(path) + 1)]
         try:
             found = [go_on([[other.pop()], path[start:stop]]) for start, stop in pairwise(cuts) if stop > start]
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # as above
             return _failed("rows that continue from a KV cache", error)
         ends = torch.stack([logits[1] for logits in found[-last:]])
@@ -138,7 +135,9 @@ class Reference:
 
 
 def _failed(what: str, error: Exception) -> bool:
-    """Log the error of a check, which may be the device's and not the model's; return False."""
+    """Log the error of a check, which may be the device's and not the model's; return False. Raises a lack of memory."""
+    if is_out_of_memory(error):
+        raise error
     reason = (str(error).splitlines() or [""])[0]
     log.warning("%s are not used, for their check failed: %s: %s", what, type(error).__name__, reason)
     return False
@@ -206,9 +205,9 @@ def _forward(model: Any, tokens: Tensor) -> Tensor:
     kind = getattr(model.config, "model_type", type(model).__name__)
     try:
         found: Tensor = model(input_ids=tokens[None]).logits[0]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModel(f"{kind!r} cannot compute a text of {len(tokens)} tokens: {reason}", CAUSAL) from error
     if len(found) != len(tokens) or not found.isfinite().all():

@@ -35,6 +35,7 @@ from filelock import FileLock
 from mta.errors import AssetError
 from mta.system.atomic import file_sha256, json_sha256, replacing_folder
 from mta.system.extras import require
+from mta.system.process import is_out_of_memory
 from mta.system.survey import SURVEY, convert_survey
 
 Progress = Callable[[str], None]
@@ -219,6 +220,8 @@ def _dequantized(gguf: Path) -> Path:
                 with replacing_folder(folder) as temporary:
                     convert_gguf(gguf, temporary)
     except Exception as error:  # transformers raises different errors for architectures that it cannot convert
+        if is_out_of_memory(error):
+            raise
         raise AssetError(
             f"cannot convert {gguf} into {folder.parent}: {(str(error).splitlines() or [repr(error)])[0]}",
             hint="Give the model's folder or hub id with safetensors instead, or check the disk's free space.",

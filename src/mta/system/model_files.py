@@ -17,6 +17,7 @@ from typing import Any
 
 from mta.errors import ModelError, MtaError, UnsupportedModel
 from mta.system.atomic import read_json
+from mta.system.process import is_out_of_memory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -88,11 +89,10 @@ def modules_of(folder: Path, name: str) -> list[Module]:
     if not path.exists():
         return [Module("Transformer", "")]
     listed = read_json(path)
-    if not isinstance(listed, list) or not all(
-        isinstance(one, dict) and {"type", "path"} <= one.keys() for one in listed
-    ):
+    found = listed if isinstance(listed, list) else []
+    if not found or not all(isinstance(one, dict) and {"type", "path"} <= one.keys() for one in found):
         raise UnsupportedModel(f"{name!r}: {_MODULES} is not a list of modules with type and path", hint=_PLAIN)
-    return [_module(one, name) for one in listed]
+    return [_module(one, name) for one in found]
 
 
 def refuse_unsafe_base(folder: Path, name: str) -> None:
@@ -149,12 +149,14 @@ def lowers_case(folder: Path) -> bool:
 
 @contextmanager
 def loading(name: str, what: str, hint: str) -> Iterator[None]:
-    """Raise errors of libraries in the block as ModelError. transformers raises many types of errors."""
+    """Raise errors of libraries in the block as ModelError, unless memory ran out. transformers raises many types."""
     try:
         yield
     except MtaError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(
                 f"{name!r} needs Python code from its own folder, which mta never runs", hint=_PLAIN

@@ -37,6 +37,11 @@ def limit_threads() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether Python, a GPU, or torch's allocator on the CPU found no memory."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+
+
 class OtherProcesses:
     """Measure how many of this process's cores other processes use. Known on Linux, outside containers with a quota."""
 
