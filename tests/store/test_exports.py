@@ -64,6 +64,15 @@ def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:
     assert store.exports.of(ANN) == []
 
 
+def test_a_folder_with_files_stays_in_a_store_that_removes_whole_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HDFS does."""
+    store = Store("memory://whole/people")
+    store.save(ANN, state())
+    monkeypatch.setattr(type(store.files.fs), "rmdir", lambda fs, path: fs.rm(path, recursive=True))
+    assert store.exports.forget(ANN) == {}
+    assert store.latest(ANN) == 1
+
+
 def test_an_export_that_is_refused_is_not_noted(tmp_path: Path) -> None:
     store = Store(tmp_path / "people")
     kept = export_from(store, tmp_path / "out")

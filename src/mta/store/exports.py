@@ -168,7 +168,8 @@ def remove_if_empty(files: Storage, folder: str) -> None:
     """
     if not files.local:
         with contextlib.suppress(Exception):  # clients raise different errors, and most have no folders
-            files.fs.rmdir(files.at(folder))
+            if not files.names(folder):  # some remove a folder with what is in it
+                files.fs.rmdir(files.at(folder))
         return
     path = files.inside(folder)
     with contextlib.suppress(OSError):  # the folder is not empty, or was removed already

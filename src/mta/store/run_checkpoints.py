@@ -54,8 +54,7 @@ class RunCheckpoints:
     def drop(self) -> None:
         """Remove the folder. ``mta.store.maintenance.collect`` removes those of stopped runs."""
         self.files.remove_folder(self.name)
-        if self.files.local:  # other stores may remove a folder with what is in it
-            remove_if_empty(self.files, FOLDER)
+        remove_if_empty(self.files, FOLDER)
 
 
 def drop_runs(files: Storage) -> None:
@@ -64,5 +63,4 @@ def drop_runs(files: Storage) -> None:
         for name in files.names(FOLDER):
             if re.fullmatch(RUN, name):
                 files.remove_folder(f"{FOLDER}/{name}")
-        if files.local:
-            remove_if_empty(files, FOLDER)
+        remove_if_empty(files, FOLDER)
