@@ -104,6 +104,21 @@ def test_a_piece_that_kills_every_worker_fails_although_their_names_come_again()
     assert found.error == "workers died of it, Died"
 
 
+def test_a_worker_that_died_takes_its_idle_neighbours_along():
+    """They may have died with their machine: a piece would lose its attempts to them."""
+    cluster, hired = made_up_cluster(good=1000, workers=3)
+    dead = cluster.start_worker()
+
+    def died():
+        raise Died
+
+    died.turn = 0
+    dead.run.remote = lambda function, piece: died
+    pool = WorkerPool(None, None, idle=[dead, dead, dead])
+    assert [one.result for one in PieceScheduler(cluster, None, pool).work_through([One()])] == ["done"]
+    assert len(hired) == 2
+
+
 @pytest.fixture
 def three(monkeypatch):
     """A cluster of three workers, and those that were hired and stopped."""

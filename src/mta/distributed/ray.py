@@ -239,6 +239,8 @@ class PieceScheduler(Generic[P, R]):
             yield from self._failed(task, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
             self.cluster.stop(worker)
+            while self.idle:  # they may have died with the same machine
+                self.cluster.stop(self.idle.pop())
             if task.attempts > 1:
                 self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
             else:
