@@ -7,6 +7,7 @@ import pytest
 from conftest import people_of
 from crowd import knowing
 
+from mta.data.history import Person
 from mta.errors import BankNotFound, PersonNotFound
 from mta.tools.inspect import summarize
 
@@ -55,6 +56,9 @@ def test_the_parts_of_a_bank_trained_on_a_person_are_named(known):
 
 def test_who_is_not_there(known, tmp_path):
     with pytest.raises(PersonNotFound, match="no state of 'eve'"):
+        summarize("eve", known.store, known.bank.folder)
+    known.store.save_history(Person("eve", PEOPLE[0].items))
+    with pytest.raises(PersonNotFound, match=f"no state of 'eve' yet, but {len(PEOPLE[0].items)} stored items"):
         summarize("eve", known.store, known.bank.folder)
     with pytest.raises(BankNotFound, match="no bank at"):
         summarize("x0", known.store, tmp_path / "nowhere")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mta.bank.format import read_info
 from mta.bank.members import TrainedPart
+from mta.errors import PersonNotFound
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.state import Losses
@@ -46,8 +47,12 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
     Raises PersonNotFound, StateCorrupt, BankCorrupt.
     """
     info = read_info(bank)
-    version = store.latest(id)
-    state, kept = store.load(id, version), store.history(id)
+    version, kept = store.latest(id), store.history(id)
+    if kept and not version:
+        raise PersonNotFound(
+            f"no state of {id!r} yet, but {len(kept.items)} stored items", hint="Make the state:  mta personalize"
+        )
+    state = store.load(id, version)
     stack = state.stack
     return Summary(
         version=version or 0,
