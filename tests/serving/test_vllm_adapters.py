@@ -182,16 +182,6 @@ def test_an_adapter_is_built_once_in_its_folder(adapters):
     assert read_peft(made.path("task")).rank == 2
 
 
-def test_only_files_of_an_earlier_server_are_deleted(adapters):
-    made, store = adapters
-    name = name_of(store, "../ann")
-    (made.folder / folder_of("old")).mkdir()
-    (made.folder / "socket").write_text("")
-    made = AdapterFolders(made.bank, made.store.files.url, made.folder, made.rank)
-    made.path(name)
-    assert {path.name for path in made.folder.iterdir()} == {folder_of(name), "socket"}
-
-
 def test_unknown_or_corrupt_people_get_no_adapter(adapters, caplog):
     made, store = adapters
     for name in ("base", "person:ann@v1", name_of(store, "bob"), name_of(store, "../ann").replace("@v1", "@v2")):

@@ -66,7 +66,7 @@ class Server:
     async def registry(self, folder, count=4):
         transport = httpx2.MockTransport(self.answer)
         async with httpx2.AsyncClient(transport=transport, base_url="http://vllm") as client:
-            yield AdapterRegistry(client, folder, count)
+            yield AdapterRegistry(client, SimpleNamespace(folder=folder, up=True), count)
 
 
 async def used(registry, who, until=None, begun=None):

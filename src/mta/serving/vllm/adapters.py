@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,6 @@ from mta.store.state import State
 log = logging.getLogger("mta")
 _OVERSAMPLING = 8  # additional directions in the randomized svd, for accurate last singular values
 _ITERATIONS = 4  # power iterations of the randomized svd
-_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.[0-9a-f]{32})?")
 
 
 def folder_of(name: str) -> str:
@@ -59,9 +57,6 @@ class AdapterFolders:
 
     def __init__(self, bank: Path, store: str, folder: Path, rank: int) -> None:
         self.bank, self.store, self.folder, self.rank = bank, Store(store), folder, rank
-        for left in folder.iterdir():  # of an earlier server: forgetting would not find those folders
-            if _OURS.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
 
     @cached_property
     def _exporter(self) -> LoraExporter:

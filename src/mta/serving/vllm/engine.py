@@ -40,6 +40,7 @@ from mta.store import Store
 
 _TIMEOUT = httpx.Timeout(30, read=600)  # a queued request may wait long for its first token
 _AT_ONCE = 32  # scored tokens; each needs a connection
+_PATIENCE = 5.0  # seconds that a stop waits for answers, which the gateway has ended already unless the server hangs
 _ID = "token_id:"  # prefix of tokens that vLLM returns as ids
 
 
@@ -67,7 +68,7 @@ class VllmEngine(Engine):
         self.server, self.client, self.store = server, server.client(), store
         self.bank, self.has_task_lora = bank, has_task_lora
         self.stops = frozenset(stops)
-        self.adapters = AdapterRegistry(self.client, server.folder, activated)
+        self.adapters = AdapterRegistry(self.client, server, activated)
         self._open: dict[asyncio.Task[None], tuple[EngineRequest, Pieces]] = {}
         self._salt = secrets.token_bytes(32)
         self._forcing = asyncio.Semaphore(_AT_ONCE)
@@ -86,7 +87,7 @@ class VllmEngine(Engine):
     async def forget(self, person: str, askers: Collection[str] = ()) -> None:
         """Forget as every engine does, and delete files that are left of the person's adapters. Raises EngineGone."""
         await super().forget(person, askers)
-        remove_all(self.adapters.folder, person)
+        remove_all(self.server.folder, person)
 
     async def _drop(self, matches: Callable[[Version], bool], error: MtaError, askers: Collection[str] = ()) -> None:
         """Unload the adapters, too, and delete their files; vLLM's cache of prompts stays. Raises EngineGone."""
@@ -114,12 +115,14 @@ class VllmEngine(Engine):
         }
 
     async def close(self) -> None:
-        """Finish running answers, accept no new ones, and stop."""
+        """Finish running answers, accept no new ones, and stop; a server that hangs is not waited for long."""
         self._closing = True
+        if self._open:
+            await asyncio.wait([*self._open], timeout=_PATIENCE)
+        await asyncio.to_thread(self.server.stop)  # ends the answers that are left
         await asyncio.gather(*self._open, return_exceptions=True)
         await self.adapters.unloads_ended()
         await self.client.aclose()
-        await asyncio.to_thread(self.server.stop)
 
     async def _forward(self, request: EngineRequest, queue: Pieces) -> None:
         """Put the pieces of an answer, or its error, into the queue."""

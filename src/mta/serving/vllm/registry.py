@@ -13,12 +13,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx2 as httpx
 
 from mta.serving.engine import EngineGone, ModelRemoved, ServedModel, Version, together, wire_name
 from mta.serving.vllm.adapters import folder_of
+from mta.serving.vllm.server import VllmServer
 
 log = logging.getLogger("mta")
 _RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
@@ -37,8 +37,8 @@ class Loaded:
 class AdapterRegistry:
     """The adapters of one server; at most ``count`` idle ones stay loaded."""
 
-    def __init__(self, client: httpx.AsyncClient, folder: Path, count: int) -> None:
-        self.client, self.folder, self.count = client, folder, count
+    def __init__(self, client: httpx.AsyncClient, server: VllmServer, count: int) -> None:
+        self.client, self.server, self.count = client, server, count
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self._unloads: set[asyncio.Task[None]] = set()  # of idle adapters
 
@@ -110,7 +110,7 @@ class AdapterRegistry:
             async with entry.changing:
                 if not entry.answers and self._loaded.get(name) is entry:
                     await self._ask_to_unload(name)
-                    shutil.rmtree(self.folder / folder_of(name), ignore_errors=True)
+                    shutil.rmtree(self.server.folder / folder_of(name), ignore_errors=True)
                     del self._loaded[name]
 
     async def _ask_to_unload(self, name: str) -> None:
@@ -118,17 +118,8 @@ class AdapterRegistry:
         try:
             answer = await self.client.post("/v1/unload_lora_adapter", timeout=30, json={"lora_name": name})
         except httpx.HTTPError as error:
-            if _is_server_gone(error):
+            if not self.server.up:
                 return
             raise EngineGone("vLLM does not answer: an adapter of the person may still be loaded", _RETRY) from error
         if answer.status_code not in (200, 404):
             raise EngineGone(f"vLLM answered {answer.status_code} to a request to unload an adapter", hint=_RETRY)
-
-
-def _is_server_gone(error: BaseException | None) -> bool:
-    """Whether the server has stopped; after other connection errors it may still run."""
-    while error is not None:
-        if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
