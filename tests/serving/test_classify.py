@@ -151,7 +151,7 @@ def test_items_of_another_person_are_refused(world):
 def test_the_oldest_items_are_left_out_where_they_do_not_fit(world, monkeypatch):
     (text, *_), service = prompts(world), world.service
     two, label = in_words(service.task, PERSON.items[-2:]) + text, service.base.prompts.answer_tokens(service.task)
-    room = len(service.chat_tokens([{"role": "user", "content": two}])) + label
+    room = len(service.base.prompts.chat([{"role": "user", "content": two}])) + label
     expected = probs(ask(world, "admin", model="person:ann", input=two))
     with showing(world):
         monkeypatch.setattr(service, "length", room)
@@ -201,6 +201,28 @@ def test_a_prompt_with_items_of_a_person_who_was_forgotten_meanwhile_is_not_answ
         store.save_history(type(PERSON)("zed", PERSON.items))
         found = ask(world, "admin", model="task", input="Film 8", history_of="zed")
     assert (found.status_code, found.json()["error"]["code"]) == (409, "person_forgotten")
+
+
+def test_no_input_begins_after_the_person_of_its_items_was_forgotten(world, monkeypatch):
+    """A person's key has fewer answers at once than inputs."""
+    service, plain, begun = world.service, classify._scored, []
+
+    async def scored(engine, asked):
+        begun.append(asked)
+        forget_person("ann", service.store)
+        return await plain(engine, asked)
+
+    monkeypatch.setattr(classify, "_scored", scored)
+    with showing(world):
+        found = ask(world, "ann", model="task", input=["Film 8"] * (service.limits.own + 1), history_of="ann")
+    assert (found.status_code, found.json()["error"]["code"]) == (409, "person_forgotten")
+    assert len(begun) == service.limits.own
+
+
+def test_a_continued_text_shows_no_items(world):
+    body = {"model": "task", "prompt": "Film 8", "history_of": "ann"}
+    with world.http("ann") as http:
+        assert http.post("/v1/completions", json=body).status_code == 400
 
 
 def test_a_sweep_ends_no_answers_that_began_after_this_gateway_forgot_their_person(world, monkeypatch):

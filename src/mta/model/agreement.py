@@ -135,7 +135,7 @@ class Reference:
 
 
 def _failed(what: str, error: Exception) -> bool:
-    """Log the error of a check, which may be the device's and not the model's; return False. Raises a lack of memory."""
+    """Log the error of a check, which may be the device's and not the model's; return False. Raise a lack of memory."""
     if is_out_of_memory(error):
         raise error
     reason = (str(error).splitlines() or [""])[0]

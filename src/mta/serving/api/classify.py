@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -43,9 +42,10 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         earlier = await service.earlier(request, key)
         asked = [await service.apart_from_store(_tokenized, service, text, labels, who, earlier) for text in inputs]
-        await earlier.check()
-        places = asyncio.Semaphore(at_once)
-        scored = await together(_scored(service.engine, one, places) for one in asked)
+        scored = list[AnswerPiece]()
+        for start in range(0, len(asked), at_once):  # no answer begins after the person of the items was forgotten
+            await earlier.check()
+            scored += await together(_scored(service.engine, one) for one in asked[start : start + at_once])
     tokens, cached = sum(len(one.prompt) for one in asked), sum(piece.cached for piece in scored)
     service.metrics.prompt_tokens.inc(tokens)
     data = []
@@ -59,14 +59,14 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
 
 
 def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedModel, earlier: Earlier) -> EngineRequest:
-    """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
+    """Tokenize an input with every label. Raises Refused for a long input before its labels are tokenized."""
     prompts = service.base.prompts
     longest = prompts.answer_tokens(service.task)
 
     def fits(text: str) -> bool:
-        return len(service.chat_tokens([{"role": "user", "content": text}])) + longest <= service.length
+        return len(prompts.chat([{"role": "user", "content": text}])) + longest <= service.length
 
-    EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    EngineRequest(prompts.chat([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     text = service.behind(earlier.items, text, fits)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
@@ -77,6 +77,6 @@ def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedMo
     return asked
 
 
-async def _scored(engine: Engine, asked: EngineRequest, places: asyncio.Semaphore) -> AnswerPiece:
-    async with places, aclosing(engine.answer(asked)) as pieces:  # type: ignore[type-var]
+async def _scored(engine: Engine, asked: EngineRequest) -> AnswerPiece:
+    async with aclosing(engine.answer(asked)) as pieces:  # type: ignore[type-var]
         return [piece async for piece in pieces][-1]

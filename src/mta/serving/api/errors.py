@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from mta.errors import MtaError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.errors import (
+    DataError,
+    MtaError,
+    OtherBank,
+    PersonForgotten,
+    PersonNotFound,
+    StateCorrupt,
+    StoreConflict,
+    StoreError,
+)
 from mta.serving.api.schemas import error_body
 from mta.serving.engine import AnswerLost, EngineGone, ModelRemoved, QueueFull, Refused
 
@@ -38,6 +47,7 @@ _ANSWERS: dict[type[MtaError], _Answer] = {
     EngineGone: (503, "engine_gone", 5, None),
     AnswerLost: (500, "answer_lost", None, None),
     Refused: (400, None, None, None),
+    DataError: (400, None, None, None),  # of a text that no prompt can hold
 }
 
 
@@ -52,8 +62,13 @@ def public_message(error: MtaError) -> str:
     return _answer_of(error)[3] or f"{error.message}. {error.hint}"
 
 
+def status_of(error: MtaError) -> int:
+    """Return the HTTP status of an error."""
+    return _answer_of(error)[0]
+
+
 def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
-    """Return status, body, and headers for an error."""
+    """Return status, body, and headers for an error; log one whose message is hidden."""
     status, code, retry, hidden = _answer_of(error)
     if hidden and status >= 500:
         log.error("a request failed: %s", type(error).__name__)  # its message may hold paths

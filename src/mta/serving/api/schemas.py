@@ -47,15 +47,19 @@ class Message(_Request):
 
 
 class ModelRequest(_Request):
-    """Fields of all requests to a model; the last two are extensions.
-
-    ``fallback`` is the model that answers for an unknown person. ``history_of`` is the person whose latest items stand
-    in front of the prompt, if the bank's prompts show some: by default the person of the model, "" for none.
-    """
+    """Fields of all requests to a model; the extension ``fallback`` is the model that answers for an unknown person."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     user: str | None = None
     fallback: Literal["task", "base"] | None = None
+
+
+class BehindItems(ModelRequest):
+    """A request whose prompt comes behind a person's latest items, if the bank's prompts show some: an extension.
+
+    ``history_of`` is by default the person of the model, "" for none.
+    """
+
     history_of: Annotated[str, Field(max_length=1024)] | None = None
 
 
@@ -74,7 +78,7 @@ class Common(ModelRequest):
     presence_penalty: Literal[0] | None = None
 
 
-class ChatRequest(Common):
+class ChatRequest(Common, BehindItems):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
@@ -96,7 +100,7 @@ class CompletionRequest(Common):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class ClassifyRequest(ModelRequest):
+class ClassifyRequest(BehindItems):
     """``POST /v1/classify``: one text or several, each worded as the task's prompt."""
 
     input: ValidText | Annotated[list[ValidText], Field(min_length=1, max_length=64)]
