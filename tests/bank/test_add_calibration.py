@@ -10,7 +10,7 @@ from conftest import people_of
 from tiny import base_of
 
 import mta
-from mta.bank import format
+from mta.bank import add_calibration, format
 from mta.bank.calibration.people import calibration_people
 from mta.bank.format import read_info, verify
 from mta.bank.notes import mark_stale, parts_to_rebuild
@@ -126,8 +126,18 @@ def test_another_calibration_is_without_that_of_a_forgotten_person(folder, base,
     assert parts_to_rebuild(copy.folder) == ["calibration"]
     for name, people in {"again": OTHERS, "without": [one for one in OTHERS if one.id != used]}.items():
         again = copy.calibrate(base, people, folder / name, run=RUN)  # the file may still hold the person
-        assert parts_to_rebuild(again.folder) == []
-        assert again.info.members.parts_of(used) == []
+        twice = again.calibrate(base, OTHERS, folder / f"{name}-twice", run=RUN)
+        for found in (again, twice):
+            assert parts_to_rebuild(found.folder) == []
+            assert found.info.members.parts_of(used) == []
+
+
+def test_who_is_forgotten_during_a_calibration_stays_marked(folder, base, copy, monkeypatch):
+    used, plain = next(p.id for p in OTHERS if copy.info.members.parts_of(p.id)), add_calibration.calibrate
+    monkeypatch.setattr(
+        add_calibration, "calibrate", lambda *of, **how: mark_stale(copy.folder, used) and plain(*of, **how)
+    )
+    assert parts_to_rebuild(copy.calibrate(base, OTHERS, folder / "again", run=RUN).folder) == ["calibration"]
 
 
 def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):

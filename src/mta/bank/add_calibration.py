@@ -43,8 +43,9 @@ def calibrate_bank(
     Raises InputError if too few people are left or the bank has no list of members, DataError for an item that is too
     long, BankError if ``out`` holds anything; BankCorrupt, BankMismatch.
     """
-    info = read_info(folder)
-    outside = _checked(folder, info, base, people, run.calibration)
+    info, gone = read_info(folder), forgotten_in(folder)  # people who are forgotten from now on stay marked
+    known = [person for person in people if info.members.hash_of(person.id) not in gone]
+    outside = _checked(folder, info, base, known, run.calibration)
     check_new(out)
     anchors, task_lora = read_adapters(folder, info)
     task, settings = Task.model_validate(info.task), _settings(info, run)
@@ -63,7 +64,7 @@ def calibrate_bank(
     with replacing_folder(out) as written:
         for name in info.files.keys() - {CALIBRATION}:
             copy_file(folder / name, written / name)
-        pass_stale_on(folder, written, without="calibration")
+        pass_stale_on(folder, written, without="calibration" if forgotten_in(folder) <= gone else "")
         _write(folder, written, info, outside, settings, calibration)
 
 
@@ -85,8 +86,6 @@ def _checked(
         )
     if settings.people < ENOUGH:
         raise InputError(f"calibration.people is {settings.people}; at least {ENOUGH} are needed", hint="Raise it.")
-    gone = forgotten_in(folder)
-    people = [one for one in people if info.members.hash_of(one.id) not in gone]
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     members = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")} - unseen.keys()
     task = Task.model_validate(info.task)

@@ -62,9 +62,13 @@ def published(folder: Path) -> list[str]:
 
 
 def pass_stale_on(folder: Path, copy: Path, without: str = "") -> None:
-    """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew. Raises BankError."""
-    if parts := set(parts_to_rebuild(folder)) - {without}:
-        _note(copy, STALE, parts, forgotten_in(folder))
+    """Note in a copy of a bank which parts need a rebuild, ``without`` one that was made anew, and who was forgotten.
+
+    Raises BankError.
+    """
+    parts, gone = set(parts_to_rebuild(folder)) - {without}, forgotten_in(folder)
+    if parts or gone:
+        _note(copy, STALE, parts, gone)
 
 
 def _note(folder: Path, name: str, entries: Iterable[str], hashed: Iterable[str] = ()) -> None:
