@@ -19,7 +19,7 @@ from mta.bank.worker import BankWorker, LoraPiece, train_piece
 from mta.config import Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.data.earlier import as_shown
-from mta.data.history import Person
+from mta.data.history import Person, check_distinct
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
@@ -95,6 +95,7 @@ def rebuild_groups(
 
 def _marked(folder: Path, info: BankInfo, people: Sequence[Person], gone: set[str]) -> dict[int, list[Person]]:
     """Return the people who are left of each marked group, by its number. Raises InputError."""
+    check_distinct(people)
     members = info.members
     if members.hashed is None:
         raise InputError(f"{folder} has no list of its members", hint="Rebuild the bank where it was built.")
