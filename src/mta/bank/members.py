@@ -94,9 +94,13 @@ class Members(BaseModel):
         """The number of people behind all parts, each counted once; 0 if the members are unknown."""
         return len(frozenset().union(*self.hashes.values()))
 
+    @cached_property
+    def _kept_back(self) -> frozenset[str]:
+        return frozenset(self.hashed.kept_back if self.hashed else ())
+
     def kept_back(self, person: Person) -> bool:
         """Return whether the items of this person are those that a candidate kept back from the task LoRA."""
-        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.hashed.kept_back
+        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self._kept_back
 
     def parts_of(self, person: str) -> list[TrainedPart]:
         """Return the parts of the bank that were trained on this person; none if the members are unknown."""
