@@ -71,12 +71,6 @@ def choose_roles(context: BuildContext) -> Roles:
     task, run, candidates = context.task, context.run, context.candidates
     grouped = run.bank.choose == "groups"
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
-    compared = run.bank.rounds > 1 or len(run.bank.sizes) > (1 if grouped else 0)
-    if compared and len(outside) < ENOUGH:
-        raise ConfigError(
-            f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {len(outside)} are left",
-            hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",
-        )
     eligible, vectors, chosen = choose_anchors(
         task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
     )
@@ -86,6 +80,13 @@ def choose_roles(context: BuildContext) -> Roles:
     if kept_back is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
     others = [person for person in eligible if person.id not in anchors]
+    calibrating = _calibrating(task, eligible, [*pool, *context.held_out], anchors, run)
+    left = len(calibrating) if grouped else 0
+    if left < ENOUGH and (run.bank.rounds > 1 or len(run.bank.sizes) > (1 if grouped else 0)):
+        raise ConfigError(
+            f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {left} are left",
+            hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",
+        )
     return Roles(
         task_people=pool,
         pooled_candidates=pooled_candidates(eligible, anchors, run.task_lora),
@@ -93,7 +94,7 @@ def choose_roles(context: BuildContext) -> Roles:
         eligible=eligible,
         vectors=vectors,
         chosen=chosen,
-        calibrating=_calibrating(task, eligible, [*pool, *context.held_out], anchors, run),
+        calibrating=calibrating,
         behind_anchors=behind,
         keeping_back=[] if kept_back is None else [person.first(kept_back) for person in others],
     )
