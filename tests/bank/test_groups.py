@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
 
-from mta.bank import groups, rebuild
+from mta.bank import anchors, groups, rebuild
 from mta.bank.bank import Bank
 from mta.bank.card import body
 from mta.bank.context import BuildContext
@@ -86,7 +86,7 @@ def test_a_person_without_a_finite_gradient_spoils_nobodys_group(tmp_path, monke
     assert sum(info.people) == len(CANDIDATES)
 
 
-def test_settings_of_groups_that_cannot_be(tmp_path):
+def test_settings_of_groups_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^3 of 4 candidates for anchors have 3 items or more"):
         build(tmp_path / "bank", candidates=CANDIDATES[:4], run=RUN)
     off = changed("calibration", RUN, enabled=False)
@@ -94,7 +94,17 @@ def test_settings_of_groups_that_cannot_be(tmp_path):
         for run in (off, changed("bank", RUN, choose="active"), changed("calibration", RUN, people=7)):
             with pytest.raises(ConfigError, match=r"need groups, and 8 people who calibrate them; [07] are left"):
                 grouped(tmp_path / "bank", changed("bank", run, **how))
+    monkeypatch.setattr(anchors, "calibration_people", lambda *_: CANDIDATES[:7])  # others are copies of members
+    with pytest.raises(ConfigError, match="7 are left"):
+        grouped(tmp_path / "bank", changed("bank", RUN, sizes=(2, 3)))
     assert not (tmp_path / "bank").exists()
+
+
+def test_memory_is_planned_for_the_gradients_of_groups_without_a_calibration(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("mta.bank.build.size_of_passes", lambda base, subjects, *_, **__: planned.extend(subjects))
+    grouped(tmp_path / "bank", changed("calibration", RUN, enabled=False))
+    assert planned
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -162,6 +172,19 @@ def test_a_resumed_build_equals_an_uninterrupted_one(built, tmp_path, stage, at)
     grouped(tmp_path / "bank")
     assert trained(tmp_path / "bank") == trained(built)
     assert not (tmp_path / "bank" / "work").exists()
+
+
+def test_no_result_of_other_groups_is_taken(tmp_path, monkeypatch):
+    """Another machine may group people otherwise."""
+    stopped(tmp_path / "bank", "calibration", 4, candidates=CANDIDATES, run=RUN)
+    plain = groups.assigned
+
+    def otherwise(*given):
+        (one, *first), *others = plain(*given)
+        return [first, *others[:-1], [*others[-1], one]]
+
+    monkeypatch.setattr(groups, "assigned", otherwise)
+    assert trained(grouped(tmp_path / "bank")) == trained(grouped(tmp_path / "other"))
 
 
 class Backwards(LocalExecutor):
@@ -249,6 +272,7 @@ def test_a_rebuild_needs_marks_and_everybody_who_is_left(built, tmp_path):
         rebuild_groups(built, base, CANDIDATES, HashEncoder(), tmp_path / "new", RUN)
     folder = forgotten(built, tmp_path / "bank", gone)
     left = [one for one in CANDIDATES if one is not other]
-    with pytest.raises(InputError, match="1 people of the marked groups are not given"):
-        rebuild_groups(folder, base, left, HashEncoder(), tmp_path / "new", RUN)
+    for people, why in ((left, "1 people of the marked groups are not given"), ([*CANDIDATES, gone], "twice")):
+        with pytest.raises(InputError, match=why):
+            rebuild_groups(folder, base, people, HashEncoder(), tmp_path / "new", RUN)
     assert not (tmp_path / "new").exists()

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from mta.bank.anchors import Roles, choose_roles, train_anchors
 from mta.bank.calibration.calibrate import calibrate, size_of_passes
 from mta.bank.calibration.info import CalibrationInfo
-from mta.bank.calibration.people import measured_items, subjects_of
+from mta.bank.calibration.people import Subject, measured_items, subjects_of
 from mta.bank.card import write_described
 from mta.bank.context import Build, BuildContext, BuildKeys
 from mta.bank.format import (
@@ -84,6 +84,7 @@ def build_bank(build: Build) -> None:
             if not run.task_lora.enabled:  # of an earlier build that was begun with one
                 shutil.rmtree(context.out / TASK_LORA, ignore_errors=True)
             anchors = _train(context, roles, jobs, plan, task_lora)
+            context = replace(context, chosen=(*context.chosen, anchors.digest))  # another machine may group others
             _finish(context, plan, roles, anchors, _calibrate(context, roles, anchors, task_lora))
         remove_work(context.out)  # if the build is killed before this, the next call removes the files
 
@@ -172,9 +173,12 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     jobs = [context.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     frozen = run.task_lora.lora if run.task_lora.enabled else None
     plan = context.plan(jobs, run.bank.lora, frozen)
-    if run.bank.choose == "groups":  # of any group: the groups are known only later
-        context.plan([context.job("group", items_of(roles.behind_anchors, run))], run.bank.lora, frozen)
     subjects = subjects_of(base, context.task, roles.calibrating, run)
+    if run.bank.choose == "groups":  # of any group: the groups are known only later
+        group = roles.behind_anchors
+        job = context.job("group", *as_shown(context.task, group, items_of(group, run), run.task_lora.history))
+        context.plan([job], run.bank.lora, frozen)
+        subjects += [Subject((example,), ()) for example in job.examples]  # each is asked for a gradient, too
     size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan

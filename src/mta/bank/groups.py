@@ -56,6 +56,15 @@ class Groups(NamedTuple):
     shortened: int = 0
     tried: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """Digest of who is behind each LoRA: results that were measured over other LoRAs are not taken."""
+        return _digest(self.people)
+
+
+def _digest(groups: Sequence[Sequence[Person]]) -> str:
+    return json_sha256([[person.id for person in group] for group in groups])
+
 
 def train_groups(
     context: BuildContext, roles: Roles, jobs: Sequence[Job], plan: Plan, task_lora: LoraBatch | None
@@ -70,12 +79,12 @@ def train_groups(
     first = train_anchors(replace(context, run=run), jobs, plan, task_lora)
     best = Groups(first, [[one] for one in roles.anchors], [])
     for number in range(1, settings.rounds + 1):
-        known = _expectation(context, roles.behind_anchors, best.loras, task_lora, number)
+        known = _expectation(context, roles.behind_anchors, best, task_lora, number)
         counts = (settings.sizes or (settings.anchors,)) if number == 1 else (len(best.people),)
         made = [_maximization(context, roles.behind_anchors, *known, count, task_lora, number) for count in counts]
         if settings.rounds == len(counts) == 1:  # nothing to choose
             return made[0]
-        gains = [_gain_outside(context, roles, one.loras, task_lora, f"{number}-{n}") for n, one in enumerate(made)]
+        gains = [_gain_outside(context, roles, one, task_lora, f"{number}-{n}") for n, one in enumerate(made)]
         tried += [(len(one.people), round(gain, 5)) for one, gain in zip(made, gains)]
         winner = max(range(len(made)), key=gains.__getitem__)
         if gains[winner] <= gained:
@@ -87,22 +96,23 @@ def train_groups(
 def _halves(context: BuildContext, people: Sequence[Person]) -> list[tuple[list[Example], list[Example]]]:
     """Return every other item of each person as examples, and the rest; at most ``SEEN`` in all."""
     task, history = context.task, context.run.task_lora.history
-    items = [as_shown(task, [person], person.items[-SEEN:], history).items for person in people]
+    most = max(min(SEEN, context.run.bank.max_items), 2)  # only a person's latest items are checked
+    items = [as_shown(task, [person], person.items[-most:], history).items for person in people]
     examples = chain(*context.base.prompts.all(task, chain(*items)))
     every = [list(islice(examples, len(own))) for own in items]
     return [(own[::2], own[1::2]) for own in every]
 
 
 def _expectation(
-    context: BuildContext, people: Sequence[Person], loras: LoraBatch, task_lora: LoraBatch | None, number: int
+    context: BuildContext, people: Sequence[Person], known: Groups, task_lora: LoraBatch | None, number: int
 ) -> tuple[Tensor, Tensor]:
     """Return everybody's coefficients (U, N), and the metric (N, N) of their differences."""
     halves = _halves(context, people)
     units, places = units_of([half for both in halves for half in both], [0] * (2 * len(halves)))
     parts = [part for _, part in units]
     subjects = [Subject(tuple(one), tuple(other)) for one, other in halves]
-    measure, together = _measure(context, subjects, loras, task_lora, "")
-    nothing, cuts = torch.zeros(len(parts), len(loras)).double(), range(0, len(parts), together)
+    measure, together = _measure(context, subjects, known, task_lora, "")
+    nothing, cuts = torch.zeros(len(parts), len(known.loras)).double(), range(0, len(parts), together)
     pieces = [
         Probe(f"groups-{number}-{n}", "sums", tuple(parts[n : n + together]), nothing[n : n + together]) for n in cuts
     ]
@@ -183,19 +193,15 @@ def _maximization(
     shown = [as_shown(context.task, group, own, run.task_lora.history) for group, own in zip(groups, items)]
     jobs = [context.job(f"group-{n}", *own) for n, own in enumerate(shown)]
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
-    who = json_sha256([[person.id for person in group] for group in groups])
-    loras = train_anchors(context, jobs, plan, task_lora, name=f"groups-{number}-{len(groups)}", who=who)
+    name, who = f"groups-{number}-{len(groups)}", _digest(groups)
+    loras = train_anchors(context, jobs, plan, task_lora, name=name, who=who)
     return Groups(loras, groups, [len(own) for own in items], plan.shortened)
 
 
-def _gain_outside(
-    context: BuildContext, roles: Roles, loras: LoraBatch, task_lora: LoraBatch | None, name: str
-) -> float:
-    """Return what people who calibrate the bank gain by a merge, per token; 0 if they are too few to measure it."""
+def _gain_outside(context: BuildContext, roles: Roles, made: Groups, task_lora: LoraBatch | None, name: str) -> float:
+    """Return what people who calibrate the bank gain by a merge, per token."""
     subjects = subjects_of(context.base, context.task, roles.calibrating, context.run)
-    if not subjects:
-        return 0.0
-    measure, together = _measure(context, subjects, loras, task_lora, f"outside-{name}-")
+    measure, together = _measure(context, subjects, made, task_lora, f"outside-{name}-")
     scored = COSTS["scores"] * (TURNS * len(MULTIPLES) + 1)
     every = sum(COSTS["gradients"] * len(one.all) + scored * len(one.queries) for one in subjects)
 
@@ -203,15 +209,16 @@ def _gain_outside(
         context.record.step("gain outside", replace(step, examples_total=every))
 
     context.record.stage_begins()
-    return calibrator_of(context.run, context.task, subjects, len(loras), measure, together, on_step).quick_gain()
+    count = len(made.loras)
+    return calibrator_of(context.run, context.task, subjects, count, measure, together, on_step).quick_gain()
 
 
 def _measure(
-    context: BuildContext, subjects: Sequence[Subject], loras: LoraBatch, task_lora: LoraBatch | None, name: str
+    context: BuildContext, subjects: Sequence[Subject], made: Groups, task_lora: LoraBatch | None, name: str
 ) -> tuple[Measure, int]:
     """Return what computes probes of these people over the LoRAs, and how many people a probe holds."""
-    base, executor = context.base, context.executor
+    base, executor, loras = context.base, context.executor, made.loras
     tokens, together = size_of_passes(base, subjects, len(loras), context.run, executor.most, executor.on_gpu)
     working = loras.to(base.device, base.dtype)
     worker = CalibrationWorker(base, working, task_lora and task_lora.to(base.device), context.run, tokens)
-    return measuring(worker, executor, lambda piece: context.result(context.training_key, name + piece)), together
+    return measuring(worker, executor, lambda piece: context.result(made.digest, name + piece)), together
