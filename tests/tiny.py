@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -28,10 +29,19 @@ from transformers import (
 )
 
 from mta.data.tasks.prompt import Example
+from mta.kernels import compile
 from mta.lora.batch import Factors, LoraBatch
 from mta.model.base import BaseModel
 from mta.system.atomic import write_json
 from mta.training.packing import Rows, collate, tree
+
+
+def without_kernels(*families):
+    """Within the block, the kernels of these families, or all, are off."""
+    off, known = families or compile.FAMILIES, compile._library()
+    tables = {key: table for key, table in known.tables.items() if key[0] not in off}
+    return mock.patch.object(compile, "_library", partial(known._replace, tables=tables))
+
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

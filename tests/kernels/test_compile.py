@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import base_of, random_examples, random_loras
+from tiny import base_of, random_examples, random_loras, without_kernels
 
 import mta.kernels.compile as module
 from mta.config import Training
 from mta.errors import ConfigError
-from mta.kernels.compile import FAMILIES, kernels, obstacle, without_kernels
+from mta.kernels.compile import FAMILIES, kernels, obstacle
 from mta.lora.layers import PerPerson
 from mta.model.generate import generate
 from mta.training.scoring import log_likelihood

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import KINDS, base_of, random_examples, random_loras, rows_of
+from tiny import KINDS, base_of, random_examples, random_loras, rows_of, without_kernels
 
 from mta.kernels import functions
-from mta.kernels.compile import kernels, obstacle, without_kernels
+from mta.kernels.compile import kernels, obstacle
 from mta.kernels.functions import AdaptedRows, RmsNorm, Rotate, add_low_rank, low_rank_gradients, product
 from mta.kernels.linear import FrozenLinear
 from mta.kernels.swap import use_kernels

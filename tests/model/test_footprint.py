@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from memory import TensorMemory
-from tiny import random_loras, tokenizer
+from tiny import random_loras, tokenizer, without_kernels
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -28,7 +28,6 @@ from transformers import (
 
 from mta.config import Training
 from mta.data.tasks.prompt import Example
-from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.adaptable import adapted_layers

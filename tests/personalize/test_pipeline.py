@@ -200,10 +200,10 @@ def test_an_item_that_does_not_fit_is_named_by_its_number(known, tiny):
     wrong = Item({**person.items[0].fields, "rating": "no label"}, time=9.0)
     personal = personalizer(*tiny)
     done = personal.personalize([replace(person, items=(*person.items, wrong))])
-    assert "item 4, field 'rating'" in str(done.failed[person.id])
+    assert "item 4: field 'rating'" in str(done.failed[person.id])
     personal.personalize([person])
     done = personal.update([replace(person, items=(*person.items, wrong))])
-    assert "item 4, field 'rating'" in str(done.failed[person.id])
+    assert "item 4: field 'rating'" in str(done.failed[person.id])
 
 
 def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, tiny, tmp_path):

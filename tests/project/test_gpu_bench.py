@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory import TensorMemory
+from tiny import without_kernels
 
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import PARTS, Planned, rows
@@ -21,7 +22,6 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from benchmarks.speed.training import Cohort, oppu
 from mta.config import Training
-from mta.kernels.compile import without_kernels
 
 ROOT = Path(__file__).parents[2]
 

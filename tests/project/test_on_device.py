@@ -7,14 +7,13 @@ from types import MethodType
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
-from tiny import KINDS, base_of, random_examples, tokenizer
+from tiny import KINDS, base_of, random_examples, tokenizer, without_kernels
 
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training, plugins
 from mta.evaluation import Context, TestBatch, run_methods
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
-from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer

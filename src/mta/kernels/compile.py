@@ -17,9 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,7 +57,6 @@ _LEAST = 12  # version of g++ that has __builtin_shufflevector
 _TIMEOUT = 300  # seconds for one run of the compiler
 
 Kernels = dict[str, Callable[..., None]]
-_off: frozenset[str] = frozenset()
 
 
 class _Library(NamedTuple):
@@ -76,11 +75,11 @@ def kernels(family: Family, *tensors: Tensor) -> Kernels | None:
     for tensor in tensors:  # no generator: called at every layer of every token
         if tensor.dtype != dtype or not tensor.is_cpu:
             return None
-    return None if family in _off else _library().tables.get((family, dtype))
+    return _library().tables.get((family, dtype))
 
 
 def call(family: Family, dtype: torch.dtype, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-    """Call a kernel with tensors, then numbers. Its family may have been switched off since the forward pass."""
+    """Call a kernel with tensors, then numbers."""
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     _library().tables[family, dtype][name](*places, *numbers)
 
@@ -88,18 +87,6 @@ def call(family: Family, dtype: torch.dtype, name: str, tensors: Sequence[Tensor
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the kernels' sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def without_kernels(*families: Family) -> Iterator[None]:
-    """Switch off these families, or all, within the block: torch's operations are used. For comparisons."""
-    global _off
-    before = _off
-    _off = before | frozenset(families or FAMILIES)
-    try:
-        yield
-    finally:
-        _off = before
 
 
 def obstacle() -> str:

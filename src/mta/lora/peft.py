@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -89,7 +88,7 @@ def has_own_card(folder: Path) -> bool:
 def read_peft(folder: str | Path) -> LoraBatch:
     """Return the adapter of a PEFT folder that mta wrote as a batch of one.
 
-    Half precision becomes float32. Raises InputError for missing or damaged files, and for other kinds of adapters.
+    Raises InputError for missing or damaged files, and for other kinds of adapters.
     """
     folder = Path(folder)
     try:
@@ -97,7 +96,7 @@ def read_peft(folder: str | Path) -> LoraBatch:
         tensors = load_file(folder / WEIGHTS)
         if odd := _odd(config, tensors):
             raise InputError(odd, hint=_AGAIN)
-        flat = {_short(name): _whole(part)[None] for name, part in tensors.items()}
+        flat = {_short(name): part[None] for name, part in tensors.items()}
         adapter = LoraBatch.of_tensors(flat, float(config["lora_alpha"]) / config["r"])
         if type(config["r"]) is not int or adapter.rank != config["r"]:
             raise InputError(f"r is {config['r']!r}, but its factors have rank {adapter.rank}", hint=_AGAIN)
@@ -122,10 +121,6 @@ def _odd(config: Any, tensors: Mapping[str, Tensor]) -> str:
 
 def _short(name: str) -> str:
     return name.removeprefix(_PREFIX).replace(_A, ".a").replace(_B, ".b")
-
-
-def _whole(part: Tensor) -> Tensor:
-    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
 
 
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:

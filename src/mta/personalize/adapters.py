@@ -95,16 +95,11 @@ def stored_merges(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> 
     return Merge(ids, w)
 
 
-def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
-    """Return one person's merge as one LoRA. Its rank is R per anchor used."""
-    used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
-    merge = stored_merges([state], dtype)
-    return merge_loras(anchors, Merge(merge.ids[:, used], merge.w[:, used]))
-
-
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:
     """Return task LoRA, merge, and stack of one person as one LoRA in float32 on the CPU. Nothing is lost."""
     parts = [part for part in (bank.task_lora, state.stack) if part]
     if any(state.w) or not parts:  # a merge of nothing needs no anchor's factors
-        parts = [merge_as_lora(bank.anchors, state, dtype), *parts]
+        used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
+        merge = stored_merges([state], dtype)
+        parts = [merge_loras(bank.anchors, Merge(merge.ids[:, used], merge.w[:, used])), *parts]
     return join([part.to(torch.device("cpu"), torch.float32) for part in parts])

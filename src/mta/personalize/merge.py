@@ -74,7 +74,9 @@ def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
         return False
-    return policy.cosines if grown and needs_evidence(settings, grown) else policy.by_content(settings)
+    reads = policy.evidence(settings)
+    retrieves = bool(settings.k) or not (policy.all_anchors or reads)
+    return policy.cosines or (retrieves and not (grown and reads))
 
 
 def keeps_gradients(settings: MergeSettings, calibration: Calibration | None) -> bool:

@@ -72,11 +72,6 @@ class Policy:
     learns: Learns | None  # the training that goes on from the policy's coefficients (``learn`` in merge.py)
     options: type[Settings] | None  # the class of ``merge.options``; None: the policy has no options
 
-    def by_content(self, settings: MergeSettings) -> bool:
-        """Return whether anchors are retrieved or weighted by content, which needs their encodings."""
-        nearest = bool(settings.k) or not (self.all_anchors or self.evidence(settings))
-        return self.cosines or nearest
-
 
 def policy(
     *,

@@ -11,7 +11,6 @@ from torch import Tensor
 from mta.data.history import Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
-from mta.errors import DataError
 from mta.model.base import BaseModel
 from mta.training.trainer import Job
 
@@ -31,14 +30,8 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
     is not one of the task, or does not fit the model's tokens; ``known_items`` is the number of earlier items that the
     person has, and that errors count too.
     """
-    examples = list[Example]()
-    for n, item in enumerate(person.items, known_items + 1):
-        if wrong := task.wrong(item):
-            raise DataError(f"item {n}, field {wrong[0]!r}: {wrong[1]}", hint="Correct the item, or leave it out.")
-        try:
-            examples.append(base.prompts.example(task, item))
-        except DataError as error:
-            raise DataError(f"item {n}: {error.message}", hint=error.hint) from None
+    base.prompts.check(task, ((f"item {n}", item) for n, item in enumerate(person.items, known_items + 1)))
+    examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
     if not alternatives or not all(labels):
         return ShotsJob(person.digest(), examples)

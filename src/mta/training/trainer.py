@@ -94,10 +94,20 @@ def train(
         cohort.restore(*saved)
     total = sum(training.examples(len(job.examples)) for job in jobs)
     cohort.release()
-    batches = _Batches(base, jobs, training, seed, tokens_per_batch)
+    whole = dict[int, list[TreeRow]]()  # of jobs with all examples in every batch: packed once
+
+    def rows_of(j: int, step: int) -> list[TreeRow]:
+        if j in whole:
+            return whole[j]
+        examples = batch_of(jobs[j], step, training.batch_size, seed)
+        rows = pack_for(base, examples, tokens_per_batch)
+        if len(examples) == len(jobs[j].examples):
+            whole[j] = rows
+        return rows
+
     while cohort.active:
         with base.in_training():
-            rows = [batches.rows(j, cohort.step) for j in cohort.active]
+            rows = [rows_of(j, cohort.step) for j in cohort.active]
             losses = _accumulate(base, cohort, rows, adapters, frozen, dtype, tokens_per_batch)
         first = cohort.active if cohort.step == 0 and (on_first or checkpoint) else []
         cohort.advance(training, sum(min(training.batch_size, len(jobs[j].examples)) for j in cohort.active))
@@ -144,28 +154,6 @@ def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
     places = range(step * size, (step + 1) * size)
     orders = {epoch: _shuffled(job, f"{seed}/{job.key}/{epoch}") for epoch in {place // n for place in places}}
     return [job.examples[orders[place // n][place % n]] for place in places]
-
-
-@dataclass(frozen=True, slots=True)
-class _Batches:
-    """The packed batches of jobs; a batch of all examples of a job is the same in every step, and packed once."""
-
-    base: BaseModel
-    jobs: Sequence[Job]
-    training: Training
-    seed: int
-    budget: int
-    _whole: dict[int, list[TreeRow]] = field(default_factory=dict)
-
-    def rows(self, j: int, step: int) -> list[TreeRow]:
-        """Return the rows of job ``j`` at ``step``."""
-        if j in self._whole:
-            return self._whole[j]
-        examples = batch_of(self.jobs[j], step, self.training.batch_size, self.seed)
-        rows = pack_for(self.base, examples, self.budget)
-        if len(examples) == len(self.jobs[j].examples):
-            self._whole[j] = rows
-        return rows
 
 
 def _shuffled(job: Job, key: str) -> list[int]:

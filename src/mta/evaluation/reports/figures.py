@@ -143,11 +143,6 @@ def predictions(
     )
 
 
-def letter(person: int) -> str:
-    """Return the name of a person on a page without ids: person A."""
-    return f"person {chr(ord('A') + person)}"
-
-
 def listed(words: Iterable[str]) -> str:
     """Return words in one line of text."""
     return ", ".join(words) or "none"

@@ -149,7 +149,7 @@ def _two_people(people: Sequence[Asked]) -> list[Section]:
     """Two people's questions with their true answers, and what several models expected."""
     text, pictures = "The two people whose models differ most in content, whatever their true answers.\n\n", {}
     for n, person in enumerate(people):
-        name = figures.letter(n)
+        name = f"person {chr(ord('A') + n)}"
         gave = "; ".join(f"{plain(text)} {plain(answer)}" for text, answer in person.shots)
         text += f"- {name} gave the answers: {gave}\n"
         if means := means_of(person):
