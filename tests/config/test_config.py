@@ -116,15 +116,6 @@ def test_a_key_below_a_single_value_is_refused(tmp_path):
     assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
 
 
-def test_a_group_that_is_left_out_can_be_given_key_by_key():
-    words = ["alone.lora.rank=2", "alone.training.lr=1e-3"]
-    found = override(CompareSettings(), words)  # whose alone is null
-    assert (found.alone.lora.rank, found.alone.training.lr) == (2, 1e-3)
-    with pytest.raises(ConfigError) as caught:
-        override(CompareSettings(), words[:1])
-    assert caught.value.hint == "Settings here are: lora, training."
-
-
 @pytest.mark.parametrize(
     ("words", "hint"),
     [

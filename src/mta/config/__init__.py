@@ -6,7 +6,6 @@ from mta.config.schema import CalibrationSettings as CalibrationSettings
 from mta.config.schema import CompareSettings as CompareSettings
 from mta.config.schema import Lora as Lora
 from mta.config.schema import MergeSettings as MergeSettings
-from mta.config.schema import OneLoraSettings as OneLoraSettings
 from mta.config.schema import Policy as Policy
 from mta.config.schema import Run as Run
 from mta.config.schema import StackSettings as StackSettings

@@ -232,13 +232,6 @@ class Run(Settings):
         return size
 
 
-class OneLoraSettings(Settings):
-    """A person's own LoRA on top of the task LoRA: OPPU, or the stack without a merge."""
-
-    lora: Lora
-    training: Training
-
-
 OPPU_TRAINING = Training(lr=2e-4, steps=8, batch_size=64)  # where no calibration says how to train it
 
 
@@ -248,8 +241,6 @@ class CompareSettings(Settings):
     shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")
     queries: int = Field(default=12, ge=1, description="next items of a person, to predict")
     seeds: tuple[Seed, ...] = Field(default=(), description="random seeds; empty: the run's seed")
-    oppu: OneLoraSettings | None = Field(default=None, description="settings of OPPU; null: the calibration's settings")
-    alone: OneLoraSettings | None = Field(default=None, description="rank 1 alone; null: the calibration's settings")
     policies: tuple[Policy, ...] = Field(
         default=("similarity", "posterior", "laplace"),
         description="policies of the merge-only methods",
@@ -320,8 +311,7 @@ def _with_words(kind: type[Settings], values: dict[str, Any], words: Iterable[st
         *parents, last = key.split(".")
         inner, beside = given, values
         for depth, parent in enumerate(parents, 1):
-            known = beside.get(parent)
-            inner, beside = inner.setdefault(parent, {}), {} if known is None else known  # a group that is left out
+            inner, beside = inner.setdefault(parent, {}), beside.get(parent, {})
             if not isinstance(inner, dict) or not isinstance(beside, dict):
                 raise ConfigError(
                     f"{word!r}: {parent!r} is a single value, not a group of settings",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.bank import Bank
-from mta.bank.calibration.info import ALONE, OPPU
+from mta.bank.calibration.info import ALONE
 from mta.bank.format import check_base
-from mta.config import CompareSettings, MergeSettings, OneLoraSettings, Run
+from mta.config import CompareSettings, MergeSettings, Run
 from mta.config.schema import OPPU_TRAINING
 from mta.data.history import Person, check_distinct
 from mta.data.sharing import Copies
@@ -30,7 +30,6 @@ from mta.evaluation.methods import (
     MergeThenAdapt,
     Method,
     NoHistory,
-    OneLora,
     OtherPerson,
     OwnConstant,
     PopulationMerge,
@@ -127,16 +126,9 @@ def standard_methods(
     def fits(merge: MergeSettings) -> bool:
         return can_merge(merge, anchors, task.labelled, calibrated)
 
-    def alone(name: str, given: OneLoraSettings | None) -> Method:
-        if given:
-            return OneLora(name=name, lora=given.lora, training=given.training)
-        if name == OPPU:
-            return CalibratedLora(training=OPPU_TRAINING)
-        return CalibratedLora(name=name, shape="stack")
-
     stack = run.stack
     biased: list[Method] = [LabelBias()] if task.labelled else []
-    rivals = [*biased, alone(ALONE, settings.alone), alone(OPPU, settings.oppu)]
+    rivals = [*biased, CalibratedLora(name=ALONE, shape="stack"), CalibratedLora(training=OPPU_TRAINING)]
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     pooled = [*([NoHistory()] if history else []), TaskLora()]
