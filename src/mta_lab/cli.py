@@ -16,7 +16,6 @@ from mta.cli.screen import Screen, show_json
 from mta.config import override
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.system.assets import resolve
 from mta.system.extras import require
 from mta_lab.privacy.settings import AttackSettings
 from mta_lab.readers.lamp import read_answers
@@ -54,6 +53,7 @@ def evaluate(
     skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
+    together: options.Together = None,
     json: options.Json = False,
 ) -> None:
     """Run a recipe: an experiment that builds its own banks, runs all methods, and makes the paper's exhibits.
@@ -85,7 +85,7 @@ def evaluate(
     if skip_bad and test:
         hint = "Correct the bad rows of both files, and leave --skip-bad out."
         raise InputError("--skip-bad takes the bad rows of one file, and --test names another", hint=hint)
-    with options.executor_at(cluster, workers, chosen.run.device) as executor, Screen() as screen:
+    with options.executor_at(cluster, workers, chosen.run.device, together) as executor, Screen() as screen:
         workspace = Workspace.open(
             chosen,
             out,
@@ -150,7 +150,7 @@ def attack(
 @app.command()
 def score(
     answers: Annotated[Path, Argument(help="A model's answers in LaMP's format.", dir_okay=False)],
-    true: Annotated[str, Option(help="The true answers: LaMP's outputs file, or the questions file beside it.")],
+    true: Annotated[Path, Option(help="The true answers: LaMP's outputs file, or the questions file beside it.")],
     task: Annotated[str, Option(help="A built-in task, for example lamp3, or a YAML file.")],
     json: options.Json = False,
 ) -> None:
@@ -162,7 +162,7 @@ def score(
 
     require("lab")
     asked = load_task(task)
-    golds = read_answers(Path(resolve(true)), asked)
+    golds = read_answers(true, asked)
     scores = lamp_scores(asked, read_answers(answers, asked, empty=True), golds)
     if json:
         return show_json(scores | {"questions": len(golds)})
@@ -173,7 +173,10 @@ def score(
 def report(
     folders: Annotated[
         list[Path],
-        Argument(help="Output folders of mta compare, demo, bank build, personalize --run, mta-lab evaluate, attack."),
+        Argument(
+            file_okay=False,
+            help="Output folders of mta compare, demo, bank build, personalize --run, mta-lab evaluate, attack.",
+        ),
     ],
     out: Annotated[Path, Option(help="Folder for tables, figures and pages.")] = Path("report"),
     texts: Annotated[bool, Option("--texts", help="Include people's texts (answers in LaMP's format).")] = False,

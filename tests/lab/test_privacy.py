@@ -166,6 +166,13 @@ def test_an_impossible_merge_is_refused_first(world):
         privacy(*world, STRANGERS, SETTINGS, run=run, encoder=HashEncoder())
 
 
+def test_a_bank_whose_prompts_show_earlier_items_is_refused(world):
+    base, bank = world
+    shown = changed("task_lora", bank.info.run, history=2)
+    with pytest.raises(InputError, match="attacks show no earlier items"):
+        privacy(base, replace(bank, info=bank.info.model_copy(update={"run": shown})), STRANGERS, SETTINGS)
+
+
 # -- findings -----------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,12 @@ def test_recbole_ratings(tmp_path: Path) -> None:
     assert caught.value.message == f"{folder} {expected}"
 
 
+def test_labels_of_half_stars(tmp_path: Path) -> None:
+    task = load_task("movielens-rating").model_copy(update={"labels": ("0.5", "1.0", "1.5")})
+    (person,) = read_people(recbole(tmp_path, f"{INTER}7\t1\t1.0\t1\n", MOVIE), task)
+    assert person.items[0].fields["rating"] == "1.0"
+
+
 @pytest.mark.parametrize("name", ["ml.inter", "ml.item"])
 def test_bad_rows_do_not_replace_a_file_of_ratings(tmp_path: Path, name: str) -> None:
     folder = recbole(tmp_path, f"{INTER}7\t1\t3\t1\n", MOVIE)

@@ -27,6 +27,9 @@ def test_one_method_with_two_merges_on_one_bank_is_refused_before_it_runs():
     with pytest.raises(InputError, match="two parts run 'x' on bank 'main' with different words"):
         wanted(parts("merge.policy=posterior"), "test", ["main"])
     assert wanted(parts("memory=2GiB"), "test", ["main"]) == ["main"]
+    other = "exhibits.main=[{bank: other, words: [bank.anchorz=3], methods: [mta]}]"
+    with pytest.raises(ConfigError, match="anchorz"):  # before the banks of other parts are built
+        wanted(override(recipe("smoke"), [other]), "test", ["main"])
 
 
 def test_recipes_may_differ_in_what_is_run_but_not_in_what_both_run():

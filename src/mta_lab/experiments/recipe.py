@@ -251,7 +251,7 @@ def _check_words(recipe: Experiment) -> None:
     """Raise InputError if two parts run one method with different merges or stacks: a report would mix the results."""
     known: dict[tuple[str, str], object] = {}
     for part in (part for parts in recipe.exhibits.values() for part in parts):
-        run = override(recipe.run, [word for word in part.words if word.startswith(FREE)])
+        run = override(recipe.run, part.words)
         for method in part.methods:
             settings = run.merge, run.stack
             if method.uses_bank and known.setdefault((part.bank, method.digest), settings) != settings:

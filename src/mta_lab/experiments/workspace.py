@@ -30,7 +30,7 @@ from mta.evaluation.methods import Method
 from mta.evaluation.protocol import TestBatch, check_lengths
 from mta.model.base import BaseModel
 from mta.model.encoders import load_encoder
-from mta.system.assets import ASSETS, resolve
+from mta.system.assets import ASSETS
 from mta.system.atomic import json_sha256, write_json, write_text
 from mta.system.progress import OnStep
 from mta_lab.behind import behind_bank, behind_task_lora, in_bank, run_on_everything
@@ -113,9 +113,9 @@ class Workspace:
         if source is None:
             raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
         task = load_task(recipe.run.task)
-        people, tested = list(read(resolve(source), task)), list[Person]()
+        people, tested = list(read(source, task)), list[Person]()
         if test:
-            people, tested = with_tested(recipe, task, people, (read_tested or read)(resolve(test), task))
+            people, tested = with_tested(recipe, task, people, (read_tested or read)(test, task))
         elif recipe.needs_test:
             raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_splits(recipe, task, people, tested)

@@ -9,37 +9,12 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from mta.config import plugins
 from mta.errors import ConfigError
-from mta.evaluation.methods import (
-    Base,
-    CalibratedLora,
-    GlobalConstant,
-    LabelBias,
-    Merged,
-    MergeThenAdapt,
-    Method,
-    NoHistory,
-    OneLora,
-    OtherPerson,
-    OwnConstant,
-    PopulationMerge,
-    TaskLora,
-)
+from mta.evaluation import methods as standard
+from mta.evaluation.methods import Method
 
 _GROUP = "mta.methods"
-_STANDARD: dict[str, type[Method]] = {
-    "base": Base,
-    "calibrated-lora": CalibratedLora,
-    "global-constant": GlobalConstant,
-    "label-bias": LabelBias,
-    "merge": Merged,
-    "mta": MergeThenAdapt,
-    "no-history": NoHistory,
-    "one-lora": OneLora,
-    "other-person": OtherPerson,
-    "own-constant": OwnConstant,
-    "population": PopulationMerge,
-    "task-lora": TaskLora,
-}
+_CLASSES = [getattr(standard, name) for name in standard.__all__ if name not in ("Method", "Outcome")]
+_STANDARD: dict[str, type[Method]] = {kind.model_fields["method"].default: kind for kind in _CLASSES}
 
 
 def parse_method(value: Any) -> Method:

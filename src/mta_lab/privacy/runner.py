@@ -17,6 +17,7 @@ import torch
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Run
 from mta.data.history import Person
+from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Method, TaskLora
 from mta.evaluation.methods.merged import answered
@@ -87,6 +88,9 @@ def privacy(
     The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
     labels, else per token. Raises InputError if people are missing, ConfigError or AnchorNotFound for a wrong merge.
     """
+    if bank.history:
+        hint = "Attack a bank that was built with task_lora.history=0."
+        raise InputError("attacks show no earlier items, and this bank's prompts do", hint=hint)
     run = bank.with_calibrated_settings(run)
     check_merge(run.merge, len(bank), bank.task.labelled, bank.calibration is not None)
     sample = sample_people(bank, people, settings, run.seed)

@@ -58,9 +58,7 @@ def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Record
             movie = movies.get(row["item_id"])
             if movie is None:
                 raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
-            rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
-            if "timestamp" in row:
-                rating["timestamp"] = _number(row["timestamp"])
+            rating = {**row, **movie, "id": row["item_id"]}
             yield RecordPart(id_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
 
@@ -80,14 +78,6 @@ def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:
 
 def _column(row: dict[str, str], name: str) -> str:
     return next((row[column].strip() for column in COLUMNS[name] if column in row), "")
-
-
-def _number(text: str) -> float | str:
-    """Return a number, so that '4.0' and '4' are one label; other text is returned as it is, for later checks."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tuple[Place, dict[str, str]]]:
