@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from world import mta
+from world import mta, run
 from world import world as world  # the fixture
 
 pytestmark = pytest.mark.integration
@@ -43,6 +43,8 @@ def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(wor
     nll = {method["name"]: method["metrics"]["NLL"] for method in found["methods"] if "NLL" in method["metrics"]}
     assert entry["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
     again = mta("compare", world.new, "--bank", world.bank, "--config", out / "config.yaml", "--json").json
+    (wrong := out / "wrong.yaml").write_text("merge: {policy: lapace}\n")
+    assert "wrong.yaml: merge.policy" in run("compare", world.new, "--bank", world.bank, "--config", wrong).err
     strip = [{name: value for name, value in method.items() if name != "seconds"} for method in found["methods"]]
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 

@@ -13,6 +13,8 @@ def test_a_table_with_other_columns_is_read(tmp_path):
     said = mta("data", "describe", path, "--task", "lamp3", *COLUMNS)
     assert said.out.startswith("people 2  items 3")
     assert "people with a time on every item: 1" in said.out
+    path.write_text(TABLE.replace("body", "in, words"))
+    assert mta("data", "describe", path, "--task", "lamp3", "--columns", "person=user,input=in, words,score=stars").out
     path.write_text(TABLE.replace("2024-05-31", "soon"))
     failed = run("data", "describe", path, "--task", "lamp3", *COLUMNS)
     assert failed.code == 1

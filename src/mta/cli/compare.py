@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
@@ -17,7 +16,7 @@ import mta
 from mta.cli import options, screen
 from mta.cli.screen import Screen, show_json
 from mta.config import CompareSettings, Run, load_settings
-from mta.config.loader import Settings, read_yaml
+from mta.config.loader import Settings
 from mta.data.history import Person
 from mta.system.extras import require
 
@@ -99,21 +98,18 @@ def opened(
     """Read the people and the settings, open the bank, and yield all with the folder of the run."""
     options.check_out(out)
     people = options.people_in(source, options.task_of(bank_folder), columns, skip_bad)
-    chosen, run_words, file_words = _settings(settings, config, words or [])
+    run_words = [word for word in words or () if re.split("[.=]", word)[0] in RUN_SETTINGS]
+    own_words = [word for word in words or () if word not in run_words]
+    chosen = load_settings(settings, config, own_words, beside=RUN_SETTINGS)
     base, bank, run = options.open_bank(
-        bank_folder, run_words, seed=seed, device=device, file_words=file_words, open_to=options.MERGE_AND_STACK
+        bank_folder,
+        run_words,
+        seed=seed,
+        device=device,
+        config=config,
+        beside=settings.model_fields,
+        open_to=options.MERGE_AND_STACK,
     )
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
     with Screen() as screen, options.run_folder(kind, out, base, bank, used, screen.step) as folder:
         yield Session(base, bank, run, people, chosen, screen, folder)
-
-
-def _settings(kind: type[Kind], config: Path | None, words: list[str]) -> tuple[Kind, list[str], list[str]]:
-    """Return the settings of what is measured, and as key=value those of the run: of words, of the file."""
-    given = read_yaml(config).items()
-    file_words = [
-        f"{key}={dumps(value, default=str, ensure_ascii=False)}" for key, value in given if key in RUN_SETTINGS
-    ]
-    run_words = [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
-    own_words = [word for word in words if word not in run_words]
-    return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words, file_words

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
 def columns_in(given: Sequence[str] | None) -> dict[str, str]:
     """Return what ``--columns`` names: person, input, output, time, or a field -> its column. Raises InputError."""
     columns: dict[str, str] = {}
-    for pair in (pair for pairs in given or () for pair in pairs.split(",")):
+    for pair in (pair for pairs in given or () for pair in re.split(r",(?=[^,]*=)", pairs)):  # names may have commas
         name, equals, column = (part.strip() for part in pair.partition("="))
         if not (name and equals and column):
             raise InputError(
@@ -125,22 +125,22 @@ def open_bank(
     seed: int | None = None,
     device: str | None = None,
     config: Path | None = None,
-    file_words: Sequence[str] = (),
+    beside: Container[str] = (),
     open_to: frozenset[str] = frozenset(),
     machine: frozenset[str] = MACHINE_SETTINGS,
     weights: bool = True,
 ) -> tuple[mta.BaseModel, mta.Bank, Run]:
     """Return the base of a bank, the bank, and its settings, changed by ``config``, ``words``, ``seed`` and ``device``.
 
-    ``file_words`` change them first: they are of a file that also holds other settings. Without ``weights`` the base is
-    an outline, which computes nothing. Only the settings in ``open_to`` and ``machine`` may change. Raises ConfigError
-    for all other settings, which would have no effect.
+    ``beside`` are keys of other settings in that file. Without ``weights`` the base is an outline, which computes
+    nothing. Only the settings in ``open_to`` and ``machine`` may change. Raises ConfigError for all other settings,
+    which would have no effect.
     """
     from mta.bank.format import check_base, read_info
 
     info = read_info(folder)
     built = info.run
-    run = override(override(built, file_words), [*(words or []), *as_words(seed=seed, device=device)], config)
+    run = override(built, [*(words or []), *as_words(seed=seed, device=device)], config, beside=beside)
     fixed = set(Run.model_fields) - machine - open_to
     if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
         fixed -= {"task"}  # the same task under another name

@@ -77,7 +77,7 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
         field = kind.model_fields.get(str(parent))
         inner = field and field.annotation
         if not (isinstance(inner, type) and issubclass(inner, Settings)):  # in a list
-            return f"Correct {name}, or leave it out to use the default."
+            return f"Correct {'.'.join(map(str, loc))}, or leave it out to use the default."
         kind = inner
     if (field := kind.model_fields.get(str(name))) is None or fault == "missing":
         near = difflib.get_close_matches(str(name), kind.model_fields, n=1)

@@ -281,12 +281,13 @@ def load_settings(
     return _checked_twice(kind, values, words, path)
 
 
-def override(settings: S, words: Iterable[str], path: str | Path | None = None) -> S:
-    """Return the settings, overridden by a YAML file and then by ``a.b=value`` words.
+def override(settings: S, words: Iterable[str], path: str | Path | None = None, *, beside: Container[str] = ()) -> S:
+    """Return the settings, overridden by a YAML file and then by ``a.b=value`` words; ``beside`` as in load_settings.
 
     Raises ConfigError naming key and value.
     """
-    return _checked_twice(type(settings), merged_over(settings.model_dump(mode="json"), read_yaml(path)), words, path)
+    given = {key: value for key, value in read_yaml(path).items() if key not in beside}
+    return _checked_twice(type(settings), merged_over(settings.model_dump(mode="json"), given), words, path)
 
 
 def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], path: str | Path | None) -> S:
