@@ -50,6 +50,8 @@ def test_data_show_prints_the_prompt_and_marks_the_target_also_in_json(world, mo
     assert len(shown) == 2
     assert [mask for mask in shown[0]["target_mask"] if mask] == [1, 1]
     assert len(shown[0]["tokens"]) == len(shown[0]["target_mask"])
+    behind = mta("data", "show", world.new, *world.settings, "--items", 2, "--json", "task_lora.history=1").json
+    assert ["Earlier answers" in one["prompt"] for one in behind] == [False, True]
 
 
 def test_answers_are_scored_with_the_metrics_of_the_benchmark(tmp_path):

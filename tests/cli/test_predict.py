@@ -161,6 +161,7 @@ def test_answers_in_the_benchmarks_format_can_be_scored(world, tmp_path):
         ([question(ANN, "Quorn")], ["--out", "/proc/new/answers.jsonl"], "/proc is not a writable folder"),
         ([question(ANN, "Quorn")], ["--out", "{root}/questions.jsonl"], "is also the file of questions"),
         ([question(ANN, "Quorn")], ["--skip-bad", "{root}/bad.jsonl", "--out", "{root}/bad.jsonl"], "or bad rows"),
+        ([question(ANN, "Quorn")], ["--skip-bad", "{root}/h", "--history", "{root}/h"], "the file of earlier items"),
     ],
 )
 def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeypatch, rows, words, message):

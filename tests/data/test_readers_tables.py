@@ -79,6 +79,10 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         read_people(table, "lamp3", columns={"person": "uesr"})
     with pytest.raises(InputError, match="has no field 'input'; its fields are title, genres, rating"):
         read_people(table, "movielens-rating", columns={"person": "user", "input": "text"})
+    for start in (b"PK\x03\x04", b"\x1f\x8b\x08"):
+        packed = tmp_path / "table.xlsx"
+        packed.write_bytes(start + b"\xec" * 9)
+        fails(packed, "lamp3", f"{packed} is a workbook or compressed")
     bad = tmp_path / "c.csv"
     bad.write_bytes(b"person,text,score\nann,caf\xe9,4\n")
     hint = "Convert it, for example from Windows' encoding:  iconv -f CP1252 -t UTF-8 FILE > NEW"

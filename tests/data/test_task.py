@@ -168,6 +168,10 @@ WRONG = [
         "text (there is no query_text) has the fields ['text']; the prompt has ['tweet']",
     ),
     (
+        {"item": {**FORM, "target": "film.score"}},
+        "item: {film.score} is not a field; write {name}, and literal braces as {{ and }}",
+    ),
+    (
         {"item": {**FORM, "prompt": "{text} {score}"}},
         "item: the prompt contains the target {score}, which would reveal the answer",
     ),

@@ -11,6 +11,7 @@ from typer import Option
 from mta.cli import options
 from mta.cli.screen import show_json
 from mta.data import describe as count
+from mta.data.earlier import with_history
 from mta.data.history import Item
 from mta.data.sharing import connected
 from mta.data.tasks import PromptFormat, load_task
@@ -80,7 +81,7 @@ def show(
         )
     from mta.model.base import prompts_of
 
-    prompts = prompts_of(run)
+    prompts, chosen = prompts_of(run), with_history(load_task(run.task), chosen, run.task_lora.history)
     examples = [_shown(prompts, load_task(run.task), item) for item in (*chosen.items, *chosen.queries)[:items]]
     if json:
         return show_json([_as_json(prompts.tokenizer, example) for example in examples])

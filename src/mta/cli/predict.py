@@ -70,15 +70,7 @@ def predict(
     from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
-    if out:
-        if out.is_dir():
-            raise InputError(f"{out} is a folder", hint=_OTHER)
-        check_ordinary(out)
-        if any(is_read(out, Path(os.path.expanduser(one))) for one in (source, history) if one) or (
-            skip_bad and out.resolve() == skip_bad.resolve()
-        ):
-            raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
-        options.check_out(out.parent)
+    _check_files(source, history, skip_bad, out)
     task = options.task_of(bank)
     options.check_written(task, write, max_new_tokens)
     people = options.people_in(source, task, columns, skip_bad, questions=True)
@@ -111,6 +103,23 @@ def predict(
     fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
     if out and json:
         show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})
+
+
+def _check_files(source: str, history: str | None, skip_bad: Path | None, out: Path | None) -> None:
+    """Raise InputError if a file would be written that is read, or ``out`` cannot be written."""
+    earlier = Path(os.path.expanduser(history)) if history else None
+    if earlier and skip_bad and is_read(skip_bad, earlier):
+        hint = "Name another file:  --skip-bad bad.jsonl"
+        raise InputError(f"{skip_bad} is also the file of earlier items", hint=hint)
+    if out is None:
+        return
+    if out.is_dir():
+        raise InputError(f"{out} is a folder", hint=_OTHER)
+    check_ordinary(out)
+    read = [Path(os.path.expanduser(source)), *([earlier] if earlier else [])]
+    if any(is_read(out, one) for one in read) or (skip_bad and out.resolve() == skip_bad.resolve()):
+        raise InputError(f"{out} is also the file of questions, their answers, or bad rows", hint=_OTHER)
+    options.check_out(out.parent)
 
 
 def _items_in(history: str | None, bank: Path, columns: Sequence[str] | None) -> dict[str, tuple[Item, ...]] | None:

@@ -28,6 +28,10 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
+    if start == b"PK\x03\x04" or start[:2] == b"\x1f\x8b":
+        raise DataError(
+            f"{path} is a workbook or compressed", hint="Save the sheet as CSV in UTF-8, or unpack the file."
+        )
     is_json = suffix in JSON or (suffix not in CSV and start[:1] in (b"", b"[", b"{"))
     return None if is_json else csv_rows
 

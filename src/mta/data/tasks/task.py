@@ -56,6 +56,7 @@ class Form(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Form:
         fields = set(template_fields(self.prompt))
+        template_fields(f"{{{self.target}}}")  # a plain name, too
         if self.target in fields:
             raise ValueError(f"the prompt contains the target {{{self.target}}}, which would reveal the answer")
         for name in self.cut:
