@@ -94,7 +94,7 @@ def test_weights_are_removed_although_a_temporary_file_vanishes(tmp_path, monkey
         remove(folder)
 
     monkeypatch.setattr("mta.lora.peft.shutil.rmtree", vanished)
-    assert export.remove() == ""
+    assert export.remove() is None
     assert (list(tmp_path.iterdir()), len(calls)) == ([], 2)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from files import path_of
@@ -89,24 +90,21 @@ class Killed(BaseException):
     """In place of a kill: nobody handles it."""
 
 
-def killed(*_: object) -> None:
-    raise Killed
-
-
 @pytest.mark.parametrize("there", [False, True])
 def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     store, folder = Store(tmp_path / "people"), tmp_path / "out [1]" / "ann"
     if there:
         exported(folder, 3)
     with monkeypatch.context() as patch:
-        patch.setattr("mta.lora.peft._publish", killed)
+        patch.setattr("mta.lora.peft._publish", Mock(side_effect=Killed))
         patch.setattr("mta.lora.peft.shutil.rmtree", lambda *_, **__: None)  # nobody cleans up after a kill
         with pytest.raises(Killed), store.session(ANN).exporting(ANN, folder):
             write_peft(folder, adapter(0), "base")
     (folder.parent / ".ann.mine").mkdir()
     assert len([path for path in folder.parent.glob("**/.ann.*") if path.is_dir()]) == 2
     assert [export.sha256 for export in store.exports.of(ANN)] == [""]
-    assert list(store.exports.forget(ANN).values()) == ([f"{folder} (it was interrupted)"] if there else [])
+    left = [(f"{folder} (it was interrupted)", False)] if there else []
+    assert list(store.exports.forget(ANN).values()) == left
     assert {path.name for path in folder.parent.iterdir()} == {".ann.mine", *(["ann"] if there else [])}
     assert not list(folder.glob(".*"))
 
@@ -136,7 +134,7 @@ def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Pa
 def test_files_of_others_stay(tmp_path: Path) -> None:
     export = exported(tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")
-    assert export.remove() == ""
+    assert export.remove() is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.md"]
 
 
@@ -148,11 +146,10 @@ def test_another_hosts_export_is_removed_only_if_its_weights_are_here(
     exported(tmp_path / "changed", 1)
     (tmp_path / "away").rename(tmp_path / "elsewhere")
     monkeypatch.setattr(module.platform, "node", lambda: "elsewhere")
-    assert same.remove() == ""
+    assert same.remove() is None
     assert not (tmp_path / "same").exists()
     for export in (changed, away):
-        assert export.remove() == f"{export.folder} (on the host {export.host!r})"
-        assert not export.is_final()
+        assert export.remove() == (f"{export.folder} (on the host {export.host!r})", True)
     assert (tmp_path / "changed" / WEIGHTS).exists()
 
 
@@ -161,7 +158,7 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
     export = exported(tmp_path / "out")
     for name in gone:
         (tmp_path / "out" / name).unlink()
-    reported = f"{tmp_path}/out (its weights are missing: removed, renamed, or on a disk that is not mounted)"
-    assert export.remove() == (reported if WEIGHTS in gone else "")
+    why = f"{tmp_path}/out (its weights are missing: removed, renamed, or on a disk that is not mounted)"
+    assert export.remove() == ((why, False) if WEIGHTS in gone else None)
     assert not (tmp_path / "out" / WEIGHTS).exists()
     assert (tmp_path / "out").exists() is (WEIGHTS in gone)  # no weights of ours: what else lies there is not touched

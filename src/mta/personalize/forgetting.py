@@ -13,7 +13,7 @@ from mta.bank.format import read_info
 from mta.bank.notes import mark_stale, published
 from mta.errors import BankError, StoreError
 from mta.store import Store
-from mta.store.exports import Export
+from mta.store.exports import Export, Left
 from mta.store.run_checkpoints import drop_runs
 
 
@@ -35,7 +35,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
 
     Raises StoreError if files of the person could not be removed, after all other steps.
     """
-    exports, removed = list[dict[Export | None, str]](), [False]
+    exports, removed = list[dict[Export | None, Left]](), [False]
     failed = list[StoreError]()
     if store:
         failed = _run_twice(
@@ -48,9 +48,9 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
             failed = _run(lambda: exports.append(store.exports.forget(person)))
         failed += _run(store.tombstones.remove_expired)
     # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
-    damaged = {export: why for each in exports for export, why in each.items() if export is None}
+    damaged = {export: one for each in exports for export, one in each.items() if export is None}
     left = damaged | (exports[-1] if exports else {})
-    done = replace(_mark(person, banks), states_removed=any(removed), exports_left=list(left.values()))
+    done = replace(_mark(person, banks), states_removed=any(removed), exports_left=[one.why for one in left.values()])
     if failed:
         reasons = [error.message for error in failed]
         reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in done.unmarked.items()]
@@ -58,8 +58,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
             f"not all files of the person could be removed: {'; '.join(reasons)}",
             hint="Fix the cause, then forget the person again.",
         )
-    again = any(export and not export.is_final() for export in left)
-    return replace(done, complete=not done.unmarked and not again)
+    return replace(done, complete=not done.unmarked and not any(one.later for one in left.values()))
 
 
 def _run_twice(*steps: Callable[[], object]) -> list[StoreError]:

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mta.errors import StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, remove_unfinished
@@ -20,6 +21,13 @@ from mta.system.storage import Storage
 
 SCHEMA = 3
 _BY_HAND = "Remove the file; then find and remove adapters that were exported before by hand."
+
+
+class Left(NamedTuple):
+    """Why an exported adapter was not removed, and whether a later call may succeed."""
+
+    why: str
+    later: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +43,21 @@ class Export:
         """Return the record of an export that is about to be written on this host."""
         return cls(platform.node(), str(Path(folder).resolve()))
 
-    def remove(self) -> str:
-        """Remove the adapter's files, and the folder if it is then empty. Return "" or the reason of a failure.
+    def remove(self) -> Left | None:
+        """Remove the adapter's files, and the folder if it is then empty. Return what is left, None if nothing is.
 
         Changed weights stay: they may belong to another person. The weights are removed last, so that an interrupted
-        removal can be repeated.
+        removal can be repeated. Exports on another host, on a disk that is not mounted, or without write permission can
+        be removed later, and those that were changed or moved never.
         """
         folder = Path(self.folder)
-        if not self._is_reachable():
-            return f"{self.folder} (on the host {self.host!r})"
+        if self.host != platform.node() and not self.has_these_weights():  # each container has another host name
+            return Left(f"{self.folder} (on the host {self.host!r})", later=True)
         try:
             remove_unfinished(folder)
             if file_sha256(folder / WEIGHTS) != self.sha256:
-                return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
+                why = "its adapter was changed since" if self.sha256 else "it was interrupted"
+                return Left(f"{self.folder} ({why})", later=False)
             (folder / CONFIG).unlink(missing_ok=True)
             if has_own_card(folder):
                 (folder / CARD).unlink()
@@ -55,38 +65,20 @@ class Export:
             sync_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
             if self.sha256:  # otherwise, the export was never finished
-                return f"{self.folder} (its weights are missing: removed, renamed, or on a disk that is not mounted)"
+                why = "its weights are missing: removed, renamed, or on a disk that is not mounted"
+                return Left(f"{self.folder} ({why})", later=not folder.parent.is_dir())
         except OSError as error:
-            return f"{self.folder} ({error.strerror or error})"
+            return Left(f"{self.folder} ({error.strerror or error})", later=True)
         with contextlib.suppress(OSError):  # the folder holds other files, or was removed already
             folder.rmdir()
             sync_folder(folder.parent)
-        return ""
-
-    def _is_reachable(self) -> bool:
-        """Return whether this host wrote the adapter, or has its weights: each container has another host name."""
-        return self.host == platform.node() or self.has_these_weights()
+        return None
 
     def has_these_weights(self) -> bool:
         """Return whether the folder holds these weights."""
         with contextlib.suppress(OSError):
             return file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
         return False
-
-    def is_final(self) -> bool:
-        """Return whether ``remove`` can never succeed: the export was changed or moved.
-
-        Exports on another host, on a disk that is not mounted, or without write permission can be removed later.
-        """
-        folder = Path(self.folder)
-        if not self._is_reachable():
-            return False
-        try:
-            return file_sha256(folder / WEIGHTS) != self.sha256
-        except FileNotFoundError:
-            return folder.parent.is_dir()
-        except OSError:
-            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +125,17 @@ class Exports:
         place = export.host, export.folder
         self._change(id, lambda known: [*(one for one in known if (one.host, one.folder) != place), export])
 
-    def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
-        """Remove a person's exported adapters; return those that are left, with the reasons.
+    def forget(self, id: str, keep: bool = False) -> dict[Export | None, Left]:
+        """Remove a person's exported adapters; return those that are left.
 
         Of their records, keep only those that a later call can remove; with ``keep``, keep all.
         """
         with self.files.locked():
             try:
-                left: dict[Export | None, str] = {export: why for export in self.of(id) if (why := export.remove())}
+                left: dict[Export | None, Left] = {one: found for one in self.of(id) if (found := one.remove())}
             except StateCorrupt as error:  # a damaged list must not stop `forget`
-                left = {None: f"all exports, if there are any ({error.message})"}
-            self._write(id, [export for export in left if export and (keep or not export.is_final())])
+                left = {None: Left(f"all exports, if there are any ({error.message})", later=False)}
+            self._write(id, [export for export, one in left.items() if export and (keep or one.later)])
         return left
 
     def _change(self, id: str, change: Callable[[list[Export]], list[Export]]) -> None:
