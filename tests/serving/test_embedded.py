@@ -179,6 +179,21 @@ async def test_rows_that_wait_for_one_adapter_load_it_once():
     assert others == [one_by_one(base, bank, models[2], prompt, 3) for prompt in prompts_of(5)[1:]]
 
 
+async def test_a_store_that_hangs_stops_no_pooled_model_that_is_no_longer_cached():
+    base, bank, models = world()
+    async with closing(engine_of(base, bank, models, slots=4)) as engine:
+        engine.store.go_on.clear()
+        (prompt,) = prompts_of(1)
+        waiting = [asyncio.create_task(tokens_of(engine, request_of(n, prompt, 3))) for n in (2, 3)]
+        await loading(engine, 2)
+        pooled = asyncio.create_task(tokens_of(engine, request_of(1, prompt, 3)))
+        await asyncio.wait([pooled], timeout=30)
+        answered = pooled.done()
+        engine.store.go_on.set()
+        await asyncio.gather(pooled, *waiting)
+    assert answered
+
+
 async def test_a_warm_slot_is_reused_only_by_its_owner():
     base, bank, models = world()
     text = prompts_of(1, longest=30, seed=3)[0] * 2

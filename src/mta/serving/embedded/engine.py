@@ -60,7 +60,11 @@ class EmbeddedEngine(Engine):
         self._gone = False  # the thread accepts no calls
         self._lock = threading.Lock()
         self._threads = torch.get_num_threads()
-        self._loaders = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: compute_with(1))
+        # Models of people wait for the store, which may hang; the pooled model and the base need none.
+        self._loaders = {
+            kind: ThreadPoolExecutor(count, "mta-activate", initializer=lambda: compute_with(1))
+            for kind, count in ((Version, 2), (SharedModel, 1))
+        }
         self._thread = threading.Thread(target=self._run, name="mta-engine", daemon=True)
         self._thread.start()
 
@@ -139,7 +143,8 @@ class EmbeddedEngine(Engine):
         with suppress(EngineGone):
             self._put(lambda: None)  # wakes the thread
         await asyncio.to_thread(self._thread.join)
-        self._loaders.shutdown()
+        for loader in self._loaders.values():
+            loader.shutdown()
 
     def _put(self, call: Callable[[], None]) -> None:
         """Queue a call for the engine's thread, which runs it between two steps. Raises EngineGone."""
@@ -198,7 +203,7 @@ class EmbeddedEngine(Engine):
             waiting.append(row)
         else:
             rows = self._loading[row.request.who] = [row]
-            self._loaders.submit(self._load, row.request.who, rows)
+            self._loaders[type(row.request.who)].submit(self._load, row.request.who, rows)
 
     def _enter_loaded(self, who: ServedModel, rows: Sequence[AnswerRow], adapter: RowAdapter | Exception) -> None:
         """Cache an adapter and queue the rows that wait for it, or end them if loading failed."""
