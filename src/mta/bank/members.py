@@ -65,9 +65,8 @@ class Members(BaseModel):
         return cls.known_by(MemberHashes(key=key, anchors=each, **hashes))
 
     def calibrated_on(self, people: Sequence[str]) -> Members:
-        """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
-        if self.hashed is None:
-            return self
+        """Return the members, who must be known, with these people behind the calibration."""
+        assert self.hashed is not None
         hashes = _all_keyed(self.hashed.key, people)
         return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
@@ -112,9 +111,8 @@ class Members(BaseModel):
         return _keyed(self.hashed.key, person) if self.hashed else ""
 
     def without(self, gone: Set[str]) -> Members:
-        """Return the members with these people (hashes) behind no anchor."""
-        if self.hashed is None:
-            return self
+        """Return the members, who must be known, with these people (hashes) behind no anchor."""
+        assert self.hashed is not None
         anchors = tuple(tuple(one for one in own if one not in gone) for own in self.hashed.anchors)
         return self.known_by(self.hashed.model_copy(update={"anchors": anchors}))
 

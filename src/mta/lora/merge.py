@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mta.errors import AnchorNotFound, InputError
 from mta.lora.batch import Factors, LoraBatch, even
 
 
@@ -17,9 +16,8 @@ def merge_exact(anchors: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
 
     Shapes: ids (U, K); w (U, K) or (U, L, K); A (N, R, D), B (N, O, R) -> A (U, K*R, D), B (U, O, K*R), scale 1.
     Source: arXiv:2511.20072, stage 2; concatenation is our choice (docs/decisions/004).
-    Raises: AnchorNotFound.
     """
-    weights = _per_layer(anchors, ids, w)
+    weights = w if w.ndim == 3 else w[:, None].expand(-1, len(anchors.factors), -1)  # (U, L, K)
     factors = {}
     for layer, (name, (a, b)) in enumerate(anchors.factors.items()):
         share = (anchors.scale * weights[:, layer]).to(b)
@@ -45,21 +43,3 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
         lost = lost + (s[:, keep:] ** 2).sum(-1)
         total = total + (s**2).sum(-1)
     return even(factors), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
-
-
-def _per_layer(anchors: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
-    """Return coefficients as (U, L, K). Raises AnchorNotFound or InputError if ids or shapes do not fit the anchors."""
-    if ids.numel() and (int(ids.max()) >= len(anchors) or int(ids.min()) < 0):
-        raise AnchorNotFound(
-            f"anchors are numbered 0 to {len(anchors) - 1}, got {int(ids.min())} to {int(ids.max())}",
-            hint="Open the bank that these numbers are from, or retrieve anchors again.",
-        )
-    layers = len(anchors.factors)
-    wanted = (ids.shape[0], layers, ids.shape[1])
-    weights = w[:, None, :].expand(wanted) if w.ndim == 2 and w.shape == ids.shape else w
-    if weights.shape != wanted:
-        raise InputError(
-            f"coefficients have shape {tuple(w.shape)}; expected {tuple(ids.shape)} or {wanted}",
-            hint="Give one coefficient for each person and anchor, or one for each layer as well.",
-        )
-    return weights
