@@ -160,7 +160,8 @@ def base_of(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
     """A random base of that type, the same every time. Raises UnsupportedModel."""
     torch.manual_seed(0)
     with loading(kind, "a causal language model", "Take another kind."):
-        model = AutoModelForCausalLM.from_config(_config(kind), attn_implementation="sdpa").to(dtype)
+        config = _shrunk(CONFIG_MAPPING[kind], OWN.get(kind, {}))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
     if dtype == torch.float64:
         compute_experts_plainly(model)
     with torch.no_grad():
@@ -168,10 +169,6 @@ def base_of(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
             if parameter.ndim > 1:
                 parameter.mul_(3.0)  # far from linear, so that a wrong mask or position shows
     return BaseModel(model, tokenizer(), f"tiny-{kind}")
-
-
-def _config(kind: str) -> Any:
-    return _shrunk(CONFIG_MAPPING[kind], OWN.get(kind, {}))
 
 
 def _shrunk(make: Any, own: dict[str, Any]) -> Any:

@@ -54,7 +54,8 @@ def test_similarity_is_the_cosine_of_person_and_anchor(folder, task):
 def test_the_encoder_must_have_the_weights_the_anchors_were_placed_with(folder):
     bank = Bank.open(folder, BASE)
     placed = {"encoder": "base", "encoder_fingerprint": BASE.fingerprint}
-    assert replace(bank, info=bank.info.model_copy(update=placed)).encoder(BASE).fingerprint == BASE.fingerprint
+    encoder = replace(bank, info=bank.info.model_copy(update=placed)).encoder(BASE)
+    assert (encoder.name, encoder.fingerprint) == ("base", BASE.fingerprint)
     other = replace(bank, info=bank.info.model_copy(update={"encoder": "base", "encoder_fingerprint": "f" * 64}))
     with pytest.raises(BankMismatch) as caught:
         other.encoder(BASE)

@@ -9,15 +9,9 @@ from mta.bank.bank import Bank
 from mta.bank.format import file_hashes
 
 
-def hashes_taken(monkeypatch) -> list:
-    """A list that grows whenever files are read for their hashes."""
-    taken, plain = [], file_hashes
-    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *given: taken.append(given) or plain(*given))
-    return taken
-
-
 def test_hashes_are_taken_once_and_then_only_when_asked(folder, monkeypatch):
-    taken = hashes_taken(monkeypatch)
+    taken = []
+    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *given: taken.append(given) or file_hashes(*given))
     for expected, full in ((1, False), (1, False), (2, True), (2, False)):
         Bank.open(folder, BASE, full=full)
         assert len(taken) == expected

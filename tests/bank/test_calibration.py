@@ -52,19 +52,6 @@ def test_without_any_curvature_the_coefficients_are_those_of_the_population():
     near(flat.coefficients(normal(2, N), torch.tensor([-4, -5]), torch.tensor([3, 5])), flat.mu.expand(2, N))
 
 
-@given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_coefficients_of_a_grown_history_are_those_of_the_whole(parts):
-    single = normal(sum(parts), N + 1, seed=3)
-    single[:, -1] = -single[:, -1].abs()  # log-likelihoods
-    whole = CALIBRATION.coefficients(
-        single[:, :-1].sum(0)[None], single[:, -1].sum()[None], torch.tensor([len(single)])
-    )
-    sums, shots = torch.zeros(1, N + 1).double(), torch.zeros(1)
-    for part in single.split(parts):
-        sums, shots = sums + part.sum(0), shots + len(part)
-    near(CALIBRATION.coefficients(sums[:, :-1], sums[:, -1], shots), whole)
-
-
 @given(shots=st.integers(2, 12))
 def test_curvature_is_positive_however_few_the_shots(shots):
     found = curvature_of(normal(shots, N, seed=shots))

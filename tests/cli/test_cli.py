@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from world import ANN, BOB, MEMBER, QUESTION, mta, ratings, run, tree, written
@@ -57,7 +56,8 @@ def test_a_marked_anchor_is_trained_anew_without_the_person(world, tmp_path):
     rebuild = ["bank", "rebuild", at[1], world.members, "--out", new, "memory=1GiB", "--json"]
     said = run(*rebuild)
     assert (said.code, "mta forget marks the groups of a person" in said.err) == (1, True), said.err
-    anchor = next(one["person"] for one in map(json.loads, world.members.open()) if is_anchor(at[1], one["person"]))
+    people, members = map(json.loads, world.members.open()), read_info(at[1]).members
+    anchor = next(one["person"] for one in people if members.trained(one["person"], "anchor"))
     mta("forget", anchor, *at)
     found = mta(*rebuild).json
     assert found["hash"] != world.built.json["hash"]
@@ -68,10 +68,6 @@ def test_a_marked_anchor_is_trained_anew_without_the_person(world, tmp_path):
 def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_computed(world, command):
     said = run("bank", command, world.bank, world.members, "--out", "/proc/copy")
     assert (said.code, "/proc/copy cannot be written" in said.err) == (1, True), said.err
-
-
-def is_anchor(bank, person):
-    return read_info(Path(bank)).members.trained(person, "anchor")
 
 
 def test_bank_show_prints_the_card_and_counts_the_members_without_their_hashes(world):

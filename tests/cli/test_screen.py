@@ -70,16 +70,11 @@ def test_the_time_left_stays_readable_on_a_narrow_terminal(monkeypatch, width):
     with Screen() as shown:
         shown.step("task LoRA", Step(1, 423, 8, 1200, 0.5))
         shown._progress.update(0, note="     8/1200 examples  423 people  loss 1.234  27.5 examples/s")
-        rows = _rows(shown, width)
-    assert len(rows) == 1
-    assert rows[0].rstrip().endswith(" 0:00:00 -:--:-- left")
-    assert "…" in rows[0]
-
-
-def _rows(shown, width=120):
-    plain = Console(file=io.StringIO(), width=width)
-    plain.print(shown._progress.get_renderable())
-    return plain.file.getvalue().rstrip().splitlines()
+        plain = Console(file=io.StringIO(), width=width)
+        plain.print(shown._progress.get_renderable())
+    (row,) = plain.file.getvalue().rstrip().splitlines()
+    assert row.rstrip().endswith(" 0:00:00 -:--:-- left")
+    assert "…" in row
 
 
 def test_a_file_gets_no_bars_even_if_colours_are_forced():

@@ -90,17 +90,12 @@ def test_special_tokens_written_in_a_text_stay_text(task, title, answer, templat
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_an_example_starts_with_the_prompt_of_generation(task, template):
+def test_labels_share_the_prompt_of_generation(task, template):
     wording = form(template=template)
-    given = wording.prompt(task, RATING)
+    given, made = wording.prompt(task, RATING), wording.examples(task, RATING, task.labels)
     assert given.target == ()
-    assert wording.example(task, RATING).prompt == given.tokens
-
-
-def test_labels_share_the_prompt(task):
-    made = form().examples(task, RATING, task.labels)
-    assert {example.prompt for example in made} == {form().prompt(task, RATING).tokens}
-    assert [words(form(), example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
+    assert {example.prompt for example in made} == {given.tokens} == {wording.example(task, RATING).prompt}
+    assert [words(wording, example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
 
 
 def test_the_prompt_is_cut_equally_for_labels_of_different_length():

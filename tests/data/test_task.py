@@ -65,6 +65,7 @@ def test_every_built_in_loads_and_is_named_as_its_file() -> None:
         assert task.name == name
         assert len(task.labels or ()) == LABELS.get(name, 0)
         assert hash(task) == hash(pickle.loads(pickle.dumps(task)))
+        assert Task.model_validate(task.model_dump(mode="json")) == task
         for item in (
             Item(dict.fromkeys(task.fields(), "x")),
             Item(dict.fromkeys(task.fields(True), "x"), is_query=True),
@@ -111,6 +112,7 @@ def test_prompts_do_not_contain_the_target() -> None:
             for text in (task.prompt(item), task.text_of(item)):
                 assert task.target(item) not in text
             assert task.target(item) in task.text_of(item, with_target=True)
+            assert query or task.target(item) in task.sentence(item)
 
 
 def test_labels_belong_to_the_benchmarks_question() -> None:

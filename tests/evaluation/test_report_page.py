@@ -125,16 +125,12 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
 
 
 def test_hostile_strings_stay_text(written):
-    found = Page(written(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=hostile_names()))
+    made = comparison_of(load_task("movielens-rating"))
+    made.rows[0].name = HOSTILE + " $x$"
+    found = Page(written(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=made))
     assert not {"script", "a"} & found.tags
     assert HOSTILE in "".join(found.text)
     assert not any("evil" in value for value in found.loads)
-
-
-def hostile_names():
-    made = comparison_of(load_task("movielens-rating"))
-    made.rows[0].name = HOSTILE + " $x$"
-    return made
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,16 @@
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mta.bank.task_lora import not_kept_back
 from mta.data.history import Item, Person
 from mta.data.sharing import connected
-from mta.data.tasks import Task, load_task, task_names
+from mta.data.tasks import load_task
 from mta_lab.bm25 import retrieve, with_profile, with_profiles
 
 LAMP4 = load_task("lamp4")
-
-
-@pytest.mark.parametrize("name", task_names())
-def test_a_task_with_profiles_is_read_as_it_was_written(name):
-    task = load_task(name)
-    assert Task.model_validate(task.model_dump(mode="json")) == task
 
 
 def article(text: str, title: str = "a title") -> Item:
@@ -85,10 +78,3 @@ def test_a_query_keeps_its_own_wording():
     assert found.id == "7"
     assert task.prompt(found).startswith('"Old" is the title for "about A". For an author who')
     assert task.labels_of(found) == ("[1]", "[2]")
-
-
-@pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "text"])
-def test_every_built_in_task_has_a_profile_template(name):
-    task = load_task(name)
-    item = Item({field: f"<{field}>" for field in task.fields()})
-    assert task.target(item) in task.sentence(item)

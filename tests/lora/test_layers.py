@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.lora.batch import LoraBatch, concatenate
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
 from mta.lora.terms import RowTerm, SharedTerm, with_terms
@@ -83,24 +82,6 @@ def test_layers_that_get_all_tokens_in_one_dimension_compute_the_same(parts):
     x = torch.randn(3, 4, layer.in_features, dtype=torch.float64)
     with applied(base.model, [kinds[kind](batch[kind]) for kind in parts], owner), torch.inference_mode():
         torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1), rtol=0, atol=1e-12)
-
-
-def test_stacked_batches_of_different_rank_keep_their_updates():
-    base = base_of()
-    one, other = random_loras(base, 1, rank=1, seed=1, scale=2.0), random_loras(base, 2, rank=3, seed=2)
-    both = concatenate([one, other])
-    name = both.names[0]
-    torch.testing.assert_close(both.delta(name), torch.cat([one.delta(name), other.delta(name)]))
-
-
-def test_flat_tensors_round_trip_and_misfits_are_refused():
-    batch = random_loras(base_of(), 2)
-    again = LoraBatch.of_tensors(batch.tensors(), batch.scale)
-    assert all(torch.equal(again.delta(n), batch.delta(n)) for n in batch.names)
-    flat = batch.tensors()
-    flat.pop(next(k for k in flat if k.endswith(".b")))
-    with pytest.raises(ValueError, match="in pairs"):
-        LoraBatch.of_tensors(flat, 1.0)
 
 
 @given(rows=st.integers(1, 4), tokens=st.integers(1, 5), frozen=st.booleans(), flat=st.booleans())

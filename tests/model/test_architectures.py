@@ -41,11 +41,6 @@ NOT_BUILT = {
 REST = [pytest.param(kind, marks=pytest.mark.slow) for kind in ALL if kind not in FAST]
 
 
-def jobs_of(base):
-    """Examples of two people that are longer than the windows, chunks and convolutions, and an adapter for each."""
-    return [random_examples(n, seed=n, prefix=9, longest=30) for n in (3, 2)], random_loras(base, 2, size=0.1)
-
-
 def changed(base, update):
     return plain.weights(base, {name: x.mT if base.fan_in_fan_out else x for name, x in update.items()})
 
@@ -114,7 +109,9 @@ def test_packed_rows_equal_single_texts_or_the_architecture_is_refused(kind):
     assert way_of(base) == FAST.get(kind, way_of(base))
     if base is None:
         return
-    jobs, loras = jobs_of(base)
+    # Examples of two people that are longer than the windows, chunks and convolutions, and an adapter for each.
+    jobs = [random_examples(n, seed=n, prefix=9, longest=30) for n in (3, 2)]
+    loras = random_loras(base, 2, size=0.1)
     for way in (base, unpacked(base)) if base.packable else (base,):
         found = log_likelihood(way, jobs, [PerPerson(loras)])
         trained = gradients(way, jobs, loras)

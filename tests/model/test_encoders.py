@@ -6,7 +6,7 @@ from conftest import HashEncoder, people_of
 from tiny import base_of
 
 from mta.data.history import Item, Person
-from mta.model.encoders import BaseEncoder, SentenceEncoder, encode_people, load_encoder
+from mta.model.encoders import BaseEncoder, SentenceEncoder, encode_people
 
 TEXTS = ["short", "a text that is a good deal longer than the others are", "", "naïve café", "x"]
 
@@ -82,12 +82,6 @@ def test_a_bases_vector_is_the_mean_of_its_last_hidden_states():
     tokens = torch.tensor([base.tokenizer("café")["input_ids"]])
     states = base.model(input_ids=tokens, output_hidden_states=True).hidden_states[-1][0]
     torch.testing.assert_close(BaseEncoder(base).encode(["café"])[0], states.mean(0))
-
-
-def test_the_base_as_encoder_has_the_fingerprint_of_the_base():
-    base = base_of("llama", torch.float32)
-    encoder = load_encoder("base", base)
-    assert (encoder.name, encoder.fingerprint) == ("base", base.fingerprint)
 
 
 # sentence encoders

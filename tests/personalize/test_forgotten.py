@@ -110,12 +110,6 @@ def test_only_a_kept_history_holds_texts_and_only_the_list_of_exports_may_name_a
 # -- somebody the bank learnt from -------------------------------------------------------------------------------------
 
 
-def in_bank(as_task: bool) -> dict[str, list[Person]]:
-    parts = {"task_people": people_of(4, prefix="t"), "candidates": people_of(12, prefix="c")}
-    parts["task_people" if as_task else "candidates"].append(EVE if as_task else somebody(40))  # the most active
-    return parts
-
-
 @pytest.mark.parametrize("as_task", [True, False], ids=["task LoRA", "anchor"])
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, monkeypatch, as_task, killed):
@@ -127,8 +121,9 @@ def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, mo
 
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
     person, store = (EVE if as_task else somebody(40)), Store(tmp_path / "people")
-    parts, bank = in_bank(as_task), tmp_path / "bank"
-    how = (base_of(), task, HashEncoder(), *parts.values(), TINY_RUN, bank)
+    people, candidates, bank = people_of(4, prefix="t"), people_of(12, prefix="c"), tmp_path / "bank"
+    (people if as_task else candidates).append(person)  # the most active candidate
+    how = (base_of(), task, HashEncoder(), people, candidates, TINY_RUN, bank)
     if killed:
         with pytest.raises(KeyboardInterrupt):
             build_bank(Build(*how, on_step=stop))

@@ -114,21 +114,16 @@ def bank_of_eight(tiny):
     return base, replace(bank, anchors=anchors, device_anchors=anchors)
 
 
-def same_model(base, bank, merge, adapters) -> None:
+@pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
+def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
     """The adapters score like a model with the exact merge written into its weights."""
-    examples = random_examples(2, seed=4)
+    (base, bank), examples = bank_of_eight, random_examples(2, seed=4)
+    (adapters,) = merge_adapters(bank, merge)
+    assert isinstance(adapters, way)  # whichever is less to move
     found = log_likelihood(base, [examples] * 2, [adapters])
     for u in range(2):
         changed = plain.weights(base, plain.merge(bank.anchors, merge.ids[u].tolist(), merge.w[u]))
         near(found[u], torch.stack([plain.log_likelihood(base, changed, e) for e in examples]))
-
-
-@pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
-def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
-    base, bank = bank_of_eight
-    (found,) = merge_adapters(bank, merge)
-    assert isinstance(found, way)  # whichever is less to move
-    same_model(base, bank, merge, found)
 
 
 def test_a_merge_of_nothing_is_not_computed(bank_of_eight):

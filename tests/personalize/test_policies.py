@@ -29,13 +29,8 @@ SIMILARITY = normal(U, N).tanh()
 ANCHORS, TASK = -40 + 3 * normal(U, N, seed=1), -40 + normal(U, seed=2)
 
 
-def evidence_of(anchors: torch.Tensor, task: torch.Tensor = TASK) -> Evidence:
-    """As if each person had one shot."""
-    counts = torch.tensor([[7.0], [16.0], [30.0]], dtype=torch.float64)
-    return Evidence(torch.cat([task[:, None], anchors], 1)[:, None], counts)
-
-
-EVIDENCE = evidence_of(ANCHORS)
+COUNTS = torch.tensor([[7.0], [16.0], [30.0]], dtype=torch.float64)  # as if each person had one shot
+EVIDENCE = Evidence(torch.cat([TASK[:, None], ANCHORS], 1)[:, None], COUNTS)
 CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(30, N, seed=6)), CalibrationInfo(ridge=0.3, prior=4.0))
 
 

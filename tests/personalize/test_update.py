@@ -158,7 +158,8 @@ def test_updated_coefficients_are_those_of_the_whole_history(tiny, tmp_path, mon
     whole = started(tiny, tmp_path / "whole", GROWN, merge=merge)
     young = started(tiny, tmp_path / "young", merge=merge)
     for person in GROWN:
-        found, expected, before = (by_anchor(one.state(person.id)) for one in (personal, whole, young))
+        states = [one.state(person.id) for one in (personal, whole, young)]  # anchors in the order of the encodings
+        found, expected, before = (dict(zip(state.anchors, state.w)) for state in states)
         assert found == pytest.approx(expected, abs=1e-7)
         assert found != pytest.approx(before, abs=1e-6)
 
@@ -222,10 +223,6 @@ def test_where_everybody_gets_the_same_merge_a_grown_history_is_updated(tiny, tm
     done = personal.update(GROWN)
     assert (done.begun, done.failed, done.kept + done.retrained + done.refreshed) == (0, {}, len(GROWN))
     assert (before.gradient, personal.state("p0").w) == ((), before.w)
-
-
-def by_anchor(state):
-    return dict(zip(state.anchors, state.w))  # their order is that of the encodings
 
 
 def test_a_past_that_was_changed_is_begun_anew(tiny, tmp_path):

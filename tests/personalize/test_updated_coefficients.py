@@ -22,13 +22,6 @@ def evidence(shots: int, seed: int) -> Evidence:
     return Evidence(right, counts, Labels(scores, gold))
 
 
-def both(one: Evidence, other: Evidence) -> Evidence:
-    labels = Labels(
-        torch.cat([one.labels.scores, other.labels.scores], 1), torch.cat([one.labels.gold, other.labels.gold], 1)
-    )
-    return Evidence(torch.cat([one.loglik, other.loglik], 1), torch.cat([one.counts, other.counts], 1), labels)
-
-
 @given(
     st.integers(0, 50),
     st.integers(1, 4),
@@ -45,7 +38,10 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
     near = torch.zeros(U, N, dtype=torch.float64)
     weigh = policy_named(policy).weigh
     before = scale * weigh(settings, PolicyInput(ids, near, one))
-    whole = scale * weigh(settings, PolicyInput(ids, near, both(one, other)))
+    parts = ((a.loglik, a.counts, a.labels.scores, a.labels.gold) for a in (one, other))
+    loglik, counts, scores, gold = (torch.cat(pair, 1) for pair in zip(*parts))
+    both = Evidence(loglik, counts, Labels(scores, gold))
+    whole = scale * weigh(settings, PolicyInput(ids, near, both))
     found = updated_coefficients(settings, Merge(ids, before), other, one.tokens)
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
 

@@ -29,10 +29,6 @@ def drawn(tmp_path_factory):
     return {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")}
 
 
-def words_of(element):
-    return "".join(element.itertext())
-
-
 def test_every_picture_of_the_documentation_is_drawn(drawn):
     assert sorted(drawn) == NAMES
     assert sorted(path.stem for path in (DOCS / "pictures").glob("*.svg")) == NAMES, "run: python docs/pictures.py"
@@ -51,7 +47,7 @@ def test_a_picture_is_valid_and_shows_all_of_its_labels(drawn, name):
     assert float(paper.get("width")) + 1 == float(root.get("width"))
     title, about, _, *shapes = (DOCS / "drawing" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     assert (root.find(f"{SVG}title").text, root.find(f"{SVG}desc").text) == (title, about)
-    texts = [words_of(element) for element in root.iter(f"{SVG}text")]
+    texts = ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
     labels = [label for shape in shapes for label in shape.split(" | ")[1:]]
     assert len(labels) > 10
     assert not [label for label in labels if re.sub(r"[_^]\{([^}]*)\}", r"\1", label) not in texts]

@@ -76,7 +76,14 @@ async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_j
     assert materialized(service.base) == materialized(jobs.personal.base) == []
     await jobs.forget("nobody")  # needs none
     assert jobs._trainer is None
-    jobs._load = with_encoder(jobs._load)
+    load = jobs._load
+
+    def with_encoder():
+        personal = load()
+        personal._encoder = HashEncoder()  # the tiny bank's, which cannot be loaded by name
+        return personal
+
+    jobs._load = with_encoder
     jobs.put(ann, service.store.session())
     await asyncio.wait_for(jobs._working, 120)
     assert jobs.status(ann.id).state == "done", jobs.status(ann.id)
@@ -86,17 +93,6 @@ async def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_j
     state = service.store.load(ann.id)
     assert state.bank == bank.hash
     assert all(part.device.type == "cpu" for pair in state.stack.factors.values() for part in pair)
-
-
-def with_encoder(load):
-    """Supply the tiny bank's encoder, which cannot be loaded by name."""
-
-    def loaded():
-        personal = load()
-        personal._encoder = HashEncoder()
-        return personal
-
-    return loaded
 
 
 def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,18 +168,14 @@ def test_collect_keeps_a_first_version_written_meanwhile(tmp_path: Path, monkeyp
     assert Store(tmp_path).load(ANN) == state(7)
 
 
-def test_a_store_with_a_damaged_key_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", [check, collect])
+def test_a_damaged_key_and_a_mistyped_address_are_errors(tmp_path: Path, look: Callable[[Store], object]) -> None:
     store = filled(tmp_path)
     (tmp_path / "store.json").write_text("garbage")
-    for look in (check, collect):
-        with pytest.raises(StoreError, match=r"store\.json is damaged"):
-            look(Store(store.files.root))
-
-
-def test_a_mistyped_address_is_an_error(tmp_path: Path) -> None:
-    for look in (check, collect):
-        with pytest.raises(StoreError, match="no store"):
-            look(Store(tmp_path / "nowhere"))
+    with pytest.raises(StoreError, match=r"store\.json is damaged"):
+        look(Store(store.files.root))
+    with pytest.raises(StoreError, match="no store"):
+        look(Store(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -20,8 +20,9 @@ from mta.store.maintenance import check
 def test_a_store_keeps_versions(url: str) -> None:
     store = Store(url)
     assert (store.latest(ANN), store.versions(ANN), ANN in store) == (None, [], False)
-    assert store.nbytes(ANN) == 0
+    assert (store.nbytes(ANN), store.time_of(ANN, 1)) == (0, None)
     assert store.save(ANN, state(0)) == 1
+    assert datetime.fromisoformat(store.time_of(ANN, 1)).tzinfo
     assert store.save(ANN, state(1)) == 2
     assert store.save("bob", state(0)) == 1
     again = Store(url)
@@ -111,13 +112,6 @@ def test_rollback_to_a_missing_version_lists_the_versions(url: str, version: int
     with pytest.raises(PersonNotFound, match="no state of 'bob'"):
         store.rollback("bob", 1)
     assert store.versions(ANN) == [1, 2]
-
-
-def test_a_version_has_a_time(url: str) -> None:
-    store = Store(url)
-    assert store.time_of(ANN, 1) is None
-    store.save(ANN, state(0))
-    assert datetime.fromisoformat(store.time_of(ANN, 1)).tzinfo
 
 
 def test_a_missing_person_is_reported(url: str) -> None:

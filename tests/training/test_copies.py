@@ -29,11 +29,6 @@ class Copies(TorchDispatchMode):
         return found
 
 
-def rows(device=META):
-    trees = [tree(random_examples(count, count), range(count)) for count in (3, 1, 2)]
-    return collate(trees, 0, device, [5, 4, 7])
-
-
 def test_tensors_are_moved_by_one_copy():
     parts = torch.zeros(2, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(4, dtype=torch.long)
     with Copies() as copies:
@@ -54,8 +49,9 @@ def test_copies_to_a_gpu_come_from_pinned_memory_and_do_not_block(monkeypatch):
 
 
 def test_a_pass_copies_its_rows_once_and_its_blocks_once():
+    trees = [tree(random_examples(count, count), range(count)) for count in (3, 1, 2)]
     with Copies() as copies:
-        batch = rows()
+        batch = collate(trees, 0, META, [5, 4, 7])
         assert copies.count == 1
         blocks = blocks_of(batch.ends, batch.positions, META)
         assert copies.count == 2

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras, unpacked
 
 from mta.data.tasks.prompt import Example
-from mta.lora.layers import PerPerson
+from mta.lora.layers import PerPerson, applied
 from mta.model.tree_attention import visible
 from mta.training.packing import collate, pack, tree
 from mta.training.scoring import log_likelihood
@@ -92,8 +92,6 @@ def test_packed_equals_padded_equals_plain(kind):
 
 def plain(base, example, adapters):
     """The model's own forward on one unpadded example, no mask or position of ours."""
-    from mta.lora.layers import applied
-
     with torch.no_grad(), applied(base.model, adapters, torch.zeros(1, dtype=torch.long)):
         table = base.model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
     places = range(example.target_start, len(example.tokens))
