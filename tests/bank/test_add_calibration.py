@@ -140,6 +140,14 @@ def test_who_is_forgotten_during_a_calibration_stays_marked(folder, base, copy, 
     assert parts_to_rebuild(copy.calibrate(base, OTHERS, folder / "again", run=RUN).folder) == ["calibration"]
 
 
+def test_a_candidate_who_is_forgotten_during_the_first_calibration_is_marked(folder, base, monkeypatch):
+    bank = mta.Bank.open(folder / "bank", base)
+    noted = iter([set()])
+    late = {bank.info.members.hash_of(OTHERS[0].id)}  # as of a candidate, whose other parts are marked already
+    monkeypatch.setattr(add_calibration, "forgotten_in", lambda _: next(noted, late))
+    assert parts_to_rebuild(bank.calibrate(base, OTHERS, folder / "new", run=RUN).folder) == ["calibration"]
+
+
 def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):
     (folder / "bank" / "members.json").unlink()
     with pytest.raises(InputError, match=r"has no members\.json, so its members are unknown"):

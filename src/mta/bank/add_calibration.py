@@ -13,7 +13,7 @@ from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people, measured_items
 from mta.bank.card import write_described
 from mta.bank.format import CALIBRATION, MEMBERS, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
-from mta.bank.notes import forgotten_in, pass_stale_on
+from mta.bank.notes import forgotten_in, mark_stale, pass_stale_on
 from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
@@ -43,7 +43,7 @@ def calibrate_bank(
     Raises InputError if too few people are left or the bank has no list of members, DataError for an item that is too
     long, BankError if ``out`` holds anything; BankCorrupt, BankMismatch.
     """
-    info, gone = read_info(folder), forgotten_in(folder)  # people who are forgotten from now on stay marked
+    info, gone = read_info(folder), forgotten_in(folder)  # those of the bank who are forgotten from now on stay marked
     known = [person for person in people if info.members.hash_of(person.id) not in gone]
     outside = _checked(folder, info, base, known, run.calibration)
     check_new(out)
@@ -66,6 +66,9 @@ def calibrate_bank(
             copy_file(folder / name, written / name)
         pass_stale_on(folder, written, without="calibration" if forgotten_in(folder) <= gone else "")
         _write(folder, written, info, outside, settings, calibration)
+        for person in outside:  # who may have been behind another part of the bank
+            if info.members.hash_of(person.id) in forgotten_in(folder) - gone:
+                mark_stale(written, person.id)
 
 
 def _settings(info: BankInfo, run: Run) -> Run:

@@ -66,11 +66,13 @@ class Roles:
 def choose_roles(context: BuildContext) -> Roles:
     """Choose the anchors among the candidates, and what everybody else does.
 
-    Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
+    Raises InputError if there are too few candidates, ConfigError if they keep too few items back or cannot compare
+    groups.
     """
     task, run, candidates = context.task, context.run, context.candidates
     grouped = run.bank.choose == "groups"
     outside = _outside(candidates, run) if grouped and run.calibration.enabled else set()
+    _check_compared(run, len(outside))  # before people are encoded
     eligible, vectors, chosen = choose_anchors(
         task, context.encoder, candidates, run.bank, run.seed, context.on_step, outside
     )
@@ -81,12 +83,7 @@ def choose_roles(context: BuildContext) -> Roles:
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
     others = [person for person in eligible if person.id not in anchors]
     calibrating = _calibrating(task, eligible, [*pool, *context.held_out], anchors, run)
-    left = len(calibrating) if grouped else 0
-    if left < ENOUGH and (run.bank.rounds > 1 or len(run.bank.sizes) > (1 if grouped else 0)):
-        raise ConfigError(
-            f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {left} are left",
-            hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",
-        )
+    _check_compared(run, len(calibrating) if grouped else 0)
     return Roles(
         task_people=pool,
         pooled_candidates=pooled_candidates(eligible, anchors, run.task_lora),
@@ -98,6 +95,16 @@ def choose_roles(context: BuildContext) -> Roles:
         behind_anchors=behind,
         keeping_back=[] if kept_back is None else [person.first(kept_back) for person in others],
     )
+
+
+def _check_compared(run: Run, left: int) -> None:
+    """Raise ConfigError if groups are to be compared on fewer than ``ENOUGH`` people who are ``left``."""
+    sizes = len(run.bank.sizes) > (1 if run.bank.choose == "groups" else 0)
+    if left < ENOUGH and (run.bank.rounds > 1 or sizes):
+        raise ConfigError(
+            f"bank.sizes and bank.rounds need groups, and {ENOUGH} people who calibrate them; {left} are left",
+            hint="Leave them out, or set bank.choose=groups calibration.enabled=true, and give more people.",
+        )
 
 
 def _outside(candidates: Sequence[Person], run: Run) -> set[str]:

@@ -84,7 +84,7 @@ def build_bank(build: Build) -> None:
             if not run.task_lora.enabled:  # of an earlier build that was begun with one
                 shutil.rmtree(context.out / TASK_LORA, ignore_errors=True)
             anchors = _train(context, roles, jobs, plan, task_lora)
-            context = replace(context, chosen=(*context.chosen, anchors.digest))  # another machine may group others
+            context = replace(context, chosen=(*context.chosen, anchors.digest))
             _finish(context, plan, roles, anchors, _calibrate(context, roles, anchors, task_lora))
         remove_work(context.out)  # if the build is killed before this, the next call removes the files
 
@@ -157,7 +157,8 @@ def _calibrate(
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
     """Raise DataError, which names person and item, for an item to be trained on that is too long."""
     used = {id(item) for item in pooled}
-    used |= {id(item) for one in roles.behind_anchors for item in one.latest(context.run.bank.max_items).items}
+    most = max(context.run.bank.max_items, 2)  # groups are formed by two items of each person, at least
+    used |= {id(item) for one in roles.behind_anchors for item in one.latest(most).items}
     measured = measured_items(roles.calibrating, context.run.calibration)
     used |= {id(item) for parts in measured for item in chain(*parts)}
     people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
@@ -179,7 +180,8 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
         job = context.job("group", *as_shown(context.task, group, items_of(group, run), run.task_lora.history))
         context.plan([job], run.bank.lora, frozen)
         subjects += [Subject((example,), ()) for example in job.examples]  # each is asked for a gradient, too
-    size_of_passes(base, subjects, len(anchors), run, on_gpu=context.executor.on_gpu)
+    most = max([len(anchors), *run.bank.sizes])
+    size_of_passes(base, subjects, most, run, on_gpu=context.executor.on_gpu)
     context.record.about["plan"] = plan.digest
     return jobs, plan
 

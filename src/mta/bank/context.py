@@ -92,7 +92,8 @@ class BuildContext(Build):
     _: KW_ONLY
     keys: BuildKeys
     record: RunFolder
-    # The anchors among the eligible candidates, and the ids of all who train them: another device may choose others.
+    # The anchors among the eligible candidates, the ids of all who train them, and, once these are trained, a digest of
+    # who is behind which: another machine may choose others.
     chosen: tuple[int | str, ...] = ()
 
     @property

@@ -94,9 +94,9 @@ def train_groups(
 
 
 def _halves(context: BuildContext, people: Sequence[Person]) -> list[tuple[list[Example], list[Example]]]:
-    """Return every other item of each person as examples, and the rest; at most ``SEEN`` in all."""
+    """Return every other item of each person as examples, and the rest: of the latest ones, at most ``SEEN``."""
     task, history = context.task, context.run.task_lora.history
-    most = max(min(SEEN, context.run.bank.max_items), 2)  # only a person's latest items are checked
+    most = max(min(SEEN, context.run.bank.max_items), 2)  # items before these are not checked
     items = [as_shown(task, [person], person.items[-most:], history).items for person in people]
     examples = chain(*context.base.prompts.all(task, chain(*items)))
     every = [list(islice(examples, len(own))) for own in items]
