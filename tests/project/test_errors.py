@@ -17,7 +17,6 @@ from mta.serving.api.errors import error_of
 VLLM = {"mta.serving.vllm.plugin"}  # imports vLLM, which lives in another environment
 REPORTED = {  # to callers of the server, hint and all
     *("UnknownOrForbidden", "Refused", "QueueFull", "NeedsRebuild", "ModelRemoved", "EngineGone", "AnswerLost"),
-    "DataError",
 }
 
 

@@ -151,7 +151,7 @@ def test_items_of_another_person_are_refused(world):
 def test_the_oldest_items_are_left_out_where_they_do_not_fit(world, monkeypatch):
     (text, *_), service = prompts(world), world.service
     two, label = in_words(service.task, PERSON.items[-2:]) + text, service.base.prompts.answer_tokens(service.task)
-    room = len(service.base.prompts.chat([{"role": "user", "content": two}])) + label
+    room = len(service.chat_tokens([{"role": "user", "content": two}])) + label
     expected = probs(ask(world, "admin", model="person:ann", input=two))
     with showing(world):
         monkeypatch.setattr(service, "length", room)

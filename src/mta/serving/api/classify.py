@@ -64,9 +64,9 @@ def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedMo
     longest = prompts.answer_tokens(service.task)
 
     def fits(text: str) -> bool:
-        return len(prompts.chat([{"role": "user", "content": text}])) + longest <= service.length
+        return len(service.chat_tokens([{"role": "user", "content": text}])) + longest <= service.length
 
-    EngineRequest(prompts.chat([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     text = service.behind(earlier.items, text, fits)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)

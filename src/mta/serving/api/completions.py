@@ -71,7 +71,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
 
 
 def _tokenized(service: Service, request: Request, who: ServedModel, earlier: Earlier) -> EngineRequest:
-    """Tokenize a request; the first turn of a user comes behind ``earlier`` items. Raises Refused, DataError.
+    """Tokenize a request; the first turn of a user comes behind ``earlier`` items. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
     fill the remaining length.
@@ -85,10 +85,10 @@ def _tokenized(service: Service, request: Request, who: ServedModel, earlier: Ea
 
             def fits(text: str) -> bool:
                 longer = [turn | {"content": text} if turn is first else turn for turn in turns]
-                return len(prompts.chat(longer)) <= room
+                return len(service.chat_tokens(longer)) <= room
 
             first["content"] = service.behind(earlier.items, first["content"], fits)
-        prompt = prompts.chat(turns)
+        prompt = service.chat_tokens(turns)
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
         prompt, most, top = prompts.text(request.prompt), request.max_tokens or 16, request.logprobs  # OpenAI's 16

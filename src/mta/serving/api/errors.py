@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from mta.errors import (
-    DataError,
-    MtaError,
-    OtherBank,
-    PersonForgotten,
-    PersonNotFound,
-    StateCorrupt,
-    StoreConflict,
-    StoreError,
-)
+from mta.errors import MtaError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.serving.api.schemas import error_body
 from mta.serving.engine import AnswerLost, EngineGone, ModelRemoved, QueueFull, Refused
 
@@ -47,7 +38,6 @@ _ANSWERS: dict[type[MtaError], _Answer] = {
     EngineGone: (503, "engine_gone", 5, None),
     AnswerLost: (500, "answer_lost", None, None),
     Refused: (400, None, None, None),
-    DataError: (400, None, None, None),  # of a text that no prompt can hold
 }
 
 

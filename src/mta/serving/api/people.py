@@ -5,6 +5,7 @@ Only a key that owns a person may use these routes; unauthorized and unknown per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -17,12 +18,12 @@ from mta.data.history import Item, Person
 from mta.data.readers.rejects import Bad
 from mta.data.readers.rows import item_in, time_in
 from mta.data.tasks.task import Task
-from mta.errors import PersonNotFound, StateCorrupt
+from mta.errors import DataError, PersonNotFound, StateCorrupt
 from mta.serving.api.auth import Key
 from mta.serving.api.errors import UnknownOrForbidden
 from mta.serving.api.jobs import Status
 from mta.serving.api.schemas import ValidText
-from mta.serving.api.service import Caller, Gateway
+from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import Refused
 from mta.store import Store
 
@@ -62,8 +63,7 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     _own(key, id)
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
-    numbered = [(f"item {n}", item) for n, item in enumerate(new, 1)]
-    await service.apart_from_store(service.base.prompts.check, service.task, numbered)
+    await service.apart_from_store(_check_lengths, service, new)
     async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}
@@ -169,6 +169,14 @@ def _unknown() -> UnknownOrForbidden:
         "this person does not exist, or this key may not see them",
         hint="If the key owns the person, append items first: POST …/history",
     )
+
+
+def _check_lengths(service: Service, items: Sequence[Item]) -> None:
+    """Raises Refused for an item that no prompt could hold: the person could not be personalized with it."""
+    try:
+        service.base.prompts.check(service.task, ((f"item {n}", item) for n, item in enumerate(items, 1)))
+    except DataError as error:
+        raise Refused(error.message, hint="Shorten it, or leave it out.") from None
 
 
 def _item(task: Task, item: NewItem, longest: int) -> Item:

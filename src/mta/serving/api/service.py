@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from mta.bank.notes import parts_to_rebuild
 from mta.data.earlier import in_words
 from mta.data.history import Item
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, OtherBank
+from mta.errors import DataError, MtaError, OtherBank
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK, SharedModel
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -35,7 +35,7 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate, Shares
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import BehindItems, ModelRequest
-from mta.serving.engine import Engine, QueueFull, ServedModel, Version, named
+from mta.serving.engine import Engine, QueueFull, Refused, ServedModel, Version, named
 from mta.store import Session, Store
 from mta.system.atomic import read_json
 
@@ -167,6 +167,13 @@ class Service:
         """Return the name of the model that answers, which is another one after a fallback."""
         names: dict[ServedModel, str] = {TASK: TASK.value, BASE: self.base.name}
         return names.get(who, requested)
+
+    def chat_tokens(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Return the tokens of a conversation. Raises Refused for messages that the base's chat template rejects."""
+        try:
+            return self.base.prompts.chat(turns)
+        except DataError as error:
+            raise Refused(error.message, hint="Send other messages.") from None
 
     async def earlier(self, request: BehindItems, key: Key) -> Earlier:
         """Return the items in front of a request's prompt.
