@@ -7,7 +7,7 @@ MtaError
 │   ├── ConfigError       an unknown configuration key or an invalid value
 │   ├── PersonNotFound    no state for the id, or no such person in a file
 │   │   └── UnknownOrForbidden  the server does not know the person, or the key has no access
-│   ├── AnchorNotFound    an anchor number outside the bank
+│   ├── AnchorNotFound    a merge of more anchors than the bank has
 │   └── Refused           an invalid request to the server
 ├── ModelError
 │   ├── UnsupportedModel  a model that mta cannot adapt, or must not load
@@ -75,7 +75,7 @@ class PersonNotFound(InputError):
 
 
 class AnchorNotFound(InputError):
-    """An anchor number is outside the bank."""
+    """A merge needs more anchors than the bank has."""
 
 
 class ModelError(MtaError):

@@ -202,9 +202,10 @@ def test_a_misspelled_key_of_a_task_is_reported(tmp_path: Path, changes: dict[st
     assert "See docs/how-to/add-a-task.md" in caught.value.hint
 
 
-def test_an_unknown_key_of_a_task_is_reported_with_the_known_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["item", "query"])
+def test_an_unknown_key_of_a_task_is_reported_with_the_known_keys(tmp_path: Path, form: str) -> None:
     with pytest.raises(TaskError, match="Extra inputs are not permitted") as caught:
-        load_task(written(tmp_path, item={**FORM, "targets": ""}))
+        load_task(written(tmp_path, **{form: {**FORM, "targets": ""}}))
     assert caught.value.hint.startswith("Did you mean target? Settings here are: prompt, target, cut, pattern.")
 
 

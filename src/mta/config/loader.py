@@ -8,7 +8,7 @@ import reprlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -75,8 +75,9 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
     *parents, name = loc or ("",)
     for parent in parents:
         field = kind.model_fields.get(str(parent))
-        inner = field and field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, Settings)):  # in a list
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Settings)), None)
+        if inner is None:  # in a list
             return f"Correct {'.'.join(map(str, loc))}, or leave it out to use the default."
         kind = inner
     if (field := kind.model_fields.get(str(name))) is None or fault == "missing":

@@ -156,7 +156,7 @@ class Exports:
 def remove_if_empty(files: Storage, folder: str) -> None:
     """Remove a person's folder if it is empty: even an empty folder would reveal that the person was in the store.
 
-    Files that another writer creates at the same time are not removed. Most object stores have no folders.
+    On a local disk, files that another writer creates at the same time stay. Most object stores have no folders.
     """
     if not files.local:
         with contextlib.suppress(Exception):  # clients raise different errors, and most have no folders

@@ -248,10 +248,16 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 
 def _check_words(recipe: Experiment) -> None:
-    """Raise InputError if two parts run one method with different merges or stacks: a report would mix the results."""
+    """Raise InputError if two parts run one method with different merges or stacks: a report would mix the results.
+
+    Raises ConfigError for a wrong word.
+    """
     known: dict[tuple[str, str], object] = {}
     for part in (part for parts in recipe.exhibits.values() for part in parts):
-        run = override(recipe.run, part.words)
+        try:
+            run = override(recipe.run, part.words)
+        except ConfigError as error:
+            raise ConfigError(f"words of bank {part.bank!r}: {error.message}", hint=error.hint) from None
         for method in part.methods:
             settings = run.merge, run.stack
             if method.uses_bank and known.setdefault((part.bank, method.digest), settings) != settings:

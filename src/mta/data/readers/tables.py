@@ -24,7 +24,7 @@ DELIMITERS = ",;\t|"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Records] | None:
-    """Return the reader of a table by its name and first bytes; None for other formats."""
+    """Return the reader of a table by its name and first bytes; None for other formats. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
