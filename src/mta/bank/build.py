@@ -37,7 +37,7 @@ from mta.bank.format import (
     read_info,
     write_task,
 )
-from mta.bank.groups import Groups, items_of, train_groups
+from mta.bank.groups import Groups, group_job, train_groups
 from mta.bank.task_lora import pooled_items, train_task_lora
 from mta.data.earlier import as_shown, with_history
 from mta.data.history import Item, named_items
@@ -157,8 +157,7 @@ def _calibrate(
 def _check_lengths(context: BuildContext, roles: Roles, pooled: Sequence[Item]) -> None:
     """Raise DataError, which names person and item, for an item to be trained on that is too long."""
     used = {id(item) for item in pooled}
-    most = max(context.run.bank.max_items, 2)  # groups are formed by two items of each person, at least
-    used |= {id(item) for one in roles.behind_anchors for item in one.latest(most).items}
+    used |= {id(item) for one in roles.behind_anchors for item in one.latest(context.run.bank.max_items).items}
     measured = measured_items(roles.calibrating, context.run.calibration)
     used |= {id(item) for parts in measured for item in chain(*parts)}
     people = {one.id: one for one in (*roles.task_people, *roles.held_out, *roles.eligible)}
@@ -176,8 +175,7 @@ def _anchor_jobs(context: BuildContext, roles: Roles) -> tuple[list[Job], Plan]:
     plan = context.plan(jobs, run.bank.lora, frozen)
     subjects = subjects_of(base, context.task, roles.calibrating, run)
     if run.bank.choose == "groups":  # of any group: the groups are known only later
-        group = roles.behind_anchors
-        job = context.job("group", *as_shown(context.task, group, items_of(group, run), run.task_lora.history))
+        job = group_job(context, "group", roles.behind_anchors)
         context.plan([job], run.bank.lora, frozen)
         subjects += [Subject((example,), ()) for example in job.examples]  # each is asked for a gradient, too
     most = max([len(anchors), *run.bank.sizes])

@@ -96,7 +96,7 @@ def train_groups(
 def _halves(context: BuildContext, people: Sequence[Person]) -> list[tuple[list[Example], list[Example]]]:
     """Return every other item of each person as examples, and the rest: of the latest ones, at most ``SEEN``."""
     task, history = context.task, context.run.task_lora.history
-    most = max(min(SEEN, context.run.bank.max_items), 2)  # items before these are not checked
+    most = min(SEEN, context.run.bank.max_items)  # items before these are not checked
     items = [as_shown(task, [person], person.items[-most:], history).items for person in people]
     examples = chain(*context.base.prompts.all(task, chain(*items)))
     every = [list(islice(examples, len(own))) for own in items]
@@ -176,6 +176,12 @@ def items_of(group: Sequence[Person], run: Run) -> list[Item]:
     return spread(latest, settings.max_items, run.seed)[: settings.group_items]
 
 
+def group_job(context: BuildContext, key: str, group: Sequence[Person]) -> Job:
+    """Return the job of a group's LoRA. Raises DataError for an item that does not fit."""
+    items = items_of(group, context.run)
+    return context.job(key, *as_shown(context.task, group, items, context.run.task_lora.history))
+
+
 def _maximization(
     context: BuildContext,
     people: Sequence[Person],
@@ -189,13 +195,11 @@ def _maximization(
     run, settings = context.run, context.run.bank
     count = min(count, len(people) // settings.min_people)
     groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, settings.min_people, run.seed)]
-    items = [items_of(group, run) for group in groups]
-    shown = [as_shown(context.task, group, own, run.task_lora.history) for group, own in zip(groups, items)]
-    jobs = [context.job(f"group-{n}", *own) for n, own in enumerate(shown)]
+    jobs = [group_job(context, f"group-{n}", group) for n, group in enumerate(groups)]
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
     name, who = f"groups-{number}-{len(groups)}", _digest(groups)
     loras = train_anchors(context, jobs, plan, task_lora, name=name, who=who)
-    return Groups(loras, groups, [len(own) for own in items], plan.shortened)
+    return Groups(loras, groups, [len(job.examples) for job in jobs], plan.shortened)
 
 
 def _gain_outside(context: BuildContext, roles: Roles, made: Groups, task_lora: LoraBatch | None, name: str) -> float:

@@ -6,7 +6,7 @@ import difflib
 import json
 import reprlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -113,8 +113,11 @@ class _OneOfEachKey(yaml.SafeLoader):
         return node
 
 
-def read_yaml(path: str | Path | None) -> dict[str, Any]:
-    """Read a mapping of settings from a YAML file; empty for an empty file or no file. Raises ConfigError."""
+def read_yaml(path: str | Path | None, beside: Container[str] = ()) -> dict[str, Any]:
+    """Read a mapping of settings from a YAML file, without the keys ``beside``; empty for an empty file or no file.
+
+    Raises ConfigError.
+    """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEachKey) if path else None  # noqa: S506
     except FileNotFoundError:
@@ -133,7 +136,7 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: expected a mapping of settings, got {type(values).__name__}", hint="Write lines such as  seed: 1"
         )
-    return values or {}
+    return {key: value for key, value in (values or {}).items() if key not in beside}
 
 
 def dump_yaml(settings: Settings) -> str:

@@ -110,7 +110,7 @@ class BankSettings(Settings):
 
     anchors: int = Field(default=50, ge=1, description="number of anchors, at most a quarter of the candidates")
     min_items: int = Field(default=11, ge=2, description="minimum number of items of a candidate; paper: more than 10")
-    max_items: int = Field(default=200, ge=1, description="maximum number of items of an anchor, the most recent")
+    max_items: int = Field(default=200, ge=2, description="maximum number of items of an anchor, the most recent")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both", "history"] = Field(
@@ -277,8 +277,7 @@ def load_settings(
 
     Keys of the file that are in ``beside`` belong to other settings and are skipped.
     """
-    values = {key: value for key, value in read_yaml(path).items() if key not in beside}
-    return _checked_twice(kind, values, words, path)
+    return _checked_twice(kind, read_yaml(path, beside), words, path)
 
 
 def override(settings: S, words: Iterable[str], path: str | Path | None = None, *, beside: Container[str] = ()) -> S:
@@ -286,8 +285,8 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None, 
 
     Raises ConfigError naming key and value.
     """
-    given = {key: value for key, value in read_yaml(path).items() if key not in beside}
-    return _checked_twice(type(settings), merged_over(settings.model_dump(mode="json"), given), words, path)
+    values = merged_over(settings.model_dump(mode="json"), read_yaml(path, beside))
+    return _checked_twice(type(settings), values, words, path)
 
 
 def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], path: str | Path | None) -> S:
