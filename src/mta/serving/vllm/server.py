@@ -85,7 +85,6 @@ class VllmServer:
         self.folder, self._lock = _new_folder()
         self.settings, self.socket, self.log = settings, self.folder / "socket", self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopping = False
 
     @property
     def up(self) -> bool:
@@ -99,7 +98,7 @@ class VllmServer:
 
     def gone(self) -> EngineGone:
         """Return the error of a request that the server did not answer; log the exit status if the server ended."""
-        if self.up or self._process is None or self._stopping:
+        if self.up or self._process is None:
             return EngineGone("vLLM does not answer", hint=LATER)
         status = self._process.returncode
         log.error("the vLLM server ended (exit status %s); its log, until the gateway stops: %s", status, self.log)
@@ -137,13 +136,13 @@ class VllmServer:
 
     def stop(self) -> None:
         """Stop the server and its children, by SIGTERM, then SIGKILL, and delete its folder."""
-        self._stopping = True
-        if self._process:
+        process, self._process = self._process, None
+        if process:
             for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
                 with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, sign)
+                    os.killpg(process.pid, sign)
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(seconds)
+                    process.wait(seconds)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
