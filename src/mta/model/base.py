@@ -153,9 +153,13 @@ class BaseModel:
         """
         encoder = run.encoder if run.encoder == "base" else _place(run.encoder)  # "base": no folder
         given = {"base": self.place, "encoder": encoder, "device": run.device.partition(":")[0]}
-        own = {"dtype": dtype_name(self.dtype), "max_tokens": self.prompts.max_tokens, "quantize": self.quantize}
-        memory = {"gradient_checkpointing": self.gradient_checkpointing}  # passes are planned with this base's
-        return run.model_copy(update=given | own | memory)
+        own = {
+            "dtype": dtype_name(self.dtype),
+            "max_tokens": self.prompts.max_tokens,
+            "quantize": self.quantize,
+            "gradient_checkpointing": self.gradient_checkpointing,  # passes are planned with it
+        }
+        return run.model_copy(update=given | own)
 
     def twin(self) -> BaseModel:
         """Return a base with new modules and the same weights, so that another thread can apply other adapters."""

@@ -86,8 +86,9 @@ def privacy(
 
     ``run`` defaults to the bank's settings.
     The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
-    labels, else per token. Raises InputError if people are missing or prompts show earlier
-    items, ConfigError or AnchorNotFound for a wrong merge.
+    labels, else per token.
+    Raises InputError if people are missing or prompts show earlier items, ConfigError or AnchorNotFound for a wrong
+    merge.
     """
     if bank.history:
         hint = "Attack a bank that was built with task_lora.history=0."
