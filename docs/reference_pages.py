@@ -88,8 +88,8 @@ def settings() -> str:
         "bank, you can change:\n\n"
         "- `merge.…` and `stack.…` (`mta personalize`, `compare`, `serve`, `mta-lab attack`);\n"
         "- `calibration.…` (`mta bank calibrate`);\n"
-        f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}. Of these, `mta bank calibrate` takes only "
-        "`base`, `device`, `memory`, and `gradient_checkpointing`.\n\n"
+        f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}. Of these, `mta bank calibrate` and "
+        "`rebuild` take only `base`, `device`, `memory`, and `gradient_checkpointing`.\n\n"
         "Other changes are an error: build a new bank. `mta demo` takes `run.…`, `evaluation.…` (a comparison), "
         "`people.task`, `people.development`, and `people.test`.\n\n"
     )
