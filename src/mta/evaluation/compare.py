@@ -188,7 +188,7 @@ def compare(
     left_out, seeds = len(people) - len(tested), settings.seeds or (run.seed,)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
-    context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
+    context = Context(base, bank, bank.encoder(base, run.encoder, encoder), run, on_step=on_step)
     batch = TestBatch.of(context, tested, shots=shots, queries=queries)
     check_lengths(base, task, ((one.id, one.items, own) for one, own in zip(batch.people, batch.queries)))
     if settings.controls:

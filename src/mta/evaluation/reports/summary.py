@@ -7,7 +7,7 @@ from typing import Literal
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, NO_HISTORY, OPPU
 from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import BETTER_LOW, KINDS
-from mta.evaluation.statistics import Comparison, Interval, better
+from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
@@ -78,7 +78,7 @@ def judge(metric: str, difference: Interval, units: int) -> Judgement:
     """Return whether a paired difference excludes zero, and its direction. One person or group is never enough."""
     if units < 2 or difference.low <= 0 <= difference.high:
         return "unclear"
-    return "better" if better(metric, difference) else "worse"
+    return "better" if (difference.high < 0) == (metric in BETTER_LOW) else "worse"
 
 
 def title_of(comparison: Comparison) -> str:
