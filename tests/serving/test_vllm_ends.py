@@ -59,6 +59,20 @@ def test_a_server_that_ends_is_reported_with_its_exit_status_and_not_restarted(s
     assert not server.folder.exists()
 
 
+def test_a_stop_that_is_interrupted_still_kills_the_server(server, monkeypatch):
+    process, wait = server._process, server._process.wait
+    os.kill(process.pid, signal.SIGSTOP)  # like a server that hangs, it does not obey SIGTERM
+
+    def interrupted(seconds):
+        monkeypatch.setattr(process, "wait", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert process.poll() == -signal.SIGKILL
+
+
 def test_the_folder_of_a_gateway_that_was_killed_with_its_server_is_removed_by_the_next(server, parent):
     def dying():
         killed = VllmServer(VllmSettings(sys.executable, "base", "bank", "people", 64))

@@ -138,12 +138,18 @@ class VllmServer:
         """Stop the server and its children, by SIGTERM, then SIGKILL, and delete its folder."""
         process, self._process = self._process, None
         if process:
-            for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, sign)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds)
+            try:
+                _end(process, signal.SIGTERM, 15)
+            finally:  # also if Ctrl-C interrupts the wait
+                _end(process, signal.SIGKILL, 5)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[bytes], sign: signal.Signals, seconds: float) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 def _new_folder() -> tuple[Path, FileLock]:
