@@ -7,7 +7,7 @@ from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import CompareSettings, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
-from mta.errors import Diverged, InputError
+from mta.errors import BankMismatch, Diverged, InputError
 from mta.evaluation import Context, TestBatch, context, run_methods
 from mta.evaluation.compare import compare, standard_methods
 from mta.evaluation.methods import (
@@ -125,6 +125,13 @@ def test_controls_of_one_person_are_refused_before_anything_is_computed(tiny):
     with pytest.raises(InputError, match="no other person to take shots from"):
         compare(*tiny, people_of(3, prefix="x"), settings, limit=1, encoder=HashEncoder(), on_method=asked.append)
     assert not asked
+
+
+def test_an_encoder_with_other_weights_than_the_banks_is_refused(tiny):
+    other = HashEncoder()
+    other.fingerprint = "hash-2"
+    with pytest.raises(BankMismatch, match="encoder 'hash' has other weights"):
+        compare(*tiny, people_of(3, prefix="x"), CompareSettings(shots=SHOTS, queries=QUERIES), encoder=other)
 
 
 def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):

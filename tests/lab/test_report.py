@@ -174,7 +174,8 @@ def test_gains_point_to_the_right_where_a_metric_gets_better():
 
 def test_predictions_say_how_far_each_model_is_off():
     means = {"everybody's": [3.0, 3.0], "their own": [1.5, 5.0]}
-    drawn = figures.predictions("person A", ["one", "two"], ["1", "5"], ("1", "2", "3", "4", "5"), means)
+    unspaced = "x" * 60
+    drawn = figures.predictions("person A", [unspaced, "two"], ["1", "5"], ("1", "2", "3", "4", "5"), means)
     assert drawn.alt.endswith("Mean errors: everybody's 2.00, their own 0.25.")
-    for part in (">true<", ">their own<", ">two<"):
+    for part in (">true<", ">their own<", ">two<", f">{unspaced[:47]}…<"):
         assert part in svg(drawn)
