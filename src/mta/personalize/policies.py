@@ -118,7 +118,7 @@ def posterior(settings: MergeSettings, known: PolicyInput) -> Tensor:
     """Return the probability of each anchor given the shots; the null anchor is the pooled model.
 
     w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - pooled[u]) / T), and the null anchor takes the
-    rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.
+    rest. So w sums to less than 1, and to almost 0 if every anchor is far worse than the pooled model.
     ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is that of all
     items, as far as float32 can tell the earlier null anchor from 0 (``is_saturated``).
     """
