@@ -35,7 +35,7 @@ def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store
     jobs = Jobs(personalizer(base.twin(), bank, store))
     known = Keys() if keyless else Keys.load(keys)
     more = {"strict_bank": strict, "sweep": sweep}
-    service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length, **more)
+    service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), **more)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", access_log=False))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

@@ -59,7 +59,6 @@ class World:
         build_bank(Build(self.base, load_task("movielens-rating"), HashEncoder(), *people, run, folder / "bank"))
         self.bank = Bank.open(folder / "bank", self.base)
         self.store = Store(folder / "people")
-        self.stops = set(self.base.stop_tokens)
 
     def renew(self, person: str, seed: int, bank: str | None = None) -> Version:
         """Save a new version of a person that differs from all others."""
@@ -94,14 +93,11 @@ class World:
 
     def embedded(self, **how: int) -> EmbeddedEngine:
         """An embedded engine with its own modules, so that ``alone`` can run meanwhile."""
-        sizes = {name: value for name, value in how.items() if name == "activated"}
-        sizes |= {"waiting": how["most"] - 4} if "most" in how else {}
-        return EmbeddedEngine(self.base.twin(), self.bank, self.store, slots=4, length=LENGTH, **sizes)
+        return EmbeddedEngine(self.base.twin(), self.bank, self.store, slots=4, **how)
 
     def vllm(self, server: object, **how: int) -> VllmEngine:
         """An engine over a server that keeps running."""
-        stops = sorted(self.stops)
-        return VllmEngine(server, self.store, bank=self.bank.hash, length=LENGTH, stops=stops, **how)
+        return VllmEngine(server, self.base, self.bank, self.store, slots=4, **how)
 
     def settings(self, **how: object) -> VllmSettings:
         """Settings of a vLLM server for this base."""

@@ -40,7 +40,7 @@ def test_prompt_and_longest_label_may_fill_the_length(world, monkeypatch):
     (text, *_), base = prompts(world), world.service.base
     examples = base.prompts.answered(text, world.service.task.labels)
     for length, status in ((max(len(example.tokens) for example in examples), 200), (len(examples[0].prompt) + 1, 400)):
-        monkeypatch.setattr(world.service, "length", length)
+        monkeypatch.setattr(world.service.engine, "length", length)
         found = ask(world, "serve", model="task", input=text)
         assert found.status_code == status, found.text
 
@@ -154,7 +154,7 @@ def test_the_oldest_items_are_left_out_where_they_do_not_fit(world, monkeypatch)
     room = len(service.chat_tokens([{"role": "user", "content": two}])) + label
     expected = probs(ask(world, "admin", model="person:ann", input=two))
     with showing(world):
-        monkeypatch.setattr(service, "length", room)
+        monkeypatch.setattr(service.engine, "length", room)
         assert probs(ask(world, "ann", model="person:ann", input=text)) == pytest.approx(expected, abs=1e-9)
 
 

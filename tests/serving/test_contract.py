@@ -298,7 +298,7 @@ async def test_cached_prefixes_are_not_shared_between_callers(engine, world):
 
 async def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
     who = world.version("0", 1)
-    async with closing(engines(most=6)) as engine:
+    async with closing(engines(waiting=2)) as engine:
         with pytest.raises(InputError):
             await collect(engine, EngineRequest((), who, 3))
         with pytest.raises(InputError):

@@ -27,7 +27,6 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits
 from mta.serving.api.service import Service
 from mta.serving.embedded.engine import EmbeddedEngine
-from mta.serving.engine import QUEUED
 from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import SLOT_RANK, VllmServer, VllmSettings
 from mta.store import Store
@@ -88,24 +87,12 @@ def service_of(
 
     If ``base`` has no weights (vLLM), the personalizer loads them for its first job.
     """
-    states, length = Store(store), base.prompts.max_tokens
-    engine: EmbeddedEngine | VllmEngine
-    if vllm is None:
-        engine = EmbeddedEngine(base, bank, states, slots=slots)
-    else:
-        engine = VllmEngine(
-            vllm,
-            states,
-            bank=bank.hash,
-            has_task_lora=bank.task_lora is not None,
-            length=length,
-            stops=base.stop_tokens,
-            most=slots + QUEUED,
-        )
+    states = Store(store)
+    engine = partial(VllmEngine, vllm) if vllm else EmbeddedEngine
     personal = Personalizer(base.twin(), bank, states, run=run)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
     return Service(
-        engine,
+        engine(base, bank, states, slots=slots),
         base,
         store=states,
         task=bank.task,
@@ -113,7 +100,6 @@ def service_of(
         jobs=jobs,
         limits=Limits(rate=rate, own=min(Limits().own, max(slots // 4, 1))),
         history=bank.history,
-        length=length,
         strict_bank=(bank.folder, bank.hash) if strict else None,
     )
 

@@ -61,19 +61,19 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
 def _tokenized(service: Service, text: str, labels: Sequence[str], who: ServedModel, earlier: Earlier) -> EngineRequest:
     """Tokenize an input with every label. Raises Refused for a long input before its labels are tokenized."""
     prompts = service.base.prompts
-    longest = prompts.answer_tokens(service.task)
+    longest, most = prompts.answer_tokens(service.task), service.engine.length
 
     def fits(text: str) -> bool:
-        return len(service.chat_tokens([{"role": "user", "content": text}])) + longest <= service.length
+        return len(service.chat_tokens([{"role": "user", "content": text}])) + longest <= most
 
-    EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    EngineRequest(service.chat_tokens([{"role": "user", "content": text}]), who, max_tokens=1).check(most)
     text = service.behind(earlier.items, text, fits)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
     asked = EngineRequest(
         examples[0].prompt, who, max_tokens=max(map(len, targets)), asker=earlier.asker, labels=targets
     )
-    asked.check(service.length)
+    asked.check(most)
     return asked
 
 

@@ -76,7 +76,7 @@ def _tokenized(service: Service, request: Request, who: ServedModel, earlier: Ea
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
     fill the remaining length.
     """
-    length, limit, prompts = service.length, service.limits.max_tokens, service.base.prompts
+    length, limit, prompts = service.engine.length, service.limits.max_tokens, service.base.prompts
     if isinstance(request, ChatRequest):
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
         most = request.max_completion_tokens or request.max_tokens

@@ -66,7 +66,7 @@ def _asker_for(key: Key, person: str) -> str:
 
 @dataclass
 class Service:
-    """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
+    """Everything the routes use.
 
     ``history`` is the number of earlier items that the bank's prompts show at most.
     ``strict_bank`` is the folder and the hash of the bank in memory: it must not be served once it contains a forgotten
@@ -81,7 +81,6 @@ class Service:
     keys: Keys
     jobs: Jobs
     limits: Limits = field(default_factory=Limits)
-    length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
     strict_bank: tuple[Path, str] | None = None
     is_stale: bool = False

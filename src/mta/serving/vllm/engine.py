@@ -13,7 +13,9 @@ from typing import Any, get_args
 
 import httpx2 as httpx
 
+from mta.bank.bank import Bank
 from mta.errors import MtaError
+from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK, check_bank
 from mta.serving.engine import (
     COLDEST,
@@ -47,27 +49,24 @@ _ID = "token_id:"  # prefix of tokens that vLLM returns as ids
 class VllmEngine(Engine):
     """Answers with a vLLM server, which ``close`` stops.
 
-    A prompt and its answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
-    At most ``activated`` idle adapters stay loaded. ``has_task_lora`` is whether the bank has a task LoRA; without one,
-    the pooled model is the base.
+    The server runs at most ``slots`` answers at once, and ``waiting`` more are queued. At most ``activated`` idle
+    adapters stay loaded.
     """
 
     def __init__(
         self,
         server: VllmServer,
+        base: BaseModel,
+        bank: Bank,
         store: Store,
         *,
-        bank: str,
-        has_task_lora: bool = True,
-        length: int,
-        stops: Collection[int],
-        most: int = QUEUED,
+        slots: int = 32,
+        waiting: int = QUEUED,
         activated: int = 64,
     ) -> None:
-        super().__init__(length, most)
-        self.server, self.client, self.store = server, server.client(), store
-        self.bank, self.has_task_lora = bank, has_task_lora
-        self.stops = frozenset(stops)
+        super().__init__(base.prompts.max_tokens, slots + waiting)
+        self.server, self.client, self.bank, self.store = server, server.client(), bank, store
+        self.stops = frozenset(base.stop_tokens)
         self.adapters = AdapterRegistry(self.client, server, activated)
         self._open: dict[asyncio.Task[None], tuple[EngineRequest, Pieces]] = {}
         self._salt = secrets.token_bytes(32)
@@ -127,7 +126,7 @@ class VllmEngine(Engine):
     async def _forward(self, request: EngineRequest, queue: Pieces) -> None:
         """Put the pieces of an answer, or its error, into the queue."""
         try:
-            who = BASE if request.who is TASK and not self.has_task_lora else request.who
+            who = BASE if request.who is TASK and self.bank.task_lora is None else request.who
             async with self.adapters.held(who) as name:
                 await (self._score if request.labels else self._stream)(request, name, queue)
         except MtaError as error:
@@ -204,7 +203,7 @@ class VllmEngine(Engine):
         """Return the error for a vLLM status; read the state here, because vLLM does not say what is wrong with it."""
         if isinstance(who, Version) and status in (400, 404):
             try:
-                check_bank(self.store.load(who.person, who.number), self.bank)
+                check_bank(self.store.load(who.person, who.number), self.bank.hash)
             except MtaError as error:
                 return error
             if status == 404:
