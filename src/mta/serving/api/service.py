@@ -249,7 +249,6 @@ class Service:
         """
         await run_in_threadpool(self.histories.drop_forgotten)
         await self.jobs.drop_forgotten()
-        owners = {key.scope for key in self.keys.keys if key.rights == "person"} | self._shown
         session = await run_in_threadpool(self.store.session)
         gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
@@ -257,6 +256,7 @@ class Service:
         askers = [name for id in gone for name in self.keys_of(id)]
         if removed or askers:
             await self.engine.drop(removed, askers)
+        owners = {key.scope for key in self.keys.keys if key.rights == "person"} | self._shown
         self._swept = session
 
     async def has_forgotten(self, person: str) -> None:
