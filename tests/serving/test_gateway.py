@@ -17,7 +17,7 @@ from served import served
 from tiny import base_of, endless
 
 from mta.bank.bank import Bank
-from mta.bank.format import read_info, with_hash, write_info
+from mta.bank.format import INFO, read_info, with_hash, write_info
 from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
 from mta.serving.api.auth import LOCAL
@@ -169,6 +169,11 @@ def test_strict_refuses_a_bank_whose_folder_was_replaced_meanwhile(banked):
     """The rebuilt bank has no note of the forgotten person, whom the one in memory may still contain."""
     with banked(strict=True) as here:
         client = here.client("admin")
+        assert said(client, "task")
+        hidden = (here.folder / INFO).rename(here.folder / "hidden")
+        with pytest.raises(openai.InternalServerError):
+            said(client, "task")
+        hidden.rename(here.folder / INFO)
         assert said(client, "task")
         write_info(here.folder, with_hash(read_info(here.folder).model_copy(update={"work": "another"})))
         with pytest.raises(openai.InternalServerError, match="its folder holds another bank by now"):

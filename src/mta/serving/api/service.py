@@ -149,9 +149,9 @@ class Service:
         """Raises NeedsRebuild if the bank in memory must not be served (``strict_bank``), except for the base."""
         if who is BASE or not self.strict_bank:
             return
-        if not await self.apart_from_store(_is_fresh, *self.strict_bank):
-            self.is_stale = True  # permanent: the weights in memory stay stale even if the folder is rebuilt
-        if self.is_stale:
+        fresh = await self.apart_from_store(_is_fresh, *self.strict_bank)
+        self.is_stale |= fresh is False  # permanent: the weights in memory stay stale even if the folder is rebuilt
+        if self.is_stale or not fresh:
             raise NeedsRebuild(
                 "the bank must be rebuilt without a forgotten person, or its folder holds another bank by now",
                 hint="Start the server again with the rebuilt bank. Ask the base meanwhile.",
