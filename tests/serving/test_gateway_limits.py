@@ -59,6 +59,33 @@ def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path,
             assert {one.result() for one in waiting} == {404}
 
 
+def test_long_prompts_of_a_person_key_delay_no_other_caller(tiny, tmp_path, monkeypatch):
+    """There are more of them than threads that tokenize."""
+    base, bank = tiny
+    begun, go_on, plain = [], threading.Event(), Service.chat_tokens
+
+    def chat_tokens(service, turns):
+        if turns[0]["content"] == "long":
+            begun.append(1)
+            assert go_on.wait(60)
+        return plain(service, turns)
+
+    monkeypatch.setattr(Service, "chat_tokens", chat_tokens)
+    with served(base, bank, tmp_path) as here, ThreadPoolExecutor(8) as callers:
+
+        def ask(name, text):
+            body = {"model": "task", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+            with here.http(name) as http:
+                return http.post("/v1/chat/completions", json=body).status_code
+
+        waiting = [callers.submit(ask, "ann", "long") for _ in range(6)]
+        waited(lambda: {"status": "done" if begun else "waiting"})
+        assert ask("serve", "short") == 200
+        assert len(begun) == 1
+        go_on.set()
+        assert {one.result() for one in waiting} == {200}
+
+
 def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
     base, bank = tiny
     with served(endless(base), bank, tmp_path, slots=1, length=500) as here:

@@ -41,7 +41,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Ser
     at_once = min(len(inputs), service.limits.own) if key.share else len(inputs)
     with service.counted("classify", key, at_once):  # first: many inputs tokenize long
         earlier = await service.earlier(request, key)
-        asked = [await service.apart_from_store(_tokenized, service, text, labels, who, earlier) for text in inputs]
+        asked = [await service.in_turn(key, _tokenized, service, text, labels, who, earlier) for text in inputs]
         scored = list[AnswerPiece]()
         for start in range(0, len(asked), at_once):  # no answer begins after the person of the items was forgotten
             await earlier.check()

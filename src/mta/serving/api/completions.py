@@ -56,7 +56,7 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     earlier = Earlier((), key.name)
     if isinstance(request, ChatRequest):
         earlier = await service.earlier(request, key)
-    asked = await service.apart_from_store(_tokenized, service, request, who, earlier)  # long prompts take long
+    asked = await service.in_turn(key, _tokenized, service, request, who, earlier)  # long prompts take long
     await earlier.check()
     formatter = ResponseFormatter(request, service.name_of(who, request.model), service.base.tokenizer)
     parts = _counted_parts(service, kind, asked, request, key)

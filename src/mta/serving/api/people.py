@@ -63,7 +63,7 @@ async def history(service: Gateway, id: str, body: History, key: Caller) -> dict
     _own(key, id)
     service.histories.check_count(len(body.items))  # before each is read
     new = [_item(service.task, item, service.limits.item) for item in body.items]
-    await service.apart_from_store(_check_lengths, service, new)
+    await service.in_turn(key, _check_lengths, service, new)
     async with service.lock(id):
         count = await run_in_threadpool(service.histories.append, id, new, body.keep, key)
     return {"items": count, "kept": body.keep}

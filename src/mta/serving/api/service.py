@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +94,7 @@ class Service:
     _shown: set[str] = field(default_factory=set, init=False)  # people whose items were in prompts
     _swept: Session | None = field(default=None, init=False)  # of the latest sweep
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
+    _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)  # by key
 
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
@@ -106,6 +107,11 @@ class Service:
         So a store that hangs stops no answers of the pooled model and the base.
         """
         return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._workers)
+
+    async def in_turn(self, key: Key, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the same, but one at a time for each person or prefix key: its long prompts delay no other caller."""
+        async with self._turns.setdefault(key.share, asyncio.Lock()) if key.share else nullcontext():
+            return await self.apart_from_store(work, *args, **kwargs)
 
     async def resolve_model(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
@@ -250,13 +256,13 @@ class Service:
         await run_in_threadpool(self.histories.drop_forgotten)
         await self.jobs.drop_forgotten()
         session = await run_in_threadpool(self.store.session)
+        owners = {key.scope for key in self.keys.keys if key.rights == "person"} | self._shown
         gone = await run_in_threadpool(self._swept.forgotten, owners) if self._swept else ()
         removed = await run_in_threadpool(self._removed, await self.engine.versions())
         self._shown -= set(gone)
         askers = [name for id in gone for name in self.keys_of(id)]
         if removed or askers:
             await self.engine.drop(removed, askers)
-        owners = {key.scope for key in self.keys.keys if key.rights == "person"} | self._shown
         self._swept = session
 
     async def has_forgotten(self, person: str) -> None:
@@ -280,10 +286,15 @@ class Service:
         }
 
 
-def _is_fresh(folder: Path, loaded: str) -> bool:
-    """Return whether a folder still holds the bank with the hash ``loaded``, without a forgotten person in it."""
+def _is_fresh(folder: Path, loaded: str) -> bool | None:
+    """Return whether a folder still holds the bank with the hash ``loaded``, without a forgotten person in it.
+
+    None if the bank cannot be read now.
+    """
     described = read_json(folder / INFO)
-    return isinstance(described, dict) and described.get("hash") == loaded and not parts_to_rebuild(folder)
+    if not isinstance(described, dict):
+        return None
+    return described.get("hash") == loaded and not parts_to_rebuild(folder)
 
 
 async def gateway(request: HttpRequest) -> Service:
