@@ -87,6 +87,8 @@ def test_a_gguf_file_is_a_base_and_converted_once(tmp_path, monkeypatch):
     assert_ordinary_folder(folder)
     assert base.fingerprint == BaseModel.load(folder, "float32", "cpu", max_tokens=32).fingerprint
     assert base.place == str(file)
+    killed = folder.rename(folder.with_name(f".{folder.name}.{'0' * 32}"))
+    assert (assets.resolve(str(file)), killed.exists()) == (str(folder), False)
     monkeypatch.setattr("mta.system.assets.convert_gguf", lambda *_: pytest.fail("converted again"))
     assert assets.resolve(str(file)) == str(folder)
 

@@ -33,7 +33,7 @@ import platformdirs
 from filelock import FileLock
 
 from mta.errors import AssetError
-from mta.system.atomic import file_sha256, json_sha256, replacing_folder
+from mta.system.atomic import file_sha256, json_sha256, replacing_folder, unfinished_in
 from mta.system.extras import require
 from mta.system.process import is_out_of_memory
 from mta.system.survey import SURVEY, convert_survey
@@ -210,6 +210,8 @@ def _dequantized(gguf: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
+            for left in unfinished_in(folder.parent, folder.name):  # by a killed process
+                shutil.rmtree(left)
             if not folder.exists():
                 log.info("converting %s into %s…", gguf, folder)
                 with replacing_folder(folder) as temporary:
