@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,6 +216,13 @@ def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
         write_text(tmp_path / "out", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").is_fifo()
+
+
+def test_standard_output_is_not_replaced_where_it_is_a_file(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from mta.system.atomic import check_ordinary; check_ordinary(Path('/dev/stdout'))"
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True)
+    assert "/dev/stdout is a device or a pipe" in done.stderr
 
 
 def test_a_name_that_is_not_utf_8_is_written_as_json(tmp_path: Path) -> None:

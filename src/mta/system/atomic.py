@@ -167,8 +167,9 @@ def _temporary(path: Path) -> Path:
 
 
 def check_ordinary(path: Path) -> None:
-    """Raise InputError for a path that leads to a device or a pipe."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    """Raise InputError for a path that leads to a device or a pipe, or to a file by a name like /dev/stdout."""
+    system = path.parent.resolve().parts in (("/", "dev"), ("/", "proc", str(os.getpid()), "fd"))
+    if system or (path.exists() and not path.is_file() and not path.is_dir()):
         raise InputError(f"{path} is a device or a pipe, expected a file", hint="Give the name of another file.")
 
 
