@@ -96,6 +96,10 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store=",
         "StoreError: the store's address is empty",
     ),
+    "a store whose name fsspec would split": (
+        "personalize {new} --bank {bank} --store a::b",
+        "StoreError: the folder 'a::b' has '::' in its name",
+    ),
     "a new key in a file that exists": (
         "serve --keys {root}/keys.yaml --new-key app --secret {new}",
         "ConfigError: {new} exists already, and may hold another key",

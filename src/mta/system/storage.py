@@ -40,6 +40,8 @@ class Storage:
     def __init__(self, url: str | Path) -> None:
         if not str(url).strip():
             raise StoreError("the store's address is empty", hint="Name a folder, or a URL:  --store people/")
+        if "::" in str(url) and "://" not in str(url):  # fsspec would read it as a chain of file systems
+            raise StoreError(f"the folder {str(url)!r} has '::' in its name", hint="Rename the folder.")
         try:
             try:  # without a cache of listings: other processes write too
                 self.fs, root = url_to_fs(str(url), use_listings_cache=False)
