@@ -137,6 +137,11 @@ def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.Data
         assert "intact, but not a state" in str(error)  # noqa: PT017
 
 
+def test_a_damaged_seal_is_another_seal() -> None:
+    place = module._DIGEST.start
+    assert module.seal_of(FILE[:place] + b"\xff" + FILE[place + 1 :]) not in ("", module.seal_of(FILE))
+
+
 def test_a_damaged_state_is_reported_with_its_file() -> None:
     with pytest.raises(StateCorrupt) as caught:
         State.from_bytes(b"PK\x03\x04" + bytes(50), "people/ab/1.safetensors")

@@ -167,7 +167,7 @@ class State:
 def seal_of(beginning: bytes) -> str:
     """Return the sha256 in a state's file, read from its first ``HEADER_BYTES``; "" for another file."""
     is_state = beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= HEADER_BYTES
-    return beginning[_DIGEST].decode() if is_state else ""
+    return beginning[_DIGEST].decode("ascii", "replace") if is_state else ""
 
 
 def state_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
