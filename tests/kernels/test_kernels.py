@@ -76,25 +76,6 @@ def test_functions_in_lower_precision_are_off_by_its_rounding_alone(dtype, rough
             assert (slope.double() - other).norm() <= rough * other.norm()
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([3, 12, 60]), st.sampled_from([1, 2]))
-def test_tree_attention_equals_the_plain_one(sizes, longest, share):
-    rows = rows_of(sizes, longest)
-    batch, tokens = rows.tokens.shape
-    inputs = [draw(batch, tokens, heads, 4, seed=heads).transpose(1, 2) for heads in (2 * share, 2, 2)]
-    blocks = blocks_of(rows.ends, rows.positions)
-    mask = additive(blocks.seen, DOUBLE)
-
-    def attend(*x):
-        return tree_attention(None, *x, mask, scaling=0.3, blocks=blocks)[0]
-
-    found, slopes = with_gradients(attend, inputs, [])
-    with without_kernels():
-        expected, right = with_gradients(attend, inputs, [])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(slopes, right, rtol=0, atol=1e-11)
-
-
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 @pytest.mark.parametrize("of_values", [3000, 5])
 def test_heads_of_any_width_are_attended_to(dtype, of_values):

@@ -21,8 +21,8 @@ def test_blocked_attention_equals_attention_with_dense_masks(sizes, longest, sha
     rows = rows_of(sizes, longest)
     batch, tokens = rows.tokens.shape
     draw = torch.Generator().manual_seed(7)
-    shapes = [(batch, heads, tokens, 4) for heads in (2 * share, 2, 2)]
-    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    drawn = [torch.randn((batch, tokens, n, 4), generator=draw, dtype=torch.float64) for n in (2 * share, 2, 2)]
+    inputs = [x.transpose(1, 2).requires_grad_() for x in drawn]  # as models give them
     blocks = blocks_of(rows.ends, rows.positions)
     mask = additive(blocks.seen, torch.float64)
     found, _ = tree_attention(None, *inputs, mask, scaling=0.3, blocks=blocks)

@@ -6,10 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from served import served
-from tiny import base_of, endless, random_loras
+from gateway import world as world  # the fixture
 
-from mta.bank.bank import Bank
 from mta.store.state import State
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -18,17 +16,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"),
 ]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_bank_folder, tmp_path_factory):
-    base = endless(base_of())
-    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("page")
-    with served(base, bank, folder) as here:
-        stack = random_loras(base, 1, rank=1, size=0.6)
-        here.service.store.save("ann", State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0, stack))
-        here.bank = bank
-        yield here
 
 
 @pytest.fixture
@@ -73,7 +60,7 @@ def test_ask_add_personalize_and_forget(page, world):
     type_in(page, "key", world.secrets["ann"])
     until(page, lambda: "Version 1" in at(page, "state").text)
     assert at(page, "person").get_attribute("value") == "ann"
-    assert [bar.text for bar in page.find_elements("css selector", ".bars .number")] == ["30.000", "-20.000", "5.000"]
+    assert [bar.text for bar in page.find_elements("css selector", ".bars .number")] == ["30.000", "-20.000", "0.000"]
 
     page.find_element("css selector", "#examples button").click()
     title = page.find_element("css selector", "#question textarea[name=title]")
@@ -107,7 +94,9 @@ def test_ask_add_personalize_and_forget(page, world):
 def test_free_text_is_streamed_from_four_models(page, world, monkeypatch):
     from selenium.webdriver.common.keys import Keys
 
-    world.service.store.save("ann", State(world.bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0))
+    world.service.store.save(
+        "ann", State(world.service.engine.bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0)
+    )
     wording = world.service.task.item.model_copy(update={"prompt": 'As {{"mood": …}}: {title}{genres}'})
     free = world.service.task.model_copy(update={"labels": None, "metric": "rouge", "item": wording})
     monkeypatch.setattr(world.service, "task", free)
