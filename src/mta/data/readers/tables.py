@@ -56,7 +56,9 @@ def csv_rows(path: Path, rejects: Rejects) -> Records:
     for place, cells in records:
         if not any(cell.strip() for cell in cells):
             continue
-        if len(cells) == len(names):
+        if delimiter in "\t|" and any(delimiter in cell and "\n" in cell for cell in cells):
+            rejects.add(place, None, "a quote at the beginning of a cell joins this line and the next", cells)
+        elif len(cells) == len(names):
             yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
         else:
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
@@ -82,6 +84,7 @@ def _check_distinct(names: list[str], place: Place) -> None:
 def parquet_rows(path: Path, rejects: Rejects) -> Records:
     """Yield the rows of a Parquet file. A place counts rows, not lines. Raises DataError for a damaged file."""
     require("tables")
+    import pyarrow
     from pyarrow.parquet import ParquetFile
 
     opened(path).close()
@@ -89,7 +92,12 @@ def parquet_rows(path: Path, rejects: Rejects) -> Records:
         table = ParquetFile(path)
         names, classes = table.schema_arrow.names, _classes(table.schema_arrow.metadata)
         _check_distinct(names, Place(path, 1))
-        batches = (batch.to_pydict().values() for batch in table.iter_batches(1024))
+        fields = [
+            one.with_type(pyarrow.timestamp("us", one.type.tz)) if str(one.type).startswith("timestamp[ns") else one
+            for one in table.schema_arrow
+        ]  # Python's times have no nanoseconds
+        schema = pyarrow.schema(fields)
+        batches = (one.cast(schema, safe=False).to_pydict().values() for one in table.iter_batches(1024))
         for number, row in enumerate((row for columns in batches for row in zip(*columns)), 1):
             yield Place(path, number), {name: plain(value, classes.get(name)) for name, value in zip(names, row)}
     except DataError:  # a ValueError, too
@@ -110,6 +118,10 @@ def plain(value: Any, classes: list[str] | None = None) -> Any:
     """Return a value of a field as JSON would hold it."""
     if classes and isinstance(value, int):
         return classes[value] if 0 <= value < len(classes) else None
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas
+        return None
+    if getattr(value, "ndim", None) == 0:  # a number of numpy
+        value = value.item()
     if isinstance(value, date):  # datetimes too
         return value.isoformat()
     if isinstance(value, float):
