@@ -49,6 +49,12 @@ def test_chosen_items_are_shown_as_in_their_persons_whole_history():
     assert as_shown(TASK, people, [*people[1].items[::-1], chosen[0]], 3).blocks == [0, 0, 0, 1, 1, 1, 1, 2]
 
 
+def test_a_text_that_holds_the_separator_stays_one_item():
+    titled = replace(PERSON.items[0], fields={**PERSON.items[0].fields, "title": "Red; White; Blue"})
+    person = with_history(TASK, replace(PERSON, items=(titled, *PERSON.items[1:])), 4)
+    assert len(shown(person.items[2])) == 2
+
+
 def test_what_prompts_show_changes_no_digest():
     person = with_history(TASK, PERSON, 4)
     assert person != PERSON

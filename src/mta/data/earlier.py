@@ -30,7 +30,7 @@ def after(task: Task, item: Item, earlier: Sequence[Item]) -> Item:
 
 def in_words(task: Task, earlier: Sequence[Item]) -> str:
     """Return the beginning of a prompt that shows ``earlier`` items; empty without any."""
-    said = "; ".join(task.sentence(one) for one in earlier)
+    said = "; ".join(task.sentence(one).replace("; ", ", ") for one in earlier)  # "; " separates items
     return f"Earlier answers of this person: {said}. " if earlier else ""
 
 
