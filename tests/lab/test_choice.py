@@ -68,6 +68,12 @@ class Silent(TaskLora):
         return Outcome([Answers(["3"] * len(items)) for items in batch.queries], 0.0, 0.0)
 
 
+def test_no_choice_is_made_where_prompts_show_other_shots(batch, monkeypatch):
+    monkeypatch.setattr(type(batch.bank), "history", 4)
+    with pytest.raises(InputError, match="prompts show earlier items"):
+        folds_of(batch, 2)
+
+
 def test_a_method_without_probabilities_cannot_be_chosen(batch):
     with pytest.raises(InputError, match="'silent' gives no probabilities"):
         Chosen(candidates=(TaskLora(), Silent(), Merged(merge=POSTERIOR))).run(batch, 0)

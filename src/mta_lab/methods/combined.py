@@ -157,6 +157,8 @@ def folds_of(batch: TestBatch, count: int) -> tuple[TestBatch, list[int]]:
     Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
     benchmark's own queries are not asked. A person with one shot has no row.
     """
+    if batch.bank.history:  # a kept shot's prompt may show one that is held out
+        raise InputError("no choice is made where prompts show earlier items", hint="Leave out the method  choice.")
     people = batch.people
     sizes = [len(person.items) for person in people]
     rows = [(u, turn) for u, size in enumerate(sizes) if size > 1 for turn in range(min(count, size))]
