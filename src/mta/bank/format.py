@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -56,10 +56,9 @@ def check_new(out: Path) -> None:
         raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
 
 
-class BankInfo(BaseModel):
+class BankInfo(BaseModel, frozen=True, extra="forbid"):
     """The contents of ``bank.json``. Anchors are numbered; no file of a bank contains ids."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = SCHEMA
     base: str
     base_fingerprint: str

@@ -9,17 +9,16 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from mta.data.history import Person
 
 TrainedPart = Literal["task LoRA", "clusters", "anchor", "calibration"]
 
 
-class MemberHashes(BaseModel):
+class MemberHashes(BaseModel, frozen=True, extra="forbid"):
     """Members as keyed hashes, and the key. Readers can test a guessed id, but cannot list the ids."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     key: str
     task: tuple[str, ...]
     candidates: tuple[str, ...]
@@ -32,14 +31,13 @@ class MemberHashes(BaseModel):
         return self.model_dump_json(indent=1).encode() + b"\n"
 
 
-class Members(BaseModel):
+class Members(BaseModel, frozen=True, extra="forbid"):
     """The people whom a bank was trained on: their numbers and, if the folder has ``members.json``, their hashes.
 
     ``bank.json`` holds the sha256 of ``members.json``, which does not reveal members: their key is derived from all
     histories. So a bank that was published without ``members.json`` has the same hash.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     task: int
     candidates: int
     anchors: int

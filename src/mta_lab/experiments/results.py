@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
@@ -47,7 +47,7 @@ class Where(NamedTuple):
     seed: int
 
 
-class Record(BaseModel):
+class Record(BaseModel, frozen=True, extra="forbid"):
     """One method on one person with one seed.
 
     ``kind`` is the method's class and ``method`` its name (``record_names``). ``person`` and ``group`` (people who
@@ -56,8 +56,6 @@ class Record(BaseModel):
     ``ids``, ``answers`` and ``golds`` are texts of people, and the log probabilities of all labels (``labels`` of the
     queries, ``shot_labels``) tell answers: these stay in this folder and are never published.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
     method: str

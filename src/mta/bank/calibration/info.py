@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 
 
-class Gain(BaseModel):
+class Gain(BaseModel, frozen=True, extra="forbid"):
     """What a person is expected to gain on later items from ``shots`` items, measured on ``people`` people.
 
     ``mean`` with its 95% interval (``low``, ``high``): decrease of the mean NLL per target token against the pooled
     model, in nats. ``worse``: share of people whose NLL rose by more than 0.02.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     shots: int
     people: int
     mean: float
@@ -27,21 +26,20 @@ LABEL_BIAS, ALONE, OPPU = "label bias", "rank 1 alone", "OPPU"  # what a bank ha
 NO_HISTORY = "task LoRA, no history"  # where the bank's prompts show one
 
 
-class Rival(BaseModel):
+class Rival(BaseModel, frozen=True, extra="forbid"):
     """What a person gains without the bank, by the same rules: ``gain``; and ``ahead``, the bank's gain minus that.
 
     ``setting`` is the standard deviation of a label bias's prior, or the rate of a LoRA's single step over the pooled
     model; 0: no step helps, so that the LoRA is the pooled model itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     setting: float
     gain: Gain
     ahead: Gain
 
 
-class CalibrationInfo(BaseModel):
+class CalibrationInfo(BaseModel, frozen=True, extra="forbid"):
     """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
 
     ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
@@ -51,7 +49,6 @@ class CalibrationInfo(BaseModel):
     ``notes`` say what could not be measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     ridge: float
     prior: float
     rate: float | None = None
