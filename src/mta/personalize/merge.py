@@ -63,7 +63,7 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
         return False
-    return policy.evidence(settings)
+    return policy.reads_evidence(settings)
 
 
 def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
@@ -74,7 +74,7 @@ def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
     policy = policy_of(settings)
     if policy.gradients or (grown and policy.learns):
         return False
-    reads = policy.evidence(settings)
+    reads = policy.reads_evidence(settings)
     retrieves = bool(settings.k) or not (policy.all_anchors or reads)
     return policy.cosines or (retrieves and not (grown and reads))
 
@@ -214,8 +214,7 @@ def _from_gradients(
     )
     gradients = ShotGradients(gates.gradients, gates.loglik, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:
-        if earlier.merge.gradients is None:
-            raise ConfigError("the earlier merges hold no gradients", hint="Fit them anew, from all items.")
+        assert earlier.merge.gradients  # such merges are made by this policy alone
         gradients = earlier.merge.gradients.plus(gradients)
     if on_step := passes.get("on_step"):
         shots = sum(len(job.examples) for job in jobs)

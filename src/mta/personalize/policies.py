@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,32 +66,22 @@ class Policy:
     """A policy and its needs, which are checked before anything is scored."""
 
     weigh: Weigh  # -> w (U, K), float64
-    evidence: Callable[[MergeSettings], bool]  # whether the policy reads the anchors' losses
-    gradients: bool  # whether the policy reads the shots' gradients and the bank's calibration
-    labels: bool  # whether the policy needs the scores of a closed set of labels
-    all_anchors: bool  # whether the policy is meant for all anchors, or only for the nearest
-    cosines: bool  # whether the policy reads the cosines of people and anchors
-    learns: Learns | None  # the training that goes on from the policy's coefficients (``learn`` in merge.py)
-    options: type[Settings] | None  # the class of ``merge.options``; None: the policy has no options
+    evidence: bool | Callable[[MergeSettings], bool] = False  # whether the policy reads the anchors' losses
+    gradients: bool = False  # whether the policy reads the shots' gradients and the bank's calibration
+    labels: bool = False  # whether the policy needs the scores of a closed set of labels
+    all_anchors: bool = False  # whether the policy is meant for all anchors, or only for the nearest
+    cosines: bool = False  # whether the policy reads the cosines of people and anchors
+    learns: Learns | None = None  # the training that goes on from the policy's coefficients (``learn`` in merge.py)
+    options: type[Settings] | None = None  # the class of ``merge.options``; None: the policy has no options
+
+    def reads_evidence(self, settings: MergeSettings) -> bool:
+        """Return whether the policy with these settings reads the anchors' losses."""
+        return self.evidence(settings) if callable(self.evidence) else self.evidence
 
 
-def policy(
-    *,
-    evidence: bool | Callable[[MergeSettings], bool] = False,
-    gradients: bool = False,
-    labels: bool = False,
-    all_anchors: bool = False,
-    cosines: bool = False,
-    learns: Learns | None = None,
-    options: type[Settings] | None = None,
-) -> Callable[[Weigh], Policy]:
+def policy(**needs: Any) -> Callable[[Weigh], Policy]:
     """Make a policy of a function; arguments as in ``Policy``."""
-
-    def made(weigh: Weigh) -> Policy:
-        reads = evidence if callable(evidence) else lambda _: evidence
-        return Policy(weigh, reads, gradients, labels, all_anchors, cosines, learns, options)
-
-    return made
+    return partial(Policy, **needs)
 
 
 def policy_named(name: str) -> Policy:
@@ -143,11 +135,8 @@ def laplace(settings: MergeSettings, known: PolicyInput) -> Tensor:
 
     The gradient is a sum over shots, so the result for a longer history is exactly that of all its items.
     """
-    if known.calibration is None or known.gradients is None:
-        raise ConfigError(
-            "policy 'laplace' needs the shots' gradients and a calibrated bank",
-            hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
-        )
+    assert known.calibration  # ``check_merge`` has checked it
+    assert known.gradients
     sums, loglik, shots = known.gradients
     w = known.calibration.coefficients(sums, loglik, shots)
     return w.gather(1, known.ids)

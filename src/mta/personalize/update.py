@@ -77,7 +77,7 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
         jobs, stages.with_merge(stages.earlier_merge(cohort), _stacks(stages, cohort)), cohort.tokens_per_batch
     )
     policy = policy_of(stages.run.merge)
-    fitted = policy.evidence(stages.run.merge) or policy.learns is not None
+    fitted = policy.reads_evidence(stages.run.merge) or policy.learns is not None
     updates = [_decided(state, losses, fitted) for state, losses in zip(states, measured)]
     actions = [update.action for update in updates]
     for action in ("merge", "retrain", "refresh"):
