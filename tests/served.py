@@ -41,6 +41,7 @@ def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.01)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     here = SimpleNamespace(url=url, service=service, secrets=secrets, server=server, thread=thread)

@@ -1,4 +1,4 @@
-"""A running gateway with three people, and questions to it."""
+"""A running gateway with four people, and questions to it."""
 
 import pytest
 from served import served
@@ -14,11 +14,11 @@ ASKED = [{"role": "user", "content": "Film 7"}]
 
 @pytest.fixture(scope="module")
 def world(tiny_bank_folder, tmp_path_factory):
-    """A server with three people in its store: ann, bob, team/cy."""
+    """A server with four people in its store: ann, bob, team/cy, anna."""
     base = endless(base_of())
     bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("served")
     with served(base, bank, folder, limits=Limits(forgets=0)) as here:
-        for n, id in enumerate(("ann", "bob", "team/cy")):
+        for n, id in enumerate(("ann", "bob", "team/cy", "anna")):
             stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
             state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
             here.service.store.save(id, state)

@@ -28,7 +28,8 @@ def test_an_answer_has_vllms_format(world):
     texts, labels = prompts(world), list(world.service.task.labels)
     found = ask(world, "serve", model="person:ann", input=texts).json()
     assert (found["object"], found["model"], found["labels"]) == ("list", "person:ann", labels)
-    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] > 0
+    read = sum(len(world.service.base.prompts.answered(text, labels)[0].prompt) for text in texts)
+    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] == read
     for row, one in enumerate(found["data"]):
         assert (one["index"], one["num_classes"]) == (row, len(labels))
         assert one["label"] == max(zip(one["probs"], labels, strict=True))[1]

@@ -103,7 +103,7 @@ def test_models_lists_a_persons_own_model_and_no_other_persons(world):
 
 
 @pytest.mark.parametrize(
-    "model", ["person:bob", "person:nobody", "person:team/cy", "person:bob@v1", "person:ann@v9", "gpt-9", "person:"]
+    "model", ["person:bob", "person:nobody", "person:anna", "person:bob@v1", "person:ann@v9", "gpt-9", "person:"]
 )
 def test_forbidden_and_unknown_people_get_the_same_answer(world, model):
     with pytest.raises(openai.NotFoundError) as error:
