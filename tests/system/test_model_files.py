@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,13 +122,16 @@ def test_a_module_list_that_is_none_is_refused(encoder, text):
 
 
 def test_a_tokenizer_class_of_a_folder_is_refused(encoder, base, marker):
+    """A base whose class transformers knows is loaded with the class of its own."""
     own = {"AutoTokenizer": ["evil.Words", "evil.Words"]}
-    for folder, call in ((encoder, vectors), (base, load)):
+    for folder in (encoder, base):
         plant(folder, marker, "Words")
         changed_json(folder / "tokenizer_config.json", tokenizer_class="Words", auto_map=own)
-        changed_json(folder / "config.json", model_type="evil")
-        refused(call, folder)
-        assert not marker.exists()
+    with suppress(ModelError):
+        load(base)
+    changed_json(encoder / "config.json", model_type="evil")
+    assert "needs Python code from its own folder" in refused(lambda: SentenceEncoder(str(encoder), "cpu").fingerprint)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
