@@ -12,12 +12,13 @@ SHOTS, QUERIES, PEOPLE = 4, 2, 3
 POSTERIOR = MergeSettings(policy="posterior", k=0)
 
 
-def batch_of(tiny, shots=SHOTS, **changes):
+def batch_of(tiny, people=None, shots=SHOTS, **changes):
     base, bank = tiny
+    people = people_of(PEOPLE, prefix="x", seed=7) if people is None else people
     anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.parts_of(p.id)]
     anchors.sort(key=lambda person: person.id)
     context = Context(base, bank, HashEncoder(), TINY_RUN, **{"anchors": anchors, **changes})
-    return TestBatch.of(context, people_of(PEOPLE, prefix="x", seed=7), shots=shots, queries=QUERIES)
+    return TestBatch.of(context, people, shots=shots, queries=QUERIES)
 
 
 @pytest.fixture

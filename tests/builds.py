@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-from conftest import TINY_RUN, HashEncoder, people_of
+from conftest import TINY_RUN, HashEncoder, people_of, stopped_when
 from tiny import base_of
 
 from mta.bank.build import build_bank
@@ -23,12 +22,7 @@ def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = 
 
 def stopped(out: Path, stage: str = "anchors", at: int = 1, **how) -> None:
     """Stop a build at a step of a stage."""
-
-    def stop(name, step):
-        if name == stage and step.step == at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(lambda name, step: (name, step.step) == (stage, at)) as stop:
         build(out, on_step=stop, **how)
 
 

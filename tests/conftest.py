@@ -13,7 +13,7 @@ if any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy"
     for name in ("no_proxy", "NO_PROXY"):  # a proxy does not reach the servers of tests
         os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".lstrip(",")
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import fsspec
 import hypothesis
@@ -294,3 +294,15 @@ def known(tiny, tmp_path):
     from crowd import knowing  # which imports this module
 
     return knowing(*tiny, tmp_path / "people")
+
+
+@contextmanager
+def stopped_when(due):
+    """Yield an ``on_step`` that stops what runs in the block, as Ctrl+C does, at the first step that is ``due``."""
+
+    def stop(stage, step):
+        if due(stage, step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        yield stop

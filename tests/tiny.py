@@ -31,6 +31,7 @@ from transformers import (
 from mta.data.tasks.prompt import Example
 from mta.kernels import compile
 from mta.lora.batch import Factors, LoraBatch
+from mta.lora.layers import applied
 from mta.model.base import BaseModel
 from mta.system.atomic import write_json
 from mta.training.packing import Rows, collate, tree
@@ -229,3 +230,13 @@ def counted(model: torch.nn.Module) -> torch.nn.Module:
 def changed_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON file, which is created where it is missing."""
     write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | changes)
+
+
+@torch.no_grad()
+def greedy(base, prompt, owner, adapters, count):
+    """The most likely token again and again, over the whole text each time: no batch, no padding, no cache, no slot."""
+    tokens = list(prompt)
+    with applied(base.model, adapters, torch.tensor([owner])):
+        for _ in range(count):
+            tokens.append(int(base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]

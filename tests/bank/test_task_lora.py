@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, stopped, trained
-from conftest import people_of
+from conftest import people_of, stopped_when
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
@@ -193,12 +193,7 @@ def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path
     whole = build(tmp_path / "whole", people, run=run)
     for place in (3, 7, 11):
         steps = iter(range(place))
-
-        def stop(stage, step, left=steps):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
+        with stopped_when(lambda stage, step, left=steps: next(left, None) is None) as stop:
             build(tmp_path / "killed", people, run=run, on_step=stop)
     assert trained(build(tmp_path / "killed", people, run=run)) == trained(whole)
 

@@ -3,20 +3,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import PEOPLE, QUERIES, SHOTS, batch_of
+from batches import batch as batch  # the fixture
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import CompareSettings, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, Diverged, InputError
-from mta.evaluation import Context, TestBatch, context, run_methods
+from mta.evaluation import context, run_methods
 from mta.evaluation.compare import compare, standard_methods
 from mta.evaluation.methods import (
     Base,
     GlobalConstant,
+    LabelBias,
     Merged,
     MergeThenAdapt,
     Method,
     OneLora,
+    OtherPerson,
     Outcome,
     OwnConstant,
     TaskLora,
@@ -27,9 +31,8 @@ from mta.evaluation.reports.summary import headline, verdict
 from mta.evaluation.statistics import Comparison, Row, bootstrap
 from mta_lab.experiments.results import Where
 from mta_lab.experiments.runner import compute_records
-from mta_lab.methods.combined import Chosen
+from mta_lab.methods.combined import Chosen, Rag
 
-SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))
 MTA = MergeThenAdapt(name="MTA", merge=MergeSettings(policy="posterior", k=0), stack=TINY_RUN.stack)
 ALL = [
@@ -45,12 +48,6 @@ ALL = [
 ]
 
 
-def batch_of(tiny, people=None, shots=SHOTS, queries=QUERIES):
-    base, bank = tiny
-    people = people_of(PEOPLE, prefix="x", seed=7) if people is None else people
-    return TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=shots, queries=queries)
-
-
 def with_other_answers(person):
     """The same person with other answers to all items after the shots."""
     items = [
@@ -58,11 +55,6 @@ def with_other_answers(person):
         for n, item in enumerate(person.items)
     ]
     return Person.of(person.id, items)
-
-
-@pytest.fixture
-def batch(tiny):
-    return batch_of(tiny)
 
 
 def test_all_methods_answer_the_same_queries_in_order_and_say_what_they_cost(batch, monkeypatch):
@@ -150,7 +142,7 @@ def test_shots_never_include_queries(batch):
 def test_no_method_learns_from_the_answers_to_queries(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     methods = [method for method in ALL if method.name not in {"base", "task LoRA", "adapt only"}]
-    methods += [Chosen(margin=0.0)]
+    methods += [Chosen(margin=0.0), LabelBias(), OtherPerson(over=MTA), Rag()]
     one, other = (
         run_methods(batch_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
     )
@@ -224,7 +216,7 @@ def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(batch, m
 
     def timed(self, batch, seed):
         assert "jobs" in vars(batch)  # tokenized before the method begins
-        return dataclasses.replace(run(self, batch, seed), seconds=8.0)
+        return dataclasses.replace(run(self, batch, seed), seconds=12.0)
 
     monkeypatch.setattr(TaskLora, "run", timed)
     workspace = SimpleNamespace(batch_of=lambda *_: batch, hashed=str, question_id=lambda *_: "q")
@@ -236,7 +228,7 @@ def test_a_record_has_a_persons_share_of_the_seconds_without_tokenizing(batch, m
         where=Where("task-lora", "task LoRA", "main", SHOTS, 0),
         method=TaskLora(),
     )
-    assert [record.seconds for record in compute_records(workspace, asked)] == [8.0 / PEOPLE] * PEOPLE
+    assert [record.seconds for record in compute_records(workspace, asked)] == [12.0 / PEOPLE] * PEOPLE
     del vars(batch)["jobs"]
     run_methods(batch, [TaskLora(name="anew")])
 
@@ -281,7 +273,7 @@ def test_a_comparison_resamples_groups_of_people(tiny, task):
     people = [dataclasses.replace(p, group="g" if n < 2 else "") for n, p in enumerate(people_of(PEOPLE, prefix="x"))]
     found = run_methods(batch_of(tiny, people), [TaskLora(), Base()])
     values = found.row("base").people["NLL"] - found.row("task LoRA").people["NLL"]
-    assert found.groups == ("g", "g", "", "")
+    assert found.groups == ("g", "g", "")
     assert found.difference("base", "task LoRA", "NLL") == bootstrap(values, groups=found.groups) != bootstrap(values)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import batch_of
 from conftest import TINY_RUN, HashEncoder, people_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,13 +25,9 @@ from mta.personalize.merge import Merge, merge_loras
 PEOPLE = people_of(4, prefix="x", seed=7)
 
 
-def batch_of(base, bank) -> TestBatch:
-    return TestBatch.of(Context(base, bank, HashEncoder(), TINY_RUN), PEOPLE, shots=4, queries=2)
-
-
 @pytest.fixture
 def batch(tiny):
-    return batch_of(*tiny)
+    return batch_of(tiny, PEOPLE)
 
 
 @given(groups=st.lists(st.sampled_from(["", "a", "b"]), min_size=1, max_size=8), order=st.randoms())
@@ -75,7 +72,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
     base, bank = tiny
     mu = torch.linspace(-0.5, 0.7, len(bank), dtype=torch.float64)
     known = Calibration(mu, torch.eye(len(bank), dtype=torch.float64), CalibrationInfo(ridge=0.3, prior=1.0))
-    batch = batch_of(base, replace(bank, calibration=known))
+    batch = batch_of((base, replace(bank, calibration=known)), PEOPLE)
     found = PopulationMerge().run(batch, seed=0)
     merge = Merge(torch.arange(len(bank))[None], mu[None])
     dense = merge_loras(bank.device_anchors, merge)
@@ -88,7 +85,7 @@ def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
 def test_without_a_calibration_there_is_no_population_merge(tiny):
     base, bank = tiny
     with pytest.raises(ConfigError, match="the bank has no calibration"):
-        PopulationMerge().run(batch_of(base, replace(bank, calibration=None)), seed=0)
+        PopulationMerge().run(batch_of((base, replace(bank, calibration=None))), seed=0)
 
 
 def test_the_control_of_a_method_that_does_not_personalize_is_the_method(batch):

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import base_of, changed_json, endless, random_loras, save_base
+from tiny import base_of, changed_json, endless, greedy, random_loras, save_base
 
 from mta.lora.layers import PerPerson, applied
 from mta.model.base import BaseModel
@@ -22,23 +22,13 @@ def people(base, count=3):
     return [PerPerson(random_loras(base, count, size=0.6))]
 
 
-@torch.no_grad()
-def one_by_one(base, prompt, owner, adapters, count):
-    """The most likely token again and again, over the whole text each time: no batch, no padding, no cache."""
-    tokens = list(prompt)
-    with applied(base.model, adapters, torch.tensor([owner])):
-        for _ in range(count):
-            tokens.append(int(base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_different_people_answers_like_each_alone_without_padding(kind):
     """Long enough for the sliding windows of 5 tokens to matter; -1 is nobody."""
     base = endless(base_of(kind))
     prompts, owners, adapters = prompts_of(9, 3, 14, 7), [2, 0, -1, 1], people(base)
     found = generate(base, prompts, owners, adapters, max_new_tokens=6)
-    assert found == [one_by_one(base, prompt, owner, adapters, 6) for prompt, owner in zip(prompts, owners)]
+    assert found == [greedy(base, prompt, owner, adapters, 6) for prompt, owner in zip(prompts, owners)]
 
 
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
@@ -71,7 +61,7 @@ def test_the_padding_token_in_a_prompt_is_text_like_any_other():
     base = endless(base_of())
     prompts = [[base.pad_token, 5, base.pad_token, 7], [8, 9, 10, 11, 12, 13]]
     assert generate(base, prompts, [-1, -1], [], max_new_tokens=4) == [
-        one_by_one(base, prompt, -1, [], 4) for prompt in prompts
+        greedy(base, prompt, -1, [], 4) for prompt in prompts
     ]
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer, stopped_when
 from files import folder_of, path_of
 from tiny import base_of
 from traces import traces
@@ -40,14 +40,9 @@ OTHERS = people_of(3, items=6, prefix="x", seed=5)
 
 def stopped(personal: Personalizer, people: list[Person], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run over these people that was stopped amid stage 3, and left its plan and checkpoint."""
-
-    def stop(stage: str, step: object) -> None:
-        if stage == "stack" and step.step == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "due", lambda _: True)
-        with pytest.raises(KeyboardInterrupt):
+        with stopped_when(lambda stage, step: (stage, step.step) == ("stack", 2)) as stop:
             personal.personalize(people, on_step=stop)
     assert {path.suffix for path in Path(personal.store.files.at("work")).glob("*/*")} == {".json", ".checkpoint"}
 

@@ -8,7 +8,7 @@ from threading import Barrier
 
 import kill
 import pytest
-from conftest import people_of, personalizer
+from conftest import people_of, personalizer, stopped_when
 from crowd import PEOPLE, QUESTION, in_cohorts_of, knowing, same, states_in
 from files import folder_of
 from tiny import base_of
@@ -145,12 +145,8 @@ def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tm
 
 
 def test_a_run_of_other_people_keeps_the_checkpoint_of_a_stopped_run(tiny, tmp_path):
-    def stop(stage, step):
-        if stage == "stack":
-            raise KeyboardInterrupt
-
     personal = personalizer(*tiny, store=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(lambda stage, step: stage == "stack") as stop:
         personal.personalize(PEOPLE, on_step=stop)
     (begun,) = (tmp_path / "work").iterdir()
     personal.personalize(people_of(1, prefix="other"))
@@ -161,12 +157,9 @@ def test_a_run_of_other_people_keeps_the_checkpoint_of_a_stopped_run(tiny, tmp_p
 
 
 def test_a_resumed_plan_covers_everybody(tiny, tmp_path):
-    def stop(stage, step):
-        raise KeyboardInterrupt
-
     changed = [*PEOPLE[1:], PEOPLE[0].first(2)]
     knowing(*tiny, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(lambda stage, step: True) as stop:
         personalizer(*tiny, store=tmp_path).personalize(changed, on_step=stop)  # a plan of one person
     personalizer(*tiny, store=tmp_path, merge=MergeSettings(policy="uniform")).personalize(changed)
     again = personalizer(*tiny, store=tmp_path)
@@ -179,11 +172,10 @@ def test_an_update_of_new_people_that_is_stopped_goes_on_with_its_plan(tiny, tmp
     personal.personalize([PEOPLE[0].first(2)])
     begun = len(list((tmp_path / "people").glob("*/*/*.safetensors")))
 
-    def stop(stage, step):
-        if len(list((tmp_path / "people").glob("*/*/*.safetensors"))) >= begun + 2:  # a cohort was saved
-            raise KeyboardInterrupt
+    def saved(stage, step):
+        return len(list((tmp_path / "people").glob("*/*/*.safetensors"))) >= begun + 2  # a cohort
 
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(saved) as stop:
         personal.update(PEOPLE, on_step=stop)
     (plan,) = (tmp_path / "people" / "work").glob("*/plan.json")
     planned, resumed = json.loads(plan.read_text()), []

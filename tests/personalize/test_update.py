@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer, stopped_when
 from crowd import PEOPLE, in_cohorts_of, knowing, same
 
 from mta.config import MergeSettings, override
@@ -271,12 +271,7 @@ def test_an_update_that_is_stopped_and_repeated_ends_as_if_undisturbed(by_policy
     torn = in_cohorts_of(*tiny, 2, store=knowing(*tiny, tmp_path / "torn", halves, merge=merge).store, merge=merge)
     for at in (1, 3, 6):  # each in what the one before left
         steps = itertools.count(1)
-
-        def stop(stage, step, steps=steps, at=at):
-            if next(steps) == at:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
+        with stopped_when(lambda stage, step, steps=steps, at=at: next(steps) == at) as stop:
             torn.update(PEOPLE, on_step=stop)
     torn.update(PEOPLE)
     for person in PEOPLE:

@@ -6,7 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
-from conftest import TINY_RUN, HashEncoder, people_of
+from conftest import TINY_RUN, HashEncoder, people_of, stopped_when
 from tiny import KINDS, base_of, random_examples, tokenizer, without_kernels
 
 from mta import BASE, TASK
@@ -174,14 +174,10 @@ def test_an_engine_answers_the_same(walked, reference, tmp_path):
 
 
 def test_an_interrupted_run_resumes_to_the_same_states(walked, tmp_path, monkeypatch):
-    def stop(stage, step):
-        if step.step == 2 and stage == "stack":
-            raise KeyboardInterrupt
-
     steps = []
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)  # after each step
     how = {"store": Store(tmp_path), "run": TINY_RUN, "encoder": HashEncoder()}
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(lambda stage, step: (stage, step.step) == ("stack", 2)) as stop:
         Personalizer(walked.base, walked.bank, **how).personalize(PEOPLE, on_step=stop)
     again = Personalizer(walked.base, walked.bank, **how)
     again.personalize(PEOPLE, on_step=lambda stage, step: steps.append(step.step) if stage == "stack" else None)

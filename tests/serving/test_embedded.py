@@ -11,10 +11,9 @@ from conftest import TINY_RUN
 from contract import closing, pieces_of, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, endless, random_loras
+from tiny import base_of, endless, greedy, random_loras
 
 from mta.lora.batch import Factors, LoraBatch
-from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded import scheduler as scheduling
 from mta.serving.embedded.adapter_slots import AdapterSlots
@@ -51,14 +50,8 @@ def world(kind="llama", people=4, pooled=True):
     return base, bank, models
 
 
-@torch.no_grad()
 def one_by_one(base, bank, who, prompt, count, stacked=True):
-    """Greedy decoding over the whole text at each step: no batch, no cache, no slot."""
-    tokens, adapters = list(prompt), row_adapters(base, bank, [who], stacked)
-    with applied(base.model, adapters, torch.tensor([0])):
-        for _ in range(count):
-            tokens.append(int(base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    return greedy(base, prompt, 0, row_adapters(base, bank, [who], stacked), count)
 
 
 class OneStore:
