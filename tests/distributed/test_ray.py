@@ -21,7 +21,7 @@ from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, Diverged, StoreError
 from mta.model.base import BaseModel
-from mta.personalize import Personalizer
+from mta.personalize import Personalizer, forget_person
 from mta.personalize.stages import StagesOpener
 from mta.store import Store
 from mta.store.state import State
@@ -236,6 +236,21 @@ def test_any_number_of_workers_makes_the_same_updates(here, site, tmp_path, work
             done = personal.update(people_of(PEOPLE))
         assert (done.refreshed + done.retrained, done.failed) == (PEOPLE, {})
     assert states(tmp_path / "apart") == states(tmp_path / "alone")
+
+
+def test_a_person_who_is_forgotten_during_a_run_is_not_saved_by_its_workers(here, site, tmp_path):
+    base, bank, _ = site
+    *_, last = (person.id for person in people_of(PEOPLE))
+
+    def forget(stage, step):
+        if step.step == 1:
+            forget_person(last, Store(tmp_path))
+
+    with Cluster(here, workers=1, most=2) as cluster:
+        done = personalized(base, bank, tmp_path, cluster, forget)
+    assert (done.trained, done.failed, done.forgotten) == (PEOPLE - 1, {}, (last,))
+    assert last not in Store(tmp_path)
+    assert not (tmp_path / "work").exists()
 
 
 def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
