@@ -18,7 +18,7 @@ from mta.personalize.forgetting import forget_person
 from mta.personalize.merge import Merge, merge_loras
 from mta.serving.engine import Version, from_wire, named, wire_name
 from mta.serving.launch import vllm_settings
-from mta.serving.vllm.adapters import AdapterFolders, LoraExporter, folder_of
+from mta.serving.vllm.adapters import AdapterFolders, LoraExporter, folder_of, remove_all
 from mta.store import Store
 from mta.store.state import State
 
@@ -43,6 +43,15 @@ def differ(one, other):
     pairs = [(one.delta(name), other.delta(name)) for name in one.names]
     lost = sum((a - b).square().sum() for a, b in pairs)
     return float((lost / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+def test_a_persons_files_are_deleted_finished_or_not(tmp_path):
+    names = [folder_of(wire_name(Version(id, 1, seal="a" * 16))) for id in ("ann", "anna")]
+    made = [tmp_path / f"{dot}{name}" for name in names for dot in ("", ".")]
+    for folder in made:
+        folder.mkdir()
+    remove_all(tmp_path, "ann")
+    assert [folder.exists() for folder in made] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("stacked", [True, False])
