@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +191,20 @@ def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
             next(stream.iter_lines())
         waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
         assert http.post("/v1/completions", json=ASK).json()["usage"]["completion_tokens"] <= 3
+
+
+def test_a_person_key_has_at_most_its_share_of_answers_at_once(tiny, tmp_path):
+    base, bank = tiny
+    with served(base, bank, tmp_path, limits=Limits(own=1)) as here, here.http("ann") as http:
+        running, ask = here.service.answers.used, partial(http.post, "/v1/completions", json=ASK)
+        with ThreadPoolExecutor(2) as callers:
+            with stepped(here.service.engine.scheduler):
+                first = callers.submit(ask)
+                waited(lambda: {"status": "done" if running.total() else "waiting"})
+                refused, other = ask(), callers.submit(here.http("serve").post, "/v1/completions", json=ASK)
+                waited(lambda: {"status": "done" if running.total() == 2 else "waiting"})
+            assert (refused.status_code, "at most 1 at once" in refused.text) == (429, True)
+            assert [one.result().status_code for one in (first, other)] == [200, 200]
 
 
 def test_a_stopping_server_finishes_running_answers(tiny, tmp_path):
