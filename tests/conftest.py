@@ -220,15 +220,19 @@ def tiny_bank_folder(tmp_path_factory):
     return build(tmp_path_factory.mktemp("bank"), people_of(4, prefix="t"), people_of(12, prefix="c"))
 
 
-@pytest.fixture
-def tiny(tiny_bank_folder, cache):
-    """Base and bank, ready to personalize."""
+def opened(folder):
     from tiny import base_of
 
     from mta.bank.bank import Bank
 
     base = base_of()
-    return base, Bank.open(tiny_bank_folder, base)
+    return base, Bank.open(folder, base)
+
+
+@pytest.fixture
+def tiny(tiny_bank_folder, cache):
+    """Base and bank, ready to personalize."""
+    return opened(tiny_bank_folder)
 
 
 @pytest.fixture
@@ -266,12 +270,7 @@ def trusting_bank_folder(tmp_path_factory, tiny_bank_folder):
 @pytest.fixture
 def trusting(trusting_bank_folder, cache):
     """Base and bank, ready to personalize by gradients."""
-    from tiny import base_of
-
-    from mta.bank.bank import Bank
-
-    base = base_of()
-    return base, Bank.open(trusting_bank_folder, base)
+    return opened(trusting_bank_folder)
 
 
 @pytest.fixture(params=["posterior", "laplace"])

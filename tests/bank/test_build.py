@@ -10,7 +10,7 @@ import kill
 import pytest
 import torch
 from builds import CANDIDATES, TASK_PEOPLE, UNCALIBRATED, build, changed, files_in, stopped, trained
-from conftest import TINY_RUN, HashEncoder, memory_for, people_of
+from conftest import TINY_RUN, HashEncoder, memory_for, people_of, stopped_when
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import base_of
@@ -194,12 +194,7 @@ def test_an_item_that_is_too_long_is_named_before_anything_is_trained(tmp_path):
 def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
     seen = []
 
-    def stop(stage, step):
-        seen.append(stage)
-        if stage == "calibration":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(lambda stage, step: seen.append(stage) or stage == "calibration") as stop:
         build(tmp_path / "bank", on_step=stop)
     seen.clear()
     out = build(tmp_path / "bank", run=changed("calibration", enabled=False), on_step=stop)

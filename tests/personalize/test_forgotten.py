@@ -109,18 +109,13 @@ def test_only_a_kept_history_holds_texts_and_only_the_list_of_exports_may_name_a
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, monkeypatch, as_task, killed):
     """Not even one whose building was killed. Their keyed membership stays: how else would it be known?"""
-
-    def stop(stage: str, step: object) -> None:
-        if killed and stage == "anchors" and step.step == 3:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
     person, store = (EVE if as_task else somebody(40)), Store(tmp_path / "people")
     people, candidates, bank = people_of(4, prefix="t"), people_of(12, prefix="c"), tmp_path / "bank"
     (people if as_task else candidates).append(person)  # the most active candidate
     how = (base_of(), task, HashEncoder(), people, candidates, TINY_RUN, bank)
     if killed:
-        with pytest.raises(KeyboardInterrupt):
+        with stopped_when(lambda stage, step: (stage, step.step) == ("anchors", 3)) as stop:
             build_bank(Build(*how, on_step=stop))
         assert (bank / "work" / "anchors-000.checkpoint").is_file()
     else:

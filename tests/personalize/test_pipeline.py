@@ -94,12 +94,11 @@ def test_a_run_goes_on_from_its_checkpoint(by_policy, tmp_path, monkeypatch):
     personal = personalizer(*tiny, store=tmp_path / "people", merge=merge)
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
 
-    def stop(stage, step):
+    def first(stage, step):
         seen.append((stage, step.step))
-        if (stage, step.step) == ("stack", 2) and seen.count(("stack", 2)) == 1:
-            raise KeyboardInterrupt
+        return seen[-1] == ("stack", 2) and seen.count(("stack", 2)) == 1
 
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_when(first) as stop:
         personal.personalize(PEOPLE, on_step=stop)
     seen.append("again")
     personal.personalize(PEOPLE, on_step=stop)

@@ -2,11 +2,10 @@
 
 import json
 import socket
-import time
 
 import httpx2
 import pytest
-from served import served
+from served import served, waited
 from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
@@ -63,8 +62,5 @@ def test_a_client_that_does_not_read_does_not_block_others(here):
     assert asked(here).status_code == 200
     for connection in (*slow, *halves):
         connection.close()
-    until = time.monotonic() + 120
-    while here.service.engine.facts()["running"][0] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert here.service.engine.facts()["running"][0] == 0
+    waited(lambda: {"status": "running" if here.service.engine.facts()["running"][0] else "done"}, seconds=120)
     assert asked(here).status_code == 200

@@ -210,17 +210,14 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
     return seen
 
 
-def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+def test_a_pipe_and_standard_output_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out")
     with pytest.raises(InputError, match="is a device or a pipe"):
         write_text(tmp_path / "out", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out").is_fifo()
-
-
-def test_standard_output_is_not_replaced_where_it_is_a_file(tmp_path: Path) -> None:
     code = "from pathlib import Path; from mta.system.atomic import check_ordinary; check_ordinary(Path('/dev/stdout'))"
-    with (tmp_path / "out").open("w") as out:
+    with (tmp_path / "file").open("w") as out:
         done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True)
     assert "/dev/stdout is a device or a pipe" in done.stderr
 
