@@ -113,6 +113,12 @@ def test_too_few_people_are_refused(folder, base):
     assert not (folder / "copy").exists()
 
 
+def test_items_of_another_task_are_named(folder, base):
+    others = [Person(f"o{n}", (Item({"text": "Fine. " * 20, "rating": "3"}),) * 3) for n in range(9)]
+    with pytest.raises(DataError, match="item 1 of 'o0'"):
+        calibrated(folder, base, others)
+
+
 def test_an_item_that_is_too_long_is_named_before_anything_is_measured(folder):
     narrow = base_of()
     narrow.prompts.max_tokens = 20  # less than the instruction

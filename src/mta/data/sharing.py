@@ -117,7 +117,7 @@ class Copies:
             return None
         target = _plain(task.target(item))
         names = task.item.inputs if task.asks_like_items(item) else ()
-        inputs = [_plain(item.fields[name]) for name in names]
+        inputs = [_plain(item.fields.get(name, "")) for name in names]  # other fields are refused later
         # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
