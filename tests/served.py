@@ -81,3 +81,11 @@ def waited(ask, seconds=600):
         assert time.monotonic() < until, found
         time.sleep(0.05)
     return found
+
+
+def until(check, seconds=600):
+    """Wait until ``check`` returns true; fail after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.02)

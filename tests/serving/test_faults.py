@@ -5,7 +5,7 @@ import socket
 
 import httpx2
 import pytest
-from served import served, waited
+from served import served, until
 from tiny import base_of, endless, random_loras
 
 from mta.bank.bank import Bank
@@ -62,5 +62,5 @@ def test_a_client_that_does_not_read_does_not_block_others(here):
     assert asked(here).status_code == 200
     for connection in (*slow, *halves):
         connection.close()
-    waited(lambda: {"status": "running" if here.service.engine.facts()["running"][0] else "done"}, seconds=120)
+    until(lambda: not here.service.engine.facts()["running"][0], seconds=120)
     assert asked(here).status_code == 200

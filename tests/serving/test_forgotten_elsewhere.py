@@ -5,14 +5,13 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import people_of
-from served import served
+from served import served, until
 from tiny import base_of, endless
 
 from mta.bank.bank import Bank
@@ -29,14 +28,6 @@ pytestmark = pytest.mark.integration
 
 ITEMS = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4, seed=9)[0].items]
 EVE = "/v1/people/eve"
-
-
-def until(check):
-    for _ in range(30000):
-        if check():
-            return
-        time.sleep(0.02)
-    pytest.fail("it never came to pass")
 
 
 @pytest.fixture
@@ -215,8 +206,7 @@ def test_items_appended_while_the_person_is_forgotten_are_not_stored(gateway, mo
 
     def late(histories, *given):
         forgetting.start()  # it waits for the lock that is held here, after it has written its tombstone
-        while not gateway.store.tombstones.of("eve"):
-            time.sleep(0.01)
+        until(lambda: gateway.store.tombstones.of("eve"))
         return joined(histories, *given)
 
     monkeypatch.setattr(Histories, "_joined", late)

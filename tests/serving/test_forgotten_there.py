@@ -1,9 +1,8 @@
 """A person forgotten by HTTP is in no file and no log of the server."""
 
-import time
 from urllib.parse import quote
 
-from served import served
+from served import served, waited
 from tiny import base_of, endless
 from traces import spellings, traces
 
@@ -26,8 +25,7 @@ def test_a_person_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, ca
             for keep, part in ((True, items[:2]), (False, items[2:])):
                 assert http.post(f"{where}/history", json={"items": part, "keep": keep}).status_code == 200
             assert http.post(f"{where}/personalize").status_code == 202
-            while http.get(f"{where}/personalize").json()["status"] in ("waiting", "running"):
-                time.sleep(0.02)
+            waited(lambda: http.get(f"{where}/personalize").json())
             asked = {"model": f"person:{quote(EVE.id, safe='')}", "prompt": items[0]["fields"]["title"]}
             assert http.post("/v1/completions", json=asked | {"max_tokens": 4}).status_code == 200
             assert http.post("/v1/completions", json=asked | {"nonsense": EVE.id}).status_code == 400

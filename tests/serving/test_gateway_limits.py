@@ -4,7 +4,6 @@ import dataclasses
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import httpx2
 from fastapi import HTTPException
-from served import served, stepped, waited
+from served import served, stepped, until
 from tiny import endless
 
 from mta.serving import launch
@@ -52,8 +51,7 @@ def test_a_store_that_hangs_stops_no_answers_of_the_pooled_model(tiny, tmp_path,
 
         with ThreadPoolExecutor(50) as callers:
             waiting = [callers.submit(ask, f"person:x{n}") for n in range(50)]
-            while len(asked) < 40:
-                time.sleep(0.01)
+            until(lambda: len(asked) >= 40)
             assert ask("task") == 200
             assert not any(one.done() for one in waiting)
             go_on.set()
@@ -80,7 +78,7 @@ def test_long_prompts_of_a_person_key_delay_no_other_caller(tiny, tmp_path, monk
                 return http.post("/v1/chat/completions", json=body).status_code
 
         waiting = [callers.submit(ask, "ann", "long") for _ in range(6)]
-        waited(lambda: {"status": "done" if begun else "waiting"})
+        until(lambda: begun)
         assert ask("serve", "short") == 200
         assert len(begun) == 1
         go_on.set()
@@ -101,9 +99,9 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
                     f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
                 )
                 steps.release(3)
-                waited(lambda: {"status": "running" if scheduler.running == 0 else "done"})
+                until(lambda: scheduler.running)
             (row,) = scheduler.rows  # the engine stands still: it is not done
-            waited(lambda: {"status": "done" if row.cancelled else "running"})
+            until(lambda: row.cancelled)
             assert row.count < 10
         with here.http("serve") as http:
             assert http.post("/v1/completions", json=ASK).status_code == 200
@@ -189,7 +187,7 @@ def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
         body = ASK | {"max_tokens": 400, "stream": True, "temperature": 0}
         with http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
-        waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
+        until(lambda: here.service.engine.facts()["running"][0] == 0, seconds=60)
         assert http.post("/v1/completions", json=ASK).json()["usage"]["completion_tokens"] <= 3
 
 
@@ -200,9 +198,9 @@ def test_a_person_key_has_at_most_its_share_of_answers_at_once(tiny, tmp_path):
         with ThreadPoolExecutor(2) as callers:
             with stepped(here.service.engine.scheduler):
                 first = callers.submit(ask)
-                waited(lambda: {"status": "done" if running.total() else "waiting"})
+                until(lambda: running.total())
                 refused, other = ask(), callers.submit(here.http("serve").post, "/v1/completions", json=ASK)
-                waited(lambda: {"status": "done" if running.total() == 2 else "waiting"})
+                until(lambda: running.total() == 2)
             assert (refused.status_code, "at most 1 at once" in refused.text) == (429, True)
             assert [one.result().status_code for one in (first, other)] == [200, 200]
 

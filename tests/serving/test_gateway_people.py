@@ -12,7 +12,7 @@ import pytest
 from conftest import people_of
 from gateway import said
 from gateway import world as world  # the fixture
-from served import waited
+from served import until, waited
 from traces import spellings
 
 from mta.errors import BankCorrupt, PersonNotFound, StateCorrupt, StoreConflict, StoreError
@@ -253,7 +253,7 @@ def test_forgetting_during_other_requests_leaves_nothing(world):
     with world.http("team") as http:
         assert http.delete(where, timeout=60).status_code == 200
         jobs = world.service.jobs
-        waited(lambda: {"status": "running" if jobs._running or jobs._waiting() else "idle"})
+        until(lambda: not (jobs._running or jobs._waiting()))
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
     assert "team/eve" not in in_memory(world)
