@@ -106,7 +106,7 @@ def test_collect_removes_a_stopped_run_after_a_week(tmp_path: Path) -> None:
         plan.write_text("[]")
         os.utime(plan, (time.time() - days * 86400,) * 2)
     assert list(collect(store)) == [f"work/{old}/plan.json"]
-    assert {path.parent.name for path in (tmp_path / "work").rglob("plan.json")} == {young, "of-mine"}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {young, "of-mine"}
 
 
 def test_collect_keeps_the_plan_of_a_run_that_takes_longer_than_a_week(tmp_path: Path) -> None:

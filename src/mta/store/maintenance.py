@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from mta.errors import MtaError
-from mta.store.exports import exports_from_bytes
+from mta.store.exports import exports_from_bytes, remove_if_empty
 from mta.store.run_checkpoints import FOLDER as WORK
 from mta.store.run_checkpoints import RUN
 from mta.store.state import State, history_from_bytes
@@ -121,6 +121,8 @@ def collect(
     if not dry:
         for name in old:
             store.files.remove(name)
+        for folder in {_folder(name) for name in old} - {""}:
+            remove_if_empty(store.files, folder)
     numbers = Counter(_folder(name) for name in sizes if kinds[name] == "state")
     many = [person for person, count in numbers.items() if keep and count > keep]
     for n, trimmed in enumerate(in_threads(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
