@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration.info import Gain, Rival
-from mta.config.constants import NOTICEABLE
+from mta.config.constants import NOTICEABLE, SHOTS
 from mta.system.units import student_t
 
 T = TypeVar("T")
 _TYPICAL = 8  # shots, for which merge and rate are chosen
+
+
+def measured_shots(shots: Tensor, enough: int, fewer: bool) -> list[int]:
+    """Return the numbers of shots to measure: those that ``enough`` people have, or without ``fewer`` the largest one.
+
+    ``shots`` (U,) is everybody's number.
+    """
+    if fewer:
+        return [n for n in SHOTS if int((shots >= n).sum()) >= enough]
+    return [int(shots.sort(descending=True).values[enough - 1])]
 
 
 def typical_shots(shots: Collection[int]) -> int:

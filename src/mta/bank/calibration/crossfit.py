@@ -31,6 +31,7 @@ from mta.bank.calibration.choices import (
     best_on_average,
     chosen_by_others,
     gain_of,
+    measured_shots,
     rival_of,
     surely_best,
     typical_shots,
@@ -114,8 +115,7 @@ class Calibrator:
         every = self.gradients(mu[1 - self.fold]) if mu.any() else first
         single = self.of_shots(every)
         prior = prior_of([one.gradients for one in single], self.fold.tolist(), curvature.mean(0), RIDGE)
-        counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
-        counts = counts if self.fewer else [self.most_shots()]
+        counts = measured_shots(self.shots, ENOUGH, self.fewer)
         fits = [*zip(mu, curvature)]
         priors, prior = self.best_prior(fits, every, prior, typical_shots(counts))
         asked = [n for n in SHOTS if self.fewer and n <= self.settings.shots and n not in counts]
@@ -149,10 +149,6 @@ class Calibrator:
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
-    def most_shots(self) -> int:
-        """Return the largest number of shots that enough people have."""
-        return int(self.shots.sort(descending=True).values[ENOUGH - 1])
-
     def quick_gain(self) -> float:
         """Return the mean gain by people's own merges, near the pooled model, per token; 0 with too few people."""
         first, _ = self.first_pass()
@@ -163,8 +159,7 @@ class Calibrator:
         curvature = torch.stack([curvature_of(one) for one in rows])
         prior = prior_of([one.gradients for one in shots], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [(torch.zeros(self.anchors).double(), one) for one in curvature]
-        usual = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
-        most = typical_shots(usual) if self.fewer else self.most_shots()
+        most = typical_shots(measured_shots(self.shots, ENOUGH, self.fewer))
         priors, _ = self.best_prior(fits, first, prior, most)
         return float(self.gains(self.coefficients(fits, shots, most, priors)).mean())
 
