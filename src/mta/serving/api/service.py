@@ -159,7 +159,7 @@ class Service:
         self.is_stale |= fresh is False  # permanent: the weights in memory stay stale even if the folder is rebuilt
         if self.is_stale or not fresh:
             raise NeedsRebuild(
-                "the bank must be rebuilt without a forgotten person, or its folder holds another bank by now",
+                "the bank holds a forgotten person, cannot be read, or its folder holds another bank by now",
                 hint="Start the server again with the rebuilt bank. Ask the base meanwhile.",
             )
 
