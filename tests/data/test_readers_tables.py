@@ -200,7 +200,7 @@ def test_times_finer_than_a_microsecond_are_rounded(tmp_path):
 
 
 def test_values_of_numpy_and_pandas_are_read_as_numbers_and_missing():
-    NA = type("NAType", (), {"__str__": lambda self: "<NA>"})()  # as pandas names it, which no test needs
+    NA = type("NAType", (), {"__str__": lambda self: "<NA>"})()  # stands for pandas.NA
     assert [plain(one) for one in (np.float32(2.5), np.int64(3), np.bool_(True), NA)] == [2.5, 3, True, None]
 
 
