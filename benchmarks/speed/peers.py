@@ -51,7 +51,10 @@ class PlainPeft:
         self.model.train()
         self.scale, self.tokens, self.autocast = like.scale, TOKENS, False
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
-        self.parameters = [tensor for pair in self._factors().values() for tensor in pair]
+        self.factors = {
+            n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()
+        }
+        self.parameters = [tensor for pair in self.factors.values() for tensor in pair]
         self.unfolded: dict[str, Tensor] = {}
 
     def compute_with(self, precision: str) -> None:
@@ -79,13 +82,20 @@ class PlainPeft:
     def begin(self, start: LoraBatch, person: int) -> None:
         """Set the adapter to where ``person`` starts."""
         with torch.no_grad():
-            pairs = self._factors()
-            values = [value[person] for name in pairs for value in start.factors[name]]
-            torch._foreach_copy_([tensor for pair in pairs.values() for tensor in pair], values)
+            values = [value[person] for name in self.factors for value in start.factors[name]]
+            torch._foreach_copy_(self.parameters, values)
 
     def prepare(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> None:
         """What ``train`` is to do; for one person it is done at once, to warm up."""
         self.work = jobs[:1], start, training
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=training.lr,
+            betas=(training.beta1, training.beta2),
+            eps=training.eps,
+            weight_decay=training.weight_decay,
+            fused=self.model.device.type == "cuda" or None,
+        )
         self.train()
         self.work = jobs, start, training
 
@@ -94,19 +104,15 @@ class PlainPeft:
         jobs, start, training = self.work
         for person, job in enumerate(jobs):
             self.begin(start, person)
-            optimizer = torch.optim.AdamW(
-                self.parameters,
-                lr=training.lr,
-                betas=(training.beta1, training.beta2),
-                eps=training.eps,
-                weight_decay=training.weight_decay,
-                fused=self.model.device.type == "cuda" or None,
-            )
+            for kind in self.optimizer.state[
+                self.parameters[0]
+            ]:  # as new, without the thousands of kernels of a new one
+                torch._foreach_zero_([self.optimizer.state[tensor][kind] for tensor in self.parameters])
             for step in range(training.steps or 0):
                 self.backward(batch_of(job, step, training.batch_size, 0))
                 torch.nn.utils.clip_grad_norm_(self.parameters, training.clip)
-                optimizer.step()
-                optimizer.zero_grad()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
     def backward(self, examples: Sequence[Example]) -> Tensor:
         """Add the gradient of the mean loss over the targets' tokens; returns that loss, on the model's device."""
@@ -127,13 +133,10 @@ class PlainPeft:
             self.begin(start, person)
             self.model.zero_grad()
             losses.append(float(self.backward(job.examples)))
-            found.append({name: [t.grad.detach().clone() for t in pair] for name, pair in self._factors().items()})
+            found.append({name: [t.grad.detach().clone() for t in pair] for name, pair in self.factors.items()})
         self.model.zero_grad()
         stacked = {n: Factors(*(torch.stack([one[n][side] for one in found]) for side in (0, 1))) for n in self.layers}
         return sum(losses) / len(losses), LoraBatch(stacked, self.scale)
-
-    def _factors(self) -> dict[str, tuple[Any, Any]]:
-        return {n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()}
 
 
 def fastest(plain: PlainPeft, prepare: Callable[[], Any], among: Sequence[str]) -> str:
