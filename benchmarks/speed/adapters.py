@@ -45,7 +45,8 @@ class ManyPeft:
     def merge(self, numbers: Sequence[int], weights: Sequence[float], name: str, **how: Any) -> None:
         """A new adapter ``name`` from those of ``numbers``; keywords as in ``add_weighted_adapter``."""
         assert name not in self.model.peft_config  # else PEFT would return without having merged anything
-        self.model.add_weighted_adapter([str(n) for n in numbers], list(weights), name, **how)
+        with torch.device(self.model.device):  # else PEFT makes new layers on the host, and copies them
+            self.model.add_weighted_adapter([str(n) for n in numbers], list(weights), name, **how)
 
     def forget(self, prefix: str) -> None:
         """Delete the adapters whose names begin so."""
@@ -62,6 +63,7 @@ def lora_config(batch: LoraBatch) -> Any:
         lora_alpha=batch.scale * batch.rank,
         target_modules=batch.names,
         lora_dropout=0.0,
+        init_lora_weights=False,  # all weights are copied
         task_type="CAUSAL_LM",
     )
 
