@@ -29,6 +29,7 @@ class Peer:
         self.folder, self.work = folder, json.loads((folder / "work.json").read_text())
         torch.set_num_threads(self.work["threads"])
         dtype = getattr(torch, self.work["dtype"])
+        torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16  # its adapters are float32
         self.model = LLMModel.from_pretrained(str(folder / "base"), device=self.work["device"], load_dtype=dtype)
         self.people = [str(n) for n in range(len(self.work["people"]))]
         self.start = load_file(folder / "start.safetensors", device=self.work["device"])
