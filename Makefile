@@ -63,7 +63,7 @@ OUT ?= $(if $(QUICK),report,results)
 BUDGET ?= 480
 GPU_ARGS ?=
 
-# Compiled kernels are for CPUs only: without them, nothing is compiled, and a rehearsal computes as a GPU does.
+# Compiled kernels are for CPUs only: without them, a rehearsal computes as a GPU does. Flex attention needs a C compiler.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
 	@failed=0; export MTA_KERNELS=off PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH"; set -x; \
 	$(GPU_PYTHON) -m mta doctor --device $(DEVICE) || failed=1; \

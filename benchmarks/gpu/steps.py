@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from sysconfig import get_path
 from typing import Any
 from unittest.mock import patch
 
@@ -115,10 +119,12 @@ class Step:
         return self._in_turn(name, sides, other.train, self.cohort.train, note=note)
 
     def in_one_kernel(self) -> Row:
-        """The same step with flex attention, in turn with blocks, after gradients were compared."""
+        """The same step with flex attention, in turn with blocks, after gradients were compared. Raises Absent."""
         name, count = f"{self.name}, flex attention", len(self.jobs)
         if self.site.device.type == "cpu":
             return Row(name, "mta", "mta, blocks", skipped="flex attention has no backward pass on a CPU")
+        if not (which(os.environ.get("CC", "cc")) and Path(get_path("include"), "Python.h").exists()):
+            raise Absent("flex attention needs a C compiler and Python's headers")
         base, some = self.cohort.base, self.cohort.first(_COMPARED)
         some = replace(some, start=small(some.start, 7))
 
@@ -165,8 +171,11 @@ class Step:
         """Against another trainer of many LoRAs, after losses and gradients were compared. Raises Absent."""
         multi_lora.need_peer()
         site = self.site
-        dtype = str(site.dtype).removeprefix("torch.")
-        return multi_lora.against(f"{self.name}, MoE-PEFT", self.cohort, dtype, site.settings, site.plain)
+        dtype, cohort = (
+            str(site.dtype).removeprefix("torch."),
+            replace(self.cohort, memory=self.cohort.memory // 2),
+        )  # for both
+        return multi_lora.against(f"{self.name}, MoE-PEFT", cohort, dtype, site.settings, site.plain)
 
     def against_best_batch(self) -> Row:
         """The same rates against the peer's best number of examples in one pass."""
