@@ -171,10 +171,8 @@ class Step:
         """Against another trainer of many LoRAs, after losses and gradients were compared. Raises Absent."""
         multi_lora.need_peer()
         site = self.site
-        dtype, cohort = (
-            str(site.dtype).removeprefix("torch."),
-            replace(self.cohort, memory=self.cohort.memory // 2),
-        )  # for both
+        dtype = str(site.dtype).removeprefix("torch.")
+        cohort = replace(self.cohort, memory=self.cohort.memory // 2)  # two processes share the device
         return multi_lora.against(f"{self.name}, MoE-PEFT", cohort, dtype, site.settings, site.plain)
 
     def against_best_batch(self) -> Row:
