@@ -51,9 +51,7 @@ class PlainPeft:
         self.model.train()
         self.scale, self.tokens, self.autocast = like.scale, TOKENS, False
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
-        self.factors = {
-            n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()
-        }
+        self.factors = {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in self.layers.items()}
         self.parameters = [tensor for pair in self.factors.values() for tensor in pair]
         self.unfolded: dict[str, Tensor] = {}
 
@@ -104,10 +102,9 @@ class PlainPeft:
         jobs, start, training = self.work
         for person, job in enumerate(jobs):
             self.begin(start, person)
-            for kind in self.optimizer.state[
-                self.parameters[0]
-            ]:  # as new, without the thousands of kernels of a new one
-                torch._foreach_zero_([self.optimizer.state[tensor][kind] for tensor in self.parameters])
+            states = self.optimizer.state.values()  # none before the first step
+            for name in next(iter(states), ()):  # a new optimizer would start a thousand kernels on a GPU
+                torch._foreach_zero_([state[name] for state in states])
             for step in range(training.steps or 0):
                 self.backward(batch_of(job, step, training.batch_size, 0))
                 torch.nn.utils.clip_grad_norm_(self.parameters, training.clip)
