@@ -91,7 +91,7 @@ class Cohort:
             jobs, start = [self.jobs[n] for n in chosen], self.start.select(chosen)
             passes: Passes = {"tokens_per_batch": plan.tokens_per_batch, **how}
             found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **passes))
-        return joined(found)
+        return found[0] if len(found) == 1 else concatenate(found)
 
     def gradient(self) -> tuple[float, LoraBatch]:
         """Mean loss of these people and the gradient of each adapter on all examples of its job."""
@@ -178,8 +178,3 @@ def agreed(difference: float, dtype: str) -> float:
     if not difference <= allowed:
         raise Unequal(f"results differ by {difference:.3g}, {allowed} is allowed in {dtype}")
     return difference
-
-
-def joined(parts: Sequence[LoraBatch]) -> LoraBatch:
-    """The adapters of all parts, which are of one shape, in their order."""
-    return parts[0] if len(parts) == 1 else concatenate(parts)
