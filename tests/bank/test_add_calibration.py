@@ -160,7 +160,7 @@ def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, ba
         calibrated(folder, base)
     task = mta.Bank.open(folder / "bank", base).task.model_copy(update={"answer_tokens": 7})
     format.write_task(folder / "bank", task)
-    assert read_info(folder / "bank").task["answer_tokens"] == 7
+    assert read_info(folder / "bank").task.answer_tokens == 7
 
 
 HEADLINES = load_task("lamp4")

@@ -142,16 +142,10 @@ def test_a_bank_of_another_schema_version_is_refused(folder, version):
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"colour": "red"}, "{folder}/bank.json does not describe a bank: 1 validation error"),
-        ({"task": {"name": "x"}}, "{folder} cannot be read: "),
-    ],
-)
-def test_a_sealed_description_of_no_bank_is_refused(folder, changes, message):
+@pytest.mark.parametrize(("changes", "errors"), [({"colour": "red"}, "1 v"), ({"task": {"name": "x"}}, "3 v")])
+def test_a_sealed_description_of_no_bank_is_refused(folder, changes, errors):
     rewritten(folder, **changes)
-    assert corrupt(folder).startswith(message.format(folder=folder))
+    assert corrupt(folder).startswith(f"{folder / 'bank.json'} does not describe a bank: {errors}alidation error")
 
 
 @pytest.mark.parametrize("described", ["", "[]", "null", "3", "{}", '{"version": 3}', "[" * 100000, "\x00"])

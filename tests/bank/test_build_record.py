@@ -63,7 +63,7 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     after = read_info(tmp_path / "bank")
     assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
     assert Bank.open(tmp_path / "bank", base).task == limited
-    assert before.task["answer_tokens"] is None
+    assert before.task.answer_tokens is None
     assert with_hash(after).hash == before.hash
 
 

@@ -18,7 +18,6 @@ from mta.config import CalibrationSettings, Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.config.loader import read_yaml, to_yaml
 from mta.data.history import Person, named_items
-from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
 from mta.errors import InputError
 from mta.model.base import BaseModel
@@ -48,7 +47,7 @@ def calibrate_bank(
     outside = _checked(folder, info, base, known, run.calibration)
     check_new(out)
     anchors, task_lora = read_adapters(folder, info)
-    task, settings = Task.model_validate(info.task), _settings(info, run)
+    task, settings = info.task, _settings(info, run)
     calibration = calibrate(
         base,
         task,
@@ -91,8 +90,7 @@ def _checked(
         raise InputError(f"calibration.people is {settings.people}; at least {ENOUGH} are needed", hint="Raise it.")
     unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     members = {one.id for one in people if info.members.trained(one.id, "anchor", "task LoRA")} - unseen.keys()
-    task = Task.model_validate(info.task)
-    outside = calibration_people(people, members, settings, info.run.seed, task, unseen)
+    outside = calibration_people(people, members, settings, info.run.seed, info.task, unseen)
     if len(outside) < ENOUGH:
         raise InputError(
             f"{len(people)} people are left, but all except {len(outside)} are in the bank, share their items with "
@@ -100,7 +98,7 @@ def _checked(
             hint="Give other people, or the candidates it was built from, with the same first items.",
         )
     measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
-    base.prompts.check(task, named_items(people, measured))
+    base.prompts.check(info.task, named_items(people, measured))
     return outside
 
 

@@ -147,7 +147,6 @@ class Bank:
         check_base(folder, info, base.name, base.fingerprint)
         with reading(folder):
             verify(folder, info, full=full)
-            task = Task.model_validate(info.task)
             vectors = load_file(folder / INDEX)["vectors"]
         anchors, task_lora = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
@@ -156,7 +155,7 @@ class Bank:
         if base.has_weights:  # adapters are exported from an outline of the base, too
             task_lora = task_lora and task_lora.to(base.device)
         calibration = read_calibration(folder, info)
-        return cls(folder, info, task, anchors, device_anchors, vectors, task_lora, calibration)
+        return cls(folder, info, info.task, anchors, device_anchors, vectors, task_lora, calibration)
 
     def calibrate(
         self,

@@ -199,7 +199,7 @@ def _finish(
         base=context.base.name,
         base_fingerprint=context.base.fingerprint,
         base_note=context.base.note,
-        task=context.task.model_dump(mode="json"),
+        task=context.task,
         encoder=context.run.encoder,
         encoder_fingerprint=context.encoder.fingerprint,
         run=context.run,

@@ -39,7 +39,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     gains = what_to_expect(info)
     expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
-    return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
+    return f"""# A bank of {len(info.items)} anchors for `{info.task.name}`
 
 LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
@@ -98,7 +98,7 @@ def adapter_card(info: BankInfo, rank: int, error: float, *, anchors: int, stack
     base = public_name(info.run.base)
     return f"""{_front_matter(info, "peft")}{MARK}
 
-# One person's adapter for `{info.task["name"]}`
+# One person's adapter for `{info.task.name}`
 
 A LoRA of rank {rank} over **{base}**{_base_note(info)}: {", ".join(parts)}, {exact}. Made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed) from bank `{info.hash[:12]}`.

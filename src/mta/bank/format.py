@@ -63,7 +63,7 @@ class BankInfo(BaseModel, frozen=True, extra="forbid"):
     base: str
     base_fingerprint: str
     base_note: str
-    task: dict[str, Any]
+    task: Task
     encoder: str
     encoder_fingerprint: str
     run: Run
@@ -106,8 +106,8 @@ def write_info(folder: Path, info: BankInfo) -> None:
 
 def write_task(folder: Path, task: Task) -> None:
     """Replace a finished bank's task by one that differs in ``UNTRAINED`` only; the bank's hash does not change."""
-    if Task.model_validate((info := read_info(folder)).task) != task:
-        write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
+    if (info := read_info(folder)).task != task:
+        write_info(folder, info.model_copy(update={"task": task}))
 
 
 def read_info(folder: Path) -> BankInfo:

@@ -122,7 +122,7 @@ def _facts(info: BankInfo, license: str) -> dict[str, str]:
         "license": license or "none (--license): without a license, users of the hub may not use the bank",
         "base": info.base + terms,
         "data": f"histories of {members.task} people behind the task LoRA, {members.candidates} candidates, and "
-        f"{members.anchors} of them behind anchors, for the task {info.task['name']!r}: the terms of these data "
+        f"{members.anchors} of them behind anchors, for the task {info.task.name!r}: the terms of these data "
         "must allow publishing",
         "people": "these files contain no id and no text, but every anchor's meta-LoRA at full strength: from it, one "
         "can tell better than by guessing whether an item was among the anchor's texts (docs/explanation/privacy.md)",

@@ -20,7 +20,6 @@ from mta.config import Run
 from mta.config.constants import ROUNDING_ONLY
 from mta.data.earlier import as_shown
 from mta.data.history import Person, check_distinct
-from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.batch import LoraBatch, concatenate
@@ -54,7 +53,7 @@ def rebuild_groups(
     check_base(folder, info, base.name, base.fingerprint)
     check_new(out)
     gone = forgotten_in(folder)  # people who are forgotten from now on stay marked
-    groups, task = _marked(folder, info, people, gone), Task.model_validate(info.task)
+    groups, task = _marked(folder, info, people, gone), info.task
     anchors, task_lora = read_adapters(folder, info)
     items = {n: items_of(group, info.run) for n, group in groups.items()}
     shown = {n: as_shown(task, groups[n], own, info.run.task_lora.history) for n, own in items.items()}

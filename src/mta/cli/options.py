@@ -112,10 +112,9 @@ def people_in(
 
 def task_of(folder: Path) -> TaskType:
     """Return the task of a bank without loading a model, so that people can be read and checked first."""
-    from mta.bank.format import read_info, reading
+    from mta.bank.format import read_info
 
-    with reading(folder):
-        return TaskType.model_validate(read_info(folder).task)
+    return read_info(folder).task
 
 
 def open_bank(
