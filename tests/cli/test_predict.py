@@ -1,15 +1,18 @@
 """``mta predict``: the questions of a file, each answered by its person's model."""
 
 import json
+import math
 import stat
 from dataclasses import replace
 from shutil import copytree
 
 import pytest
+import torch
 from world import ANN, BOB, mta, run, written
 from world import world as world  # the fixture
 
 from mta import TASK
+from mta.bank.calibration.label_bias import STD, features_of, fitted_bias
 from mta.cli.options import open_bank
 from mta.data.earlier import in_words
 from mta.data.history import PROFILE
@@ -161,6 +164,7 @@ def test_answers_in_the_benchmarks_format_can_be_scored(world, tmp_path):
         ([question(ANN, "Quorn")], ["--out", "/proc/new/answers.jsonl"], "/proc is not a writable folder"),
         ([question(ANN, "Quorn")], ["--out", "{root}/questions.jsonl"], "is also the file of questions"),
         ([question(ANN, "Quorn")], ["--skip-bad", "{root}/bad.jsonl", "--out", "{root}/bad.jsonl"], "or bad rows"),
+        ([question(ANN, "Quorn")], ["--label-bias", "{root}/h", "--write"], "Leave out  --write"),
         ([question(ANN, "Quorn")], ["--skip-bad", "{root}/h", "--history", "{root}/h"], "the file of earlier items"),
     ],
 )
@@ -169,6 +173,24 @@ def test_a_mistake_is_reported_before_a_model_is_loaded(world, tmp_path, monkeyp
     path = written(tmp_path / "questions.jsonl", rows)
     said = run("predict", path, *world.at, *(word.format(root=tmp_path) for word in words))
     assert (said.code, message in said.err) == (1, True), said.err
+
+
+def test_a_label_bias_is_fitted_to_a_file_of_items_as_in_a_comparison(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there is no store
+    more = written(tmp_path / "more.jsonl", [question(ANN, "Quorn"), question("eve", "Quorn")])
+    own, pooled = lines((said := mta("predict", more, "--bank", world.bank, "--label-bias", world.new)).out)
+    assert (own["model"], pooled["model"]) == ("label bias", "task")
+    assert "1 of 2 people have no items for a label bias: the pooled model answers" in said.err
+    base, bank, settings = open_bank(world.bank)
+    personal, labels = Personalizer(base, bank, run=settings), bank.task.labels
+    (items,) = (person.items for person in read_people(world.new, bank.task) if person.id == ANN)
+    gold = torch.tensor([labels.index(bank.task.target(item)) for item in items])
+    bias = fitted_bias(personal.label_scores([(TASK, items)])[0], gold, features_of(labels), STD)
+    shares = personal.shares([(TASK, one["question"]) for one in (own, pooled)])
+    odds = [shares[0][label] * math.exp(bias[k]) for k, label in enumerate(labels)]
+    assert own["shares"] == pytest.approx({label: odd / sum(odds) for label, odd in zip(labels, odds)}, abs=1e-5)
+    assert own["shares"] != pytest.approx(shares[0], abs=1e-3)
+    assert pooled["shares"] == pytest.approx(shares[1], abs=1e-5)
 
 
 def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tmp_path, monkeypatch):

@@ -47,6 +47,10 @@ def predict(
         str | None,
         Option(help="File of earlier items, if the bank's prompts show history. Default: the store's items."),
     ] = None,
+    label_bias: Annotated[
+        str | None,
+        Option(help="File of people's items: the pooled model answers, with a bias on labels fitted to each person's."),
+    ] = None,
     write: Annotated[bool, Option("--write", help="Generate text even if the task has labels.")] = False,
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
@@ -62,7 +66,8 @@ def predict(
     A row of SOURCE is a question: person, and input or the task's fields. Answers in SOURCE are not read. A benchmark's
     file gives its own questions. Answers come person by person, in the order of the file. Each line has person,
     question, answer, and, if the task has labels, the share of every label. To resume an interrupted command, repeat it
-    with --out. With --history and --fallback task, the pooled model answers from earlier items, without a store.
+    with --out. With --history and --fallback task, the pooled model answers from earlier items, without a store. With
+    --label-bias, no person's model is asked, and no store is needed.
 
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
@@ -70,7 +75,10 @@ def predict(
     from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
-    _check_files(source, history, skip_bad, out)
+    if label_bias and (write or history or fallback):
+        hint = "Leave out  --write, --history, and --fallback"
+        raise InputError("with --label-bias, the pooled model scores labels", hint=hint)
+    _check_files(source, history or label_bias, skip_bad, out)
     task = options.task_of(bank)
     options.check_written(task, write, max_new_tokens)
     people = options.people_in(source, task, columns, skip_bad, questions=True)
@@ -78,8 +86,10 @@ def predict(
     if lamp:
         tool.check_ids(people)
     known = _items_in(history, bank, columns)
+    fitted_to = options.people_in(label_bias, task, columns, None) if label_bias else None
     base, opened, run = options.open_bank(bank, words, device=device, config=config)
-    alone = history and fallback and store == _STORE and not Path(store).exists()  # no model of a person is asked
+    unasked = label_bias or (history and fallback)  # no person's model is
+    alone = unasked and store == _STORE and not Path(store).exists()
     personal = mta.Personalizer(base, opened, None if alone else store, run=run)
     if out:
         make_folder(out.parent)
@@ -87,9 +97,9 @@ def predict(
     shared = fallback and SharedModel(fallback.value)
     with Screen("questions") as screen:
         earlier = None if known is None else lambda person: known.get(person, ())
-        answers = tool.predict(
-            personal, people, shared, write, max_new_tokens, earlier=earlier, kept=kept, on_step=screen.step
-        )
+        biases = None if fitted_to is None else tool.biases_of(personal, fitted_to)
+        given = (personal, people, shared, write, max_new_tokens)
+        answers = tool.predict(*given, earlier=earlier, biases=biases, kept=kept, on_step=screen.step)
         predictions = list(answers)
     lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in predictions)
     if out is None:
@@ -100,7 +110,7 @@ def predict(
         write_text(out, lines)
     if kept is not None:
         kept.remove()
-    fallbacks = len({one.person for one in predictions if isinstance(one.model, SharedModel)})
+    fallbacks = len({one.person for one in predictions if one.model in ("task", "base")})
     if out and json:
         show_json({"out": str(out), "answers": len(predictions), "people": len(people), "fallback": fallbacks})
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mta.bank.calibration.info import LABEL_BIAS
+from mta.bank.calibration.label_bias import label_biases
 from mta.config.constants import ROUNDING_ONLY
 from mta.data.earlier import in_words
 from mta.data.history import PROFILE, Item, Person
@@ -26,12 +29,13 @@ from mta.system.storage import in_threads
 log = logging.getLogger("mta")
 _SHARED = {TASK: "the pooled model", BASE: "the base"}
 TOGETHER = 64  # questions answered together, by at most as many models: bounds the memory
+LabelBias = Mapping[str, float]  # label -> what is added to its log probability
 Answer = tuple[str, dict[str, float]]  # a text, and for a scored answer the shares of all labels
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer to a person's question, by ``model``: the person's id, or a shared model.
+    """The answer to a person's question, by ``model``: "person", "label bias", or a shared model ("task", "base").
 
     ``shares``: label -> probability, most likely label first; empty if the answer was generated.
     """
@@ -39,14 +43,23 @@ class Prediction:
     person: str
     question: Item
     answer: str
-    model: PersonOrModel
+    model: str
     shares: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields of one line of the file of answers."""
-        shown = self.model.value if isinstance(self.model, SharedModel) else "person"
         fields = {"person": self.person, "id": self.question.id, "question": dict(self.question.fields)}
-        return fields | {"answer": self.answer, "model": shown} | ({"shares": self.shares} if self.shares else {})
+        return fields | {"answer": self.answer, "model": self.model} | ({"shares": self.shares} if self.shares else {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What answers for a person: the model to ask, what it was made from, its name, and the labels' biases."""
+
+    asked: PersonOrModel
+    made_from: str
+    name: str
+    bias: LabelBias = field(default_factory=dict)
 
 
 class Unfinished(dict[str, list[Answer]]):
@@ -77,6 +90,7 @@ def predict(
     max_new_tokens: int | None = None,
     *,
     earlier: Callable[[str], Sequence[Item]] | None = None,
+    biases: Mapping[str, LabelBias] | None = None,
     kept: Unfinished | None = None,
     on_step: OnStep | None = None,
 ) -> Iterator[Prediction]:
@@ -85,10 +99,11 @@ def predict(
     ``earlier`` returns a person's items for banks with such prompts, also if another model answers; by default, those
     kept in the store.
     Labels are scored, as in a comparison; with ``write``, and for tasks without labels, answers are generated.
-    ``fallback`` answers for people without a model of this bank; without it, they raise PersonNotFound. Answers in
+    ``fallback`` answers for people without a model of this bank; without it, they raise PersonNotFound. With
+    ``biases`` (of ``biases_of``), the pooled model answers for all, with a person's bias if there is one. Answers in
     ``kept`` to the same questions of the same models are not computed again. Raises DataError for a long question.
     """
-    models = _models(personal, people, fallback)
+    models = _models(personal, people, fallback) if biases is None else _biased(people, biases)
     rows = [(person.id, question) for person in people for question in person.queries]
     task, prompts = personal.bank.task, personal.base.prompts
     most, of = personal.bank.history, earlier or personal.earlier
@@ -102,13 +117,14 @@ def predict(
     for start in range(0, len(rows), TOGETHER):
         some = [(person, _without_answer(task, question)) for person, question in rows[start : start + TOGETHER]]
         fields = [{**question.fields, PROFILE: shown.get(person, "")} for person, question in some]
-        asked = [(models[person][0], own) for (person, _), own in zip(some, fields)]
-        texts = [(models[person][1], own) for (person, _), own in zip(some, fields)]
+        asked = [(models[person].asked, own) for (person, _), own in zip(some, fields)]
+        texts = [(models[person].made_from, own) for (person, _), own in zip(some, fields)]
         key = json_sha256([personal.bank.hash, settings, scored, max_new_tokens, texts])
         answers = kept.get(key) if kept is not None else None
         if answers is None:
             if scored:
-                answers = [(next(iter(shares)), shares) for shares in personal.shares(asked)]
+                shared = [_moved(shares, models[who].bias) for (who, _), shares in zip(some, personal.shares(asked))]
+                answers = [(next(iter(shares)), shares) for shares in shared]
             else:
                 answers = [(text, {}) for text in personal.generate(asked, max_new_tokens=max_new_tokens)]
             if kept is not None:
@@ -117,13 +133,43 @@ def predict(
         if on_step:
             on_step("answers", Step(done, len({person for person, _ in some}), done, len(rows)))
         for (person, question), (answer, shares) in zip(some, answers):
-            yield Prediction(person, question, answer, models[person][0], shares)
+            yield Prediction(person, question, answer, models[person].name, shares)
 
 
-def _models(
-    personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None
-) -> dict[str, tuple[PersonOrModel, str]]:
-    """Return each person's model, their own or ``fallback``, and a hash of all that it was made from.
+def biases_of(personal: Personalizer, people: Sequence[Person]) -> dict[str, LabelBias]:
+    """Return each person's label bias of the pooled model, fitted to their items as in a comparison.
+
+    Raises InputError for a task without labels, and for a bank whose prompts show earlier items.
+    """
+    bank, labels = personal.bank, personal.bank.task.labels
+    if not labels or bank.history:
+        found = "whose prompts show earlier items" if bank.history else f"for {bank.task.name!r}, a task without labels"
+        raise InputError(f"a label bias cannot be fitted with a bank {found}", hint="Leave out  --label-bias")
+    items = [person.items for person in people]
+    scores = personal.label_scores([(TASK, own) for own in items])
+    std = bank.info.calibration.setting_of(LABEL_BIAS) if bank.info.calibration else None
+    biases = label_biases(bank.task, items, scores, std)
+    return {person.id: dict(zip(labels, bias.tolist())) for person, bias in zip(people, biases)}
+
+
+def _biased(people: Sequence[Person], biases: Mapping[str, LabelBias]) -> dict[str, _Model]:
+    if missing := [person.id for person in people if person.id not in biases]:
+        log.warning(
+            "%d of %d people have no items for a label bias: %s answers", len(missing), len(people), _SHARED[TASK]
+        )
+    own = {person.id: biases.get(person.id, {}) for person in people}
+    return {id: _Model(TASK, json.dumps(bias), LABEL_BIAS if bias else TASK.value, bias) for id, bias in own.items()}
+
+
+def _moved(shares: dict[str, float], bias: LabelBias) -> dict[str, float]:
+    """Return the shares of all labels with a bias on their log probabilities, the most likely label first."""
+    odds = {label: share * math.exp(bias.get(label, 0)) for label, share in shares.items()}
+    total = sum(odds.values())
+    return dict(sorted(((label, odd / total) for label, odd in odds.items()), key=lambda pair: -pair[1]))
+
+
+def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedModel | None) -> dict[str, _Model]:
+    """Return each person's model, their own or ``fallback``.
 
     Raises StoreError, PersonNotFound, StateCorrupt.
     """
@@ -145,7 +191,8 @@ def _models(
     if missing and fallback:
         counts = len(missing), len(people), _SHARED[fallback]
         log.warning("%d of %d people have no model of this bank: %s answers", *counts)
-    return {id: (id, work) if work or not fallback else (fallback, fallback.value) for id, work in works.items()}
+    shared = fallback and _Model(fallback, fallback.value, fallback.value)
+    return {id: _Model(id, work, "person") if work or not shared else shared for id, work in works.items()}
 
 
 def _without_answer(task: Task, question: Item) -> Item:

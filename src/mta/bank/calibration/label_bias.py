@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mta.data.tasks.task import is_number
+from mta.data.history import Item
+from mta.data.tasks.task import Task, is_number
 
+STD = 0.5  # of the prior, where no calibration chose one
 STEPS = 30  # of Newton's method, at most
 _SHORTENED = (1.0, 0.5, 0.25, 0.1, 0.01)  # steps to try; a step that does not help is not taken
 
@@ -54,6 +56,15 @@ def fitted_bias(scores: Tensor, gold: Tensor, features: Tensor, std: float) -> T
             break
         theta = tried
     return features @ theta
+
+
+def label_biases(
+    task: Task, people: Sequence[Sequence[Item]], scores: Sequence[Tensor], std: float | None
+) -> list[Tensor]:
+    """Return each person's bias (L,) from their items and the pooled model's ``scores`` of these, (n, L) each."""
+    labels, prior = task.labels or (), STD if std is None else std
+    gold = [torch.tensor([labels.index(task.target(item)) for item in items]) for items in people]
+    return [fitted_bias(own, right, features_of(labels), prior) for own, right in zip(scores, gold)]
 
 
 def bias_gain(scores: Tensor, gold: Tensor, bias: Tensor) -> float:

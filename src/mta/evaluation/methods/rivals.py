@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
-
 from mta.bank.calibration.calibrate import rivals_of
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, one_step
-from mta.bank.calibration.label_bias import features_of, fitted_bias
+from mta.bank.calibration.label_bias import features_of, label_biases
 from mta.config import Training, parse_size
 from mta.data.tasks.task import Task
 from mta.evaluation.methods.merged import adapted
@@ -35,22 +33,19 @@ class LabelBias(Method):
         return task.labelled
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        labels, memory, over = batch.task.labels or (), parse_size(batch.run.memory), batch.bank.task_adapters
-        calibration, std, features = batch.bank.info.calibration, self.std, features_of(labels)
-        if std is None:
-            std = calibration.setting_of(LABEL_BIAS) if calibration else None
-        std, start = 0.5 if std is None else std, clock(batch.base.device)
-        items = [person.items for person in batch.people]
-        gold = [torch.tensor([labels.index(batch.task.target(item)) for item in own]) for own in items]
-        shots = label_scores(batch.base, batch.task, items, over, memory=memory)
-        biases = [fitted_bias(scores, own, features, std) for scores, own in zip(shots, gold)]
+        calibration, std, over = batch.bank.info.calibration, self.std, batch.bank.task_adapters
+        if std is None and calibration:
+            std = calibration.setting_of(LABEL_BIAS)
+        items, start = [person.items for person in batch.people], clock(batch.base.device)
+        shots = label_scores(batch.base, batch.task, items, over, memory=parse_size(batch.run.memory))
+        biases = label_biases(batch.task, items, shots, std)
         seconds = clock(batch.base.device) - start
         answers = []
         for asked, bias, scores in zip(answer(batch, range(len(items)), over), biases, shots):
             assert asked.scores is not None  # the task has labels
             biased = from_scores(batch.task, asked.scores.double() + bias)
             answers.append(replace(biased, shots=scores, prompt_tokens=asked.prompt_tokens))
-        return Outcome(answers, seconds, 4.0 * features.shape[1])
+        return Outcome(answers, seconds, 4.0 * features_of(batch.task.labels or ()).shape[1])
 
 
 class CalibratedLora(Method):
