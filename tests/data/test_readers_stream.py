@@ -35,11 +35,7 @@ def test_a_fault_in_an_array_names_its_line_and_element(tmp_path: Path, text: st
 def test_elements_have_places(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('\n[ 12345,\n{"a":\n "\u00e9\u20ac"},\n\n[]]', encoding="utf-8")
-    assert list(stream.array_elements(path)) == [
-        ((path, 2, 1), 12345),
-        ((path, 3, 2), {"a": "é€"}),
-        ((path, 6, 3), []),
-    ]
+    assert list(stream.array_elements(path)) == [((path, 2, 1), 12345), ((path, 3, 2), {"a": "é€"}), ((path, 6, 3), [])]
 
 
 def test_lines_are_read_in_parts(tmp_path: Path) -> None:

@@ -55,12 +55,7 @@ SHAPES = {
     ),
     "bounded logits": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            vocab_size=LARGE,
-            hidden_size=64,
-            intermediate_size=160,
-            head_dim=16,
-            final_logit_softcapping=30.0,
-            **COMMON,
+            vocab_size=LARGE, hidden_size=64, intermediate_size=160, head_dim=16, final_logit_softcapping=30.0, **COMMON
         )
     ),
     "qwen3": lambda: Qwen3ForCausalLM(

@@ -150,13 +150,8 @@ def size(
     """
     from mta.tools import cost as sizing
 
-    given = {
-        "base": base,
-        "quantize": quantize,
-        "bank.anchors": anchors,
-        "bank.lora.rank": rank,
-        "task_lora.lora.rank": rank,
-    }
+    given = {"base": base, "quantize": quantize, "bank.anchors": anchors}
+    given |= {"bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = override(Run(base="llama-3-8b"), [*(words or []), *options.as_words(**given)], config)
     load = sizing.DataSizes(tokens, targets, shots, shared=shared)
     shape, machine = sizing.Shape.of(run.base), sizing.hardware(on)

@@ -101,12 +101,7 @@ class ComparisonReport:
 
 
 def standard_methods(
-    run: Run,
-    settings: CompareSettings,
-    task: Task,
-    anchors: int,
-    calibrated: bool = True,
-    history: bool = False,
+    run: Run, settings: CompareSettings, task: Task, anchors: int, calibrated: bool = True, history: bool = False
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, what a bank has to beat, merge only (each policy), MTA.
 

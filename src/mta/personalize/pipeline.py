@@ -16,15 +16,7 @@ from mta.config import Run, parse_size
 from mta.data.earlier import with_history
 from mta.data.history import Item, Person, check_distinct
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import (
-    ClusterError,
-    DataError,
-    InputError,
-    MtaError,
-    PersonForgotten,
-    PersonNotFound,
-    StateCorrupt,
-)
+from mta.errors import ClusterError, DataError, InputError, MtaError, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.adapters import check_bank

@@ -276,8 +276,7 @@ class StagesOpener:
         opened = Bank.open(bank, base)
         if opened.hash != self.hash:
             raise BankMismatch(
-                f"a worker found bank {opened.hash[:8]}… at {bank}, expected {self.hash[:8]}…",
-                hint=_SAME_FOLDER,
+                f"a worker found bank {opened.hash[:8]}… at {bank}, expected {self.hash[:8]}…", hint=_SAME_FOLDER
             )
         encoder = cache(partial(opened.encoder, base, self.run.encoder))
         return Stages(base, opened, self.run, encoder, session=session)

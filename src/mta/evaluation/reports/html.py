@@ -91,11 +91,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
 
 def write_html(
-    path: str | Path,
-    comparison: Comparison,
-    bank: Bank,
-    people: Sequence[Asked],
-    meta: Mapping[str, Any],
+    path: str | Path, comparison: Comparison, bank: Bank, people: Sequence[Asked], meta: Mapping[str, Any]
 ) -> None:
     """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes.
 
@@ -172,9 +168,7 @@ def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:
     info = bank.info
     rank, candidates, pooled = info.run.bank.lora.rank, info.members.candidates, info.members.task
     about: dict[str, Any] = {
-        "command": None,
-        "seed": None,
-        "base": info.base,
+        **{"command": None, "seed": None, "base": info.base},
         "note": info.base_note,
         "method": "Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed",
         "bank": f"{len(bank)} anchors of rank {rank} out of {candidates} candidates, encoder {info.encoder}; "
