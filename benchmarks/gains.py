@@ -18,7 +18,7 @@ SETS = {  # title -> folder below results
     "survey, 250 people": "rivals/survey",
     "headlines, 36 people": "gradient/lamp4_huffpost",
     "news, 31 people": "gradient/lamp2n_huffpost",
-    "ratings, 240 people": "gradient/movielens-100k",
+    "ratings, 240 people": "rivals/movielens",
     "reviews, 60 people": "gradient/lamp3_amazon",
     "titles, 66 people": "gradient/lamp5_papers",
 }
