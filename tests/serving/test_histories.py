@@ -6,6 +6,7 @@ import pytest
 
 from mta.data.history import Item
 from mta.serving.api.histories import Histories
+from mta.serving.engine import Refused
 from mta.store import Store
 
 DATED = [Item({"text": f"{n}"}, 1_700_000_000 + n) for n in range(3)]
@@ -40,3 +41,13 @@ def test_an_item_without_a_time_follows_all_known_ones(tmp_path, keep):
     later = Item({"text": "later"}, 1_700_000_009)
     histories.append("ann", [later], True)
     assert set(histories.of("ann").latest(2).items) == {new, later}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_limit_counts_stored_items_and_those_in_memory(tmp_path, keep):
+    histories = Histories(Store(tmp_path), 3)
+    histories.append("ann", DATED[:2], not keep)
+    histories.append("ann", DATED[1:], keep)  # one of these is known
+    with pytest.raises(Refused, match="at most 3 items, this one would have 4"):
+        histories.append("ann", [Item({"text": "new"})], keep)
+    assert histories.of("ann").items == tuple(DATED)

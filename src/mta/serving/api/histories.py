@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mta.data.history import Item, Person
 from mta.data.sharing import missing_from
@@ -44,8 +45,9 @@ class Histories:
         """Add items; return how many are stored, or held in memory, now. Raises Refused, PersonForgotten."""
         session = self._store.session(id)
         if keep:
-            return len(session.change_history(id, lambda: self._joined(self._store.history(id), id, new)).items)
-        person = self._joined(self._of(id), id, new)
+            joined = partial(self._joined, id=id, new=new, elsewhere=self._of(id))
+            return len(session.change_history(id, lambda: joined(self._store.history(id))).items)
+        person = self._joined(self._of(id), id, new, self._store.history(id))
         size, share = size_of(person), key.share
         if share and size > self._shares.each:
             raise Refused(
@@ -60,10 +62,11 @@ class Histories:
             self._shares.used[share] += size
         return len(person.items)
 
-    def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
+    def _joined(self, before: Person | None, id: str, new: Sequence[Item], elsewhere: Person | None) -> Person:
+        """Return a person with new items; those ``elsewhere``, in memory or stored, count for the limit, too."""
         known = before or Person(id, ())
         person = Person.of(id, (*known.items, *new), known.queries)
-        self.check_count(len(person.items))
+        self.check_count(len(person.items) + len(missing_from(person.items, elsewhere.items if elsewhere else ())))
         return person
 
     def check_count(self, count: int) -> None:
