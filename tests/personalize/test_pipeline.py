@@ -184,6 +184,8 @@ def test_an_update_of_new_people_that_is_stopped_goes_on_with_its_plan(tiny, tmp
         personal.update(PEOPLE)
     assert resumed == [planned]
     assert not (tmp_path / "people" / "work").exists()
+    personal.store.files.write("work/damaged/plan.json", b"[[1]]")
+    assert RunCheckpoints(personal.store.files, "work/damaged").plan() is None
 
 
 def test_an_item_that_does_not_fit_is_named_by_its_number(known, tiny):

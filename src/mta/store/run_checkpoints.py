@@ -38,7 +38,7 @@ class RunCheckpoints:
             names = json.loads(self.files.read(f"{self.name}/plan.json") or b"null")
         except (ValueError, RecursionError):
             return None
-        return names if isinstance(names, list) else None
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
     def note(self, names: Sequence[str]) -> None:
         """Save the names that the run will compute."""
