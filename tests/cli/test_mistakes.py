@@ -76,6 +76,10 @@ MISTAKES = {
         "generate Great-\ud83d --bank {bank} --store {store}",
         "DataError: the question's field 'question': holds half of a surrogate pair",
     ),
+    "a question of ten thousand objects in each other": (
+        "generate " + '{{"a":' * 10_000 + " --bank {bank} --store {store}",
+        "DataError: a question of task 'movielens-rating' needs title, genres; got one text",
+    ),
     "a question and a setting of the merge": (
         "generate {question} --bank {bank} --store {store} merge.policy=uniform",
         "ConfigError: 'merge' cannot be changed here",

@@ -74,7 +74,7 @@ def _fields(question: str) -> Question:
     """Return the fields of a question that is a JSON object; another text unchanged. Raises DataError."""
     fields: dict[str, object] = {}
     if question.lstrip().startswith("{"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             fields = loads(question)
     try:
         return {name: text_in(fields, name) for name in fields} or text_in({"question": question}, "question")
