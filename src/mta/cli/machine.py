@@ -67,7 +67,8 @@ def _ask_me(out: Path, json: bool) -> None:
     def ask(question: str, labels: Sequence[str]) -> str | None:
         while True:
             console.print(f"{question}  ", end="", highlight=False, markup=False)
-            key = typer.getchar() if sys.stdin.isatty() else sys.stdin.readline().strip() or "q"
+            by_key = sys.stdin.isatty() and all(len(label) == 1 for label in labels)
+            key = typer.getchar() if by_key else sys.stdin.readline().strip() or "q"
             console.print(key if key.isprintable() else "", highlight=False, markup=False)
             if key in (*labels, "q"):
                 return key if key in labels else None
