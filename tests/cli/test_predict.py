@@ -15,7 +15,7 @@ from mta import TASK
 from mta.bank.calibration.label_bias import STD, features_of, fitted_bias
 from mta.cli.options import open_bank
 from mta.data.earlier import in_words
-from mta.data.history import PROFILE
+from mta.data.history import PROFILE, Person
 from mta.data.readers import read_people
 from mta.personalize import Personalizer
 from mta.store import Store
@@ -191,6 +191,7 @@ def test_a_label_bias_is_fitted_to_a_file_of_items_as_in_a_comparison(world, tmp
     assert own["shares"] == pytest.approx({label: odd / sum(odds) for label, odd in zip(labels, odds)}, abs=1e-5)
     assert own["shares"] != pytest.approx(shares[0], abs=1e-3)
     assert pooled["shares"] == pytest.approx(shares[1], abs=1e-5)
+    assert tool.biases_of(personal, [Person(ANN, items), Person("eve", ())]).keys() == {ANN}
 
 
 def test_a_bank_whose_prompts_show_earlier_items_needs_no_store(world, asked, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ from mta.bank.calibration.label_bias import label_biases
 from mta.config.constants import ROUNDING_ONLY
 from mta.data.earlier import in_words
 from mta.data.history import PROFILE, Item, Person
-from mta.data.tasks.task import Task
 from mta.errors import InputError, OtherBank, PersonNotFound
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel
@@ -114,8 +113,10 @@ def predict(
     scored = bool(task.labels) and not write
     longest = prompts.answer_tokens(task) if scored else personal.longest_answer(max_new_tokens)
     prompts.check(task, ((f"a question of {one!r}", question) for one, question in rows), longest)
+    inputs = (task.query or task.item).inputs  # an answer in the file is not read
     for start in range(0, len(rows), TOGETHER):
-        some = [(person, _without_answer(task, question)) for person, question in rows[start : start + TOGETHER]]
+        part = rows[start : start + TOGETHER]
+        some = [(one, replace(asked, fields={name: asked.fields[name] for name in inputs})) for one, asked in part]
         fields = [{**question.fields, PROFILE: shown.get(person, "")} for person, question in some]
         asked = [(models[person].asked, own) for (person, _), own in zip(some, fields)]
         texts = [(models[person].made_from, own) for (person, _), own in zip(some, fields)]
@@ -123,7 +124,9 @@ def predict(
         answers = kept.get(key) if kept is not None else None
         if answers is None:
             if scored:
-                shared = [_moved(shares, models[who].bias) for (who, _), shares in zip(some, personal.shares(asked))]
+                shared = [
+                    _with_bias(shares, models[who].bias) for (who, _), shares in zip(some, personal.shares(asked))
+                ]
                 answers = [(next(iter(shares)), shares) for shares in shared]
             else:
                 answers = [(text, {}) for text in personal.generate(asked, max_new_tokens=max_new_tokens)]
@@ -145,6 +148,7 @@ def biases_of(personal: Personalizer, people: Sequence[Person]) -> dict[str, Lab
     if not labels or bank.history:
         found = "whose prompts show earlier items" if bank.history else f"for {bank.task.name!r}, a task without labels"
         raise InputError(f"a label bias cannot be fitted with a bank {found}", hint="Leave out  --label-bias")
+    people = [person for person in people if person.items]  # the questions of a file may be all items of a person
     items = [person.items for person in people]
     scores = personal.label_scores([(TASK, own) for own in items])
     std = bank.info.calibration.setting_of(LABEL_BIAS) if bank.info.calibration else None
@@ -161,7 +165,7 @@ def _biased(people: Sequence[Person], biases: Mapping[str, LabelBias]) -> dict[s
     return {id: _Model(TASK, json.dumps(bias), LABEL_BIAS if bias else TASK.value, bias) for id, bias in own.items()}
 
 
-def _moved(shares: dict[str, float], bias: LabelBias) -> dict[str, float]:
+def _with_bias(shares: dict[str, float], bias: LabelBias) -> dict[str, float]:
     """Return the shares of all labels with a bias on their log probabilities, the most likely label first."""
     odds = {label: share * math.exp(bias.get(label, 0)) for label, share in shares.items()}
     total = sum(odds.values())
@@ -193,11 +197,6 @@ def _models(personal: Personalizer, people: Sequence[Person], fallback: SharedMo
         log.warning("%d of %d people have no model of this bank: %s answers", *counts)
     shared = fallback and _Model(fallback, fallback.value, fallback.value)
     return {id: _Model(id, work, "person") if work or not shared else shared for id, work in works.items()}
-
-
-def _without_answer(task: Task, question: Item) -> Item:
-    names = (task.query or task.item).inputs
-    return replace(question, fields={name: question.fields[name] for name in names})
 
 
 def check_ids(people: Sequence[Person]) -> None:
