@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from mta.config import CompareSettings, Lora, Run, load_settings, override, parse_size
+from mta.config import CompareSettings, Lora, Run, override, parse_size
 from mta.config.loader import dump_yaml, read_yaml
 from mta.errors import ConfigError
 from mta.tools.demo import load_demo
@@ -18,7 +18,7 @@ def written(tmp_path, text):
 
 def refused(path=None, *words, kind=Run):
     with pytest.raises(ConfigError) as caught:
-        load_settings(kind, path, words)
+        override(kind(), words, path)
     return caught.value
 
 
@@ -26,26 +26,26 @@ def refused(path=None, *words, kind=Run):
 
 
 def test_defaults_are_those_of_the_paper():
-    run = load_settings(Run)
+    run = override(Run(), [])
     assert (run.bank.anchors, run.bank.min_items, run.bank.lora) == (50, 11, Lora(rank=8, alpha=16))
     assert run.bank.lora.scale == 2.0
 
 
 def test_a_partial_group_keeps_its_other_defaults(tmp_path):
     path = written(tmp_path, "stack: {training: {lr: 0.5}}\n")
-    given, default = load_settings(Run, path).stack.training, Run().stack.training
+    given, default = override(Run(), [], path).stack.training, Run().stack.training
     assert given == default.model_copy(update={"lr": 0.5})
 
 
 @pytest.mark.parametrize("words", [["stack.training.epochs=3"], ["stack={training: {epochs: 3}}"]])
 def test_epochs_replace_the_default_steps(words):
-    for settings in (load_settings(Run, None, words), override(Run(), words)):
-        assert (settings.stack.training.epochs, settings.stack.training.steps) == (3, None)
+    training = override(Run(), words).stack.training
+    assert (training.epochs, training.steps) == (3, None)
 
 
 def test_words_override_the_file(tmp_path):
     path = written(tmp_path, "seed: 3\nbank: {anchors: 20, min_items: 5}\n")
-    run = load_settings(Run, path, ["bank.anchors=7", "stack.training.lr=1e-3"])
+    run = override(Run(), ["bank.anchors=7", "stack.training.lr=1e-3"], path)
     assert (run.seed, run.bank.anchors, run.bank.min_items) == (3, 7, 5)
     assert run.stack.training.lr == 1e-3
 
@@ -54,19 +54,19 @@ def test_words_override_the_file(tmp_path):
     "words", [["merge.k=2", "merge={policy: similarity}"], ["merge={policy: similarity}", "merge.k=2"]]
 )
 def test_words_for_a_group_and_for_a_part_of_it_add_up(words):
-    merge = load_settings(Run, None, words).merge
+    merge = override(Run(), words).merge
     assert (merge.k, merge.policy) == (2, "similarity")
 
 
 def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
-    assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
-    assert load_settings(CompareSettings, None, ["seeds=[1, 2]"]).seeds == (1, 2)
-    assert load_settings(Run, None, ["task_lora.unseen=null"]).task_lora.unseen is None
+    assert override(Run(), ["base=a=b"]).base == "a=b"
+    assert override(CompareSettings(), ["seeds=[1, 2]"]).seeds == (1, 2)
+    assert override(Run(), ["task_lora.unseen=null"]).task_lora.unseen is None
 
 
 @pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"k": 3}), CompareSettings(seeds=(0, 1))])
 def test_settings_survive_yaml(tmp_path, settings):
-    assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
+    assert override(type(settings)(), [], written(tmp_path, dump_yaml(settings))) == settings
 
 
 # mistakes

@@ -15,7 +15,7 @@ from crowd import PEOPLE, QUESTION, knowing, same
 from tiny import base_of, tokenizer
 
 import mta
-from mta.config import CompareSettings, Run, load_settings
+from mta.config import CompareSettings, Run, override
 from mta.data.history import Item, Person
 from mta.errors import BankMismatch, ConfigError, DataError, InputError, StoreError, UnsupportedModel
 from mta.evaluation.compare import compare
@@ -246,4 +246,4 @@ def test_the_settings_beside_a_bank_of_an_own_task_name_its_file(tmp_path):
     task = tmp_path / "mine.yaml"
     task.write_text((Path(mta.__file__).parent / "data/tasks/builtin/movielens-rating.yaml").read_text())
     bank = mta.Bank.build(base_of(), people_of(16), tmp_path / "bank", task=task, run=TINY_RUN, encoder=HashEncoder())
-    assert load_settings(Run, bank.folder / "config.yaml").task == str(task)
+    assert override(Run(), [], bank.folder / "config.yaml").task == str(task)

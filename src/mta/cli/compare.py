@@ -15,7 +15,7 @@ from typer import Option
 import mta
 from mta.cli import options, screen
 from mta.cli.screen import Screen, show_json
-from mta.config import CompareSettings, Run, load_settings
+from mta.config import CompareSettings, Run, override
 from mta.config.loader import Settings
 from mta.data.history import Person
 from mta.system.extras import require
@@ -100,7 +100,7 @@ def opened(
     people = options.people_in(source, options.task_of(bank_folder), columns, skip_bad)
     run_words = [word for word in words or () if re.split("[.=]", word)[0] in RUN_SETTINGS]
     own_words = [word for word in words or () if word not in run_words]
-    chosen = load_settings(settings, config, own_words, beside=RUN_SETTINGS)
+    chosen = override(settings(), own_words, config, beside=RUN_SETTINGS)
     base, bank, run = options.open_bank(
         bank_folder,
         run_words,

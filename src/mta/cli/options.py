@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 import mta
-from mta.config import Run, load_settings, override
+from mta.config import Run, override
 from mta.config.constants import ROUNDING_ONLY
 from mta.data.history import Person
 from mta.data.readers import read_people
@@ -86,7 +86,7 @@ def as_words(**options: object) -> list[str]:
 
 def settings(config: Path | None, words: list[str] | None, **options: object) -> Run:
     """Return the run's settings: the file, overridden by words, overridden by options."""
-    return load_settings(Run, config, [*(words or []), *as_words(**options)])
+    return override(Run(), [*(words or []), *as_words(**options)], config)
 
 
 def columns_in(given: Sequence[str] | None) -> dict[str, str]:
@@ -141,7 +141,7 @@ def open_bank(
     built = info.run
     run = override(built, [*(words or []), *as_words(seed=seed, device=device)], config, beside=beside)
     fixed = set(Run.model_fields) - machine - open_to
-    if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
+    if run.task != built.task and load_task(run.task).identity == info.task.identity:
         fixed -= {"task"}  # the same task under another name
     if changed := sorted(name for name in fixed if getattr(run, name) != getattr(built, name)):
         raise ConfigError(

@@ -6,11 +6,9 @@ from mta.config.schema import CalibrationSettings as CalibrationSettings
 from mta.config.schema import CompareSettings as CompareSettings
 from mta.config.schema import Lora as Lora
 from mta.config.schema import MergeSettings as MergeSettings
-from mta.config.schema import Policy as Policy
 from mta.config.schema import Run as Run
 from mta.config.schema import StackSettings as StackSettings
 from mta.config.schema import TaskLoraSettings as TaskLoraSettings
 from mta.config.schema import Training as Training
-from mta.config.schema import load_settings as load_settings
 from mta.config.schema import override as override
 from mta.config.schema import parse_size as parse_size

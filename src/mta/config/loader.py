@@ -122,8 +122,7 @@ def read_yaml(path: str | Path | None, beside: Container[str] = ()) -> dict[str,
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEachKey) if path else None  # noqa: S506
     except FileNotFoundError:
         raise ConfigError(
-            f"no such configuration file: {path}",
-            hint="Give the path of a YAML file, or settings as words:  key=value",
+            f"no such configuration file: {path}", hint="Give the path of a YAML file, or settings as words:  key=value"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="Give a file that you can read.") from None

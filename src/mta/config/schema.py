@@ -169,10 +169,8 @@ class MergeSettings(Settings):
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         if self.options:
-            kind = None
-            if self.policy in plugins.names(POLICY_GROUP):
-                kind = plugins.load(POLICY_GROUP, self.policy).options
-            if kind is None:
+            known = self.policy in plugins.names(POLICY_GROUP)
+            if (kind := plugins.load(POLICY_GROUP, self.policy).options if known else None) is None:
                 raise ValueError(f"policy {self.policy!r} has no options")
             checked(kind, self.options, "options")
         return self
@@ -189,8 +187,7 @@ class StackSettings(Settings):
 
     enabled: bool = Field(default=True, description="train a stack")
     calibrated: bool = Field(
-        default=True,
-        description="use the training of the bank's calibration, if any; false if stack.training is given",
+        default=True, description="use the training of the bank's calibration, if any; false if stack.training is given"
     )
     lora: Lora = Lora(rank=1, alpha=16.0)
     training: Training = Training(lr=2e-4, steps=8, batch_size=64)
@@ -242,8 +239,7 @@ class CompareSettings(Settings):
     queries: int = Field(default=12, ge=1, description="next items of a person, to predict")
     seeds: tuple[Seed, ...] = Field(default=(), description="random seeds; empty: the run's seed")
     policies: tuple[Policy, ...] = Field(
-        default=("similarity", "posterior", "laplace"),
-        description="policies of the merge-only methods",
+        default=("similarity", "posterior", "laplace"), description="policies of the merge-only methods"
     )
     brief: bool = Field(default=False, description="compare only constants, the task LoRA, rivals, the merge, and MTA")
     controls: bool = Field(
@@ -270,36 +266,19 @@ def parse_size(text: str) -> int:
         ) from None
 
 
-def load_settings(
-    kind: type[S], path: str | Path | None = None, words: Iterable[str] = (), *, beside: Container[str] = ()
-) -> S:
-    """Return settings from a YAML file, overridden by ``a.b=value`` words. Raises ConfigError naming key and value.
-
-    Keys of the file that are in ``beside`` belong to other settings and are skipped.
-    """
-    return _checked_twice(kind, read_yaml(path, beside), words, path)
-
-
 def override(settings: S, words: Iterable[str], path: str | Path | None = None, *, beside: Container[str] = ()) -> S:
-    """Return the settings, overridden by a YAML file and then by ``a.b=value`` words; ``beside`` as in load_settings.
+    """Return the settings, overridden by a YAML file and then by ``a.b=value`` words.
 
-    Raises ConfigError naming key and value.
+    Keys of the file that are in ``beside`` belong to other settings and are skipped. Raises ConfigError that names key
+    and value, and whether the file or a word is wrong.
     """
-    values = merged_over(settings.model_dump(mode="json"), read_yaml(path, beside))
-    return _checked_twice(type(settings), values, words, path)
-
-
-def _checked_twice(kind: type[S], values: dict[str, Any], words: Iterable[str], path: str | Path | None) -> S:
-    """Validate the values of a file, and those with ``words``: an error names where the wrong one comes from."""
+    kind, values = type(settings), merged_over(settings.model_dump(mode="json"), read_yaml(path, beside))
     if path:
         checked(kind, values, str(path))
     return checked(kind, _with_words(kind, values, words), "the command line")
 
 
-def _example(kind: type[Settings]) -> str:
-    """Return a word for one of the settings."""
-    words = {"shots": "shots=8", "bank": "memory=8GiB", "run": "run.memory=8GiB"}  # valid in every command
-    return next((word for name, word in words.items() if name in kind.model_fields), "key=value")
+_EXAMPLES = {"shots": "shots=8", "bank": "memory=8GiB", "run": "run.memory=8GiB"}  # words, by a setting beside them
 
 
 def _with_words(kind: type[Settings], values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
@@ -307,7 +286,8 @@ def _with_words(kind: type[Settings], values: dict[str, Any], words: Iterable[st
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"not a setting: {word!r}; expected key=value", hint=f"For example:  {_example(kind)}")
+            example = next((word for name, word in _EXAMPLES.items() if name in kind.model_fields), "key=value")
+            raise ConfigError(f"not a setting: {word!r}; expected key=value", hint=f"For example:  {example}")
         *parents, last = key.split(".")
         inner, beside = given, values
         for depth, parent in enumerate(parents, 1):
