@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from enum import Enum
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from typer import Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, show_json
+from mta.config.constants import SharedModel
 from mta.data.history import Item
 from mta.data.readers.people import is_read
 from mta.errors import InputError
@@ -22,13 +22,6 @@ from mta.system.atomic import check_ordinary, make_folder, write_json, write_tex
 
 _STORE = "people"
 _OTHER = "Give the name of another file:  --out answers.jsonl"
-
-
-class Fallback(Enum):
-    """Models that can answer for a person without a model."""
-
-    TASK = "task"
-    BASE = "base"
 
 
 def predict(
@@ -41,7 +34,7 @@ def predict(
         Option(help="File for answers: JSON lines, or LaMP's outputs if it ends in .json. Default: standard output."),
     ] = None,
     fallback: Annotated[
-        Fallback | None, Option(help="Fallback for people without a model: the pooled model (task), or the base.")
+        SharedModel | None, Option(help="Fallback for people without a model: the pooled model (task), or the base.")
     ] = None,
     history: Annotated[
         str | None,
@@ -72,7 +65,6 @@ def predict(
     Example:  mta predict questions.jsonl --bank bank/ --store people/ --out answers.jsonl
     Example:  mta predict LaMP_3/dev_questions.json --bank bank/ --store people/ --out mine.json
     """
-    from mta.personalize.adapters import SharedModel
     from mta.tools import predict as tool
 
     if label_bias and (write or history or fallback):
@@ -94,11 +86,10 @@ def predict(
     if out:
         make_folder(out.parent)
     kept = tool.Unfinished(out) if out else None
-    shared = fallback and SharedModel(fallback.value)
     with Screen("questions") as screen:
         earlier = None if known is None else lambda person: known.get(person, ())
         biases = None if fitted_to is None else tool.biases_of(personal, fitted_to)
-        given = (personal, people, shared, write, max_new_tokens)
+        given = (personal, people, fallback, write, max_new_tokens)
         answers = tool.predict(*given, earlier=earlier, biases=biases, kept=kept, on_step=screen.step)
         predictions = list(answers)
     lines = "".join(f"{dumps(one.as_json(), ensure_ascii=False)}\n" for one in predictions)

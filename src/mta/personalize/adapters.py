@@ -7,26 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.config.constants import SharedModel as SharedModel
 from mta.errors import OtherBank
 from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
 from mta.personalize.merge import Merge, merge_adapters, merge_loras
 from mta.store.state import State
-
-
-class SharedModel(Enum):
-    """Models without a person: the base, or the pooled model (base and task LoRA)."""
-
-    BASE = "base"
-    TASK = "task"
-
 
 BASE, TASK = SharedModel.BASE, SharedModel.TASK
 PersonOrModel = str | SharedModel
