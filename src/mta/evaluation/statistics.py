@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.metrics import KINDS, Answers, PersonScore
+from mta.evaluation.metrics import COLUMNS, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.units import student_t
 
@@ -103,7 +103,7 @@ class Comparison:
     @property
     def primary(self) -> str:
         """The primary metric of the task."""
-        return KINDS[self.task.metric].primary
+        return COLUMNS[self.task.metric][0]
 
     @property
     def yardstick(self) -> str:
@@ -216,21 +216,6 @@ def _seed_weights(draws: int, seeds: int, generator: torch.Generator) -> Tensor:
     away = (normal - normal.mean(1, keepdim=True)) / (seeds * (seeds - 1)) ** 0.5
     variance = torch.randn(draws, seeds - 1, generator=generator, dtype=torch.float64).square().mean(1, keepdim=True)
     return 1 / seeds + away / variance.sqrt()
-
-
-def corrected(tests: Sequence[Resampled], planned: int = 0, level: float = 0.95) -> list[tuple[Interval, float]]:
-    """Return for each test an interval and a p-value, corrected for the number of tests, or of ``planned`` ones.
-
-    Intervals cover together with probability ``level`` (Bonferroni). P-values are Holm's: the i-th smallest of m is
-    multiplied by m - i + 1, and is at least as large as the one before. Tests that were not run are the last of the m.
-    """
-    planned = max(planned, len(tests))
-    order = sorted(range(len(tests)), key=lambda n: tests[n].p)
-    found: dict[int, float] = {}
-    before = 0.0
-    for left, n in zip(range(planned, 0, -1), order):
-        found[n] = before = max(before, min(left * tests[n].p, 1.0))
-    return [(test.interval(1 - (1 - level) / planned), found[n]) for n, test in enumerate(tests)]
 
 
 def units(groups: Sequence[str], people: int) -> list[int]:

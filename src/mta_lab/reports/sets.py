@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mta.evaluation.reports.summary import OURS, POOLED
 from mta.evaluation.reports.tables import brackets, markdown, marked
-from mta.evaluation.statistics import Resampled, corrected
+from mta.evaluation.statistics import Interval, Resampled
 from mta_lab.experiments.results import Results
 
 DRAWS = 200_000  # of a comparison that is named in advance: its p-value after correction may be small
@@ -78,3 +78,18 @@ def _widest(results: Results, other: str) -> tuple[Resampled, int, int] | None:
     comparison, people, seeds = max(tried, key=lambda one: one[1:])
     test = comparison.resampled(OURS, other, comparison.yardstick, times=DRAWS)
     return (test, people, seeds) if test else None
+
+
+def corrected(tests: Sequence[Resampled], planned: int = 0) -> list[tuple[Interval, float]]:
+    """Return for each test an interval and a p-value, corrected for the number of tests, or of ``planned`` ones.
+
+    Intervals cover together with 95% (Bonferroni). P-values are Holm's: the i-th smallest of m is
+    multiplied by m - i + 1, and is at least as large as the one before. Tests that were not run are the last of the m.
+    """
+    planned = max(planned, len(tests))
+    order = sorted(range(len(tests)), key=lambda n: tests[n].p)
+    found: dict[int, float] = {}
+    before = 0.0
+    for left, n in zip(range(planned, 0, -1), order):
+        found[n] = before = max(before, min(left * tests[n].p, 1.0))
+    return [(test.interval(1 - 0.05 / planned), found[n]) for n, test in enumerate(tests)]
