@@ -30,13 +30,11 @@ GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A tiny Llama as a folder that loads like any other."""
     return save_base(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
-    """A copy of that folder which a test may change."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 

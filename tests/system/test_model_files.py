@@ -23,26 +23,14 @@ KIND = "sentence_transformers.models"
 DENSE = {"path": "2_Dense", "type": f"{KIND}.Dense"}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """The tiny encoder, as its author made it."""
-    return save_encoder(tmp_path_factory.mktemp("encoder"))
+@pytest.fixture
+def encoder(tmp_path) -> Path:
+    return save_encoder(tmp_path / "encoder")
 
 
 @pytest.fixture
-def encoder(made, tmp_path) -> Path:
-    """A copy that a test turns malicious."""
-    return Path(shutil.copytree(made, tmp_path / "encoder"))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def base(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "base"))
+def base(tmp_path) -> Path:
+    return save_base(tmp_path / "base")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mta.bank.calibration.calibrate import calibrate
 from mta.bank.calibration.crossfit import ENOUGH
-from mta.bank.calibration.laplace import Calibration
 from mta.bank.calibration.people import calibration_people, measured_items
 from mta.bank.card import write_described
 from mta.bank.format import CALIBRATION, MEMBERS, BankInfo, check_base, check_new, file_hashes, read_adapters, read_info
@@ -47,33 +46,31 @@ def calibrate_bank(
     outside = _checked(folder, info, base, known, run.calibration)
     check_new(out)
     anchors, task_lora = read_adapters(folder, info)
-    task, settings = info.task, _settings(info, run)
-    calibration = calibrate(
-        base,
-        task,
-        anchors,
-        task_lora,
-        outside,
-        settings,
-        executor=executor,
-        on_step=on_step and partial(on_step, "calibration"),
-    )
+    given = {name: getattr(run, name) for name in ROUNDING_ONLY}  # all else as the bank was built
+    how, report = run.calibration.model_copy(update={"enabled": True}), on_step and partial(on_step, "calibration")
+    settings = info.run.model_copy(update=given | {"calibration": how})
+    calibration = calibrate(base, info.task, anchors, task_lora, outside, settings, executor=executor, on_step=report)
     if not calibration.info.gains:
         raise InputError(f"{folder} stays as it is: {calibration.info.notes[0]}", hint="Give more people.")
     with replacing_folder(out) as written:
         for name in info.files.keys() - {CALIBRATION}:
             copy_file(folder / name, written / name)
         pass_stale_on(folder, written, without="calibration" if forgotten_in(folder) <= gone else "")
-        _write(folder, written, info, outside, settings, calibration)
+        write_tensors(written / CALIBRATION, calibration.tensors(), {})
+        changed = {
+            "run": info.run.model_copy(update={"calibration": how}),
+            "members": info.members.calibrated_on([person.id for person in outside]),
+            "files": info.files | file_hashes(written, [CALIBRATION]),
+            "calibration": calibration.info,
+        }
+        calibrated = info.model_copy(update=changed)
+        if (folder / CONFIG).exists():  # the settings for another build like this
+            new = calibrated.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
+            write_text(written / CONFIG, to_yaml(read_yaml(folder / CONFIG) | new))
+        write_described(written, calibrated)
         for person in outside:  # who may have been behind another part of the bank
             if info.members.hash_of(person.id) in forgotten_in(folder) - gone:
                 mark_stale(written, person.id)
-
-
-def _settings(info: BankInfo, run: Run) -> Run:
-    """Return the settings of the measurements: as the bank was built, except for the calibration and the machine."""
-    given = {name: getattr(run, name) for name in ROUNDING_ONLY}
-    return info.run.model_copy(update=given | {"calibration": run.calibration.model_copy(update={"enabled": True})})
 
 
 def _checked(
@@ -100,21 +97,3 @@ def _checked(
     measured = {id(item) for parts in measured_items(outside, settings) for item in chain(*parts)}
     base.prompts.check(info.task, named_items(people, measured))
     return outside
-
-
-def _write(
-    folder: Path, written: Path, info: BankInfo, people: Sequence[Person], run: Run, calibration: Calibration
-) -> None:
-    """Write a calibration and what changes with it: description, members, card, settings."""
-    write_tensors(written / CALIBRATION, calibration.tensors(), {})
-    changed = {
-        "run": info.run.model_copy(update={"calibration": run.calibration}),
-        "members": info.members.calibrated_on([person.id for person in people]),
-        "files": info.files | file_hashes(written, [CALIBRATION]),
-        "calibration": calibration.info,
-    }
-    calibrated = info.model_copy(update=changed)
-    if (folder / CONFIG).exists():  # the settings for another build like this
-        new = calibrated.run.model_dump(mode="json", include={"calibration", "merge", "stack"})
-        write_text(written / CONFIG, to_yaml(read_yaml(folder / CONFIG) | new))
-    write_described(written, calibrated)

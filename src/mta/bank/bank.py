@@ -120,17 +120,9 @@ class Bank:
                 log.warning("more than half of the people share items with each other, so the two halves share items")
             halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
+        out, encoder, executor = Path(out), encoder or load_encoder(run.encoder, base), executor or LocalExecutor()
         build = Build(
-            base,
-            chosen,
-            encoder or load_encoder(run.encoder, base),
-            task_people,
-            people,
-            run,
-            Path(out),
-            executor=executor or LocalExecutor(),
-            on_step=on_step,
-            command=command,
+            base, chosen, encoder, task_people, people, run, out, executor=executor, on_step=on_step, command=command
         )
         build_bank(build)
         return cls.open(out, base)

@@ -139,16 +139,10 @@ def _calibrate(
     if not context.run.calibration.enabled:
         return None
     context.record.stage_begins()
+    base, task, run, executor = context.base, context.task, context.run, context.executor
+    kept, report = context.calibration_result, partial(context.record.step, "calibration")
     calibration = calibrate(
-        context.base,
-        context.task,
-        anchors.loras,
-        task_lora,
-        roles.calibrating,
-        context.run,
-        executor=context.executor,
-        checkpoint=context.calibration_result,
-        on_step=partial(context.record.step, "calibration"),
+        base, task, anchors.loras, task_lora, roles.calibrating, run, executor=executor, checkpoint=kept, on_step=report
     )
     write_tensors(context.out / CALIBRATION, calibration.tensors(), {})
     return calibration.info

@@ -39,9 +39,13 @@ def body(info: BankInfo, place: str = "path/to/this/folder") -> str:
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     gains = what_to_expect(info)
     expected = f"## What to expect\n\n{gains}\n\n" if gains else ""
+    tried = ", ".join(f"{count} groups {gain:+.4f}" for count, gain in info.tried)
+    tried = f"\n| tried, and the gain per token of people outside | {tried} |" if tried else ""
+    groups = f"groups of {min(info.people)} to {max(info.people)} people"
+    who = "anchor people" if max(info.people) == 1 else groups
     return f"""# A bank of {len(info.items)} anchors for `{info.task.name}`
 
-LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, made by merge-then-adapt
+LoRAs of {len(info.items)} {who} over **{info.base}**{_base_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 | | |
@@ -52,7 +56,7 @@ LoRAs of {_anchors_in_words(info)} over **{info.base}**{_base_note(info)}, made 
 | LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
 | people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
 | items per anchor | {min(info.items)} to {max(info.items)}, at most {info.run.bank.max_items} of a person |
-| cut | {cuts} |{_sizes_tried(info)}
+| cut | {cuts} |{tried}
 | training | {seconds} |
 
 {expected}## How to use it
@@ -229,19 +233,6 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
         values["license"] = license
     values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
-
-
-def _sizes_tried(info: BankInfo) -> str:
-    """Return a row of the card: what people outside gained with other numbers of groups, and in other rounds."""
-    tried = ", ".join(f"{count} groups {gain:+.4f}" for count, gain in info.tried)
-    return f"\n| tried, and the gain per token of people outside | {tried} |" if tried else ""
-
-
-def _anchors_in_words(info: BankInfo) -> str:
-    """Return how many people are behind the anchors."""
-    if max(info.people) == 1:
-        return f"{len(info.items)} anchor people"
-    return f"{len(info.items)} groups of {min(info.people)} to {max(info.people)} people"
 
 
 def _quantized(info: BankInfo) -> str:

@@ -157,13 +157,6 @@ def plan_loras(
     base: BaseModel, jobs: Sequence[Job], run: Run, lora: Lora, frozen: Lora | None, executor: Executor
 ) -> Plan:
     """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-    return plan_cohorts(
-        base,
-        jobs,
-        parameters_of(base, lora),
-        parse_size(run.memory),
-        below=ParameterCounts(task_lora=parameters_of(base, frozen) if frozen else 0),
-        most=executor.most,
-        threads=executor.threads,
-        on_gpu=executor.on_gpu,
-    )
+    trained, below = parameters_of(base, lora), ParameterCounts(task_lora=parameters_of(base, frozen) if frozen else 0)
+    memory, most, threads, gpu = parse_size(run.memory), executor.most, executor.threads, executor.on_gpu
+    return plan_cohorts(base, jobs, trained, memory, below=below, most=most, threads=threads, on_gpu=gpu)

@@ -20,7 +20,7 @@ def mark_stale(folder: Path, person: str) -> list[TrainedPart]:
     members = read_info(folder).members
     parts, hashed = members.parts_of(person), {members.hash_of(person)}
     if parts and not (set(parts) <= set(parts_to_rebuild(folder)) and hashed <= forgotten_in(folder)):
-        _note(folder, STALE, parts, hashed)
+        add_note(folder, STALE, parts, hashed)
     return parts
 
 
@@ -50,11 +50,6 @@ def stale_report(folder: Path) -> BankError | None:
     return BankError(message, hint=hint)
 
 
-def note_published(folder: Path, where: str) -> None:
-    """Note the address that a bank was published to, so that ``forget`` can report the copy."""
-    _note(folder, PUBLISHED, [where])
-
-
 def published(folder: Path) -> list[str]:
     """Return the addresses that a bank was published to from this folder."""
     noted = read_json(folder / PUBLISHED)
@@ -68,10 +63,10 @@ def pass_stale_on(folder: Path, copy: Path, without: str = "") -> None:
     """
     parts, gone = set(parts_to_rebuild(folder)) - {without}, forgotten_in(folder)
     if parts or gone:
-        _note(copy, STALE, parts, gone)
+        add_note(copy, STALE, parts, gone)
 
 
-def _note(folder: Path, name: str, entries: Iterable[str], hashed: Iterable[str] = ()) -> None:
+def add_note(folder: Path, name: str, entries: Iterable[str], hashed: Iterable[str] = ()) -> None:
     """Add entries to a list of a bank, and hashes of forgotten people; threads and processes wait for each other.
 
     Raises BankError.

@@ -16,6 +16,7 @@ from mta.bank.format import (
     HASHED_FILES,
     INFO,
     MEMBERS,
+    PUBLISHED,
     TASK_LORA_CONFIG,
     BankInfo,
     read_description,
@@ -23,7 +24,7 @@ from mta.bank.format import (
     seal,
     verify,
 )
-from mta.bank.notes import note_published, stale_report
+from mta.bank.notes import add_note, stale_report
 from mta.errors import BankCorrupt, BankError, BankNotFound, HubError
 from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
@@ -54,7 +55,7 @@ def publish_bank(folder: Path, place: str, upload: Upload, *, private: bool = Tr
     """
 
     def note(url: str) -> None:
-        note_published(folder, url)  # before sending: an interrupted upload must be noted too
+        add_note(folder, PUBLISHED, [url])  # before sending: an interrupted upload must be noted too
         _refuse_stale(folder)  # again: who is forgotten from now on finds the note
 
     _refuse_stale(folder)

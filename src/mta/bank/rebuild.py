@@ -63,7 +63,8 @@ def rebuild_groups(
         if own.items
     ]
     settings = info.run.model_copy(update={name: getattr(run, name) for name in ROUNDING_ONLY})
-    loras = _trained(base, settings, jobs, task_lora, executor or LocalExecutor(), on_step)
+    worker = BankWorker(base, settings, task_lora and task_lora.to(base.device), on_step=on_step)
+    loras = _trained(worker, jobs, executor or LocalExecutor())
     with replacing_folder(out) as written:
         for name in info.files.keys() - {ANCHORS, INDEX}:
             copy_file(folder / name, written / name)
@@ -109,19 +110,12 @@ def _marked(folder: Path, info: BankInfo, people: Sequence[Person], gone: set[st
     return {n: sorted((known[one] for one in own), key=lambda person: person.id) for n, own in left.items()}
 
 
-def _trained(
-    base: BaseModel,
-    run: Run,
-    jobs: Sequence[Job],
-    task_lora: LoraBatch | None,
-    executor: Executor,
-    on_step: OnStep | None,
-) -> dict[int, LoraBatch]:
+def _trained(worker: BankWorker, jobs: Sequence[Job], executor: Executor) -> dict[int, LoraBatch]:
     """Return the LoRAs of the groups, by number."""
-    plan = plan_loras(base, jobs, run, run.bank.lora, run.task_lora.lora if task_lora else None, executor)
+    run, frozen = worker.run, worker.run.task_lora.lora if worker.task_lora else None
+    plan = plan_loras(worker.base, jobs, run, run.bank.lora, frozen, executor)
     cohorts = [tuple(jobs[n] for n in cohort) for cohort in plan.cohorts]
     pieces = [LoraPiece(f"groups-{n}", "anchors", own, plan.tokens_per_batch) for n, own in enumerate(cohorts)]
-    worker = BankWorker(base, run, task_lora and task_lora.to(base.device), on_step=on_step)
     loras = dict[int, LoraBatch]()
     for outcome in executor.run(train_piece, pieces, worker) if pieces else ():
         if outcome.result is None:

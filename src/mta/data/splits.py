@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,7 +99,15 @@ def draw(
         )
     fit = _in_order(fit, seed)
     left = _grouped(fit) if together else [[person.id] for person in fit]
-    return Splits(**_placed(left, sizes, rest=candidates is None))
+    most, parts = max(map(len, left), default=0), dict[str, tuple[str, ...]]()
+    for name, size in sizes.items():
+        rest = candidates is None and name == "candidates"  # all remaining groups
+        taken = left if rest else _fill(left, size, tested=name in TESTED)
+        parts[name] = tuple(id for group in taken for id in group)
+        placed = {group[0] for group in taken}
+        left = [group for group in left if group[0] not in placed]
+        _check_size(name, len(parts[name]), size, most)
+    return Splits(**parts)
 
 
 def set_aside(
@@ -130,18 +138,6 @@ def set_aside(
 def _in_order(people: Sequence[Person], seed: int) -> list[Person]:
     """Return people in the order of the draw, which depends on the seed and their ids only."""
     return sorted(people, key=lambda person: json_sha256([seed, person.id]))
-
-
-def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict[str, tuple[str, ...]]:
-    """Place whole groups into the parts; with ``rest``, the candidates are all remaining groups."""
-    most, parts = max(map(len, left), default=0), {}
-    for name, size in sizes.items():
-        taken = left if rest and name == "candidates" else _fill(left, size, tested=name in TESTED)
-        parts[name] = tuple(id for group in taken for id in group)
-        placed = {group[0] for group in taken}
-        left = [group for group in left if group[0] not in placed]
-        _check_size(name, len(parts[name]), size, most)
-    return parts
 
 
 def _grouped(people: Sequence[Person]) -> list[list[str]]:

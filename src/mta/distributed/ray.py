@@ -32,7 +32,7 @@ _DIAL = 10.0  # seconds to wait for a connection to the cluster's head
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class Cluster:
+class Cluster(contextlib.AbstractContextManager["Cluster"]):
     """Workers of a Ray cluster at an address (``ray://host:10001``); ``local`` starts a cluster on this machine.
 
     >>> with Cluster("local", workers=4) as cluster:
@@ -119,9 +119,6 @@ class Cluster:
         """Stop the workers and disconnect from the cluster; stop it, too, if it was started here."""
         self.dismiss()
         self.ray.shutdown()
-
-    def __enter__(self) -> Cluster:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -18,29 +18,16 @@ _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # kana and 
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 
 
-@dataclass(frozen=True, slots=True)
-class MetricKind:
-    """What tables show for tasks with one kind of metric: ``columns`` of scores per person, the primary one first.
-
-    ``meaning`` says in words what the primary score is.
-    """
-
-    columns: tuple[str, ...]
-    meaning: str
-
-    @property
-    def primary(self) -> str:
-        """The score that methods are judged by where there are no probabilities."""
-        return self.columns[0]
-
-
-KINDS = {  # by the task's metric
-    "mae": MetricKind(("MAE", "MAE (median)", "accuracy"), "the mean distance from the true rating"),
-    "accuracy": MetricKind(("accuracy",), "the share of right answers"),
-    "rouge": MetricKind(
-        ("ROUGE-L", "ROUGE-1", "ROUGE-L, stemmed", "ROUGE-1, stemmed"),
-        "the overlap in words with the true text, in their order",
-    ),
+COLUMNS = {  # by the task's metric: the scores of a person; methods are judged by the first
+    "mae": ("MAE", "MAE (median)", "accuracy"),
+    "accuracy": ("accuracy",),
+    "rouge": ("ROUGE-L", "ROUGE-1", "ROUGE-L, stemmed", "ROUGE-1, stemmed"),
+}
+MEANING = {
+    "MAE": "the mean distance from the true rating",
+    "accuracy": "the share of right answers",
+    "ROUGE-L": "the overlap in words with the true text, in their order",
+    "NLL": "the surprise at the true answer, in nats",
 }
 
 

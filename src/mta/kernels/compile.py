@@ -35,9 +35,7 @@ from mta.system.device import cpuinfo
 
 log = logging.getLogger("mta")
 
-Family = Literal[
-    "norm", "rotate", "attention", "low_rank", "adamw", "adapted_rows", "linear", "onednn",
-]  # fmt: skip
+Family = Literal["norm", "rotate", "attention", "low_rank", "adamw", "adapted_rows", "linear", "onednn"]
 FAMILIES: dict[Family, tuple[str, ...]] = {  # families that can be switched off, and their kernels
     "norm": ("rms_norm", "rms_norm_backward"),
     "rotate": ("rotate",),

@@ -96,7 +96,7 @@ def read_peft(folder: str | Path) -> LoraBatch:
         tensors = load_file(folder / WEIGHTS)
         if odd := _odd(config, tensors):
             raise InputError(odd, hint=_AGAIN)
-        flat = {_short(name): part[None] for name, part in tensors.items()}
+        flat = {n.removeprefix(_PREFIX).replace(_A, ".a").replace(_B, ".b"): t[None] for n, t in tensors.items()}
         adapter = LoraBatch.of_tensors(flat, float(config["lora_alpha"]) / config["r"])
         if type(config["r"]) is not int or adapter.rank != config["r"]:
             raise InputError(f"r is {config['r']!r}, but its factors have rank {adapter.rank}", hint=_AGAIN)
@@ -117,10 +117,6 @@ def _odd(config: Any, tensors: Mapping[str, Tensor]) -> str:
     named = (name for name in tensors if not (name.startswith(_PREFIX) and name.endswith((_A, _B))))
     name = next(named, "")
     return f"the tensor {name!r} is not named {_PREFIX}<layer>{_A} or {_B.lstrip('.')}" if name else ""
-
-
-def _short(name: str) -> str:
-    return name.removeprefix(_PREFIX).replace(_A, ".a").replace(_B, ".b")
 
 
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:

@@ -197,7 +197,7 @@ def _depth(model: Any, longest: int) -> int:
         and type(value) is int
         and value < longest
     ]
-    return max(_TRUNK + _BRANCH, *(width + _BRANCH for width in widths))
+    return _BRANCH + max([_TRUNK, *widths])
 
 
 def _forward(model: Any, tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Shared
@@ -91,13 +92,9 @@ def gather_evidence(
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
     scores = [torch.stack(columns, -1).double() for columns in zip(*by_pass)]  # one (examples, 1 + N) for each person
     labels = _labels(jobs, scores) if labeled else None
-    counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
-    return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """Return rows of different lengths (M, ...) as one tensor (U, M, ...), padded with zeros."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    counts = [torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs]
+    loglik = _golds(labels) if labels else pad_sequence(scores, batch_first=True)
+    return Evidence(loglik, pad_sequence(counts, batch_first=True), labels)
 
 
 def _labels(jobs: Sequence[ShotsJob], scores: Sequence[Tensor]) -> Labels:

@@ -301,12 +301,8 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Paramet
     # Gradients of coefficients go through gates; ``auto`` may have them.
     gated = settings.policy == "auto" or bool(policy_of(settings).learns) or policy_of(settings).gradients
     every = len(bank) * rank * width
-    return ParameterCounts(
-        frozen=0 if direct else k * rank * width,
-        task_lora=task_lora,
-        shared=every if direct or gated else 0,
-        gated=every if gated else 0,
-    )
+    frozen, shared = 0 if direct else k * rank * width, every if direct or gated else 0
+    return ParameterCounts(frozen=frozen, task_lora=task_lora, shared=shared, gated=every if gated else 0)
 
 
 def merge_loras(anchors: LoraBatch, merge: Merge) -> LoraBatch:

@@ -282,38 +282,28 @@ class Pipeline:
         return done
 
     def _cohorts(
-        self,
-        everybody: Sequence[WorkItem],
-        missing: Sequence[WorkItem],
-        checkpoints: RunCheckpoints | None,
-        done: _Computed,
+        self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], kept: RunCheckpoints | None, done: _Computed
     ) -> list[Cohort]:
         """Return the cohorts that hold ``missing`` people, without those who have an item that does not fit.
 
-        If a run over ``everybody`` was interrupted (``checkpoints``), its cohorts are used again: then a resumed run
+        If a run over ``everybody`` was interrupted (``kept``), its cohorts are used again: then a resumed run
         equals an uninterrupted one. Otherwise only the missing people are planned.
         """
         if not missing:
             return []
         named = {item.name: item for item in everybody}
-        interrupted = checkpoints.plan() if checkpoints else None
+        interrupted = kept.plan() if kept else None
         names = interrupted if interrupted and set(interrupted) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
-        executor = self.executor
-        plan = plan_cohorts(
-            self.base,
-            self._jobs(chosen, done.errors),  # made one by one, as they are planned: all would fill the memory
-            parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1,
-            parse_size(self.run.memory),
-            below=frozen_numbers(self.bank, self.run.merge),
-            most=executor.most,
-            threads=executor.threads,
-            on_gpu=executor.on_gpu,
-        )
+        jobs = self._jobs(chosen, done.errors)  # made one by one, as they are planned: all would fill the memory
+        trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
+        memory, below = parse_size(self.run.memory), frozen_numbers(self.bank, self.run.merge)
+        most, threads, gpu = self.executor.most, self.executor.threads, self.executor.on_gpu
+        plan = plan_cohorts(self.base, jobs, trained, memory, below=below, most=most, threads=threads, on_gpu=gpu)
         if not plan.cohorts:
             return []
-        if checkpoints:
-            checkpoints.note([item.name for item in chosen])
+        if kept:
+            kept.note([item.name for item in chosen])
         done.plan, done.shortened = plan.digest, plan.shortened
         fitting = [item for item in chosen if item.person.id not in done.errors]
         wanted = {item.name for item in missing}

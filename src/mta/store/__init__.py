@@ -2,7 +2,4 @@
 
 from mta.store.store import Session, Store
 
-__all__ = [
-    "Session",
-    "Store",
-]
+__all__ = ["Session", "Store"]

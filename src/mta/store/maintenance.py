@@ -90,10 +90,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 
 
 def collect(
-    store: Store,
-    keep: int | None = None,
-    dry: bool = False,
-    on_person: Callable[[int, int], None] = lambda done, total: None,
+    store: Store, keep: int | None = None, dry: bool = False, on_person: Callable[[int, int], None] = lambda *_: None
 ) -> dict[str, int]:
     """Remove temporary files of an hour ago and, with ``keep``, all but each person's newest versions.
 

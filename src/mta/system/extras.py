@@ -27,10 +27,7 @@ def require(extra: str, *packages: str) -> None:
     """Check that ``packages`` can be imported, or without names all packages of the extra. Raises MissingExtra."""
     for package in packages or EXTRAS[extra]:
         if find_spec(package.replace("-", "_")) is None:
-            raise MissingExtra(
-                f"{package} is not installed; it belongs to the extra {extra!r}",
-                hint=install(extra),
-            )
+            raise MissingExtra(f"{package} is not installed; it belongs to the extra {extra!r}", hint=install(extra))
 
 
 def install(extra: str) -> str:

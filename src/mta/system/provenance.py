@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
@@ -20,12 +21,10 @@ def commit(*beside: Path) -> str:
 
     Empty for an installed package.
     """
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if _git("ls-files", "--error-unmatch", "__init__.py"):
             changed = _git("status", "--porcelain", "--", ".", *map(str, beside))
             return _git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        pass
     return ""
 
 

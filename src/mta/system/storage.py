@@ -93,8 +93,7 @@ class Storage:
     def time(self, name: str) -> datetime | None:
         """Return when a file was written, in UTC; None if it does not exist."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            written: datetime = self.fs.modified(self.at(name))
-            return written.astimezone(UTC)
+            return self.fs.modified(self.at(name)).astimezone(UTC)
         return None
 
     def remove(self, name: str) -> None:

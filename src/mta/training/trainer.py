@@ -243,7 +243,7 @@ class _Cohort:
         self.finished = {
             int(k.removeprefix("finished/")): t.to(device) for k, t in tensors.items() if k.startswith("finished/")
         }
-        self.first = tensors.get("first", self.first)  # not in checkpoints of earlier versions
+        self.first = tensors["first"]
         self.active = list(progress["active"])  # type: ignore[call-overload]
         self.step, self.seen = int(progress["step"]), int(progress["examples"])  # type: ignore[call-overload]
 

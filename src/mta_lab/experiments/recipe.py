@@ -121,20 +121,15 @@ class Experiment(Settings):
 
     @field_validator("exhibits")
     @classmethod
-    def _check_row_names(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+    def _check_exhibits(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        trained: dict[str, tuple[Any, ...]] = {}
         for exhibit, parts in exhibits.items():
             names = [(part.bank, method.name) for part in parts for method in part.methods]
             if twice := [row for row in names if names.count(row) > 1]:
                 raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0][1]!r}; give each a name")
-        return exhibits
-
-    @field_validator("exhibits")
-    @classmethod
-    def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
-        trained: dict[str, tuple[Any, ...]] = {}
-        for part in (part for parts in exhibits.values() for part in parts):
-            if trained.setdefault(part.bank, part.bank_settings) != part.bank_settings:
-                raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
+            for part in parts:
+                if trained.setdefault(part.bank, part.bank_settings) != part.bank_settings:
+                    raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
         return exhibits
 
     @model_validator(mode="after")

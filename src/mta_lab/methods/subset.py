@@ -41,21 +41,17 @@ class MergedAmong(MergeMethod):
         return super().fits(task, anchors, calibrated) and self.anchors <= anchors
 
     def run(self, batch: TestBatch, seed: int) -> Outcome:
-        return answered(batch, *_among(batch, self.merge, self.anchors))
-
-
-def _among(batch: TestBatch, settings: MergeSettings, count: int) -> tuple[Merge, float]:
-    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
-    bank = batch.bank
-    chosen = one_per_cluster(bank.vectors, count, 0, lambda n, _: (-bank.info.items[n], n))  # the most active
-    reads = needs_evidence(settings)
-    evidence, similarity = _evidence_of(batch.evidence, chosen) if reads else None, batch.similarity[:, chosen]
-    start = clock(batch.base.device)
-    chosen_merge = coefficients(settings, similarity, evidence)
-    merge = Merge(torch.tensor(chosen)[chosen_merge.ids], chosen_merge.w.to(batch.base.master_dtype))
-    share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
-    share += batch.encoding_seconds if needs_encodings(settings) else 0.0
-    return merge, clock(batch.base.device) - start + share
+        settings, bank = self.merge, batch.bank
+        # The most active anchor of each cluster, as the bank chose anchors among candidates.
+        chosen = one_per_cluster(bank.vectors, self.anchors, 0, lambda n, _: (-bank.info.items[n], n))
+        reads = needs_evidence(settings)
+        evidence, similarity = _evidence_of(batch.evidence, chosen) if reads else None, batch.similarity[:, chosen]
+        start = clock(batch.base.device)
+        chosen_merge = coefficients(settings, similarity, evidence)
+        merge = Merge(torch.tensor(chosen)[chosen_merge.ids], chosen_merge.w.to(batch.base.master_dtype))
+        share = batch.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
+        share += batch.encoding_seconds if needs_encodings(settings) else 0.0
+        return answered(batch, merge, clock(batch.base.device) - start + share)
 
 
 def _evidence_of(whole: Evidence, anchors: Sequence[int]) -> Evidence:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,9 +63,6 @@ class Gold(NamedTuple):
     place: Place
 
 
-Answer = Callable[[dict[str, Any], str], tuple[str | None, Place | None]]  # of a question with an id, and its place
-
-
 def questions_in(folder: Path) -> Path:
     """Return the questions file of a folder. Raises DataError if there are several or none."""
     return only_file(folder, "*questions.json", hint="Give the path of the file itself, or a RecBole folder (*.inter).")
@@ -93,7 +89,6 @@ def lamp_parts(
     """
     outputs = outputs_beside(questions) if answers else None
     golds = outputs_in(outputs, task, rejects) if outputs else None
-    answer = partial(_answer, golds=golds) if answers else _no_answer
     seen, users = set[str](), dict[str, _User]()
     for place, record in records:
         with rejects.skipping(place, {"id": record.get("id")}):
@@ -102,7 +97,7 @@ def lamp_parts(
             named = record.get("user_id") is not None
             person = id_in(record, "user_id") if named else id
             items = distinct(_profile(record, task, place, rejects), set(), person, place, rejects)
-            queries = _queries([record], answer, task, place, rejects)
+            queries = _queries([record], answers, golds, task, place, rejects)
             users.setdefault(person, _User(named, place)).add(items, queries)
     for id, gold in (golds or {}).items():
         if id not in seen:
@@ -181,14 +176,13 @@ def _question(task: Task, item: Item) -> tuple[str, ...]:
 
 def perpcs_parts(records: Records, task: Task, rejects: Rejects, answers: bool = True) -> Iterator[RecordPart]:
     """Yield one person per record, with any number of questions and, with ``answers``, the gold ones where known."""
-    answer = partial(_answer, golds=None) if answers else _no_answer
     seen: set[str] = set()
     for place, record in records:
         with rejects.skipping(place, {"user_id": record.get("user_id")}):
             person = _new_id(record, "user_id", seen, "person")
             seen.add(person)
             items, questions = _profile(record, task, place, rejects), list_in(record, "query")
-            yield RecordPart(person, items, place, _queries(questions, answer, task, place, rejects))
+            yield RecordPart(person, items, place, _queries(questions, answers, None, task, place, rejects))
 
 
 def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
@@ -220,19 +214,21 @@ def _profile(record: dict[str, Any], task: Task, place: Place, rejects: Rejects)
     return tuple(items)
 
 
-def _queries(rows: list[Any], answer: Answer, task: Task, place: Place, rejects: Rejects) -> tuple[Item, ...]:
+def _queries(
+    rows: list[Any], answers: bool, golds: Mapping[str, Gold] | None, task: Task, place: Place, rejects: Rejects
+) -> tuple[Item, ...]:
     queries: dict[str, Item] = {}
     for row in rows:
         # A LaMP record holds a whole profile: write only the question to the rejects.
         kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
         with rejects.skipping(place, kept):
             id = _new_id(object_in(row, "query", "a list of objects"), "id", queries)
-            queries[id] = _query(row, id, answer, task)
+            queries[id] = _query(row, id, answers, golds, task)
     return tuple(queries.values())
 
 
-def _query(row: dict[str, Any], id: str, answer: Answer, task: Task) -> Item:
-    output, place = answer(row, id)
+def _query(row: dict[str, Any], id: str, answers: bool, golds: Mapping[str, Gold] | None, task: Task) -> Item:
+    output, place = _answer(row, id, golds) if answers else (None, None)
     if output is not None and task.labels:
         output = as_label(output, task.labels)
     try:
@@ -263,17 +259,13 @@ def parse_query(task: Task, input: str, output: str | None = None, id: str | Non
     return Item(fields, id=id, is_query=True)
 
 
-def _answer(row: dict[str, Any], id: str, *, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:
+def _answer(row: dict[str, Any], id: str, golds: Mapping[str, Gold] | None) -> tuple[str | None, Place | None]:
     """Return the gold answer to a question, and its place if it comes from an outputs file."""
     if golds is None:
         return (text_in(row, "gold").strip() if row.get("gold") is not None else None), None
     if id not in golds:
         raise Bad("id", f"the outputs file has no answer for question {id!r}")
     return golds[id]
-
-
-def _no_answer(row: dict[str, Any], id: str) -> tuple[None, None]:
-    return None, None
 
 
 def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = False) -> dict[str, Gold]:

@@ -34,32 +34,28 @@ class RecBole:
     def parts(
         self, path: Path, records: Records | None, task: Task, rejects: Rejects, answers: bool
     ) -> Iterator[RecordPart]:
-        return recbole_parts(path, task, rejects)
+        """Yield one part per rating. Fields: title with its year, genres with commas, rating; time is the timestamp."""
+        if set(task.fields()) != set(FIELDS):
+            raise DataError(
+                f"{path} is a RecBole folder of ratings: it has {', '.join(FIELDS)}; "
+                f"task {task.name!r} needs {', '.join(task.fields())}",
+                hint="Use task movielens-rating, or one with the same fields.",
+            )
+        inter, item = (
+            only_file(path, pattern, hint="Give a folder with NAME.inter and NAME.item of one data set.")
+            for pattern in ("*.inter", "*.item")
+        )
+        movies = _movies(item, rejects)
+        for place, row in _table(inter, ("user_id", "item_id", "rating"), rejects):
+            with rejects.skipping(place, row):
+                movie = movies.get(row["item_id"])
+                if movie is None:
+                    raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
+                rating = {**row, **movie, "id": row["item_id"]}
+                yield RecordPart(id_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
     def beside(self, path: Path) -> list[Path]:
         return [*path.glob("*.inter"), *path.glob("*.item")]
-
-
-def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[RecordPart]:
-    """Yield one part per rating. Fields: title with its year, genres with commas, rating; time is the timestamp."""
-    if set(task.fields()) != set(FIELDS):
-        raise DataError(
-            f"{folder} is a RecBole folder of ratings: it has {', '.join(FIELDS)}; "
-            f"task {task.name!r} needs {', '.join(task.fields())}",
-            hint="Use task movielens-rating, or one with the same fields.",
-        )
-    inter, item = (
-        only_file(folder, pattern, hint="Give a folder with NAME.inter and NAME.item of one data set.")
-        for pattern in ("*.inter", "*.item")
-    )
-    movies = _movies(item, rejects)
-    for place, row in _table(inter, ("user_id", "item_id", "rating"), rejects):
-        with rejects.skipping(place, row):
-            movie = movies.get(row["item_id"])
-            if movie is None:
-                raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
-            rating = {**row, **movie, "id": row["item_id"]}
-            yield RecordPart(id_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
 
 def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:

@@ -238,10 +238,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "seeds": ("Main methods, over seeds", _seeds),
     "base": ("Main methods, with another base", _against),
     "k": ("Figure 4: number of merged anchors", _over(r"K = (\d+)", "merged anchors K")),
-    "alpha": (
-        "Figure 3: fixed and fitted coefficients",
-        _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
-    ),
+    "alpha": ("Figure 3: fixed and fitted coefficients", _over(r"alpha = ([\d.]+)", "share of the nearest anchor")),
     "anchors": ("Size of the bank", _over(r"N = (\d+)", "anchors in the bank")),
     "efficiency": ("Figure 2: time and storage against people", _efficiency),
     "banks": ("Use of a bank to other people, and error of merges", _banks),

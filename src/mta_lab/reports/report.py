@@ -18,17 +18,7 @@ from mta.evaluation.reports.tables import markdown
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import copy_file, make_folder, write_json, write_text
 from mta.tracking.run_folder import RUN, lines, sittings
-from mta_lab.experiments.results import (
-    FACTS,
-    KIND,
-    META,
-    RECIPE,
-    SCORES,
-    SIZES,
-    Record,
-    Results,
-    write_without_texts,
-)
+from mta_lab.experiments.results import FACTS, KIND, META, RECIPE, SCORES, SIZES, Record, Results, write_without_texts
 from mta_lab.reports import figures
 from mta_lab.reports.exhibits import sections
 from mta_lab.reports.sets import overview, primary

@@ -37,7 +37,7 @@ from mta.bank.calibration.choices import (
     typical_shots,
 )
 from mta.bank.calibration.info import DEFAULTS, LABEL_BIAS, CalibrationInfo, Gain, Rival
-from mta.bank.calibration.label_bias import features_of, left_out_gain
+from mta.bank.calibration.label_bias import bias_gain, features_of, fitted_bias
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.calibration.people import Subject
 from mta.bank.calibration.probes import COSTS, Kind, Probe
@@ -334,7 +334,8 @@ class Calibrator:
         for one, scores in zip(self.subjects, torch.split(every, [len(one.choices) for one in self.subjects])):
             gold, turns = torch.tensor(one.gold), [one.parted(turn) for turn in range(TURNS if self.fewer else 1)]
             parts = [(known[-shots:], block) for known, block in turns]
-            rows.append([[left_out_gain(scores, gold, features, std, *part) for std in STDS] for part in parts])
+            biases = [[fitted_bias(scores[some], gold[some], features, std) for std in STDS] for some, _ in parts]
+            rows.append([[bias_gain(scores[b], gold[b], bias) for bias in own] for own, (_, b) in zip(biases, parts)])
         gains = torch.tensor(rows).double() / self.tokens[:, None, None]
         return gains[:, 0], gains.sum(1)
 
@@ -377,18 +378,13 @@ def left_out(one: Subject, single: GateGradients, turn: int) -> tuple[GateGradie
 
 
 def planned_cost(
-    settings: CalibrationSettings,
-    shots: Sequence[int],
-    queries: int,
-    stacks: bool,
-    rivals: int = 0,
-    labels: bool = False,
+    how: CalibrationSettings, shots: Sequence[int], queries: int, stacks: bool, rivals: int = 0, labels: bool = False
 ) -> int:
     """Return the expected cost of a calibration in forward passes of one example.
 
     ``shots`` are everybody's numbers of earlier items, ``queries`` all later items, ``rivals`` LoRAs without the bank.
     """
-    counts, steps, every = [n for n in SHOTS if n <= settings.shots], settings.steps, sum(shots)
+    counts, steps, every = [n for n in SHOTS if n <= how.shots], how.steps, sum(shots)
     scored = (steps * len(LENGTHS) + TURNS * len(MULTIPLES)) * queries
     newton = (steps + 1) * COSTS["gradients"] * (every + queries) + scored
     some = sum(min(own, n) for own in shots for n in counts)

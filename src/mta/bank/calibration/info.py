@@ -92,13 +92,10 @@ def calibrated_stack(
     The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others,
     the stack's own training counts.
     """
-    as_measured = merge.policy == "laplace" and merge.scale == 1
-    alike = as_measured and stack.lora == shape
-    if not stack.calibrated or not alike or info is None or info.rate is None:
-        return stack.model_copy(update={"calibrated": False})
-    if not info.rate:
-        return stack.model_copy(update={"calibrated": False, "enabled": False})
-    return stack.model_copy(update={"calibrated": False, "training": one_step(info.rate)})
+    alike, found = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape, dict[str, object]()
+    if stack.calibrated and alike and info and info.rate is not None:
+        found = {"training": one_step(info.rate)} if info.rate else {"enabled": False}
+    return stack.model_copy(update={"calibrated": False} | found)
 
 
 def one_step(rate: float) -> Training:

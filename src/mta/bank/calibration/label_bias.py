@@ -72,11 +72,3 @@ def bias_gain(scores: Tensor, gold: Tensor, bias: Tensor) -> float:
     picked = torch.arange(len(gold)), gold
     scores = scores.double()
     return float(((scores + bias).log_softmax(1)[picked] - scores.log_softmax(1)[picked]).sum())
-
-
-def left_out_gain(
-    scores: Tensor, gold: Tensor, features: Tensor, std: float, known: Sequence[int], asked: Sequence[int]
-) -> float:
-    """Return the gain on the items ``asked`` of a bias that is fitted to the items ``known``."""
-    known, asked = list(known), list(asked)
-    return bias_gain(scores[asked], gold[asked], fitted_bias(scores[known], gold[known], features, std))

@@ -12,12 +12,7 @@ from functools import cache
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mta.config import Settings
 from mta.data.history import PROFILE, Item

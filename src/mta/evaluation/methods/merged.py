@@ -83,8 +83,7 @@ class MergeThenAdapt(MergeMethod):
         settings = batch.merge_settings(self.merge)
         stack = batch.stack_settings(self.stack, settings)
         if not stack.enabled:
-            merge, seconds = batch.merge(settings, seed)
-            return answered(batch, merge, seconds)
+            return answered(batch, *batch.merge(settings, seed))
         return adapted(batch, self.name, stack.lora, stack.training, seed, settings)
 
 

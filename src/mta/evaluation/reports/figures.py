@@ -115,23 +115,19 @@ def shortened(text: str, most: int = 38) -> str:
 
 
 def predictions(
-    title: str,
-    questions: Sequence[str],
-    golds: Sequence[str],
-    labels: Sequence[str],
-    means: Mapping[str, Sequence[float]],
+    who: str, asked: Sequence[str], golds: Sequence[str], labels: Sequence[str], means: Mapping[str, Sequence[float]]
 ) -> Picture:
     """A person's true answers, and what several models expect, question by question. Labels are numbers."""
 
     def draw(ax: Any) -> None:
-        places = range(len(questions))
+        places = range(len(asked))
         ax.scatter([float(gold) for gold in golds], places, s=110, facecolors="none", edgecolors=INK, label="true")
         for n, (name, values) in enumerate(means.items()):
             colour = (MUTED, *COLOURS)[n]
             ax.scatter(values, places, s=28, color=colour, label=name, marker="os^Dv"[n % 5])
-        ax.set_yticks(places, [shortened(question, 48) for question in questions], fontsize=8.5)
+        ax.set_yticks(places, [shortened(question, 48) for question in asked], fontsize=8.5)
         numbers = [float(label) for label in labels]
-        ax.set(xlim=(min(numbers) - 0.4, max(numbers) + 0.4), ylim=(len(questions) - 0.4, -0.6), title=title)
+        ax.set(xlim=(min(numbers) - 0.4, max(numbers) + 0.4), ylim=(len(asked) - 0.4, -0.6), title=who)
         ax.set_xticks(numbers, labels)
         ax.tick_params(left=False)
         ax.grid(axis="y", color=LINE, linewidth=0.4)
@@ -142,9 +138,9 @@ def predictions(
         for name, values in means.items()
     )
     return Picture(
-        f"Answers of {title}: true, and as models expect them. Mean errors: {errors}.",
+        f"Answers of {who}: true, and as models expect them. Mean errors: {errors}.",
         draw,
-        (7.6, 0.9 + 0.3 * len(questions)),
+        (7.6, 0.9 + 0.3 * len(asked)),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mta.bank.bank import Bank
 from mta.config.constants import NOTICEABLE
-from mta.evaluation.metrics import KINDS
+from mta.evaluation.metrics import COLUMNS
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import BANKLESS, OTHER, OURS, POOLED, RIVAL, headline, title_of, verdict
@@ -124,7 +124,7 @@ def _measured(comparison: Comparison) -> Section:
 def _gains(comparison: Comparison) -> list[Section]:
     """The picture that a newcomer looks at first: what each model gains over everybody's, and what it costs."""
     # Of ratings, the median answer has the smallest distance to expect; the most probable one's is noisy.
-    columns = [m for m in KINDS[comparison.task.metric].columns if m != "MAE"]
+    columns = [m for m in COLUMNS[comparison.task.metric] if m != "MAE"]
     metrics = [*dict.fromkeys((columns[0], *(m for m in columns if m == "accuracy"), comparison.yardstick))]
     rows = dict[str, list[Interval]]()
     for row in [comparison.row(name) for name in (OURS, *BANKLESS, RIVAL, OTHER) if name in comparison.names]:
@@ -148,19 +148,15 @@ def _two_people(people: Sequence[Asked]) -> list[Section]:
         name = f"person {chr(ord('A') + n)}"
         gave = "; ".join(f"{plain(text)} {plain(answer)}" for text, answer in person.shots)
         text += f"- {name} gave the answers: {gave}\n"
-        if means := means_of(person):
+        found = {CALLED[key]: [mean_of(one) for one in answers] for key, answers in person.answers.items()}
+        means = {key: [m for m in values if m is not None] for key, values in found.items() if None not in values}
+        if means:  # the answers are numbers
             pictures[f"answers-{n}"] = figures.predictions(name, person.questions, person.golds, person.labels, means)
         else:
             for number, (question, gold) in enumerate(zip(person.questions, person.golds)):
                 said = "; ".join(f"{CALLED[key]}: {plain(str(own[number]))}" for key, own in person.answers.items())
                 text += f"    - {plain(question)} (true: {plain(gold)}) {said}\n"
     return [Section("Two people, question by question", text, pictures)] if people else []
-
-
-def means_of(person: Asked) -> dict[str, list[float]]:
-    """Return the expected answers of each model, by what it is called; empty where answers are no numbers."""
-    found = {CALLED[name]: [mean_of(answer) for answer in answers] for name, answers in person.answers.items()}
-    return {name: [m for m in means if m is not None] for name, means in found.items() if None not in means}
 
 
 def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, NO_HISTORY, OPPU
 from mta.config.constants import NOTICEABLE
-from mta.evaluation.metrics import BETTER_LOW, KINDS
+from mta.evaluation.metrics import BETTER_LOW, MEANING
 from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes
 
@@ -19,7 +19,6 @@ CHEAP = LABEL_BIAS, ALONE  # personal models without a bank
 BANKLESS = *CHEAP, HISTORY  # what needs no anchors
 FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
-MEANING = {kind.primary: kind.meaning for kind in KINDS.values()} | {"NLL": "the surprise at the true answer, in nats"}
 
 
 def verdict(comparison: Comparison) -> list[str]:

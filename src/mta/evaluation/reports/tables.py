@@ -10,19 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mta.evaluation.metrics import KINDS
-from mta.evaluation.reports.summary import (
-    CHEAP,
-    MEANING,
-    OURS,
-    POOLED,
-    RIVAL,
-    better_side,
-    judge,
-    metrics_of,
-    title_of,
-    verdict,
-)
+from mta.evaluation.metrics import COLUMNS, MEANING
+from mta.evaluation.reports.summary import CHEAP, OURS, POOLED, RIVAL, better_side, judge, metrics_of, title_of, verdict
 from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
@@ -41,7 +30,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
     names, people, measure = comparison.names, comparison.people, comparison.yardstick
     columns = {"method": names}
-    for metric in dict.fromkeys((*KINDS[comparison.task.metric].columns, measure)):
+    for metric in dict.fromkeys((*COLUMNS[comparison.task.metric], measure)):
         shown = str if metric.startswith("ROUGE") else lambda score: f"{score.mean:.3f}"
         columns[metric] = [shown(score) if (score := comparison.score(name, metric)) else "" for name in names]
     for metric in dict.fromkeys((measure, comparison.primary)):

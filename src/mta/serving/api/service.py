@@ -132,11 +132,7 @@ class Service:
         )
 
     async def with_fallback(
-        self,
-        kind: str,
-        request: ModelRequest,
-        key: Key,
-        answer: Callable[[ServedModel], Awaitable[Response]],
+        self, kind: str, request: ModelRequest, key: Key, answer: Callable[[ServedModel], Awaitable[Response]]
     ) -> Response:
         """Return the answer of the model that a request names, or of its ``fallback`` for a state of another bank."""
         try:

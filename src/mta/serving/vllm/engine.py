@@ -157,14 +157,8 @@ class VllmEngine(Engine):
 
     async def _forced(self, request: EngineRequest, name: str, start: tuple[int, ...], token: int) -> float:
         """Return the log probability of a token behind the prompt and the beginning of a label."""
-        body = {"model": name, "prompt": [*request.prompt, *start], "max_tokens": 1}
-        body |= {
-            "cache_salt": self._salted(request),
-            "allowed_token_ids": [token],
-            "ignore_eos": True,
-            "temperature": 0.0,
-            "logprobs": 0,
-        }
+        body = {"model": name, "prompt": [*request.prompt, *start], "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+        body |= {"cache_salt": self._salted(request), "allowed_token_ids": [token], "ignore_eos": True}
         async with self._forcing, self._asked(request, body) as response:
             (choice,) = json.loads(await response.aread())["choices"]
         return float(choice["logprobs"]["token_logprobs"][0])
