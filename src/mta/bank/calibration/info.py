@@ -92,7 +92,8 @@ def calibrated_stack(
     The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others,
     the stack's own training counts.
     """
-    alike, found = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape, dict[str, object]()
+    alike = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape
+    found: dict[str, object] = {}
     if stack.calibrated and alike and info and info.rate is not None:
         found = {"training": one_step(info.rate)} if info.rate else {"enabled": False}
     return stack.model_copy(update={"calibrated": False} | found)
