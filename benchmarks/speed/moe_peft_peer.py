@@ -32,13 +32,16 @@ class Peer:
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16  # its adapters are float32
         self.model = LLMModel.from_pretrained(str(folder / "base"), device=self.work["device"], load_dtype=dtype)
         self.people = [str(n) for n in range(len(self.work["people"]))]
-        self.start = load_file(folder / "start.safetensors", device=self.work["device"])
-        for person in self.people:
-            self.model.init_adapter(self._config(person), self._start_of(person))
+        self.start: dict[str, dict[str, torch.Tensor]] = {person: {} for person in self.people}
+        for name, tensor in load_file(folder / "start.safetensors", device=self.work["device"]).items():
+            person, _, own = name.partition("/")
+            self.start[person][own] = tensor
+        for person, start in self.start.items():
+            self.model.init_adapter(self._config(person), dict(start))
 
     def gradient(self) -> dict[str, Any]:
         """Write the gradient of each adapter on all examples of its person; return the losses."""
-        losses = self._backward(self.people)
+        losses = list(map(float, self._backward(self.people)))
         named: dict[str, Any] = {
             f"{person}/{name}": t.grad for person in self.people for name, t in self._parameters(person).items()
         }
@@ -63,15 +66,16 @@ class Peer:
                     optimizer.zero_grad()
             losses += last
         _settle()
-        return {"losses": losses}
+        return {"losses": list(map(float, losses))}
 
     def _optimizer(self, person: str) -> torch.optim.Optimizer:
         with torch.no_grad():
             for name, tensor in self._parameters(person).items():
-                tensor.copy_(self._start_of(person)[name])
-        return torch.optim.AdamW(list(self._parameters(person).values()), **self.work["adamw"])
+                tensor.copy_(self.start[person][name])
+        fused = self.work["device"].startswith("cuda") or None
+        return torch.optim.AdamW(list(self._parameters(person).values()), fused=fused, **self.work["adamw"])
 
-    def _backward(self, people: list[str]) -> list[float]:
+    def _backward(self, people: list[str]) -> list[torch.Tensor]:
         """One forward and one backward pass over all examples of these people, as its dispatcher and trainer do it.
 
         Its trainer computes layers again in the backward pass to save memory; here it need not.
@@ -97,15 +101,11 @@ class Peer:
             )
         )
         sum(output.loss for output in outputs).backward()
-        return [float(output.loss.detach()) for output in outputs]
+        return [output.loss.detach() for output in outputs]  # a number would make a GPU wait
 
     def _parameters(self, person: str) -> dict[str, torch.Tensor]:
         found = self.model.get_adapter_weight_dict(person)
         return {name: tensor for name, tensor in found.items() if tensor.requires_grad and "lora_" in name}
-
-    def _start_of(self, person: str) -> dict[str, torch.Tensor]:
-        prefix = f"{person}/"
-        return {name.removeprefix(prefix): t for name, t in self.start.items() if name.startswith(prefix)}
 
     def _config(self, person: str) -> LoraConfig:
         return LoraConfig.from_config(
