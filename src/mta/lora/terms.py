@@ -238,7 +238,8 @@ def _is_faster_even(x: Tensor) -> bool:
 
 def _even(term: RowTerm) -> RowTerm:
     """Return the term with zero ranks, up to a multiple of 8: GPUs multiply odd rows of bfloat16 slowly."""
-    more = -term.a.shape[1] % 8
+    if not (more := -term.a.shape[1] % 8):
+        return term
     return RowTerm(pad(term.a, (0, 0, 0, more)), pad(term.b, (0, more)))
 
 
