@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from mta.data.history import Item, Person
 from mta.data.sharing import missing_from
@@ -45,8 +44,8 @@ class Histories:
         """Add items; return how many are stored, or held in memory, now. Raises Refused, PersonForgotten."""
         session = self._store.session(id)
         if keep:
-            joined = partial(self._joined, id=id, new=new, elsewhere=self._of(id))
-            return len(session.change_history(id, lambda: joined(self._store.history(id))).items)
+            held = self._of(id)
+            return len(session.change_history(id, lambda: self._joined(self._store.history(id), id, new, held)).items)
         person = self._joined(self._of(id), id, new, self._store.history(id))
         size, share = size_of(person), key.share
         if share and size > self._shares.each:
