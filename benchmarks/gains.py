@@ -16,8 +16,8 @@ from mta.evaluation.statistics import Interval
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SETS = {  # title -> folder below results
     "survey, 250 people": "rivals/survey",
-    "headlines, 36 people": "gradient/lamp4_huffpost",
-    "news, 31 people": "gradient/lamp2n_huffpost",
+    "headlines, 36 people": "rivals/lamp4_huffpost",
+    "news, 31 people": "rivals/lamp2n_huffpost",
     "ratings, 240 people": "rivals/movielens",
     "reviews, 60 people": "gradient/lamp3_amazon",
     "titles, 66 people": "gradient/lamp5_papers",
