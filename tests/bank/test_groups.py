@@ -47,9 +47,9 @@ def metric_of(anchors):
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
 def test_everybody_is_in_one_group_and_none_is_too_small(people, count, least, seed):
     w = torch.randn(people, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = assigned(w, metric_of(3), min(count, people), least, seed)
+    found = assigned(w, metric_of(3), count, least, seed)
     assert sorted(row for group in found for row in group) == list(range(people))
-    assert 1 <= len(found) <= count
+    assert len(found) == max(1, min(count, people // least))
     assert len(found) == 1 or min(map(len, found)) >= least
     assert found == sorted(found)
 

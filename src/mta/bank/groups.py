@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from mta.training.gates import summed, units_of
 from mta.training.plan import Plan
 from mta.training.trainer import Job
 
+_PASSES = 10  # of k-means with a minimum size, after k-means without one
 SEEN = 24  # items of a person that the expectation reads, at most
 _TRUSTED = 1e3  # shots: the strongest prior of an expectation, which only ranks people
 
@@ -149,24 +151,25 @@ def coefficients_of(halves: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assigned(w: Tensor, metric: Tensor, count: int, least: int, seed: int) -> list[list[int]]:
-    """Return the rows of ``w`` (U, N) in at most ``count`` groups of at least ``least`` rows, in the order of rows.
+    """Return the rows of ``w`` (U, N) in ``count`` groups, or in fewer if some would have less than ``least`` rows.
 
-    K-means in the ``metric`` (N, N); the members of a group that is too small go to the nearest other ones.
+    K-means in the ``metric`` (N, N) with a minimum size: a group that is too small gets the rows that lose least by it
+    (Bradley, Bennett, and Demiriz, 2000). Groups are in the order of rows.
     """
+    from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
     z = (w @ torch.linalg.cholesky(metric)).numpy()
-    means = KMeans(max(count, 1), n_init=4, random_state=seed).fit(z)
-    distances, kept = torch.from_numpy(means.transform(z)).double(), list(range(len(means.cluster_centers_)))
-    while True:
-        nearest = [kept[i] for i in distances[:, kept].argmin(dim=1).tolist()]
-        sizes = {group: nearest.count(group) for group in kept}
-        smallest = min(kept, key=lambda group: (sizes[group], group))
-        if sizes[smallest] >= least or len(kept) == 1:
-            break
-        kept.remove(smallest)
-    groups = [[row for row, group in enumerate(nearest) if group == one] for one in kept]
-    return sorted(groups)
+    count = max(min(count, len(z) // least), 1)
+    centers = KMeans(count, n_init=4, random_state=seed).fit(z).cluster_centers_
+    for _ in range(_PASSES):
+        distances = ((z[:, None] - centers) ** 2).sum(axis=2)
+        group = distances.argmin(axis=1)
+        loss = distances - distances.min(axis=1, keepdims=True)
+        rows, places = linear_sum_assignment(loss.repeat(least, axis=1))  # `least` places of each group are filled
+        group[rows] = places // least
+        centers = np.stack([z[group == n].mean(axis=0) for n in range(count)])
+    return sorted([row for row, of in enumerate(group) if of == n] for n in range(count))
 
 
 def items_of(group: Sequence[Person], run: Run) -> list[Item]:
@@ -193,7 +196,6 @@ def _maximization(
 ) -> Groups:
     """Return at most ``count`` groups of people with similar coefficients, each with a LoRA of its own."""
     run, settings = context.run, context.run.bank
-    count = min(count, len(people) // settings.min_people)
     groups = [[people[i] for i in rows] for rows in assigned(w, metric, count, settings.min_people, run.seed)]
     jobs = [group_job(context, f"group-{n}", group) for n, group in enumerate(groups)]
     plan = context.plan(jobs, settings.lora, frozen=run.task_lora.lora if task_lora else None)
