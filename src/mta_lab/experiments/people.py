@@ -19,7 +19,7 @@ from mta.errors import InputError
 from mta_lab.experiments.recipe import Experiment
 
 log = logging.getLogger("mta")
-SHARES = (0.35, 0.1, 0.35)  # largest share of the qualified people in test, development, candidates
+SHARES = (0.35, 0.1, 0.5)  # largest share of the qualified people in test, development, candidates
 
 
 def with_tested(
@@ -57,7 +57,7 @@ def draw_splits(
     People with enough items for the protocol and for an anchor qualify. Test, development and candidates are drawn from
     them, but not from ``never_tested`` people, in shares that leave some people for each part of a small set. The other
     people train the task LoRA, except those who share items with another part. ``tested`` people (of ``with_tested``),
-    if given, are the test part; then no others are drawn for it, and up to 70% of the qualified people are candidates.
+    if given, are the test part; then no others are drawn for it, and up to 85% of the qualified people are candidates.
     Raises InputError if there are too few people.
     """
     least, sizes, together = recipe.run.bank.min_items, recipe.people, recipe.people.together
