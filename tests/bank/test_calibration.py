@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mta.bank.calibration.info import CalibrationInfo, Gain, one_step, with_calibrated_settings
 from mta.bank.calibration.laplace import BOUNDLESS, Calibration, curvature_of, prior_of, solved
 from mta.bank.card import in_words
-from mta.config import Run, StackSettings, override
+from mta.config import MergeSettings, Run, StackSettings, Training, override
 
 N = 4
 CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(50, N, seed=1)), CalibrationInfo(ridge=0.3, prior=8.0))
@@ -126,19 +126,13 @@ def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
     [
         override(Run(), ["stack.training.steps=2", "merge.policy=ridge"]),
         Run.model_validate({"stack": {"training": {"steps": 2}}, "merge": {"policy": "ridge"}}),
+        Run(stack=StackSettings(training=Training(steps=2)), merge=MergeSettings(policy="ridge")),
     ],
-    ids=["words", "file"],
+    ids=["words", "file", "Python"],
 )
 def test_what_is_given_counts(run):
     found = with_calibrated_settings(run, FOUND, SHAPE)
     assert (found.merge.policy, found.stack.training.steps) == ("ridge", 2)
-
-
-def test_training_given_in_python_counts():
-    training = one_step(0.5)
-    assert (
-        with_calibrated_settings(Run(stack=StackSettings(training=training)), FOUND, SHAPE).stack.training == training
-    )
 
 
 @pytest.mark.parametrize("words", [["merge.k=2"], ["merge.policy=similarity"]])

@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from arrays import near
+from builds import changed
 from compared import comparison_of, rated
 from conftest import people_of
 
 from mta.bank.calibration.info import ALONE, LABEL_BIAS, OPPU, CalibrationInfo, Gain, Rival, one_step
 from mta.bank.calibration.label_bias import features_of, fitted_bias
-from mta.config import Training
+from mta.config import MergeSettings, Training
 from mta.evaluation.compare import run_methods
 from mta.evaluation.context import Context
-from mta.evaluation.methods import CalibratedLora, LabelBias, OneLora, TaskLora
+from mta.evaluation.methods import CalibratedLora, LabelBias, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.protocol import TestBatch
 from mta.evaluation.reports.summary import verdict
 from mta.evaluation.reports.tables import rows_of
@@ -61,14 +62,17 @@ def test_a_bias_without_a_gain_is_the_pooled_model(tiny):
 def test_a_lora_alone_is_trained_as_its_calibration_says(tiny, name, setting, training):
     batch = batch_of(tiny, **({name: setting["rate"]} if setting else {}))
     run = batch.bank.info.run
-    shape = run.stack.lora if name == ALONE else run.bank.lora
+    shape, calibrated = run.stack.lora if name == ALONE else run.bank.lora, changed("stack", run, calibrated=True).stack
     rows = run_methods(
         batch,
         [
             CalibratedLora(name=name, shape="stack" if name == ALONE else "anchor", training=TRAINING),
             OneLora(lora=shape, training=training, name="own"),
+            MergeThenAdapt(merge=MergeSettings(policy="none"), stack=calibrated, name="over no merge"),
         ],
     )
+    if setting and name == ALONE:
+        near(rows.row(name).people["NLL"], rows.row("over no merge").people["NLL"])
     near(rows.row(name).people["NLL"], rows.row("own").people["NLL"])
     assert rows.row(name).bytes_per_person == rows.row("own").bytes_per_person
 

@@ -247,9 +247,9 @@ def test_other_settings_begin_anew(tiny, tmp_path, changes):
     assert personalizer(*tiny, tmp_path, **changes).update(GROWN[:1]).begun == 1
 
 
-@pytest.mark.parametrize("policy", ["posterior", "laplace", "uniform"])
+@pytest.mark.parametrize("policy", ["posterior", "laplace", "uniform", "none"])
 def test_mates_do_not_count(trusting, tmp_path, monkeypatch, policy):
-    merge, action = MergeSettings(policy=policy, k=0), "retrain" if policy == "uniform" else "refresh"
+    merge, action = MergeSettings(policy=policy, k=0), "retrain" if policy in ("uniform", "none") else "refresh"
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     together, alone = (started(trusting, tmp_path / name, merge=merge) for name in ("together", "alone"))
     done = together.update(GROWN)

@@ -18,7 +18,7 @@ from mta.config import plugins
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-POLICIES = "laplace", "posterior", "similarity"
+POLICIES = "laplace", "none", "posterior", "similarity"
 POLICY_GROUP = "mta.policies"  # of the entry points by which policies of other packages are found
 
 

@@ -142,4 +142,10 @@ def laplace(settings: MergeSettings, known: PolicyInput) -> Tensor:
     return w.gather(1, known.ids)
 
 
-POLICIES = {"laplace": laplace, "posterior": posterior, "similarity": similarity}
+@policy(all_anchors=True)
+def none(_: MergeSettings, known: PolicyInput) -> Tensor:
+    """Return zeros: no merge. A stack is then a LoRA over the pooled model ("rank 1 alone")."""
+    return torch.zeros_like(known.similarity)
+
+
+POLICIES = {"laplace": laplace, "none": none, "posterior": posterior, "similarity": similarity}

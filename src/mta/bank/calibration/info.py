@@ -89,13 +89,14 @@ def calibrated_stack(
 ) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
 
-    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others,
-    the stack's own training counts.
+    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are, and over no merge
+    (rank 1 alone); for others, the stack's own training counts.
     """
-    alike = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape
-    found: dict[str, object] = {}
-    if stack.calibrated and alike and info and info.rate is not None:
-        found = {"training": one_step(info.rate)} if info.rate else {"enabled": False}
+    found, rate = dict[str, object](), None
+    if stack.calibrated and info and merge.scale == 1 and stack.lora == shape:
+        rate = {"laplace": info.rate, "none": info.setting_of(ALONE)}.get(merge.policy)
+    if rate is not None:
+        found = {"training": one_step(rate)} if rate else {"enabled": False}
     return stack.model_copy(update={"calibrated": False} | found)
 
 
