@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 from typing import Any
 from unittest.mock import patch
@@ -81,8 +83,8 @@ class Step:
             cohort.train()
             return _MINUTE * len(jobs)
 
-        warm = not settings.quick
-        self.rates, peer_rates = turns(ours, lambda: trained(plain, some, cohort), settings.repeats, warm=warm)
+        free, peer = [FREE] if cohort.pooled else [], partial(trained, plain, some, cohort)
+        self.rates, peer_rates = turns(ours, peer, settings.repeats, warm=not settings.quick)
         more = {
             "people": len(jobs),
             "peer_tokens_per_pass": plain.tokens,
@@ -99,9 +101,7 @@ class Step:
             None,
             difference,
             f"losses and gradients of {min(_COMPARED, len(jobs))} people of one pass",
-            "; ".join(
-                [*([FREE] if cohort.pooled else []), f"PEFT: {precision}, the faster of {' and '.join(PRECISIONS)}"]
-            ),
+            "; ".join([*free, f"PEFT: {precision}, the faster of {' and '.join(PRECISIONS)}"]),
             more=more,
         )
 
@@ -113,7 +113,6 @@ class Step:
         if not other.base.blocked:
             raise RuntimeError("the base in 4 bits did not pass the check for rows that share a prefix")
         apart = max(_apart(other.base, self.site.base, layer) for layer in other.base.targets)
-
         note = f"restored weights are {apart:.1%} from the plain ones at most"
         sides = f"mta over NF4, {count} people", "mta over bfloat16"
         return self._in_turn(name, sides, other.train, self.cohort.train, note=note)
@@ -123,8 +122,9 @@ class Step:
         name, count = f"{self.name}, flex attention", len(self.jobs)
         if self.site.device.type == "cpu":
             return Row(name, "mta", "mta, blocks", skipped="flex attention has no backward pass on a CPU")
-        if not any(map(which, (os.environ.get("CC", ""), "gcc", "clang"))):
-            raise Absent("flex attention needs a C compiler")
+        headers = Path(sysconfig.get_paths()["include"], "Python.h")
+        if not (headers.exists() and any(map(which, (os.environ.get("CC", ""), "gcc", "clang")))):
+            raise Absent("flex attention needs a C compiler and Python's headers")
         base, some = self.cohort.base, self.cohort.first(_COMPARED)
         some = replace(some, start=small(some.start, 7))
 
@@ -134,7 +134,6 @@ class Step:
 
         (_, one), (_, other) = (attending(flexible, some.gradient) for flexible in (True, False))
         difference = agreed(apart(one, other), str(self.site.dtype).removeprefix("torch."))
-
         sides, train = (f"mta, {count} people", "mta, blocks"), self.cohort.train
         ours, peer = (partial(attending, flexible, train) for flexible in (True, False))
         return self._in_turn(name, sides, ours, peer, difference=difference, compared="gradients of a few people")
