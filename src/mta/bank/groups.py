@@ -157,13 +157,14 @@ def assigned(w: Tensor, metric: Tensor, count: int, least: int, seed: int) -> li
     (Bradley, Bennett, and Demiriz, 2000). Groups are in the order of rows.
     """
     from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
     from sklearn.cluster import KMeans
 
     z = (w @ torch.linalg.cholesky(metric)).numpy()
     count = max(min(count, len(z) // least), 1)
     centers = KMeans(count, n_init=4, random_state=seed).fit(z).cluster_centers_
     for _ in range(_PASSES):
-        distances = ((z[:, None] - centers) ** 2).sum(axis=2)
+        distances = cdist(z, centers, "sqeuclidean")
         group = distances.argmin(axis=1)
         loss = distances - distances.min(axis=1, keepdims=True)
         rows, places = linear_sum_assignment(loss.repeat(least, axis=1))  # `least` places of each group are filled
