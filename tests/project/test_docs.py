@@ -237,7 +237,7 @@ def test_every_how_to_runs(page, tutorial, tmp_path):
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-@pytest.mark.timeout(3000)  # demo, build, and serving: slow machines pass 900 s
+@pytest.mark.timeout(3000)  # a slow machine passed 900 s
 def test_the_readme_runs(tmp_path):
     people = read_people("survey", "survey")[:120]
     rows = [(person.id, *item.fields.values()) for person in people for item in person.items]
