@@ -62,6 +62,7 @@ def test_a_server_that_ends_is_reported_with_its_exit_status_and_not_restarted(s
 def test_a_stop_that_is_interrupted_still_kills_the_server(server, monkeypatch):
     process, wait = server._process, server._process.wait
     os.kill(process.pid, signal.SIGSTOP)  # like a server that hangs, it does not obey SIGTERM
+    os.waitpid(process.pid, os.WUNTRACED)  # SIGTERM would still end it before it stops
 
     def interrupted(seconds):
         monkeypatch.setattr(process, "wait", wait)
