@@ -47,11 +47,11 @@ from mta.data.tasks.prompt import Example
 from mta.system.progress import Step
 from mta.training.gates import GateGradients
 
-RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a LoRA's single step
+RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)  # of a LoRA's single step
 LENGTHS = (0.5, 1.0)  # of a Newton step
 MULTIPLES = (1.0, 2.0, 0.5, 0.25, 0.125)  # of the prior, the estimate first
 TURNS = 3  # blocks of a person's items that are left out to choose the multiple
-STDS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the prior of a label bias
+STDS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the prior of a label bias
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 PIECE = 16  # people computed and saved together, at most
