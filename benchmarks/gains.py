@@ -20,7 +20,7 @@ SETS = {  # title -> folder below results
     "news, 31 people": "rivals/lamp2n_huffpost",
     "ratings, 240 people": "rivals/movielens",
     "reviews, 60 people": "gradient/lamp3_amazon",
-    "titles, 66 people": "gradient/lamp5_papers",
+    "titles, 66 people": "rivals/lamp5_papers",
 }
 METHODS = {  # name in the figure -> names in the files
     "MTA": ("MTA",),
